@@ -27,11 +27,11 @@ from test_corpus import byte_level
 from test_evaluation import EVALUATION, setup
 
 from forethought.config import Evaluate
-from forethought.evaluation import content, controls, text
-from forethought.evaluation.content import inside
+from forethought.evaluation import controls, statements, text
 from forethought.model import load_tokenizer
 from forethought.positions import ThoughtFormat, at_places, stream
-from forethought.rollout import Thoughts, draw_noise
+from forethought.rollout import Thoughts, content, draw_noise
+from forethought.rollout.content import inside
 from forethought.scoring import plain_distribution, thought_evidence
 
 TEXTS = [window(5, 6, 7, 8, 9, 10), window(9, 8, 5, 7), window(11, 8, 10, 5, 6, 6)]
@@ -75,7 +75,7 @@ def test_evidence_of_sampled_thoughts_is_what_the_engine_reports(name: str, form
 def test_the_plain_distribution_is_that_of_one_row(name: str):
     model, positions = MODELS[name](), at_places(TEXTS, [[1, 4], [3], [5]], horizon=1)
     with torch.no_grad():
-        found = plain_distribution(model, positions, pad=0)
+        found = plain_distribution(model, positions, tokens=100)
         for row, context in zip(found, positions.contexts(), strict=True):
             assert torch.allclose(row, plain_logits(model, context)[-1].log_softmax(-1), atol=1e-5)
 
@@ -218,15 +218,15 @@ def test_statements_are_checked_against_the_whole_window():
 
     cut = dataclasses.replace(TEXTS[1], start=9)
     positions = at_places([TEXTS[0], cut], [[1, 2], [3]], horizon=1)
-    right, stated = content.statements(truth, word_tokenizer(), positions, [["a", "b"], ["aa", "ab"], ["", "a"]])
+    right, stated = statements.statements(truth, word_tokenizer(), positions, [["a", "b"], ["aa", "ab"], ["", "a"]])
     assert (right, stated) == ([0.5, 1.5, 0.5], [1.0, 2.0, 0.5])
     assert [document for document, _ in seen] == ["a b c d e f"] * 4 + [""] * 2
 
 
 def test_only_worlds_bring_a_checker():
-    assert content.checker("texts/world.jsonl") is None
-    assert content.checker("hub:cups") is None
-    checker = content.checker("world:cups/heldout")
+    assert statements.checker("texts/world.jsonl") is None
+    assert statements.checker("hub:cups") is None
+    checker = statements.checker("world:cups/heldout")
     assert checker is not None
     assert checker("ball under red . swap 1 blue red , 2 red white", "1 blue 2 red") == (1, 2)
 

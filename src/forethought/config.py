@@ -177,6 +177,10 @@ class Train:
     tracker: Literal["none", "tensorboard", "wandb", "mlflow", "trackio"] = "none"
     """Send metrics to a tracker too, through accelerate."""
 
+    def logs(self, step: int) -> bool:
+        """Whether a step is logged: every log_every-th, the first and the last."""
+        return step % self.log_every == 0 or step in (1, self.steps)
+
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Update:

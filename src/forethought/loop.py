@@ -152,7 +152,7 @@ class Trainer:
             metrics = self._backward(batch, windows, number) | self._update(number) | first
         self.step = number
         metrics |= _means(batch.sums) | self._rates(batch, time.perf_counter() - started) | self._costs(batch)
-        if number % self.config.train.log_every == 0 or number in (1, self.config.train.steps):
+        if self.config.train.logs(number):
             log.metrics(number, metrics)
             log.thoughts(batch.thoughts)
             self._warn(log, observer, self.watch.see(number, metrics))

@@ -207,6 +207,21 @@ def plain_evidence(
     about `tokens` tokens are read at once.
     """
     evidence, hits = [], []
+    for logits, targets in _plain_logits(model, positions, tokens):
+        evidence.append(log_probabilities(logits, targets))
+        hits.append(logits.argmax(dim=-1) == targets)
+    return torch.cat(evidence), torch.cat(hits)
+
+
+def plain_distribution(model: Any, positions: Positions, tokens: int) -> Float[Tensor, "batch vocab"]:
+    """log p(. | x_<t) of every token that could come next, without a thought (eq. 4), nats; one pass a window."""
+    return torch.cat([logits[:, 0].float().log_softmax(-1) for logits, _ in _plain_logits(model, positions, tokens)])
+
+
+def _plain_logits(
+    model: Any, positions: Positions, tokens: int
+) -> Iterator[tuple[Float[Tensor, "part horizon vocab"], Int[Tensor, "part horizon"]]]:
+    """The logits that predict the targets of each position, a bounded number of positions at a time; the targets."""
     longest = max(len(window.tokens) for window in positions.windows)
     windows = max(1, tokens // longest) * max(1, len(positions) // len(positions.windows))
     for chunk in positions.chunks(windows):
@@ -217,21 +232,9 @@ def plain_evidence(
         padded, _ = pad_rows(rows, 0, left=False)
         hidden = model.base_model(input_ids=padded.to(model.device), use_cache=False).last_hidden_state
         places = chunk.at[:, None] - 1 + torch.arange(chunk.horizon)
-        for picked, target in zip(
-            hidden[owner[:, None].to(model.device), places.to(model.device)].split(_ROWS),
-            targets.split(_ROWS),
-            strict=True,
-        ):
-            logits = vocabulary(model, picked)
-            evidence.append(log_probabilities(logits, target))
-            hits.append(logits.argmax(dim=-1) == target)
-    return torch.cat(evidence), torch.cat(hits)
-
-
-def plain_distribution(model: Any, positions: Positions, pad: int) -> Float[Tensor, "batch vocab"]:
-    """log p(. | x_<t) of every token that could come next, without a thought (eq. 4), nats."""
-    tokens, mask = pad_rows(positions.contexts(), pad, left=True)
-    return forward(model, tokens.to(model.device), mask.to(model.device), keep=1)[:, -1].float().log_softmax(dim=-1)
+        picked = hidden[owner[:, None].to(model.device), places.to(model.device)]
+        for part, target in zip(picked.split(_ROWS), targets.split(_ROWS), strict=True):
+            yield vocabulary(model, part), target
 
 
 def thought_evidence(

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from forethought.corpus import Window
-from forethought.evaluation.content import Tokens
 from forethought.evaluation.text import Measured, Records, Subject, think, with_domains
 from forethought.positions import ThoughtFormat, stream
+from forethought.rollout.content import Tokens
 from forethought.scoring import thought_evidence
 
 Progress = Callable[[str, int, int], None]

@@ -15,10 +15,10 @@ import torch
 
 from forethought.config import Config
 from forethought.corpus import Window, spread
-from forethought.evaluation import content
 from forethought.evaluation.intervals import Estimate, Ratio, estimate, resample
+from forethought.evaluation.statements import checker, statements
 from forethought.positions import Positions, ThoughtFormat, at_places, stream, uniform
-from forethought.rollout import Engine, draw_noise
+from forethought.rollout import Engine, content, draw_noise
 from forethought.scoring import chunk_tokens, plain_evidence
 
 CONTROLS = ("empty", "shuffled", "random")
@@ -160,7 +160,8 @@ def _measure_chunk(
     name, done = key
     noise = draw_noise(shape, [stream(0, "evaluate", name, done + i) for i in range(len(chunk))])
     thoughts = subject.engine.sample(chunk, noise)
-    nothink, hit = plain_evidence(subject.model, chunk, chunk_tokens(subject.model, 0))
+    at_once = chunk_tokens(subject.model, config.update.tokens_per_chunk)
+    nothink, hit = plain_evidence(subject.model, chunk, at_once)
     evidence, tokens = thoughts.evidence[..., 0], content.inside(thoughts, subject.form)
     said = content.texts(tokenizer, tokens)
     columns = {
@@ -174,9 +175,9 @@ def _measure_chunk(
         "leakage": content.leakage(tokenizer, chunk.targets()[:, 0].tolist(), said),
     }
     if subject.teacher is not None:
-        columns["teacher"] = plain_evidence(subject.teacher, chunk, chunk_tokens(subject.teacher, 0))[0][:, 0].tolist()
-    if truth := content.checker(config.evaluate.path):
-        columns["right"], columns["stated"] = content.statements(truth, tokenizer, chunk, said)
+        columns["teacher"] = plain_evidence(subject.teacher, chunk, at_once)[0][:, 0].tolist()
+    if truth := checker(config.evaluate.path):
+        columns["right"], columns["stated"] = statements(truth, tokenizer, chunk, said)
     return columns, tokens
 
 

@@ -8,13 +8,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from forethought.corpus import Window
-from forethought.evaluation import content
 from forethought.evaluation.controls import Progress
 from forethought.evaluation.text import Subject
 from forethought.objective import group_advantages
 from forethought.positions import Positions, at_places, stream
 from forethought.rewards import discounted
-from forethought.rollout import draw_noise
+from forethought.rollout import content, draw_noise
 from forethought.scoring import chunk_tokens, plain_distribution, plain_evidence, thought_evidence
 
 VERSION = 1
@@ -85,7 +84,8 @@ def _positions(subject: Subject, reference: Any, chunk: Positions, pieces: list[
     noise = draw_noise(shape, [stream(0, "view", window.document, window.start + t) for t in at])
     thoughts = subject.engine.sample(chunk, noise)
     tokens = content.inside(thoughts, form)
-    plain, _ = plain_evidence(reference, chunk, chunk_tokens(reference, 0))
+    tokens_at_once = chunk_tokens(reference, config.update.tokens_per_chunk)
+    plain, _ = plain_evidence(reference, chunk, tokens_at_once)
     value = discounted(thoughts.evidence, config.method.discount)
     columns = {
         "text": content.texts(subject.tokenizer, tokens),
@@ -95,7 +95,7 @@ def _positions(subject: Subject, reference: Any, chunk: Positions, pieces: list[
         "reward": (value - discounted(plain, config.method.discount)[:, None]).tolist(),
         "advantage": group_advantages(value).tolist(),
     }
-    before = plain_distribution(reference, chunk, form.pad)
+    before = plain_distribution(reference, chunk, tokens_at_once)
     after = thought_evidence(subject.model, chunk, form, tokens, config.model.prefix == "shared")
     rows = []
     for i, t in enumerate(at):

@@ -22,7 +22,7 @@ from forethought.objective import (
 )
 from forethought.positions import Positions, ThoughtFormat, draw, stream
 from forethought.rewards import REWARDS, Rewards
-from forethought.rollout import Engine, Thoughts, draw_noise, work_of
+from forethought.rollout import Engine, Thoughts, content, draw_noise, work_of
 from forethought.scoring import (
     Continuations,
     Reading,
@@ -56,6 +56,11 @@ class RLP:
         options = config.method
         self.teacher = Teacher(policy, options.ema) if options.teacher_every else None
         self.reference = copy.deepcopy(policy).requires_grad_(False) if options.kl_weight else None
+        self._reading = Reading(
+            temperature=options.temperature,
+            tokens=chunk_tokens(policy, config.update.tokens_per_chunk),
+            shared=config.model.prefix == "shared",
+        )
 
     def collect(self, windows: list[Window], step: int) -> Collected:
         """Sample G thoughts at each position, score them, compare them."""
@@ -73,11 +78,11 @@ class RLP:
         sums = _figures(thoughts, nothink, rewards, kept)
         sums["time/rollout_s"] = (sampled - started, 1)
         sums["time/score_s"] = (time.perf_counter() - sampled, 1)
-        every = self.config.train.log_every
-        if step % every == 0 or step in (1, self.config.train.steps):
-            sums["rollout/leakage"] = self._leakage(positions, thoughts)
         sums["rollout/tokens"] = (float(thoughts.mask.sum()), 1)
-        rows = self._describe(positions, thoughts, nothink, rewards, advantages)
+        rows = []
+        if self.config.train.logs(step):
+            sums["rollout/leakage"] = self._leakage(positions, thoughts)
+            rows = self._describe(positions, thoughts, nothink, rewards, advantages)
         work = work_of(positions, thoughts, self.form, self.config, teacher=nothink is not None)
         return Collected(pieces=pieces, sums=sums, thoughts=[{"step": step, **row} for row in rows], work=work)
 
@@ -129,15 +134,6 @@ class RLP:
         """Teacher and KL reference, where there are any."""
         networks = {} if self.teacher is None else {"teacher": self.teacher.model}
         return networks if self.reference is None else {**networks, "reference": self.reference}
-
-    @property
-    def _reading(self) -> Reading:
-        config = self.config
-        return Reading(
-            temperature=config.method.temperature,
-            tokens=chunk_tokens(self.policy, config.update.tokens_per_chunk),
-            shared=config.model.prefix == "shared",
-        )
 
     def _nothink(self, positions: Positions, step: int) -> Float[Tensor, "batch horizon"] | None:
         every = self.config.method.teacher_every
@@ -205,14 +201,9 @@ class RLP:
 
     def _leakage(self, positions: Positions, thoughts: Thoughts) -> tuple[float, int]:
         """Thoughts whose text, without the closing delimiter, contains the target token's text; and all of them."""
-        decode, found = self.tokenizer.decode, 0
-        for i, target in enumerate(positions.targets()):
-            wanted = decode(target[:1].tolist()).strip()
-            for tokens, mask, closed in zip(thoughts.tokens[i], thoughts.mask[i], thoughts.closed[i], strict=True):
-                sampled = tokens[mask].tolist()
-                said = sampled[: len(sampled) - len(self.form.close)] if closed else sampled
-                found += bool(wanted) and wanted in decode(said)
-        return float(found), thoughts.closed.numel()
+        said = content.texts(self.tokenizer, content.inside(thoughts, self.form))
+        shares = content.leakage(self.tokenizer, positions.targets()[:, 0].tolist(), said)
+        return sum(share or 0.0 for share in shares) * len(said[0]), thoughts.closed.numel()
 
     def _describe(
         self, positions: Positions, thoughts: Thoughts, nothink: Any, rewards: Rewards, advantages: Tensor

@@ -86,16 +86,7 @@ class Fork(Cache):
             return
         picked = torch.tensor(documents, device=prefix.device)
         at = torch.tensor(kept, device=prefix.device)
-        states = [
-            replace(
-                state,
-                keys=None if state.keys is None else state.keys[picked],
-                values=None if state.values is None else state.values[picked],
-                conv={i: t[at] for i, t in state.conv.items()},
-                recurrent={i: t[at] for i, t in state.recurrent.items()},
-            )
-            for state in prefix.states
-        ]
+        states = [state.map(lambda t: t[picked], lambda t: t[at]) for state in prefix.states]
         self.prefix = replace(
             prefix,
             states=tuple(states),

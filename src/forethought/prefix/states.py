@@ -1,6 +1,6 @@
 """What is kept of documents that were read, and the Mamba layer that keeps it without writing into it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,16 @@ class State:
     conv: dict[int, Tensor]  # (place, channels, kernel)
     recurrent: dict[int, Tensor]  # (place, ...)
     kernels: dict[int, Any]
+
+    def map(self, documents: Callable[[Tensor], Tensor], places: Callable[[Tensor], Tensor]) -> "State":
+        """The same with one function over what is kept a document, and one over what is kept a place."""
+        return replace(
+            self,
+            keys=None if self.keys is None else documents(self.keys),
+            values=None if self.values is None else documents(self.values),
+            conv={i: places(t) for i, t in self.conv.items()},
+            recurrent={i: places(t) for i, t in self.recurrent.items()},
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,20 +52,10 @@ class Prefix:
     def detached(self) -> "Prefix":
         """The same with every tensor a leaf of its own, which collects the gradients of all rows."""
 
-        def leaf(tensor: Tensor | None) -> Any:
-            return None if tensor is None else tensor.detach().requires_grad_(True)
+        def leaf(tensor: Tensor) -> Tensor:
+            return tensor.detach().requires_grad_(True)
 
-        states = [
-            replace(
-                state,
-                keys=leaf(state.keys),
-                values=leaf(state.values),
-                conv={i: leaf(t) for i, t in state.conv.items()},
-                recurrent={i: leaf(t) for i, t in state.recurrent.items()},
-            )
-            for state in self.states
-        ]
-        return replace(self, states=tuple(states))
+        return replace(self, states=tuple(state.map(leaf, leaf) for state in self.states))
 
     def backward(self, leaves: "Prefix") -> None:
         """Carry on, into the weights, the gradients that the rows left on `detached`'s leaves."""
