@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_survival import assert_same_run, assert_same_tensors, figures, options
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
 
 from forethought import checkpoint
 from forethought.cli import main
 from forethought.config import Optim, RunError, Train, UserError, from_dict, merge
 from forethought.corpus import Windows
 from forethought.loop import Config, learning_rate, resume, train
-from forethought.model import load_tokenizer
+from forethought.model import EMBEDDED, load_tokenizer
 from forethought.runlog import checkpoints
 
 WORDS = "ball under red . swap 1 blue red , 2 green white . now under red ."
@@ -222,6 +222,32 @@ def test_resuming_needs_a_run_that_is_not_finished(tmp_path: Path):
 def test_learning_rate_by_hand(schedule: Any, expected: list[float]):
     config = Config(optim=Optim(learning_rate=1.0, schedule=schedule, warmup=2), train=Train(steps=6))
     assert [learning_rate(config, step) for step in range(1, 7)] == pytest.approx(expected)
+
+
+def test_a_spent_budget_brings_the_decay_forward():
+    config = Config(optim=Optim(learning_rate=1.0, schedule="linear"), train=Train(steps=9))
+    assert learning_rate(config, 2, spent=0.1) == pytest.approx(0.8)
+    assert learning_rate(config, 2, spent=0.75) == pytest.approx(0.25)
+    assert learning_rate(config, 2, spent=1.5) == 0
+
+
+def test_a_run_ends_with_the_step_that_spends_its_budget(tmp_path: Path):
+    rows = figures(go(tmp_path, "whole", train={"steps": 6}))
+    for budget, metric in (("tokens", "corpus/tokens"), ("flops", "cost/flops_total")):
+        third, fourth = (row[metric] for row in rows[2:4])
+        for limit, steps in ((third, 3), (third + 1, 4), (fourth, 4)):
+            run = go(tmp_path, f"{budget}-{limit}", train={"steps": 100, budget: limit})
+            assert len(figures(run)) == steps, (budget, limit)
+            assert json.loads((run / "summary.json").read_text())["steps"] == steps
+
+
+def test_a_budget_of_flops_takes_a_model_whose_flops_are_known(tmp_path: Path):
+    GPTNeoXConfig(
+        vocab_size=64, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    ).save_pretrained(tmp_path / "model")
+    model = {"path": str(tmp_path / "model"), "init": "random", "tokenizer": str(EMBEDDED)}
+    with pytest.raises(UserError, match=r"^train.flops = 1.0: the FLOPs of a gpt_neox model are not known; use steps$"):
+        go(tmp_path, "run", model=model, train={"flops": 1.0})
 
 
 def test_a_step_reads_as_many_windows_as_its_positions_take(tmp_path: Path):

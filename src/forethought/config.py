@@ -161,7 +161,11 @@ class Train:
     """The loop."""
 
     steps: Positive = 100
-    """Batches of text to train on."""
+    """Batches of text to train on, at most."""
+    tokens: Count = 0
+    """Stop after the step that has read this many tokens of the corpus; 0: never. The schedule follows."""
+    flops: NonNegative = 0.0
+    """Stop after the step that has spent this many FLOPs (docs/flops.md); 0: never. The schedule follows."""
     batch: Positive = 512
     """Positions per step (rlp) or windows per step (cpt)."""
     rollout_batch: Positive = 128

@@ -103,8 +103,23 @@ class Trainer:
         self.watch = Watch(config.method.inner_steps)
         self.step, self.saved = 0, -1
         self.shape, self.cost = Shape.known(self.policy.config), Flops()
+        if config.train.flops and self.shape is None:
+            kind = self.policy.config.model_type
+            raise UserError(f"train.flops = {config.train.flops}: the FLOPs of a {kind} model are not known; use steps")
         self.whole = True  # False from a batch's first optimizer step until its last one is taken and logged
         self._seconds, self._started = 0.0, time.perf_counter()
+
+    @property
+    def spent(self) -> float:
+        """Share of the budget of tokens or FLOPs (whichever ends first) that is used up; 0 where there is none."""
+        train = self.config.train
+        read = self.stream.tokens / train.tokens if train.tokens else 0.0
+        return max(read, self.cost.total / train.flops) if train.flops else read
+
+    @property
+    def over(self) -> bool:
+        """Whether the run's last step is done."""
+        return self.step == self.config.train.steps or self.spent >= 1
 
     @property
     def seconds(self) -> float:
@@ -117,9 +132,9 @@ class Trainer:
         with Tracker(self.config, log.path) as tracker, gate.installed(), compute(self.config):
             try:
                 before = self._evaluate(log, observer, gate, "before")
-                while self.step < train.steps:
+                while not self.over:
                     self._step(log, observer, gate, tracker)
-                    if self.step % train.checkpoint_every == 0 or self.step == train.steps:
+                    if self.step % train.checkpoint_every == 0 or self.over:
                         self._save(log)
                 after = self._evaluate(log, observer, gate, "after")
             except (SignalArrived, UserError, RunError) as error:
@@ -137,6 +152,7 @@ class Trainer:
     def _step(self, log: RunLog, observer: Observer, gate: Gate, tracker: Tracker) -> None:
         """One batch of text: collect, then `inner_steps` times backward, clip, step, and what follows a step."""
         started, cursor, number = time.perf_counter(), self.stream.cursor(), self.step + 1
+        self._set_rate(number)
         try:
             with gate.passing():
                 windows = [next(self.stream) for _ in range(self._windows_per_step())]
@@ -146,10 +162,10 @@ class Trainer:
             self.stream.seek(cursor)
             raise
         self.whole = False
-        metrics |= self._update(number)
+        metrics |= self._update()
         first = {name: metrics[name] for name in ("objective/mismatch",) if name in metrics}  # before any update
         for _ in range(1, self.config.method.inner_steps):
-            metrics = self._backward(batch, windows, number) | self._update(number) | first
+            metrics = self._backward(batch, windows, number) | self._update() | first
         self.step = number
         metrics |= _means(batch.sums) | self._rates(batch, time.perf_counter() - started) | self._costs(batch)
         if self.config.train.logs(number):
@@ -158,7 +174,8 @@ class Trainer:
             self._warn(log, observer, self.watch.see(number, metrics))
             tracker.log(number, metrics)
         self.whole = True
-        observer.step(number, self.config.train.steps, metrics)
+        done = max(self.spent, number / self.config.train.steps)
+        observer.step(number, max(number, round(number / done)), metrics)
 
     def _warn(self, log: RunLog, observer: Observer, found: list[Diagnosis]) -> None:
         """Log and tell what is new; a run that was killed after its evaluation finds the same again."""
@@ -192,13 +209,15 @@ class Trainer:
             )
         return {"objective/loss": total, "optim/gradient_norm": norm} | _means(sums)
 
-    def _update(self, number: int) -> dict[str, float]:
-        rate = learning_rate(self.config, number)
+    def _set_rate(self, number: int) -> None:
+        rate = learning_rate(self.config, number, self.spent)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+
+    def _update(self) -> dict[str, float]:
         self.optimizer.step()
         self.method.after_step()
-        return {"optim/learning_rate": rate}
+        return {"optim/learning_rate": self.optimizer.param_groups[0]["lr"]}
 
     def _rates(self, batch: Collected, seconds: float) -> dict[str, float]:
         collect = sum(batch.sums.get(f"time/{phase}_s", (0.0, 1))[0] for phase in ("rollout", "score"))
@@ -328,12 +347,15 @@ class Trainer:
         return t_flop(thoughts, method.thought_length, self.config.train.batch, self.step, self.stream.tokens)
 
 
-def learning_rate(config: Config, step: int) -> float:
-    """The rate of a step (from 1): linear warm-up, then constant, or decay to 0 just after train.steps."""
+def learning_rate(config: Config, step: int, spent: float = 0.0) -> float:
+    """The rate of a step (from 1): linear warm-up, then constant, or decay to 0 just after train.steps.
+
+    `spent` is the share of a budget of tokens or FLOPs that was used up before: the decay is at least as far on.
+    """
     options, last = config.optim, config.train.steps
     if step <= options.warmup:
         return options.learning_rate * step / options.warmup
-    done = (step - options.warmup) / max(last - options.warmup + 1, 1)
+    done = max((step - options.warmup) / max(last - options.warmup + 1, 1), min(spent, 1.0))
     factor = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[options.schedule]
     return options.learning_rate * factor
 
