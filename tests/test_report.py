@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from forethought.config import Config, UserError, from_dict, to_dict
-from forethought.report import evaluation, page, plots, write
+from forethought.report import evaluation, page, plots, svg, write
 from forethought.report import runs as run_folders
 from forethought.report.text import duration, figure, signed, visible
 
@@ -232,7 +232,7 @@ def test_plots_take_the_colours_of_the_page_and_stand_alone_on_white(one):
     assert "<style" not in drawn
     kept = (one / "plots" / "gain.svg").read_text()
     assert f"fill: {plots.PAPER}" in kept
-    assert f"stroke: {plots.COLOURS[0]}" in kept
+    assert f"stroke: {svg.COLOURS[0]}" in kept
     assert "http://purl.org" not in kept
 
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from forethought.config import Config, RunError, UserError, load
     from forethought.evaluation import evaluate
     from forethought.evaluation.ask import ask
+    from forethought.experiment import compare
     from forethought.interrupts import Stopped
     from forethought.loop import resume, train
     from forethought.model import load_model, load_tokenizer
@@ -32,6 +33,7 @@ _HOMES = {
     "resume": "loop",
     "evaluate": "evaluation",
     "ask": "evaluation.ask",
+    "compare": "experiment",
     "write_report": "report",
     "load_model": "model",
     "load_tokenizer": "model",
@@ -55,6 +57,7 @@ __all__ = [
     "UserError",
     "ask",
     "clipped_surrogate",
+    "compare",
     "evaluate",
     "group_advantages",
     "information_gain",

@@ -24,6 +24,7 @@ usage: forethought train CONFIG [--section.option value ...]   train a config fi
        forethought train --resume RUN                          continue a stopped run from its last checkpoint
        forethought evaluate MODEL_OR_RUN [--section.option value ...]
        forethought questions MODEL_OR_RUN [--questions.data FOLDER] [--section.option value ...]
+       forethought compare EXPERIMENT [--run DIR] [--seeds 0,1,2] [--processes N] [--section.option value ...]
        forethought report RUN [RUN ...] [--out FILE]
 
 `forethought train --help` lists every option.
@@ -95,9 +96,9 @@ def _command(words: list[str], out: Console, err: Console) -> int:
     if name == "--version":
         out.print(f"forethought {forethought.__version__}", markup=False)
         return 0
-    commands = {"train": _train, "evaluate": _evaluate, "questions": _questions, "report": _report}
+    commands = {"train": _train, "evaluate": _evaluate, "questions": _questions, "compare": _compare, "report": _report}
     if name not in commands:
-        raise UserError(f"unknown command {name!r}: must be train, evaluate, questions or report")
+        raise UserError(f"unknown command {name!r}: must be train, evaluate, questions, compare or report")
     if "--help" in rest or "-h" in rest:
         _help(name, out)
         return 0
@@ -182,6 +183,26 @@ def _questions(words: list[str], out: Console, err: Console) -> int:
         figures, file = ask(words[0], overrides, lambda done, total: watcher.phase("answering", done, total))
     _answer_table(figures, out)
     _line(out, f"figures: {file}; every prompt and answer: {file.with_suffix('.jsonl')}")
+    return 0
+
+
+def _compare(words: list[str], out: Console, err: Console) -> int:
+    if not words or words[0].startswith("--"):
+        raise UserError("compare takes an experiment file, or the name of a shipped one such as compare-quickstart")
+    overrides = read_overrides(words[1:])
+    _quiet_libraries()
+    from forethought.experiment import compare
+    from forethought.interrupts import Stopped
+
+    try:
+        with Watcher(err) as watcher:
+            verdicts, page = compare(words[0], overrides, watcher)
+    except Stopped as stopped:
+        _line(err, f"forethought: {stopped}")
+        return 128 + stopped.number
+    for one in verdicts:
+        _line(out, f"{ {True: 'holds', False: 'FAILS', None: '?'}[one.holds]:5}  {one.claim}: {one.evidence}")
+    _line(out, f"page: {page}; rows: {page.with_name('compare.json')}")
     return 0
 
 

@@ -3,17 +3,15 @@
 import contextlib
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 from types import FrameType
 
 
 class Stopped(Exception):
-    """The run was stopped by a signal; everything up to `step` is saved and can be resumed."""
+    """Work was stopped by a signal. `what` says what is saved and how to go on."""
 
-    def __init__(self, number: int, run: Path, step: int):
-        self.number, self.run, self.step = number, run, step
-        name = signal.Signals(number).name
-        super().__init__(f"stopped by {name}; saved after step {step}; go on with: forethought train --resume {run}")
+    def __init__(self, number: int, what: str):
+        self.number = number
+        super().__init__(f"stopped by {signal.Signals(number).name}; {what}")
 
 
 class SignalArrived(BaseException):

@@ -141,7 +141,8 @@ class Trainer:
                 if self.whole:
                     self._save(log)
                 if isinstance(error, SignalArrived):
-                    raise Stopped(error.number, log.path, self.step) from None
+                    again = f"forethought train --resume {log.path}"
+                    raise Stopped(error.number, f"saved after step {self.step}; go on with: {again}") from None
                 raise
             self._export(log)
         summary = self._summary(before, after)

@@ -116,7 +116,7 @@ class RunLog:
             if path.exists():
                 _replace(self.path, path, "".join(_dump(row) for row in kept))
 
-    def write_json(self, name: str, values: dict[str, Any]) -> None:
+    def write_json(self, name: str, values: dict[str, Any] | list[dict[str, Any]]) -> None:
         """Write RUN/name so that it is there whole or not at all; what it held before is gone. Raises RunError."""
         _replace(self.path, self.path / name, json.dumps(_finite(values), indent=2, allow_nan=False) + "\n")
 

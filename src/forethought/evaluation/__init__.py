@@ -31,11 +31,11 @@ def evaluate(
     corpus.check(dataclasses.replace(config.corpus, path=config.evaluate.path), "evaluate.path")
     if log is None:
         check_free(Path(config.run), config.overwrite)
-        subject = start = _subject(config)
+        subject = start = subject_of(config)
         windows = text.held_out(config, subject.tokenizer)
         log = RunLog.create(config)
     else:
-        subject, start = _trained(config, log.path), _subject(config)
+        subject, start = trained_subject(config, log.path), subject_of(config)
         windows = text.held_out(config, subject.tokenizer)
     with compute(config):
         records = base = controls.measure(subject, windows, progress)
@@ -74,10 +74,10 @@ def trained(config: Config, run: Path) -> Config:
     return dataclasses.replace(config, model=model)
 
 
-def _trained(config: Config, run: Path) -> text.Subject:
+def trained_subject(config: Config, run: Path) -> text.Subject:
     """The run's trained model, with the teacher of its last checkpoint where that is still there."""
     config, last = trained(config, run), checkpoint.latest(run)
-    subject = _subject(config)
+    subject = subject_of(config)
     weights = checkpoint.load(last, only="teacher").tensors if last else {}
     if not weights:
         return subject
@@ -86,7 +86,7 @@ def _trained(config: Config, run: Path) -> text.Subject:
     return dataclasses.replace(subject, teacher=teacher)
 
 
-def _subject(config: Config) -> text.Subject:
+def subject_of(config: Config) -> text.Subject:
     """Load all that a measurement takes, so that what is wrong with it is known before a folder is made."""
     tokenizer = load_tokenizer(config.model)
     form = thought_format(tokenizer, config.method)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from forethought.config import UserError
-from forethought.report import page, plots
+from forethought.report import comparison, page, plots
 from forethought.report import runs as run_folders
 
 
@@ -34,4 +34,23 @@ def write(runs: list[Path], out: Path | None = None) -> Path:
         target.write_text(html, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write the report to {str(target)!r}: {error}") from None
+    return target
+
+
+def write_comparison(run: Path) -> Path:
+    """The page of an experiment, RUN/compare.html, from its compare.json and experiment.json; returns its path.
+
+    Beside it go the curves and thoughts of each arm's first seed, RUN/curves.html.
+
+    Raises:
+        UserError: a file is missing or broken, or a page cannot be written.
+    """
+    figures = comparison.load(run)
+    first = [run / arm / f"seed-{one.seeds[0]}" for arm, one in figures.described.arms.items() if one.seeds]
+    write(first, run / "curves.html")
+    target = run / "compare.html"
+    try:
+        target.write_text(page.render_comparison(figures), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write the page {str(target)!r}: {error}") from None
     return target

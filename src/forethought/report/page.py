@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from forethought.report import evaluation, plots, viewer
+from forethought.report import comparison, evaluation, plots, svg, viewer
 from forethought.report.runs import Position, Run, number
 from forethought.report.text import duration, figure, signed, visible
 
@@ -44,14 +44,46 @@ class Drawing:
 
 def render(runs: list[Run], drawings: dict[str, str], folder: str) -> str:
     """The page's HTML. `drawings` holds each plot's standalone SVG by the plot's name, `folder` where they are kept."""
-    environment = Environment(
+    return (
+        environment()
+        .get_template("page.html.j2")
+        .render(
+            runs=runs,
+            folder=folder,
+            methods=_METHODS,
+            facts=[(label, [fact(run) for run in runs]) for label, fact in _FACTS],
+            glance=_glance(runs),
+            warnings=[run for run in runs if run.warnings],
+            viewer=viewer.collect(runs),
+            unfinished=[run for run in runs if not run.summary],
+            groups=evaluation.groups(runs),
+            drawings=[
+                Drawing(plot=plot, svg=_inline(plot, drawings[plot.name], runs))
+                for plot in plots.PLOTS
+                if plot.name in drawings
+            ],
+            thoughts=[(run, _steps(run.positions)) for run in runs],
+            settings=_settings(runs),
+            summaries=[(run, _plain(run.summary)) for run in runs if _plain(run.summary)],
+            palette=len(svg.COLOURS),
+            positions_shown=POSITIONS_SHOWN,
+            thoughts_shown=THOUGHTS_SHOWN,
+            context_shown=CONTEXT_SHOWN,
+            thought_shown=THOUGHT_SHOWN,
+        )
+    )
+
+
+def environment() -> Environment:
+    """The templates of this folder; text in them is escaped unless it is Markup."""
+    templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
+    templates.filters |= {
         "passage": passage,
         "token": token,
         "visible": visible,
@@ -60,30 +92,12 @@ def render(runs: list[Run], drawings: dict[str, str], folder: str) -> str:
         "chance": _chance,
         "strength": strength,
     }
-    return environment.get_template("page.html.j2").render(
-        runs=runs,
-        folder=folder,
-        methods=_METHODS,
-        facts=[(label, [fact(run) for run in runs]) for label, fact in _FACTS],
-        glance=_glance(runs),
-        warnings=[run for run in runs if run.warnings],
-        viewer=viewer.collect(runs),
-        unfinished=[run for run in runs if not run.summary],
-        groups=evaluation.groups(runs),
-        drawings=[
-            Drawing(plot=plot, svg=_inline(plot, drawings[plot.name], runs))
-            for plot in plots.PLOTS
-            if plot.name in drawings
-        ],
-        thoughts=[(run, _steps(run.positions)) for run in runs],
-        settings=_settings(runs),
-        summaries=[(run, _plain(run.summary)) for run in runs if _plain(run.summary)],
-        palette=len(plots.COLOURS),
-        positions_shown=POSITIONS_SHOWN,
-        thoughts_shown=THOUGHTS_SHOWN,
-        context_shown=CONTEXT_SHOWN,
-        thought_shown=THOUGHT_SHOWN,
-    )
+    return templates
+
+
+def render_comparison(figures: comparison.Figures) -> str:
+    """The HTML of an experiment's page."""
+    return environment().get_template("comparison.html.j2").render(comparison.content(figures))
 
 
 def passage(text: str) -> Markup:
@@ -157,7 +171,7 @@ def _ends(values: list[float]) -> tuple[float, float] | None:
     return sum(values[:part]) / part, sum(values[-part:]) / part
 
 
-def _inline(plot: plots.Plot, svg: str, runs: list[Run]) -> Markup:
+def _inline(plot: plots.Plot, drawing: str, runs: list[Run]) -> Markup:
     readings = []
     for run in runs:
         for metric, legend in plot.series:
@@ -166,7 +180,7 @@ def _inline(plot: plots.Plot, svg: str, runs: list[Run]) -> Markup:
                 start, end = (figure(value, "share" if plot.unit == "share" else "nats") for value in ends)
                 readings.append(f"{visible(run.name)}, {legend}: from {start} to {end}")
     # The label is escaped here; the drawing is matplotlib's own, which escapes the runs' names in it.
-    return Markup(plots.inline(svg, plot.name, str(escape(f"{plot.title}. {'; '.join(readings)}"))))
+    return Markup(svg.inline(drawing, plot.name, str(escape(f"{plot.title}. {'; '.join(readings)}"))))
 
 
 def _steps(positions: list[Position]) -> list[tuple[int, list[Position]]]:

@@ -1,15 +1,8 @@
-"""Curves over steps as SVG: one file per plot to keep, and the same plot in the colours of the page that holds it.
+"""Curves over steps as SVG: one file per plot to keep, and the same plot in the page."""
 
-Figures are drawn without pyplot and with fixed settings, so the same metrics give the same bytes.
-"""
-
-import io
-import re
-import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,35 +10,12 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from forethought.report.runs import Run
+from forethought.report.svg import COLOURS, DASHES, INK, styled
 from forethought.report.text import MINUS, visible
-
-INK, GRID, PAPER = "#20242b", "#dfe2e6", "#ffffff"
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Okabe and Ito's, which colour-blind readers can tell apart; further runs repeat them with another dash."""
-DASHES = ("-", "--", ":", "-.")
 
 WIDTH, HEIGHT, LEGEND_ROW = 5.0, 3.0, 0.24
 SMOOTH_FROM, BINS = 32, 256
 """From so many points on a running mean is drawn over them; above BINS points they become a band."""
-
-_SETTINGS: dict[Any, Any] = {
-    "svg.hashsalt": "forethought",
-    "svg.fonttype": "none",
-    "text.parse_math": False,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.edgecolor": GRID,
-    "grid.color": GRID,
-    "figure.facecolor": PAPER,
-    "axes.facecolor": "none",
-    "font.size": 11.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,12 +145,8 @@ def draw(plot: Plot, runs: list[Run]) -> str:
 
     A run keeps its colour, that of its place in `runs`, in every plot.
     """
-    with warnings.catch_warnings(), mpl.rc_context():
-        # A run's name may hold characters that only the reader's browser has a font for.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        mpl.rcdefaults()
-        mpl.rcParams.update(_SETTINGS)
-        legend = _legend(plot, runs)
+    legend = _legend(plot, runs)
+    with styled() as save:
         figure = Figure(figsize=(WIDTH, HEIGHT + LEGEND_ROW * len(legend)), layout="constrained")
         axes = figure.add_subplot()
         _frame(axes, plot)
@@ -192,35 +158,7 @@ def draw(plot: Plot, runs: list[Run]) -> str:
         _limits(axes, plot)
         if legend:
             figure.legend(legend, [str(line.get_label()) for line in legend], loc="outside lower left", frameon=False)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
-
-
-def inline(svg: str, name: str, label: str) -> str:
-    """The drawing for an HTML page: ids of its own, colours from the page's custom properties, no fixed size.
-
-    `label` is read out in place of the picture and must be escaped already.
-    """
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
-    opening, _, drawing = svg.partition(">")
-    box = re.search(r'viewBox="[^"]*"', opening)
-    assert box is not None
-    svg = f'<svg {box.group()} role="img" aria-label="{label}">{drawing}'
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    return re.sub(r'style="[^"]*"', lambda match: _themed(match.group()), svg)
-
-
-def _themed(style: str) -> str:
-    style = style.replace(PAPER, "none").replace(INK, "currentColor").replace(GRID, "var(--grid)")
-    for index, colour in enumerate(COLOURS):
-        style = style.replace(colour, f"var(--series-{index})")
-    return re.sub(r"font-family: [^;\"]*;?|font: ([\d.]+px) [^;\"]*;?", _plain_font, style)
-
-
-def _plain_font(match: re.Match[str]) -> str:
-    return f"font-size: {match.group(1)};" if match.group(1) else ""
+        return save(figure)
 
 
 def _style(plot: Plot, runs: int, run: int, series: int) -> dict[str, Any]:

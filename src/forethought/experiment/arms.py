@@ -1,0 +1,119 @@
+"""One job of an experiment: train an arm with one seed, or go on where it was stopped; then measure it. Nothing twice.
+
+RUN/base/records.json              the start, measured
+RUN/ARM/seed-N/                    the arm's run folder, and its records.json
+RUN/ARM/seed-N/documents.json      for the thought viewer, with the first seed
+"""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from forethought import evaluation
+from forethought.config import Config, UserError, to_dict
+from forethought.evaluation import controls, text, view
+from forethought.experiment.design import BASE, Experiment, Job
+from forethought.loop import Observer, resume, train
+from forethought.model import compute
+from forethought.runlog import RunLog
+
+RECORDS = "records.json"
+Recorded = dict[str, text.Records]
+"""Held-out records by group of positions."""
+
+
+def measure_base(experiment: Experiment, observer: Observer) -> None:
+    """Measure the start, unless that is done."""
+    folder = experiment.run / BASE
+    if _measured(folder):
+        _check_same(RunLog.open(folder).config(), experiment.start, BASE)
+        return
+    start = dataclasses.replace(experiment.start, overwrite=True)
+    log = RunLog.create(start)
+    _measure(log, evaluation.subject_of(start), observer)
+
+
+def run_job(experiment: Experiment, job: Job, observer: Observer) -> None:
+    """Train and measure, or what of it is not done yet.
+
+    Raises:
+        UserError: the folder holds a run with other options; the job whose budget it follows is not finished.
+        RunError, Stopped: as in training; the same call goes on.
+    """
+    config = _with_budget(experiment, job)
+    folder = Path(config.run)
+    if (folder / "config.json").is_file():
+        _check_same(RunLog.open(folder).config(), config, job.name)
+        if not (folder / "summary.json").is_file():
+            resume(folder, observer)
+    else:
+        train(config, observer)
+    if not _measured(folder):
+        shared = experiment.start
+        method = dataclasses.replace(config.method, horizon=shared.method.horizon)  # the same positions for all
+        config = dataclasses.replace(config, evaluate=shared.evaluate, method=method)
+        subject = evaluation.trained_subject(config, folder)
+        first = job.seed == experiment.of(job.arm)[0].seed
+        _measure(RunLog.open(folder), subject, observer, view_as=job.name if first else "")
+
+
+def records(folder: Path) -> Recorded:
+    """What was measured of an arm's run, or of the base."""
+    return {name: text.Records(**fields) for name, fields in RunLog.open(folder).read_json(RECORDS).items()}
+
+
+def weights(folder: Path) -> str:
+    """A digest of a trained model's files: the same for the same bits."""
+    digest = hashlib.sha256()
+    for file in sorted((folder / "policy").glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _measured(folder: Path) -> bool:
+    return (folder / RECORDS).is_file()
+
+
+def _measure(log: RunLog, subject: text.Subject, observer: Observer, view_as: str = "") -> None:
+    windows = text.held_out(subject.config, subject.tokenizer)
+    with compute(subject.config):
+        found = controls.measure(subject, windows, observer.phase)
+        if view_as and subject.config.evaluate.view:
+            reference = subject.model if subject.teacher is None else subject.teacher
+            log.write_json("documents.json", view.documents(subject, reference, windows, view_as, observer.phase))
+    log.write_json(RECORDS, {name: dataclasses.asdict(fields) for name, fields in found.items()})
+
+
+def _with_budget(experiment: Experiment, job: Job) -> Config:
+    """The job's options with what the arm that it follows has spent."""
+    if job.needs is None:
+        return job.config
+    finished = experiment.run / job.needs
+    if not (finished / "summary.json").is_file():
+        raise UserError(f"{job.name} follows the budget of {job.needs}, which is not finished")
+    spent = RunLog.open(finished).read_json("summary.json")
+    budget: dict[str, Any] = {}
+    for kind in experiment.arms[job.arm].budget:
+        if kind not in spent:
+            raise UserError(f"{job.name}: the {kind} of {job.needs} are not known (docs/flops.md); give train.steps")
+        budget[kind] = type(getattr(job.config.train, kind))(spent[kind])
+    return dataclasses.replace(job.config, train=dataclasses.replace(job.config.train, **budget))
+
+
+def _check_same(saved: Config, wanted: Config, name: str) -> None:
+    """What was done with other options is not mixed with this experiment."""
+    old, new = _flat(to_dict(saved)), _flat(to_dict(wanted))
+    for option, value in new.items():
+        if option not in ("run", "overwrite") and old[option] != value:
+            raise UserError(
+                f"{name} was made with {option} = {old[option]!r}, and the experiment says {value!r}; "
+                "name another run (--run PATH), or delete that folder"
+            )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

@@ -1,0 +1,253 @@
+"""An experiment: arms that share a start and an evaluation, seeds, sweeps over options, and what is claimed of them.
+
+config = "quickstart"                     # what all arms share; a path or the name of a shipped config
+seeds = [0, 1, 2]
+options.train.steps = 60                  # over the config, in every arm
+
+[arms.rlp]                                # as it is
+[arms.cpt-flops]
+budget = { flops = "rlp" }                # as many FLOPs as the arm rlp spent with the same seed
+options = { method.name = "cpt" }
+
+[sweeps.group]
+arm = "rlp"
+option = "method.group"
+values = [2, 4, 8]
+
+[[claims]]
+arm = "rlp"
+above = ["base", "cpt-flops"]
+metrics = ["answer/accuracy_think"]
+"""
+
+import dataclasses
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from forethought.config import Config, UserError, find, from_dict, load, merge, to_dict
+
+BASE = "base"
+"""The arm that is not trained: the start itself."""
+UNBOUNDED = 10**9
+"""train.steps of an arm that ends with another arm's budget."""
+
+_STRICT = ConfigDict(extra="forbid", strict=True)
+_ArmName = Annotated[str, Field(pattern=r"^[\w.=+-]+$", max_length=80)]
+_Names = Annotated[list[_ArmName], Field(min_length=1)]
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Arm:
+    """One way to train from the start."""
+
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Over the experiment's options."""
+    budget: dict[Literal["tokens", "flops"], _ArmName] = Field(default_factory=dict)
+    """Train until as many corpus tokens are read, or FLOPs spent, as the named arm's run of the same seed did."""
+    seeds: list[int] | None = None
+    """Only these; None: all of the experiment."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Sweep:
+    """One option of an arm over several values; an arm NAME=VALUE for each value that the arm itself has not."""
+
+    arm: _ArmName
+    option: Annotated[str, Field(pattern=r"^[a-z0-9_]+\.[a-z0-9_]+$")]
+    values: Annotated[list[int | float | str], Field(min_length=2)]
+    seeds: list[int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Claim:
+    """What the experiment is to show, judged by intervals. One of `above`, `like`, `equals` and `at_most` says how."""
+
+    arm: _ArmName
+    metrics: list[str] = Field(default_factory=list)
+    """GROUP/METRIC, as in docs/metrics.md."""
+    above: list[_ArmName] = Field(default_factory=list)
+    """The arm's interval lies above those of these arms."""
+    like: list[_ArmName] = Field(default_factory=list)
+    """The interval of the arm's paired difference to these arms holds 0."""
+    equals: list[_ArmName] = Field(default_factory=list)
+    """The arm's trained weights are those of these arms, bit for bit, with every seed."""
+    at_most: float | None = None
+    """The arm's interval lies at or below this."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class _File:
+    config: Annotated[str, Field(min_length=1)] = "quickstart"
+    run: str = ""
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(default_factory=lambda: [0, 1, 2])
+    processes: Annotated[int, Field(ge=1)] = 1
+    options: dict[str, Any] = Field(default_factory=dict)
+    arms: Annotated[dict[_ArmName, Arm], Field(min_length=1)]
+    sweeps: dict[str, Sweep] = Field(default_factory=dict)
+    claims: list[Claim] = Field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One arm trained with one seed. `name` is also its folder."""
+
+    arm: str
+    seed: int
+    config: Config
+    needs: str | None  # the job whose budget it takes over
+
+    @property
+    def name(self) -> str:
+        """ARM/seed-N."""
+        return f"{self.arm}/seed-{self.seed}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """A sweep: for each value the arm that was trained with it."""
+
+    name: str
+    option: str
+    points: tuple[tuple[Any, str], ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Experiment:
+    """A checked experiment: every job's options are whole and valid."""
+
+    name: str
+    run: Path
+    processes: int
+    start: Config  # the options that all share; its model is the base
+    arms: dict[str, Arm]  # in the order of the file, those of sweeps at the end
+    named: tuple[str, ...]  # those of the file
+    jobs: tuple[Job, ...]
+    curves: tuple[Curve, ...]
+    claims: tuple[Claim, ...]
+
+    def of(self, arm: str) -> list[Job]:
+        """An arm's jobs, by seed."""
+        return [job for job in self.jobs if job.arm == arm]
+
+
+def read(path: str | Path, overrides: dict[str, Any]) -> Experiment:
+    """Read an experiment file (a path, or the name of a shipped one).
+
+    `overrides` may set run, seeds and processes; other options in it hold for every arm, over the file's.
+
+    Raises:
+        UserError: unknown file, broken TOML, an unknown key, an option that no run would take, a budget, sweep or
+            claim about an arm that there is not.
+    """
+    file = find(path)
+    try:
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"experiment {str(path)!r} is not valid TOML: {error}") from None
+    own = {name: overrides[name] for name in ("run", "seeds", "processes") if name in overrides}
+    if "seeds" in own:
+        own["seeds"] = _numbers(own["seeds"])
+    rest = {name: value for name, value in overrides.items() if name not in own}
+    try:
+        given = TypeAdapter(_File).validate_json(json.dumps(values | own, default=str))
+    except ValidationError as error:
+        raise UserError(f"experiment {str(path)!r}: {_explain(error)}") from None
+    options = merge(given.options, rest)
+    if "seed" in options or "overwrite" in options:
+        raise UserError(f"experiment {str(path)!r}: options cannot set seed (see seeds) or overwrite")
+    run = Path(given.run or f"runs/{file.stem}")
+    start = from_dict(merge(merge(to_dict(load(given.config)), options), {"run": str(run / BASE)}))
+    if start.model.init != "pretrained":
+        raise UserError(f"experiment {str(path)!r}: arms take the same start, so model.init must be pretrained")
+    if not start.evaluate.path:
+        raise UserError(f"experiment {str(path)!r}: evaluate.path = '': name the held-out text that all arms meet")
+    arms, curves = _expand(given, start)
+    _check_names(arms, given)
+    jobs = tuple(
+        _job(name, arm, seed, start, run)
+        for name, arm in arms.items()
+        for seed in (given.seeds if arm.seeds is None else [one for one in given.seeds if one in arm.seeds])
+    )
+    return Experiment(
+        name=file.stem, run=run, processes=given.processes, start=start, arms=arms, named=tuple(given.arms),
+        jobs=_ordered(jobs), curves=curves, claims=tuple(given.claims),
+    )  # fmt: skip
+
+
+def _numbers(value: Any) -> Any:
+    """`3` and `0,1,2`, as typed on a command line, as lists; anything else as it is."""
+    if isinstance(value, str) and all(part.strip().isdecimal() for part in value.split(",")):
+        return [int(part) for part in value.split(",")]
+    return [value] if isinstance(value, int) else value
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "unexpected_keyword_argument":
+        return f"unknown key {name}"
+    return f"{name} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _expand(given: _File, start: Config) -> tuple[dict[str, Arm], tuple[Curve, ...]]:
+    """All arms, those of sweeps included, and each sweep's points."""
+    arms, curves = dict(given.arms), []
+    for name, sweep in given.sweeps.items():
+        owner = given.arms.get(sweep.arm)
+        if owner is None:
+            raise UserError(f"sweeps.{name}.arm = {sweep.arm!r}: there is no such arm")
+        section, _, option = sweep.option.partition(".")
+        own = merge(to_dict(start), owner.options).get(section, {}).get(option)
+        points = []
+        for value in sweep.values:
+            arm = sweep.arm if value == own else f"{name}={value}"
+            if arm != sweep.arm:
+                more = merge(owner.options, {section: {option: value}})
+                seeds = owner.seeds if sweep.seeds is None else sweep.seeds
+                arms[arm] = Arm(options=more, budget=owner.budget, seeds=seeds)
+            points.append((value, arm))
+        curves.append(Curve(name=name, option=sweep.option, points=tuple(points)))
+    return arms, tuple(curves)
+
+
+def _check_names(arms: dict[str, Arm], given: _File) -> None:
+    if BASE in arms:
+        raise UserError(f"arms.{BASE}: the base is always there; name the arm otherwise")
+    for name, arm in arms.items():
+        for kind, of in arm.budget.items():
+            if of not in arms or of == name or arms[of].budget:
+                raise UserError(f"arms.{name}.budget.{kind} = {of!r}: must be another arm that has no budget itself")
+    for number, claim in enumerate(given.claims):
+        for other in [claim.arm, *claim.above, *claim.like, *claim.equals]:
+            if other not in arms and other != BASE:
+                raise UserError(f"claims.{number}: there is no arm {other!r}")
+        kinds = [claim.above, claim.like, claim.equals, claim.at_most is not None]
+        if sum(map(bool, kinds)) != 1 or bool(claim.equals) == bool(claim.metrics):
+            raise UserError(f"claims.{number}: takes one of above, like, equals, at_most; and metrics unless equals")
+
+
+def _job(name: str, arm: Arm, seed: int, start: Config, run: Path) -> Job:
+    """Arms are measured after training by the experiment, so their runs do not evaluate."""
+    fixed: dict[str, Any] = {"seed": seed, "run": str(run / name / f"seed-{seed}"), "evaluate": {"path": ""}}
+    if arm.budget:
+        fixed["train"] = {"steps": UNBOUNDED}
+    try:
+        config = from_dict(merge(merge(to_dict(start), arm.options), fixed))
+    except UserError as error:
+        raise UserError(f"arms.{name}: {error}") from None
+    of = next(iter(arm.budget.values()), None)
+    return Job(arm=name, seed=seed, config=config, needs=None if of is None else f"{of}/seed-{seed}")
+
+
+def _ordered(jobs: tuple[Job, ...]) -> tuple[Job, ...]:
+    """Seed by seed, so that whoever stops early has whole seeds; within a seed budgets come after what they follow."""
+    names = {job.name for job in jobs}
+    for job in jobs:
+        if job.needs is not None and job.needs not in names:
+            raise UserError(f"arms.{job.arm}: its budget follows {job.needs}, which is not trained with that seed")
+    return tuple(sorted(jobs, key=lambda job: (job.seed, job.needs is not None)))
