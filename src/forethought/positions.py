@@ -179,11 +179,11 @@ def draw(
     windows: Sequence[Window],
     options: Method,
     generator: torch.Generator,
-    entropies: Sequence[Float[Tensor, " choice"]] = (),
+    entropies: Sequence[Tensor] = (),
 ) -> Positions:
     """K positions in each window (fewer where a window is shorter), by the configured policy, in reading order.
 
-    The policy `entropy` takes a number for every position of every window.
+    The policy `entropy` takes what `uncertain` takes of every window.
     """
     count = options.positions
     if options.policy == "entropy":

@@ -27,6 +27,7 @@ _METHODS = {
 _GLANCE = (
     ("Information gain", "nats", "reward/gain", ""),
     ("Evidence after a thought", "nats", "reward/evidence", ""),
+    ("Right predictions", "share", "reward/match", ""),
     ("Closed thoughts", "share", "rollout/closed", ""),
     ("Thought length", "tokens", "rollout/length", ""),
     ("Next-token loss", "nats", "objective/loss", "cpt"),
