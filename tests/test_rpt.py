@@ -369,7 +369,7 @@ def test_the_proxy_stays_what_the_start_was():
         for parameter in model.parameters():
             parameter.zero_()
     assert torch.equal(places.draw(WINDOWS, 1).at, before)
-    assert places.proxy is not model
+    assert places.proxy is not None and places.proxy is not model
     assert not any(parameter.requires_grad for parameter in places.proxy.parameters())
 
 
@@ -465,10 +465,11 @@ def test_a_proxy_must_speak_the_same_tokens(tmp_path: Path):
     values = options(tmp_path, "run", method={"name": "rpt", "proxy": str(EMBEDDED)})
     trainer = Trainer(from_dict(values))
     assert isinstance(trainer.method, RPT)
-    assert trainer.method.places.proxy.config.hidden_size != trainer.policy.config.hidden_size
+    proxy: Any = trainer.method.places.proxy
+    assert proxy.config.hidden_size != trainer.policy.config.hidden_size
     assert trainer.method.places.flops([window(5, 6, 7)]) > 0
     folder = tmp_path / "other"
-    trainer.method.places.proxy.save_pretrained(folder)
+    proxy.save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
     with pytest.raises(UserError, match=r"^method.proxy = .*other': has another tokenizer than the model"):
         Trainer(from_dict(options(tmp_path, "run", method={"name": "rpt", "proxy": str(folder)})))

@@ -434,6 +434,15 @@ def _check_together(config: Config) -> None:
             f"corpus.min_tokens = {config.corpus.min_tokens}: must be above method.horizon = {method.horizon}",
         ),
         (not method.min_gain < math.inf, f"method.min_gain = {method.min_gain}: must be below infinity"),
+    ]
+    for broken, message in [*rules, *_rules_of_predictions(method)]:
+        if broken:
+            raise UserError(message)
+
+
+def _rules_of_predictions(method: Method) -> list[tuple[bool, str]]:
+    """Those of RPT, and of the proxy that picks positions."""
+    return [
         (
             method.name == "rpt" and (method.clamp_gain or method.min_gain > -math.inf),
             "method.name = 'rpt': has no gain, so method.clamp_gain and method.min_gain are not for it",
@@ -443,6 +452,3 @@ def _check_together(config: Config) -> None:
             f"method.proxy = {method.proxy!r}: only method.position_policy entropy asks a proxy",
         ),
     ]
-    for broken, message in rules:
-        if broken:
-            raise UserError(message)

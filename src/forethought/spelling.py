@@ -26,7 +26,7 @@ class Spelling:
         self._tokenizer = tokenizer
         self._added = {i: str(token).encode() for i, token in tokenizer.added_tokens_decoder.items()}
         decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"], ensure_ascii=False)
-        self._letters = _byte_letters() if '"ByteLevel"' in decoder else None
+        self._letters: dict[str, bytes] | None = _byte_letters() if '"ByteLevel"' in decoder else None
         self._pieces = _SPACE in decoder or '"Metaspace"' in decoder
 
     def token(self, token: int) -> bytes:
