@@ -23,7 +23,7 @@ from transformers import (
 
 from forethought.config import Config, Method, Model, Train, Update
 from forethought.corpus import Window
-from forethought.methods import CPT, RLP, Experience
+from forethought.methods import CPT, RLP, RPT, Experience
 from forethought.positions import ThoughtFormat
 from forethought.prefix import enable
 from forethought.rollout.native import NativeEngine
@@ -180,7 +180,7 @@ def gradients(model: Any, *losses: torch.Tensor) -> list[torch.Tensor]:
     return list(torch.autograd.grad(total, list(model.parameters()), retain_graph=True, materialize_grads=True))
 
 
-def update(method: RLP | CPT, pieces: Sequence[Any]) -> list[torch.Tensor]:
+def update(method: RLP | RPT | CPT, pieces: Sequence[Any]) -> list[torch.Tensor]:
     """What the method adds to the gradient of every parameter over some pieces; zeros where there is nothing."""
     parameters = list(method.policy.parameters())
     method.policy.zero_grad()

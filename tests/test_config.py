@@ -18,6 +18,7 @@ model.path model.tokenizer model.init model.precision model.device model.prefix
 corpus.path corpus.field corpus.domain_field corpus.language_field corpus.split corpus.window corpus.min_tokens
 corpus.shuffle
 method.name method.group method.thought_length method.positions method.position_policy method.marked_share
+method.min_entropy method.proxy method.prediction_length method.end
 method.horizon method.discount method.temperature method.top_p method.reward method.baseline method.scale
 method.clamp_gain method.min_gain method.clip_low method.clip_high method.inner_steps method.ema
 method.teacher_every method.freeze_teacher method.kl_weight method.unclosed method.unclosed_penalty method.open
@@ -76,7 +77,7 @@ def test_the_options_are_these():
         ("--method.min_gain nan", "below infinity"),
         ("--method.clip_low 1.1", "less than or equal to 1"),
         ("--method.clamp_gain perhaps", "boolean"),
-        ("--method.name grpo", "'rlp' or 'cpt'"),
+        ("--method.name grpo", "'rlp', 'rpt' or 'cpt'"),
         ("--optim.learning_rate -1e-6", "greater than 0"),
         ("--optim.learning_rate nan", "finite number"),
         ("--optim.learning_rate inf", "finite number"),

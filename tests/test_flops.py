@@ -328,7 +328,7 @@ def go(tmp_path: Path, name: str, **changes: Any) -> dict[str, Any]:
     return train(from_dict(options(tmp_path, name, **changes)))
 
 
-@pytest.mark.parametrize("name", ["rlp", "cpt"])
+@pytest.mark.parametrize("name", ["rlp", "rpt", "cpt"])
 def test_a_run_reports_what_it_cost(tmp_path: Path, name: str):
     method = {"name": name, "group": 3, "thought_length": 4}
     summary = go(tmp_path, "run", method=method, train={"steps": 3})
@@ -337,8 +337,8 @@ def test_a_run_reports_what_it_cost(tmp_path: Path, name: str):
     assert all(cost > 0 for cost in costs)
     assert [row["cost/flops_total"] for row in rows] == [sum(costs[: i + 1]) for i in range(3)]
     assert summary["flops"] == sum(costs) == summary["flops_rollout"] + summary["flops_update"]
-    assert (summary["flops_rollout"] > 0) == (name == "rlp")
-    thoughts = 3 * 4 * 4 * 3 if name == "rlp" else 0
+    assert (summary["flops_rollout"] > 0) == (name != "cpt")
+    thoughts = 3 * 4 * 4 * 3 if name != "cpt" else 0
     assert summary["t_flop_tokens"] == thoughts + summary["tokens"]
 
 

@@ -5,6 +5,7 @@ import torch
 from conftest import WINDOWS, assert_close, config, qwen3, rlp, update
 
 from forethought.config import Method
+from forethought.methods import learning
 from forethought.positions import stream
 from forethought.rewards import Rewards, discounted, information_gain, random_control
 from forethought.rollout import Thoughts
@@ -76,7 +77,7 @@ def compare(value, shift, closed=None, **method):
     settings = config(group=len(value[0]), **method)
     rewards = Rewards(value=torch.tensor(value), shift=torch.tensor(shift))
     sampled = thoughts([[[0.0]] * len(value[0])] * len(value), closed)
-    advantages, kept = rlp(qwen3(), settings)._advantages(rewards, sampled)
+    advantages, kept = learning.compare(rewards, sampled.closed, settings)
     return advantages.tolist(), kept.tolist()
 
 

@@ -218,7 +218,7 @@ def test_ratios_to_the_sampler_are_one_before_the_first_step(form, temperature, 
     pieces = method.collect(WINDOWS, step=1).pieces
     for piece in pieces:
         with torch.no_grad():
-            ratio = (thought_logp(model, form, piece.continuations, method._reading) - piece.logp_sampler).exp()
+            ratio = (thought_logp(model, form, piece.continuations, method.learner.reading) - piece.logp_sampler).exp()
         assert float((ratio - 1).abs().max()) < 1e-5
         lengths = piece.continuations.mask.sum(-1)
         assert lengths.min() < lengths.max() == 8

@@ -80,18 +80,26 @@ class Corpus:
 class Method:
     """The objective. Defaults are the paper's where it gives a value (arXiv:2510.01265); see docs/paper.md."""
 
-    name: Literal["rlp", "cpt"] = "rlp"
-    """`rlp`: reinforcement learning pretraining. `cpt`: next-token loss on the same text, the baseline."""
+    name: Literal["rlp", "rpt", "cpt"] = "rlp"
+    """`rlp`: reinforcement learning pretraining. Baselines: `rpt` (predictions right or wrong), `cpt` (next token)."""
     group: Positive = 16
     """Thoughts per position (G); at least 2 unless the baseline is not the group's."""
     thought_length: Positive = 2048
     """Longest thought, in sampled tokens, its sampled closing delimiter included (L)."""
     positions: Positive = 1
     """Positions drawn from each window (K)."""
-    position_policy: Literal["uniform", "stride", "marked"] = "uniform"
-    """`uniform` over the window, evenly spaced from a random start (`stride`), or partly at marked tokens."""
+    position_policy: Literal["auto", "uniform", "stride", "marked", "entropy"] = "auto"
+    """Uniform, evenly spaced, partly at marked tokens, or where a proxy is unsure. `auto`: uniform, in rpt entropy."""
     marked_share: Share = 0.5
     """Chance that a position is drawn among the tokens that the corpus marks (position_policy `marked`)."""
+    min_entropy: NonNegative = 1.0
+    """Least entropy of the proxy's next token, in nats, where positions are drawn (position_policy `entropy`)."""
+    proxy: str = ""
+    """Model with the same tokenizer, as model.path, whose entropy that is; empty: the start of training, kept."""
+    prediction_length: Positive = 1
+    """Tokens that are written after a thought as a prediction of the text (rpt), a sampled method.end included."""
+    end: str = ""
+    """Text that ends a prediction (rpt), which counts only if it was written; empty: all tokens are the prediction."""
     horizon: Positive = 1
     """True tokens scored after the thought (H); 1 is the paper."""
     discount: Share = 1.0
@@ -101,7 +109,7 @@ class Method:
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus of the sampler. Below 1 the ratios stay those of the untruncated distribution."""
     reward: Literal["information_gain", "random"] = "information_gain"
-    """`random` is the control: the same training with standard normal rewards that know nothing."""
+    """The method's own (rpt: its prefix match), or the control: standard normal numbers that know nothing."""
     baseline: Literal["group", "batch", "none"] = "group"
     """What a reward is compared with: its group's mean (eq. 7), the mean of all positions of the step, or nothing."""
     scale: Literal["none", "std"] = "none"
@@ -135,6 +143,17 @@ class Method:
     prompt: str = "{context}"
     """Template around the prefix when thinking; holds {context} once. The no-think score never sees it."""
 
+    @property
+    def thinks(self) -> bool:
+        """Whether training samples thoughts."""
+        return self.name != "cpt"
+
+    @property
+    def policy(self) -> str:
+        """The policy that picks positions; `auto` is what each method's paper does."""
+        automatic = {"rlp": "uniform", "rpt": "entropy", "cpt": "uniform"}[self.name]
+        return automatic if self.position_policy == "auto" else self.position_policy
+
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Optim:
@@ -167,7 +186,7 @@ class Train:
     flops: NonNegative = 0.0
     """Stop after the step that has spent this many FLOPs (docs/flops.md); 0: never. The schedule follows."""
     batch: Positive = 512
-    """Positions per step (rlp) or windows per step (cpt)."""
+    """Positions per step (rlp, rpt) or windows per step (cpt)."""
     rollout_batch: Positive = 128
     """Thoughts decoded at once; changes speed and memory, not the result."""
     log_every: Positive = 1
@@ -390,7 +409,7 @@ def _check_together(config: Config) -> None:
             "method.unclosed = 'penalise': cannot be combined with method.clamp_gain, which would undo the penalty",
         ),
         (
-            method.group < 2 and method.baseline == "group" and method.name == "rlp",
+            method.group < 2 and method.baseline == "group" and method.thinks,
             f"method.group = {method.group}: comparing thoughts takes at least 2 (or another method.baseline)",
         ),
         (
@@ -403,7 +422,7 @@ def _check_together(config: Config) -> None:
             "shift-invariant, because the teacher then shapes the update",
         ),
         (
-            method.name == "rlp" and train.batch % method.positions != 0,
+            method.thinks and train.batch % method.positions != 0,
             f"train.batch = {train.batch}: must be a multiple of method.positions = {method.positions}",
         ),
         (
@@ -420,6 +439,20 @@ def _check_together(config: Config) -> None:
         ),
         (not method.min_gain < math.inf, f"method.min_gain = {method.min_gain}: must be below infinity"),
     ]
-    for broken, message in rules:
+    for broken, message in [*rules, *_rules_of_predictions(method)]:
         if broken:
             raise UserError(message)
+
+
+def _rules_of_predictions(method: Method) -> list[tuple[bool, str]]:
+    """Those of RPT, and of the proxy that picks positions."""
+    return [
+        (
+            method.name == "rpt" and (method.clamp_gain or method.min_gain > -math.inf),
+            "method.name = 'rpt': has no gain, so method.clamp_gain and method.min_gain are not for it",
+        ),
+        (
+            method.proxy != "" and (method.policy != "entropy" or not method.thinks),
+            f"method.proxy = {method.proxy!r}: only method.position_policy entropy asks a proxy",
+        ),
+    ]

@@ -31,6 +31,7 @@ class Flops:
     decode: int = 0  # thoughts, a token at a time
     score: int = 0  # what is read behind a thought for its evidence: a forced closing delimiter, targets but the last
     teacher: int = 0  # log p without a thought, by the teacher
+    proxy: int = 0  # entropies that pick positions
     reference: int = 0  # forward passes of the update: old log-probabilities, the KL reference
     update: int = 0  # forward and backward
 
@@ -40,7 +41,7 @@ class Flops:
     @property
     def rollout(self) -> int:
         """What `collect` takes: all that carries no gradient but the update's own reference passes."""
-        return self.prefill + self.decode + self.score + self.teacher
+        return self.prefill + self.decode + self.score + self.teacher + self.proxy
 
     @property
     def training(self) -> int:
@@ -55,7 +56,7 @@ class Flops:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """The tokens of one RLP step.
+    """The tokens of one step of RLP or RPT.
 
     Example: one window of 9 tokens, a position at t = 4, a template of 2 tokens ahead and 1 behind, a delimiter of one
     token, two thoughts, of which the second was cut off: windows (9,), owners (0,), prefixes (6,), opening 2,
@@ -73,6 +74,8 @@ class Work:
     teacher: bool = True  # whether the teacher was asked
     kl: bool = False  # whether a KL reference was
     inner_steps: int = 1
+    written: tuple[tuple[int, ...], ...] = ()  # of each thought: tokens of its prediction, which learn too (RPT)
+    proxy: int = 0  # FLOPs of the proxy, whose shape is its own
 
 
 def pairs(tokens: int, past: int, window: int | None = None) -> int:
@@ -112,12 +115,12 @@ def decode_flops(shape: Shape, rows: Iterable[Row]) -> int:
 
 
 def step_flops(shape: Shape, work: Work | tuple[int, ...]) -> Flops:
-    """FLOPs of a training step: of RLP's work, or of next-token training on rows of so many tokens."""
+    """FLOPs of a training step: of work with thoughts, or of next-token training on rows of so many tokens."""
     return rlp_step(shape, work) if isinstance(work, Work) else cpt_step(shape, work)
 
 
 def rlp_step(shape: Shape, work: Work, causal: bool = True) -> Flops:
-    """FLOPs of one RLP step (Algorithm 1); `causal` as in `forward_flops`."""
+    """FLOPs of one step of RLP (Algorithm 1) or RPT; `causal` as in `forward_flops`."""
     contexts = [prefix + work.opening for prefix in work.prefixes]
     thoughts = [(n, at) for lengths, at in zip(work.thoughts, contexts, strict=True) for n in lengths]
     tails = [n for position in work.tails for n in position]
@@ -127,11 +130,13 @@ def rlp_step(shape: Shape, work: Work, causal: bool = True) -> Flops:
         "rollout": [(context, 0) for context in contexts],
         "none": [(context, 0) for _, context in thoughts],
     }[work.sharing]
-    learned = [(n + at, 0) for n, at in thoughts]
+    written = [n for position in work.written for n in position] or [0] * len(thoughts)
+    responses = [(n + more, at) for (n, at), more in zip(thoughts, written, strict=True)]
+    learned = [(n + at, 0) for n, at in responses]
     if work.sharing == "document":
-        learned = shared + [(n + work.opening, at - work.opening) for n, at in thoughts]
+        learned = shared + [(n + work.opening, at - work.opening) for n, at in responses]
     first = len(contexts) if work.sharing == "rollout" else len(thoughts)
-    once = forward_flops(shape, learned, sum(n for n, _ in thoughts), causal)
+    once = forward_flops(shape, learned, sum(n for n, _ in responses), causal)
     passes = work.kl + (work.inner_steps > 1)
     teacher = forward_flops(shape, [(n, 0) for n in work.windows], work.horizon * len(contexts), causal)
     return Flops(
@@ -139,6 +144,7 @@ def rlp_step(shape: Shape, work: Work, causal: bool = True) -> Flops:
         decode=decode_flops(shape, thoughts),
         score=decode_flops(shape, [(tail, at + n) for tail, (n, at) in zip(tails, thoughts, strict=True)]),
         teacher=teacher if work.teacher else 0,
+        proxy=work.proxy,
         reference=passes * once,
         update=3 * work.inner_steps * once,
     )

@@ -187,9 +187,9 @@ class Trainer:
             observer.warning(one)
 
     def _windows_per_step(self) -> int:
-        """Windows that hold train.batch positions (rlp), or train.batch windows (cpt)."""
+        """Windows that hold train.batch positions, or (cpt) train.batch windows."""
         method = self.config.method
-        return self.config.train.batch // (method.positions if method.name == "rlp" else 1)
+        return self.config.train.batch // (method.positions if method.thinks else 1)
 
     def _backward(self, batch: Collected, windows: list[corpus.Window], number: int) -> dict[str, float]:
         """Gradients of one pass over the batch. A loss or gradient that is no number stops the run (RunError)."""
@@ -344,7 +344,7 @@ class Trainer:
     def _t_flop(self) -> int:
         """The paper's estimate for this run: a thought counts as method.thought_length tokens, text once."""
         method = self.config.method
-        thoughts = method.group if method.name == "rlp" else 0
+        thoughts = method.group if method.thinks else 0
         return t_flop(thoughts, method.thought_length, self.config.train.batch, self.step, self.stream.tokens)
 
 

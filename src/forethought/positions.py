@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from forethought.config import Method, UserError
@@ -76,6 +76,7 @@ class ThoughtFormat:
     close: tuple[int, ...]
     bos: int | None
     pad: int  # fills masked places; never seen by the model
+    end: tuple[int, ...] = ()  # behind a prediction (RPT); empty: predictions have a fixed length
 
     def wrap(self, context: list[int]) -> list[int]:
         """The context as the thinking model reads it, up to and with the opening delimiter."""
@@ -104,7 +105,8 @@ def thought_format(tokenizer: Any, options: Method) -> ThoughtFormat:
     """Encode template and delimiters. Raises UserError for a delimiter that the tokenizer cannot encode."""
     before, _, after = options.prompt.partition("{context}")
     encoded = {}
-    for option, text in (("open", options.open), ("close", options.close), ("prompt", before), ("prompt", after)):
+    texts = {"open": options.open, "close": options.close, "end": options.end}
+    for option, text in (*texts.items(), ("prompt", before), ("prompt", after)):
         tokens = tokenizer.encode(text, add_special_tokens=False) if text else []
         if (text and not tokens) or (tokenizer.unk_token_id is not None and tokenizer.unk_token_id in tokens):
             raise UserError(f"method.{option} = {text!r}: the tokenizer cannot encode it; choose text that it knows")
@@ -117,6 +119,7 @@ def thought_format(tokenizer: Any, options: Method) -> ThoughtFormat:
         close=encoded[options.close],
         bos=tokenizer.bos_token_id,
         pad=pad if pad is not None else 0,
+        end=encoded[options.end],
     )
 
 
@@ -159,11 +162,35 @@ Policy = Callable[[Window, int, Method, torch.Generator], list[int]]
 POLICIES: dict[str, Policy] = {"uniform": uniform, "stride": stride, "marked": marked}
 
 
-def draw(windows: Sequence[Window], options: Method, generator: torch.Generator) -> Positions:
-    """K positions in each window (fewer where a window is shorter), by the configured policy, in reading order."""
-    choose = POLICIES[options.position_policy]
-    places = [sorted(choose(window, options.positions, options, generator)) for window in windows]
-    return at_places(windows, places, options.horizon)
+def uncertain(entropy: Float[Tensor, " choice"], count: int, options: Method, generator: torch.Generator) -> list[int]:
+    """Distinct positions, each as likely as any other among those whose next token has `min_entropy` nats or more.
+
+    `entropy` holds a number for every position from 1 on. Where fewer positions reach it, the next lower ones too.
+    """
+    high = (entropy >= options.min_entropy).nonzero().squeeze(-1)
+    if len(high) >= count:
+        chosen = high[torch.randperm(len(high), generator=generator)[:count]]
+    else:
+        chosen = entropy.argsort(descending=True, stable=True)[:count]
+    return (chosen + 1).tolist()
+
+
+def draw(
+    windows: Sequence[Window],
+    options: Method,
+    generator: torch.Generator,
+    entropies: Sequence[Tensor] = (),
+) -> Positions:
+    """K positions in each window (fewer where a window is shorter), by the configured policy, in reading order.
+
+    The policy `entropy` takes what `uncertain` takes of every window.
+    """
+    count = options.positions
+    if options.policy == "entropy":
+        chosen = [uncertain(entropy, count, options, generator) for entropy in entropies]
+    else:
+        chosen = [POLICIES[options.policy](window, count, options, generator) for window in windows]
+    return at_places(windows, [sorted(places) for places in chosen], options.horizon)
 
 
 def at_places(windows: Sequence[Window], places: Sequence[Sequence[int]], horizon: int) -> Positions:

@@ -1,6 +1,6 @@
-"""Evidence -> reward. A new reward is one function here, named in REWARDS."""
+"""Evidence or prediction -> reward. A new reward of evidence is one function here, named in REWARDS."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +52,22 @@ def random_control(
 
 
 REWARDS: dict[str, Reward] = {"information_gain": information_gain, "random": random_control}
+
+
+def prefix_match(prediction: Sequence[bytes], truth: Iterable[bytes]) -> bool:
+    """RPT's reward (arXiv:2506.08007): whether a prediction begins the true text and ends where one of its tokens does.
+
+    Both are the bytes of tokens one after the other: [b" under"] is right before [b" un", b"der", b" red"], [b" u"]
+    ends inside a token, and what has no bytes predicts nothing.
+    """
+    wanted = b"".join(prediction)
+    found, tokens = b"", iter(truth)
+    while len(found) < len(wanted):
+        token = next(tokens, None)
+        if token is None:
+            return False
+        found += token
+    return bool(wanted) and found == wanted
 
 
 def discounted(evidence: Float[Tensor, "*rows horizon"], discount: float) -> Float[Tensor, "*rows"]:

@@ -213,6 +213,16 @@ def plain_evidence(
     return torch.cat(evidence), torch.cat(hits)
 
 
+@torch.no_grad()
+def plain_entropy(model: Any, positions: Positions, tokens: int) -> Float[Tensor, " batch"]:
+    """Entropy of p(. | x_<t) over the whole vocabulary, without a thought, in nats, on the CPU; one pass a window."""
+    found = []
+    for logits, _ in _plain_logits(model, positions, tokens):
+        for piece in logits[:, 0].split(_ROWS // 8):  # a copy of what is already the largest tensor here
+            found.append(torch.special.entr(piece.float().softmax(dim=-1)).sum(dim=-1).cpu())
+    return torch.cat(found)
+
+
 def plain_distribution(model: Any, positions: Positions, tokens: int) -> Float[Tensor, "batch vocab"]:
     """log p(. | x_<t) of every token that could come next, without a thought (eq. 4), nats; one pass a window."""
     return torch.cat([logits[:, 0].float().log_softmax(-1) for logits, _ in _plain_logits(model, positions, tokens)])

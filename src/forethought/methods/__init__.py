@@ -2,8 +2,10 @@
 
 from forethought.methods.base import Collected, Method, Sums, add
 from forethought.methods.cpt import CPT
-from forethought.methods.rlp import RLP, Experience
+from forethought.methods.learning import Experience
+from forethought.methods.rlp import RLP
+from forethought.methods.rpt import RPT
 
-__all__ = ["CPT", "METHODS", "RLP", "Collected", "Experience", "Method", "Sums", "add"]
+__all__ = ["CPT", "METHODS", "RLP", "RPT", "Collected", "Experience", "Method", "Sums", "add"]
 
-METHODS: dict[str, type[RLP] | type[CPT]] = {"rlp": RLP, "cpt": CPT}
+METHODS: dict[str, type[RLP] | type[RPT] | type[CPT]] = {"rlp": RLP, "rpt": RPT, "cpt": CPT}

@@ -21,11 +21,13 @@ CONTEXT_SHOWN, THOUGHT_SHOWN = 400, 600
 
 _METHODS = {
     "rlp": "RLP, reinforcement learning pretraining: it practised thinking before it predicts the next token",
+    "rpt": "RPT, reinforcement pre-training: it practised thinking before it writes a prediction, right or wrong",
     "cpt": "CPT, continued pretraining: it went on predicting the next token, without thoughts",
 }
 _GLANCE = (
     ("Information gain", "nats", "reward/gain", ""),
     ("Evidence after a thought", "nats", "reward/evidence", ""),
+    ("Right predictions", "share", "reward/match", ""),
     ("Closed thoughts", "share", "rollout/closed", ""),
     ("Thought length", "tokens", "rollout/length", ""),
     ("Next-token loss", "nats", "objective/loss", "cpt"),

@@ -56,6 +56,11 @@ PLOTS = (
         "one sinks.",
     ),
     Plot(
+        name="match", title="Right predictions", axis="share of thoughts", unit="share",
+        series=(("reward/match", "right"),),
+        explanation="Thoughts behind which the policy wrote what comes next in the text. This is the reward of RPT.",
+    ),
+    Plot(
         name="spread", title="Reward spread", axis="nats", level=0.0,
         series=(("reward/spread", "spread"),),
         explanation="How much the thoughts of one position differ in reward. Near 0 there is nothing to prefer, so "

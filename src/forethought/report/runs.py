@@ -24,9 +24,11 @@ class Thought:
     evidence: float | None
     """log p of the target after the thought, in nats."""
     reward: float | None
-    """Information gain, in nats."""
+    """Information gain, in nats; in RPT 1 or 0."""
     advantage: float | None
     """Reward against its siblings, in nats."""
+    prediction: str | None = None
+    """What was written behind the thought (RPT)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,6 +194,7 @@ def _position(row: dict[str, Any]) -> Position:
             evidence=number(one.get("evidence")),
             reward=number(one.get("reward")),
             advantage=number(one.get("advantage")),
+            prediction=None if one.get("prediction") is None else str(one["prediction"]),
         )
         for one in row["thoughts"]
     ]

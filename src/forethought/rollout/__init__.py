@@ -33,6 +33,18 @@ class Thoughts:
         return self.mask.sum(dim=-1)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Responses:
+    """Thoughts, each with what the policy went on to write behind the closing delimiter.
+
+    After a thought that was closed by force something was written as well; it is no answer to anything.
+    """
+
+    thoughts: Thoughts  # with the evidence of x_t alone
+    written: Int[Tensor, "batch group prediction"]  # sampled tokens
+    logp: Float[Tensor, "batch group prediction"]  # the sampler's log-probability at its temperature, nats
+
+
 @runtime_checkable
 class Engine(Protocol):
     """Samples thoughts. A new engine is one class with these two methods; `forethought.loop.Trainer` makes it."""
@@ -46,6 +58,20 @@ class Engine(Protocol):
 
     def sync(self) -> None:
         """Take over the policy's weights after an optimizer step."""
+        ...
+
+
+@runtime_checkable
+class Writer(Engine, Protocol):
+    """An engine that can go on writing behind a thought."""
+
+    def respond(
+        self,
+        positions: Positions,
+        noise: Float[Tensor, "batch group thought"],
+        writing: Float[Tensor, "batch group prediction"],
+    ) -> Responses:
+        """The thoughts that `sample` gives for the same noise, and behind each the tokens that `writing` draws."""
         ...
 
 

@@ -1,12 +1,14 @@
 """The decoding state of thoughts: sample, close by force where needed, read the evidence off the logits."""
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from forethought.config import Method
 from forethought.positions import ThoughtFormat
-from forethought.rollout import Thoughts
+from forethought.rollout import Responses, Thoughts
 from forethought.scoring import forbid, log_probabilities
 
 
@@ -14,7 +16,8 @@ class Rows:
     """All rows, position by position: each thinks, then is fed `close` (if it must be) and its targets.
 
     `tail` is -1 while a row thinks; afterwards it is the index, in close + targets, of the token it is fed next. Rows
-    need not be at the same token of their thoughts.
+    need not be at the same token of their thoughts. With `writing` (a uniform number for each token) a row goes on to
+    sample: what it writes takes the place of the target that was scored there.
     """
 
     def __init__(
@@ -23,10 +26,12 @@ class Rows:
         form: ThoughtFormat,
         noise: Float[Tensor, "batch group thought"],
         device: torch.device,
+        writing: Float[Tensor, "batch group horizon"] | None = None,
     ):
         group, limit = noise.shape[1:]
         rows = noise.shape[0] * group
         self.noise = noise.reshape(rows, limit).to(device)
+        self.writing = None if writing is None else writing.flatten(0, 1).to(device)
         self.close = torch.tensor(form.close, device=device)
         forced = self.close.expand(rows, -1)
         self.feed = torch.cat([forced, targets.to(device).repeat_interleave(group, 0)], dim=1)
@@ -37,6 +42,7 @@ class Rows:
         self.closed = torch.zeros(rows, dtype=torch.bool, device=device)
         self.evidence = torch.zeros(rows, targets.shape[1], device=device)
         self.hit = torch.zeros(rows, targets.shape[1], dtype=torch.bool, device=device)
+        self.written_logp = torch.zeros(rows, targets.shape[1], device=device)
         self.alive = torch.zeros(0, dtype=torch.long, device=device)  # rows that are in the cache, in its order
 
     def begin(self, start: int, end: int) -> None:
@@ -46,21 +52,28 @@ class Rows:
     def advance(self, logits: Float[Tensor, "row vocab"], options: Method) -> Int[Tensor, " row"]:
         """Use the logits of the rows in the cache: sample or score; return the token that each row reads next."""
         tail = self.tail[self.alive]
-        fed = self.feed[self.alive, tail.clamp(min=0, max=self.feed.shape[1] - 1)]
+        place = tail.clamp(min=0, max=self.feed.shape[1] - 1)
         thinking = tail < 0
-        self._score(logits, tail, fed)
+        self._score(logits, tail, self.feed[self.alive, place], options)
+        fed = self.feed[self.alive, place]
         if thinking.any():
             fed = torch.where(thinking, self._think(logits, thinking, options), fed)
         return fed
 
-    def _score(self, logits: Float[Tensor, "row vocab"], tail: Int[Tensor, " row"], fed: Int[Tensor, " row"]) -> None:
-        """Record the evidence of rows at a target, and move every row that does not think one token on."""
+    def _score(
+        self, logits: Float[Tensor, "row vocab"], tail: Int[Tensor, " row"], fed: Int[Tensor, " row"], options: Method
+    ) -> None:
+        """Record the evidence of rows at a target, write there, and move every row that does not think one token on."""
         scored = ((tail >= len(self.close)) & (tail < self.feed.shape[1])).nonzero().squeeze(-1)
         rows, column = self.alive[scored], tail[scored] - len(self.close)
         if scored.numel():
             here = logits[scored]
             self.evidence[rows, column] = log_probabilities(here, fed[scored])
             self.hit[rows, column] = here.argmax(dim=-1) == fed[scored]
+            if self.writing is not None:
+                token = sample(here, self.writing[rows, column], options.temperature, options.top_p)
+                self.feed[rows, tail[scored]] = token
+                self.written_logp[rows, column] = log_probabilities(here, token, options.temperature)
         self.tail[self.alive] = torch.where(tail >= 0, tail + 1, tail)
 
     def _think(
@@ -103,6 +116,15 @@ class Rows:
             logp=self.logp[:, :width].view(batch, group, width).clone(),
             evidence=self.evidence.view(batch, group, -1),
             hit=self.hit.view(batch, group, -1),
+        )
+
+    def responses(self, batch: int, group: int) -> Responses:
+        """The result of rows that wrote: only their first target was one."""
+        thoughts = self.thoughts(batch, group)
+        return Responses(
+            thoughts=replace(thoughts, evidence=thoughts.evidence[..., :1], hit=thoughts.hit[..., :1]),
+            written=self.feed[:, len(self.close) :].view(batch, group, -1),
+            logp=self.written_logp.view(batch, group, -1),
         )
 
 

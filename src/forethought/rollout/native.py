@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from forethought.config import Config, Method, UserError
 from forethought.positions import Positions, ThoughtFormat, pad_rows
 from forethought.prefix import Fork, backbone, enable, read, vocabulary
-from forethought.rollout import Thoughts
+from forethought.rollout import Responses, Thoughts
 from forethought.rollout.decoding import Rows
 from forethought.scoring import position_ids
 
@@ -48,15 +48,35 @@ class NativeEngine:
     @torch.no_grad()
     def sample(self, positions: Positions, noise: Float[Tensor, "batch group thought"]) -> Thoughts:
         """Sample, close by force where needed, and read log p of the targets off the logits that follow."""
-        group = noise.shape[1]
         rows = Rows(positions.targets(), self.form, noise, self.model.device)
+        self._decode(positions, noise, rows)
+        return rows.thoughts(len(positions), noise.shape[1])
+
+    @torch.no_grad()
+    def respond(
+        self,
+        positions: Positions,
+        noise: Float[Tensor, "batch group thought"],
+        writing: Float[Tensor, "batch group prediction"],
+    ) -> Responses:
+        """Sample a thought, read log p of the target off the logits that follow, and go on to write from them."""
+        targets = positions.targets()[:, :1].expand(-1, writing.shape[2])
+        rows = Rows(targets, self.form, noise, self.model.device, writing)
+        self._decode(positions, noise, rows)
+        return rows.responses(len(positions), noise.shape[1])
+
+    def _decode(self, positions: Positions, noise: Float[Tensor, "batch group thought"], rows: Rows) -> None:
+        """Read positions as there is room for their rows, and take all rows to their ends."""
+        group = noise.shape[1]
+        room = len(self.form.after) + len(self.form.open) + noise.shape[2] + rows.feed.shape[1]
         waiting, batch, logits = 0, None, None
         while waiting < len(positions) or rows.alive.numel():
             alive = rows.alive.numel()
             if waiting < len(positions) and (not alive or (self.shared and alive < _REFILL * self.capacity)):
                 end = positions.whole_windows(waiting, (self.capacity - alive) // group, at_least=not alive)
                 if end > waiting:
-                    batch, logits = self._begin(positions.part(waiting, end), noise, (batch, logits) if alive else None)
+                    running = (batch, logits) if alive else None
+                    batch, logits = self._begin(positions.part(waiting, end), group, room, running)
                     rows.begin(waiting * group, end * group)
                     waiting = end
             assert batch is not None and logits is not None
@@ -68,16 +88,13 @@ class NativeEngine:
                 batch.select(keep) if keep.numel() else None
             if rows.alive.numel():
                 logits = batch.step(tokens)
-        return rows.thoughts(len(positions), group)
 
     def _begin(
-        self, positions: Positions, noise: Tensor, running: tuple[Any, Any] | None
+        self, positions: Positions, group: int, room: int, running: tuple[Any, Any] | None
     ) -> tuple[_Batch, Float[Tensor, "row vocab"]]:
         """Read new positions and set their rows behind those that are running."""
-        group = noise.shape[1]
         if not self.shared:
             return _copied(self.model, self.form, positions, group)
-        room = len(self.form.after) + len(self.form.open) + noise.shape[2] + len(self.form.close) + positions.horizon
         batch, logits = _shared(self.model, self.form, positions, group, room)
         if running is None:
             return batch, logits

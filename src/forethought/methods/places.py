@@ -1,0 +1,66 @@
+"""Where a method thinks: the configured policy, and the proxy that one of them asks."""
+
+import copy
+import dataclasses
+from typing import Any
+
+from forethought.config import Config, Model, UserError
+from forethought.corpus import Window
+from forethought.flops import forward_flops
+from forethought.model import load_model, load_tokenizer
+from forethought.positions import Positions, at_places, draw, stream
+from forethought.scoring import chunk_tokens, plain_entropy
+from forethought.shape import Shape
+
+
+class Places:
+    """Draws the positions of each step. With the policy `entropy` it keeps a proxy, frozen: a network more in memory.
+
+    That is the model that method.proxy names, else `reference`, a copy of the start, else a copy of the policy as it is
+    now. It never changes and is found again where it was, so checkpoints do not hold it.
+    """
+
+    def __init__(self, policy: Any, reference: Any, tokenizer: Any, config: Config):
+        self.config, self.proxy = config, None
+        if config.method.policy == "entropy":
+            known = _named(tokenizer, config) if config.method.proxy else reference
+            self.proxy = copy.deepcopy(policy).requires_grad_(False) if known is None else known
+        self.shape = None if self.proxy is None else Shape.known(self.proxy.config)
+
+    def draw(self, windows: list[Window], step: int) -> Positions:
+        """K positions in each window."""
+        options = self.config.method
+        generator = stream(self.config.seed, "positions", step)
+        if self.proxy is None:
+            return draw(windows, options, generator)
+        everywhere = at_places(windows, [self._choices(window) for window in windows], 1)
+        entropy = plain_entropy(self.proxy, everywhere, chunk_tokens(self.proxy, self.config.update.tokens_per_chunk))
+        sizes = [len(self._choices(window)) for window in windows]
+        return draw(windows, options, generator, entropy.split(sizes))
+
+    def flops(self, windows: list[Window]) -> int:
+        """What the proxy takes for a step; 0 where none is asked, or its architecture is not known."""
+        if self.shape is None:
+            return 0
+        sizes = [len(self._choices(window)) for window in windows]
+        return forward_flops(self.shape, [(size, 0) for size in sizes], sum(sizes))
+
+    def _choices(self, window: Window) -> range:
+        return range(1, len(window.tokens) - self.config.method.horizon + 1)
+
+
+def _named(tokenizer: Any, config: Config) -> Any:
+    """The model that method.proxy names. Raises UserError for one of other tokens, or of too few positions."""
+    path = config.method.proxy
+    options: Model = dataclasses.replace(config.model, path=path, tokenizer="", init="pretrained")
+    try:
+        vocabulary = load_tokenizer(options).get_vocab()
+        proxy = load_model(options, config.seed)
+    except UserError as error:
+        raise UserError(str(error).replace("model.path", "method.proxy")) from None
+    if vocabulary != tokenizer.get_vocab():
+        raise UserError(f"method.proxy = {path!r}: has another tokenizer than the model; choose one with the same")
+    limit = getattr(proxy.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and config.corpus.window > limit:
+        raise UserError(f"method.proxy = {path!r}: has positions for {limit}, fewer than corpus.window")
+    return proxy.requires_grad_(False)
