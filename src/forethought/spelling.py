@@ -37,7 +37,8 @@ class Spelling:
         if written is None:  # a row of the vocabulary head that the tokenizer does not know
             return b""
         if self._letters is not None:
-            return b"".join(self._letters.get(letter, letter.encode()) for letter in written)
+            letters = self._letters
+            return b"".join(letters[one] if one in letters else one.encode() for one in written)
         if self._pieces:
             if len(written) == 6 and written.startswith("<0x"):
                 return bytes([int(written[3:5], 16)])
