@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -264,7 +263,7 @@ def test_the_page_shows_failures_names_as_text_and_every_table(finished: Any):
     for one in failed:
         assert one.claim in html
     for arm in ("base", "rlp", "cpt-tokens", "cpt-flops", "rlp-frozen"):
-        assert f'<th scope="row">{arm}</th>' in html
+        assert f'<th scope="row" class="arm">{arm}</th>' in html
     assert "method.group, all positions" in html
     assert html.count("<svg") == html.count("</svg>") == 2 * 2 + 2 * 2 + 2 * 2
     assert "://" not in html.replace("http://www.w3.org", "")
@@ -291,4 +290,3 @@ def test_records_come_back_as_they_were(finished: Any):
     found = arms.records(run / "rlp" / "seed-0")
     assert {"all", "answer"} <= found.keys()
     assert len(found["all"].at) == len(found["all"].think) == 6
-    assert os.listdir(run / "rlp" / "seed-0" / "policy")
