@@ -197,7 +197,8 @@ def test_every_shipped_config_loads():
     files = list(shipped().glob("*.toml"))
     assert files
     for path in files:
-        assert load(path.stem) == load(path)
+        if not path.stem.startswith(("compare-", "sweep-")):
+            assert load(path.stem) == load(path)
         assert find(path.name) == path
 
 

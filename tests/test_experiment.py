@@ -217,10 +217,14 @@ def test_a_file_that_is_not_there_is_named(capsys: Any):
     assert main(["compare", "nothing.toml"]) == 2
     assert main(["compare"]) == 2
     assert main(["compare", "compare-quickstart", "--seeds", "a"]) == 2
+    assert main(["compare", "quickstart"]) == 2
+    assert main(["train", "compare-quickstart"]) == 2
     said = capsys.readouterr().err
     assert "config 'nothing.toml' is no file" in said
     assert "compare takes an experiment file" in said
     assert "seeds = 'a'" in said
+    assert "experiment 'quickstart': names no arms" in said
+    assert "config 'compare-quickstart' is an experiment: forethought compare compare-quickstart" in said
 
 
 def fake(**fields: Any) -> Records:

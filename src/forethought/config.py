@@ -287,7 +287,9 @@ def load(path: str | Path | None = None, overrides: list[str] | None = None) -> 
     Raises:
         UserError: unknown or missing file, broken TOML, unknown option, wrong type, value out of range.
     """
-    values = {} if path is None else _read_toml(find(path))
+    values = {} if path is None else read_toml(find(path))
+    if "arms" in values:
+        raise UserError(f"config {str(path)!r} is an experiment: forethought compare {path}")
     return from_dict(merge(values, read_overrides(overrides or [])))
 
 
@@ -341,7 +343,8 @@ def find(path: str | Path) -> Path:
     raise UserError(f"config {str(path)!r} is no file; shipped configs are {names}")
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a TOML file holds. Raises UserError where it cannot be read."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

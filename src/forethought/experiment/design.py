@@ -22,14 +22,13 @@ metrics = ["answer/accuracy_think"]
 
 import dataclasses
 import json
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from forethought.config import Config, UserError, find, from_dict, load, merge, to_dict
+from forethought.config import Config, UserError, find, from_dict, load, merge, read_toml, to_dict
 
 BASE = "base"
 """The arm that is not trained: the start itself."""
@@ -145,10 +144,9 @@ def read(path: str | Path, overrides: dict[str, Any]) -> Experiment:
             claim about an arm that there is not.
     """
     file = find(path)
-    try:
-        values = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"experiment {str(path)!r} is not valid TOML: {error}") from None
+    values = read_toml(file)
+    if "arms" not in values:
+        raise UserError(f"experiment {str(path)!r}: names no arms, so it is no experiment file (docs/comparing.md)")
     own = {name: overrides[name] for name in ("run", "seeds", "processes") if name in overrides}
     if "seeds" in own:
         own["seeds"] = _numbers(own["seeds"])
