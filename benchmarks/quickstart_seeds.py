@@ -4,7 +4,7 @@
 
 Trains RLP with seeds 0, 1, ... and the same with a random reward, and prints mean and range of the figures over seeds,
 and which of the quickstart's promises hold. Finished runs in the folder are not repeated, stopped ones are continued.
-RUN is a base pretrained five times longer (`forethought train pretrain-cups --train.steps 12000 --run RUN`).
+RUN is a base pretrained five times longer (`forethought train pretrain-cups --train.steps 20000 --run RUN`).
 """
 
 import argparse

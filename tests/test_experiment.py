@@ -13,7 +13,7 @@ import pytest
 from test_survival import figures
 
 from forethought.cli import main
-from forethought.config import UserError, from_dict
+from forethought.config import RunError, UserError
 from forethought.evaluation.text import Records
 from forethought.experiment import arms, compare, table
 from forethought.experiment.design import Claim, Experiment, read
@@ -40,7 +40,7 @@ budget = { flops = "rlp" }
 options = { method.name = "cpt" }
 
 [arms.rlp-frozen]
-options = { method.freeze_teacher = true }
+options = { method = { freeze_teacher = true } }
 
 [sweeps.group]
 arm = "rlp"
@@ -148,7 +148,7 @@ def test_another_seed_joins_those_that_are_finished(tmp_path: Path):
 
 def test_an_arm_made_with_other_options_is_not_mixed_in(finished: Any):
     run, _ = finished
-    with pytest.raises(UserError, match=r"^base was made with method.temperature = 1.0, and the experiment says 0.5"):
+    with pytest.raises(UserError, match=r"^rlp/seed-0 was made with method.temperature = 1.0, and the experiment says 0.5"):
         compare(run.parent / "small.toml", {"run": str(run), "method": {"temperature": 0.5}})
 
 
@@ -157,7 +157,7 @@ def test_a_stopped_experiment_goes_on(tmp_path: Path, processes: int):
     text = SMALL[: SMALL.index("[arms.cpt-tokens]")] + "[arms.twin]\noptions = { method.freeze_teacher = true }\n"
     (tmp_path / "small.toml").write_text(text)
     words = ["compare", str(tmp_path / "small.toml"), "--run", str(tmp_path / "run"), "--seeds", "0"]
-    words += ["--train.steps", "200", "--train.checkpoint_every", "1000", "--processes", str(processes)]
+    words += ["--train.steps", "60", "--train.checkpoint_every", "1000", "--processes", str(processes)]
     run = tmp_path / "run" / "rlp" / "seed-0"
     code = "import sys; from forethought.cli import main; sys.exit(main())"
     process = subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.PIPE, text=True)
@@ -170,9 +170,26 @@ def test_a_stopped_experiment_goes_on(tmp_path: Path, processes: int):
     assert f"finished arms are kept in {tmp_path / 'run'}; go on with the same command" in said
     saved = [int(path.name.removeprefix("step-")) for path in (run / "checkpoints").iterdir()]
     assert saved, "the arm saved before it left"
-    config = json.loads((run / "config.json").read_text())
-    whole = experiment(tmp_path, text, seeds=[0], train={"steps": 200, "checkpoint_every": 1000})
-    assert from_dict(config) == whole.of("rlp")[0].config
+    assert main(words) == 0
+    steps = [row["step"] for row in figures(run)]
+    assert steps == list(range(1, 61))
+    whole = tmp_path / "whole"
+    assert main([str(whole) if word == str(tmp_path / "run") else word for word in words]) == 0
+    assert arms.weights(run) == arms.weights(whole / "rlp" / "seed-0") == arms.weights(whole / "twin" / "seed-0")
+
+
+def test_an_arm_that_fails_does_not_stop_the_others(tmp_path: Path):
+    text = SMALL[: SMALL.index("[arms.rlp-frozen]")].replace(
+        "[arms.rlp]", "[arms.rlp]\noptions = { optim.learning_rate = 1e38 }\n[arms.sound]"
+    )
+    (tmp_path / "small.toml").write_text(text)
+    run = tmp_path / "run"
+    with pytest.raises(RunError, match=r"^3 of 4 arms failed, first rlp/seed-0: step 2: the loss is nan"):
+        compare(tmp_path / "small.toml", {"run": str(run), "seeds": 0, "train": {"steps": 3}})
+    assert ("sound", 0, "all/ce_think") in rows(run)
+    html = (run / "compare.html").read_text()
+    assert "Not finished: <strong>rlp/seed-0</strong> (step 2: the loss is nan" in html
+    assert "whose budget it follows, failed" in html
 
 
 def test_a_process_that_fails_names_its_arm(tmp_path: Path):
@@ -197,7 +214,18 @@ def test_a_process_that_fails_names_its_arm(tmp_path: Path):
         ('arm = "rlp"\noption', 'arm = "x"\noption', r"sweeps.group.arm = 'x': there is no such arm"),
         ("values = [2, 3]", "values = [1, 2]", r"arms.group=1: method.group = 1"),
         ('above = ["base"]', 'above = ["x"]', r"claims.0: there is no arm 'x'"),
-        ('above = ["base"]', "", r"claims.0: takes one of above, like, equals, at_most"),
+        ('above = ["base"]', "", r"claims.0: takes one of above, not_above, equals, at_most"),
+        ('equals = ["rlp", "cpt-tokens"]', 'equals = ["base"]', r"claims.1: the base was not trained"),
+        ("seeds = [0, 1]", "seeds = [0, 0]", r"seeds = \[0, 0\]: names a seed twice"),
+        ("seeds = [0, 1]", "seeds = [1]", r"sweeps.group: its seeds, \[0\], are none of"),
+        ("[sweeps.group]", '[sweeps."../x"]', r"sweeps"),
+        (
+            "freeze_teacher = true",
+            'ema = 0.5, freeze_teacher = true }, model = { path = "x"',
+            r"rlp-frozen: cannot set model",
+        ),
+        ("freeze_teacher = true", "freeze_teacher = true }, corpus = { window = 32", r"cannot set corpus.window"),
+        ('{ tokens = "rlp" }', '{ tokens = "rlp", flops = "rlp" }', r"takes tokens or flops, not both"),
         ('metrics = ["all/accuracy_think"]', "", r"claims.0: takes one of"),
         ("corpus.window = 64", 'corpus.window = 64\nmodel.init = "random"', r"model.init must be pretrained"),
         ("evaluate = {", 'seed = 3\nevaluate = { path = "",', r"options cannot set seed"),
@@ -238,6 +266,7 @@ def fake(**fields: Any) -> Records:
         ({"above": ["base"]}, {"low": 0.6, "high": 0.9}, True),
         ({"above": ["base"]}, {"low": 0.5, "high": 0.9}, False),
         ({"above": ["none"]}, {"low": 0.6, "high": 0.9}, None),
+        ({"above": ["base"], "against": "all/y"}, {"low": 0.6, "high": 0.9}, False),
         ({"at_most": 0.7}, {"low": 0.1, "high": 0.7}, True),
         ({"at_most": 0.7}, {"low": 0.1, "high": 0.71}, False),
     ],
@@ -245,6 +274,7 @@ def fake(**fields: Any) -> Records:
 def test_verdicts_by_hand(tmp_path: Path, claim: dict[str, Any], arm: dict[str, float], holds: bool | None):
     made = [
         {"arm": "base", "seed": "all", "metric": "all/x", "value": 0.4, "low": 0.3, "high": 0.5},
+        {"arm": "base", "seed": "all", "metric": "all/y", "value": 0.7, "low": 0.6, "high": 0.8},
         {"arm": "a", "seed": "all", "metric": "all/x", "value": arm["low"], **arm},
         {"arm": "a", "seed": 0, "metric": "all/x", "value": 9.0, "low": 9.0, "high": 9.0},
     ]
@@ -252,10 +282,11 @@ def test_verdicts_by_hand(tmp_path: Path, claim: dict[str, Any], arm: dict[str, 
     assert [one.holds for one in table.judge(whole, made)] == [holds]
 
 
-@pytest.mark.parametrize(("low", "high", "holds"), [(-0.1, 0.1, True), (0.01, 0.2, False), (-0.2, -0.01, False)])
-def test_like_is_a_paired_difference_that_may_be_nothing(tmp_path: Path, low: float, high: float, holds: bool):
+@pytest.mark.parametrize(("low", "high", "holds"), [(-0.1, 0.02, True), (-0.1, 0.03, False), (-0.2, -0.01, True)])
+def test_not_above_bounds_the_paired_difference(tmp_path: Path, low: float, high: float, holds: bool):
+    claim = Claim(arm="a", metrics=["all/x"], not_above=["base"], margin=0.02)
     made = [{"arm": "a", "seed": "all", "metric": "minus/base/all/x", "value": 0.0, "low": low, "high": high}]
-    whole = dataclasses.replace(experiment(tmp_path), claims=(Claim(arm="a", metrics=["all/x"], like=["base"]),))
+    whole = dataclasses.replace(experiment(tmp_path), claims=(claim,))
     assert [one.holds for one in table.judge(whole, made)] == [holds]
 
 
@@ -263,12 +294,13 @@ def test_the_page_shows_failures_names_as_text_and_every_table(finished: Any):
     run, verdicts = finished
     html = (run / "compare.html").read_text()
     failed = [one for one in verdicts if one.holds is False]
+    assert len(failed) == 2
     assert f"{len(failed)} of {len(verdicts)} claims fail" in html
     for one in failed:
         assert one.claim in html
     for arm in ("base", "rlp", "cpt-tokens", "cpt-flops", "rlp-frozen"):
         assert f'<th scope="row" class="arm">{arm}</th>' in html
-    assert "method.group, all positions" in html
+    assert "method.group, seed 0: all positions" in html
     assert html.count("<svg") == html.count("</svg>") == 2 * 2 + 2 * 2 + 2 * 2
     assert "://" not in html.replace("http://www.w3.org", "")
     assert (run / "curves.html").is_file()

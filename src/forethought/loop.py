@@ -169,7 +169,7 @@ class Trainer:
             metrics = self._backward(batch, windows, number) | self._update() | first
         self.step = number
         metrics |= _means(batch.sums) | self._rates(batch, time.perf_counter() - started) | self._costs(batch)
-        if self.config.train.logs(number):
+        if self.config.train.logs(number) or self.over:
             log.metrics(number, metrics)
             log.thoughts(batch.thoughts)
             self._warn(log, observer, self.watch.see(number, metrics))

@@ -206,7 +206,7 @@ def paired(ours: dict[str, Records], theirs: dict[str, Records]) -> dict[str, fl
     """Figures of one model minus those of another at the same positions, with the interval of the difference.
 
     The same documents are drawn for both, so what makes a document hard for both does not widen the interval.
-    `gain_over_base` and `drift` are left out: their differences are those of `ce_think` and `ce_nothink`.
+    What is held against the base is left out: its differences are those of `ce_think` and `ce_nothink`.
     Raises ValueError for models that were measured at different positions.
     """
     return pooled_paired([ours], [theirs])
@@ -256,7 +256,8 @@ def _ratios(mine: Records, base: Records | None) -> dict[str, Ratio]:
         means["marginal"] = -np.array(mine.marginal)
     if base is not None:
         means["gain_over_base"] = think - np.array(base.nothink)
-        means["drift"] = np.array(base.nothink) - nothink
+        means["plain_gain_over_base"] = nothink - np.array(base.nothink)
+        means["drift"] = -means["plain_gain_over_base"]
     if mine.teacher is not None:
         means["gain_over_teacher"] = think - np.array(mine.teacher)
     means |= {

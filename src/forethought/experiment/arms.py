@@ -26,12 +26,23 @@ Recorded = dict[str, text.Records]
 def measure_base(experiment: Experiment, observer: Observer) -> None:
     """Measure the start, unless that is done."""
     folder = experiment.run / BASE
-    if _measured(folder):
+    if (folder / RECORDS).is_file():
         _check_same(RunLog.open(folder).config(), experiment.start, BASE)
         return
     start = dataclasses.replace(experiment.start, overwrite=True)
-    log = RunLog.create(start)
-    _measure(log, evaluation.subject_of(start), observer)
+    subject = evaluation.subject_of(start)
+    _measure(RunLog.create(start), subject, observer)
+
+
+def finished(experiment: Experiment, job: Job) -> bool:
+    """Whether a job is done. Raises UserError where its folder holds a run with other options."""
+    folder = Path(job.config.run)
+    if not (folder / "config.json").is_file():
+        return False
+    known = job.needs is None or (experiment.run / job.needs / "summary.json").is_file()
+    if known:
+        _check_same(RunLog.open(folder).config(), _with_budget(experiment, job), job.name)
+    return known and (folder / RECORDS).is_file()
 
 
 def run_job(experiment: Experiment, job: Job, observer: Observer) -> None:
@@ -49,7 +60,7 @@ def run_job(experiment: Experiment, job: Job, observer: Observer) -> None:
             resume(folder, observer)
     else:
         train(config, observer)
-    if not _measured(folder):
+    if not (folder / RECORDS).is_file():
         shared = experiment.start
         method = dataclasses.replace(config.method, horizon=shared.method.horizon)  # the same positions for all
         config = dataclasses.replace(config, evaluate=shared.evaluate, method=method)
@@ -64,15 +75,13 @@ def records(folder: Path) -> Recorded:
 
 
 def weights(folder: Path) -> str:
-    """A digest of a trained model's files: the same for the same bits."""
-    digest = hashlib.sha256()
-    for file in sorted((folder / "policy").glob("*.safetensors")):
+    """A digest of a trained model's files: the same for the same bits. Raises UserError where there are none."""
+    digest, files = hashlib.sha256(), sorted((folder / "policy").glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder / 'policy'}: holds no weights")
+    for file in files:
         digest.update(file.read_bytes())
     return digest.hexdigest()
-
-
-def _measured(folder: Path) -> bool:
-    return (folder / RECORDS).is_file()
 
 
 def _measure(log: RunLog, subject: text.Subject, observer: Observer, view_as: str = "") -> None:
@@ -108,7 +117,7 @@ def _check_same(saved: Config, wanted: Config, name: str) -> None:
         if option not in ("run", "overwrite") and old[option] != value:
             raise UserError(
                 f"{name} was made with {option} = {old[option]!r}, and the experiment says {value!r}; "
-                "name another run (--run PATH), or delete that folder"
+                "name another run (--run PATH)"
             )
 
 

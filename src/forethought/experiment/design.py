@@ -36,7 +36,7 @@ UNBOUNDED = 10**9
 """train.steps of an arm that ends with another arm's budget."""
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
-_ArmName = Annotated[str, Field(pattern=r"^[\w.=+-]+$", max_length=80)]
+_ArmName = Annotated[str, Field(pattern=r"^\w[\w.=+-]*$", max_length=80)]
 _Names = Annotated[list[_ArmName], Field(min_length=1)]
 
 
@@ -64,19 +64,22 @@ class Sweep:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Claim:
-    """What the experiment is to show, judged by intervals. One of `above`, `like`, `equals` and `at_most` says how."""
+    """What the experiment is to show, judged by intervals, in one of four ways."""
 
     arm: _ArmName
     metrics: list[str] = Field(default_factory=list)
     """GROUP/METRIC, as in docs/metrics.md."""
     above: list[_ArmName] = Field(default_factory=list)
     """The arm's interval lies above those of these arms."""
-    like: list[_ArmName] = Field(default_factory=list)
-    """The interval of the arm's paired difference to these arms holds 0."""
+    against: str = ""
+    """The metric of the other arms in `above`, where it is another: such as plain prediction, for plain training."""
+    not_above: list[_ArmName] = Field(default_factory=list)
+    """The interval of the paired difference to these arms ends at or below `margin`: the arm gains no more."""
+    margin: float = 0.0
     equals: list[_ArmName] = Field(default_factory=list)
     """The arm's trained weights are those of these arms, bit for bit, with every seed."""
     at_most: float | None = None
-    """The arm's interval lies at or below this."""
+    """The arm's interval ends at or below this."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -87,7 +90,7 @@ class _File:
     processes: Annotated[int, Field(ge=1)] = 1
     options: dict[str, Any] = Field(default_factory=dict)
     arms: Annotated[dict[_ArmName, Arm], Field(min_length=1)]
-    sweeps: dict[str, Sweep] = Field(default_factory=dict)
+    sweeps: dict[_ArmName, Sweep] = Field(default_factory=dict)
     claims: list[Claim] = Field(default_factory=list)
 
 
@@ -108,11 +111,16 @@ class Job:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
-    """A sweep: for each value the arm that was trained with it."""
+    """A sweep: for each value the arm that was trained with it, and with which seeds."""
 
     name: str
     option: str
     points: tuple[tuple[Any, str], ...]
+    seeds: tuple[int, ...]
+
+    def label(self, value: Any, arm: str) -> str:
+        """What the point is called in the table: NAME=VALUE, also where the arm goes by a name of its own."""
+        return arm if arm.startswith(f"{self.name}=") else f"{self.name}={value}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +166,8 @@ def read(path: str | Path, overrides: dict[str, Any]) -> Experiment:
     options = merge(given.options, rest)
     if "seed" in options or "overwrite" in options:
         raise UserError(f"experiment {str(path)!r}: options cannot set seed (see seeds) or overwrite")
+    if len(set(given.seeds)) < len(given.seeds):
+        raise UserError(f"experiment {str(path)!r}: seeds = {given.seeds}: names a seed twice")
     run = Path(given.run or f"runs/{file.stem}")
     start = from_dict(merge(merge(to_dict(load(given.config)), options), {"run": str(run / BASE)}))
     if start.model.init != "pretrained":
@@ -167,9 +177,7 @@ def read(path: str | Path, overrides: dict[str, Any]) -> Experiment:
     arms, curves = _expand(given, start)
     _check_names(arms, given)
     jobs = tuple(
-        _job(name, arm, seed, start, run)
-        for name, arm in arms.items()
-        for seed in (given.seeds if arm.seeds is None else [one for one in given.seeds if one in arm.seeds])
+        _job(name, arm, seed, start, run) for name, arm in arms.items() for seed in _seeds(name, arm.seeds, given)
     )
     return Experiment(
         name=file.stem, run=run, processes=given.processes, start=start, arms=arms, named=tuple(given.arms),
@@ -192,6 +200,14 @@ def _explain(error: ValidationError) -> str:
     return f"{name} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
+def _seeds(name: str, own: list[int] | None, given: _File) -> list[int]:
+    """Those of the experiment that an arm or a sweep takes part in."""
+    seeds = given.seeds if own is None else [seed for seed in given.seeds if seed in own]
+    if not seeds:
+        raise UserError(f"{name}: its seeds, {own}, are none of the experiment's, {given.seeds}")
+    return seeds
+
+
 def _expand(given: _File, start: Config) -> tuple[dict[str, Arm], tuple[Curve, ...]]:
     """All arms, those of sweeps included, and each sweep's points."""
     arms, curves = dict(given.arms), []
@@ -200,16 +216,17 @@ def _expand(given: _File, start: Config) -> tuple[dict[str, Arm], tuple[Curve, .
         if owner is None:
             raise UserError(f"sweeps.{name}.arm = {sweep.arm!r}: there is no such arm")
         section, _, option = sweep.option.partition(".")
-        own = merge(to_dict(start), owner.options).get(section, {}).get(option)
+        seeds = owner.seeds if sweep.seeds is None else sweep.seeds
+        own = to_dict(_config(sweep.arm, start, owner.options)).get(section, {}).get(option)
         points = []
         for value in sweep.values:
-            arm = sweep.arm if value == own else f"{name}={value}"
+            arm = sweep.arm if value == own else f"{name}={value}".replace("/", "-")
             if arm != sweep.arm:
                 more = merge(owner.options, {section: {option: value}})
-                seeds = owner.seeds if sweep.seeds is None else sweep.seeds
                 arms[arm] = Arm(options=more, budget=owner.budget, seeds=seeds)
             points.append((value, arm))
-        curves.append(Curve(name=name, option=sweep.option, points=tuple(points)))
+        shared = tuple(_seeds(f"sweeps.{name}", seeds, given))
+        curves.append(Curve(name=name, option=sweep.option, points=tuple(points), seeds=shared))
     return arms, tuple(curves)
 
 
@@ -220,24 +237,46 @@ def _check_names(arms: dict[str, Arm], given: _File) -> None:
         for kind, of in arm.budget.items():
             if of not in arms or of == name or arms[of].budget:
                 raise UserError(f"arms.{name}.budget.{kind} = {of!r}: must be another arm that has no budget itself")
-    for number, claim in enumerate(given.claims):
-        for other in [claim.arm, *claim.above, *claim.like, *claim.equals]:
+        if len(arm.budget) > 1:
+            raise UserError(f"arms.{name}.budget: takes tokens or flops, not both")
+    _check_claims(arms, given.claims)
+
+
+def _check_claims(arms: dict[str, Arm], claims: list[Claim]) -> None:
+    for number, claim in enumerate(claims):
+        for other in [claim.arm, *claim.above, *claim.not_above, *claim.equals]:
             if other not in arms and other != BASE:
                 raise UserError(f"claims.{number}: there is no arm {other!r}")
-        kinds = [claim.above, claim.like, claim.equals, claim.at_most is not None]
+        if BASE in (claim.arm, *claim.equals) and claim.equals:
+            raise UserError(f"claims.{number}: the base was not trained, so no arm equals it")
+        kinds = [claim.above, claim.not_above, claim.equals, claim.at_most is not None]
         if sum(map(bool, kinds)) != 1 or bool(claim.equals) == bool(claim.metrics):
-            raise UserError(f"claims.{number}: takes one of above, like, equals, at_most; and metrics unless equals")
+            raise UserError(
+                f"claims.{number}: takes one of above, not_above, equals, at_most; and metrics unless equals"
+            )
+
+
+def _config(name: str, start: Config, options: dict[str, Any], fixed: dict[str, Any] | None = None) -> Config:
+    """An arm's options over those that all share. What makes arms comparable is not an arm's to choose."""
+    for section in ("model", "evaluate", "seed", "run", "overwrite"):
+        if section in options:
+            raise UserError(f"arms.{name}: cannot set {section}, which all arms share")
+    try:
+        config = from_dict(merge(merge(to_dict(start), options), fixed or {}))
+    except UserError as error:
+        raise UserError(f"arms.{name}: {error}") from None
+    for option in ("window", "min_tokens"):
+        if getattr(config.corpus, option) != getattr(start.corpus, option):
+            raise UserError(f"arms.{name}: cannot set corpus.{option}, by which held-out text is cut for all arms")
+    return config
 
 
 def _job(name: str, arm: Arm, seed: int, start: Config, run: Path) -> Job:
     """Arms are measured after training by the experiment, so their runs do not evaluate."""
     fixed: dict[str, Any] = {"seed": seed, "run": str(run / name / f"seed-{seed}"), "evaluate": {"path": ""}}
-    if arm.budget:
+    if arm.budget and "steps" not in arm.options.get("train", {}):
         fixed["train"] = {"steps": UNBOUNDED}
-    try:
-        config = from_dict(merge(merge(to_dict(start), arm.options), fixed))
-    except UserError as error:
-        raise UserError(f"arms.{name}: {error}") from None
+    config = _config(name, start, arm.options, fixed)
     of = next(iter(arm.budget.values()), None)
     return Job(arm=name, seed=seed, config=config, needs=None if of is None else f"{of}/seed-{seed}")
 

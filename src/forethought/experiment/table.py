@@ -2,53 +2,42 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from forethought.evaluation.text import pooled, pooled_paired
-from forethought.experiment.arms import Recorded, records, weights
+from forethought.experiment.arms import Recorded, finished, records, weights
 from forethought.experiment.design import BASE, Claim, Experiment
+from forethought.report.comparison import ALL, Verdict
 from forethought.runlog import RunLog
 
 Row = dict[str, Any]
 """arm, seed (a number, or `all`), metric, value, low, high."""
 
 COSTS = ("flops", "flops_rollout", "flops_update", "tokens", "t_flop_tokens", "steps", "seconds")
-ALL = "all"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
-    """Whether a claim holds, and the figures that say so."""
-
-    claim: str
-    holds: bool | None
-    """None where a figure that it needs was not measured."""
-    evidence: str
 
 
 def rows(experiment: Experiment) -> list[Row]:
     """Every metric of every arm: each seed, and `all` with intervals over seeds and documents.
 
-    `minus/ARM/METRIC` is the paired difference to the base and to each arm that follows a budget: what one would have
-    done instead. `cost/...` comes from the runs; its low and high are the least and the most of the seeds.
+    `minus/ARM/METRIC` is the paired difference to the base and to each other arm that the file names. `cost/...` comes
+    from the runs; its low and high are the least and the most of the seeds. Arms that are not finished have no rows.
     """
-    measured = {name: [records(experiment.run / job.name) for job in experiment.of(name)] for name in experiment.arms}
     base = records(experiment.run / BASE)
+    measured: dict[str, dict[int, Recorded]] = {name: {} for name in experiment.arms}
+    for job in experiment.jobs:
+        if finished(experiment, job):
+            measured[job.arm][job.seed] = records(experiment.run / job.name)
     table = _rows(BASE, ALL, pooled([base], [base]))
-    rivals = [name for name, arm in experiment.arms.items() if arm.budget]
     for name, seeds in measured.items():
-        jobs = experiment.of(name)
-        for job, one in zip(jobs, seeds, strict=True):
-            table += _rows(name, job.seed, pooled([one], [base]))
-        table += _rows(name, ALL, pooled(seeds, [base] * len(seeds)))
-        table += _differences(name, seeds, BASE, [base] * len(seeds))
-        for rival in rivals:
-            theirs = {job.seed: one for job, one in zip(experiment.of(rival), measured[rival], strict=True)}
-            if rival != name and all(job.seed in theirs for job in jobs):
-                table += _differences(name, seeds, rival, [theirs[job.seed] for job in jobs])
-        table += _costs(experiment, name)
-    return table
+        if seeds:
+            table += _of_arm(name, seeds, base) + _costs(experiment, name, list(seeds))
+        if seeds and name in experiment.named:
+            rivals = {BASE: dict.fromkeys(seeds, base)} | {other: measured[other] for other in experiment.named}
+            for rival, theirs in rivals.items():
+                if rival != name and seeds.keys() <= theirs.keys():
+                    table += _differences(name, seeds, rival, theirs)
+    return table + _own_points(experiment, measured, base)
 
 
 def judge(experiment: Experiment, table: Sequence[Row]) -> list[Verdict]:
@@ -58,11 +47,10 @@ def judge(experiment: Experiment, table: Sequence[Row]) -> list[Verdict]:
     for claim in experiment.claims:
         verdicts += [_equal(experiment, claim.arm, other) for other in claim.equals]
         for metric in claim.metrics:
-            mine = found.get((claim.arm, metric))
-            verdicts += [_above(claim, mine, other, found.get((other, metric)), metric) for other in claim.above]
-            verdicts += [
-                _like(claim, other, found.get((claim.arm, f"minus/{other}/{metric}")), metric) for other in claim.like
-            ]
+            mine, theirs = found.get((claim.arm, metric)), claim.against or metric
+            verdicts += [_above(claim, mine, found.get((other, theirs)), other, metric) for other in claim.above]
+            for other in claim.not_above:
+                verdicts.append(_not_above(claim, found.get((claim.arm, f"minus/{other}/{metric}")), other, metric))
             if claim.at_most is not None:
                 verdicts.append(_at_most(claim, mine, metric))
     return verdicts
@@ -88,15 +76,32 @@ def _rows(arm: str, seed: int | str, figures: Mapping[str, float | int]) -> list
     ]
 
 
-def _differences(arm: str, seeds: list[Recorded], other: str, theirs: list[Recorded]) -> list[Row]:
-    figures = pooled_paired(seeds, theirs)
+def _of_arm(arm: str, seeds: dict[int, Recorded], base: Recorded) -> list[Row]:
+    table = _rows(arm, ALL, pooled(list(seeds.values()), [base] * len(seeds)))
+    for seed, one in seeds.items():
+        table += _rows(arm, seed, pooled([one], [base]))
+    return table
+
+
+def _own_points(experiment: Experiment, measured: dict[str, dict[int, Recorded]], base: Recorded) -> list[Row]:
+    """The points of sweeps that are arms of their own, over no more than the sweep's seeds."""
+    table = []
+    for curve in experiment.curves:
+        for value, arm in curve.points:
+            seeds = [one for seed, one in measured[arm].items() if seed in curve.seeds]
+            if arm in experiment.named and seeds:
+                table += _rows(curve.label(value, arm), ALL, pooled(seeds, [base] * len(seeds)))
+    return table
+
+
+def _differences(arm: str, seeds: dict[int, Recorded], other: str, theirs: dict[int, Recorded]) -> list[Row]:
+    figures = pooled_paired(list(seeds.values()), [theirs[seed] for seed in seeds])
     return _rows(arm, ALL, {f"minus/{other}/{name}": value for name, value in figures.items()})
 
 
-def _costs(experiment: Experiment, arm: str) -> list[Row]:
-    summaries = {
-        job.seed: RunLog.open(experiment.run / job.name).read_json("summary.json") for job in experiment.of(arm)
-    }
+def _costs(experiment: Experiment, arm: str, seeds: Sequence[int]) -> list[Row]:
+    jobs = [job for job in experiment.of(arm) if job.seed in seeds]
+    summaries = {job.seed: RunLog.open(experiment.run / job.name).read_json("summary.json") for job in jobs}
     table = []
     for cost in COSTS:
         values = {seed: summary[cost] for seed, summary in summaries.items() if cost in summary}
@@ -113,35 +118,42 @@ def _shown(row: Row) -> str:
     return f"{row['value']:.4g} [{row['low']:.4g}, {row['high']:.4g}]"
 
 
-def _missing(claim: str) -> Verdict:
-    return Verdict(claim=claim, holds=None, evidence="not measured")
+def _unknown(claim: str) -> Verdict:
+    said = "a figure of it is not there: not measured (yet), or a share of a gain that is none (docs/metrics.md)"
+    return Verdict(claim=claim, holds=None, evidence=said)
 
 
-def _above(claim: Claim, mine: Row | None, other: str, theirs: Row | None, metric: str) -> Verdict:
-    said = f"{claim.arm} above {other} in {metric}, intervals apart"
+def _above(claim: Claim, mine: Row | None, theirs: Row | None, other: str, metric: str) -> Verdict:
+    against = f" (its {claim.against})" if claim.against else ""
+    said = f"{claim.arm} above {other}{against} in {metric}, intervals apart"
     if mine is None or theirs is None:
-        return _missing(said)
+        return _unknown(said)
     evidence = f"{_shown(mine)} against {_shown(theirs)}"
     return Verdict(claim=said, holds=mine["low"] > theirs["high"], evidence=evidence)
 
 
-def _like(claim: Claim, other: str, difference: Row | None, metric: str) -> Verdict:
-    said = f"{claim.arm} no different from {other} in {metric}"
+def _not_above(claim: Claim, difference: Row | None, other: str, metric: str) -> Verdict:
+    said = f"{claim.arm} gains at most {claim.margin:g} over {other} in {metric}"
     if difference is None:
-        return _missing(said)
-    holds = difference["low"] <= 0 <= difference["high"]
-    return Verdict(claim=said, holds=holds, evidence=f"difference {_shown(difference)}")
+        return _unknown(said)
+    return Verdict(claim=said, holds=difference["high"] <= claim.margin, evidence=f"difference {_shown(difference)}")
 
 
 def _at_most(claim: Claim, mine: Row | None, metric: str) -> Verdict:
     said = f"{claim.arm} at most {claim.at_most:g} in {metric}"
     if mine is None or claim.at_most is None:
-        return _missing(said)
+        return _unknown(said)
     return Verdict(claim=said, holds=mine["high"] <= claim.at_most, evidence=_shown(mine))
 
 
 def _equal(experiment: Experiment, arm: str, other: str) -> Verdict:
-    theirs = {job.seed: weights(experiment.run / job.name) for job in experiment.of(other)}
-    same = [weights(experiment.run / job.name) == theirs.get(job.seed) for job in experiment.of(arm)]
-    evidence = f"the same weights with {sum(same)} of {len(same)} seeds"
-    return Verdict(claim=f"{arm} equal to {other}, bit for bit", holds=all(same), evidence=evidence)
+    """Over the seeds that both have finished."""
+    said = f"{arm} equal to {other}, bit for bit"
+    mine, theirs = (
+        {job.seed: weights(experiment.run / job.name) for job in experiment.of(name) if finished(experiment, job)}
+        for name in (arm, other)
+    )
+    same = [mine[seed] == theirs[seed] for seed in mine if seed in theirs]
+    if not same:
+        return _unknown(said)
+    return Verdict(claim=said, holds=all(same), evidence=f"the same weights with {sum(same)} of {len(same)} seeds")

@@ -47,7 +47,8 @@ def write_comparison(run: Path) -> Path:
     """
     figures = comparison.load(run)
     first = [run / arm / f"seed-{one.seeds[0]}" for arm, one in figures.described.arms.items() if one.seeds]
-    write(first, run / "curves.html")
+    if first:
+        write(first, run / "curves.html")
     target = run / "compare.html"
     try:
         target.write_text(page.render_comparison(figures), encoding="utf-8")

@@ -76,6 +76,7 @@ class Sweep:
     name: str
     option: str
     points: list[tuple[int | float | str, str]]
+    seeds: list[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +99,8 @@ class Described:
     arms: dict[str, Arm]
     sweeps: list[Sweep]
     claims: list[Verdict]
+    missing: dict[str, str]
+    """Jobs that are not finished, and why, where it is known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,7 +176,8 @@ def content(figures: Figures) -> dict[str, Any]:
     return {
         "experiment": described,
         "seeds": sorted({seed for arm in described.arms.values() for seed in arm.seeds}),
-        "failed": [one for one in described.claims if one.holds is False],
+        "failed": sum(one.holds is False for one in described.claims),
+        "unknown": sum(one.holds is None for one in described.claims),
         "tables": [_table(figures, group, main=True) for group in figures.groups],
         "whole": [_table(figures, group, main=False) for group in figures.groups],
         "paired": [table for group in figures.groups for table in _paired(figures, group)],
@@ -198,8 +202,8 @@ def _table(figures: Figures, group: str, main: bool) -> Table:
 
 
 def _paired(figures: Figures, group: str) -> list[Table]:
-    """For each metric: the arms' differences to the base and to the arms that follow a budget."""
-    rivals = [BASE, *(name for name, arm in figures.described.arms.items() if arm.budget)]
+    """For each metric: the arms' differences to the base and to each other."""
+    rivals = [name for name in figures.arms if name == BASE or figures.described.arms[name].seeds]
     tables = []
     for metric in map(_label, PAIRED):
         rows = []
@@ -261,7 +265,7 @@ def _cost_drawings(figures: Figures) -> list[tuple[str, Markup]]:
 
 
 def _sweeps(figures: Figures) -> list[tuple[str, str, Markup]]:
-    """(option, group, drawing)"""
+    """(option and seeds, group, drawing)"""
     found = []
     for one in figures.described.sweeps:
         for group in figures.groups:
@@ -272,8 +276,12 @@ def _sweeps(figures: Figures) -> list[tuple[str, str, Markup]]:
                     label = _label(metric)
                     drawn = charts.sweep(points, one.option, label.label, label.unit)
                     said = f"{group}: {label.label} over {one.option}"
-                    found.append((one.option, group, _inline(drawn, f"s-{one.name}-{group}-{metric}", said, points)))
+                    found.append((_swept(one), group, _inline(drawn, f"s-{one.name}-{group}-{metric}", said, points)))
     return found
+
+
+def _swept(one: Sweep) -> str:
+    return f"{one.option}, {'seed' if len(one.seeds) == 1 else 'seeds'} {', '.join(map(str, one.seeds))}"
 
 
 def _inline(drawing: str, name: str, said: str, points: Sequence[Point]) -> Markup:

@@ -67,6 +67,10 @@ METRICS = (
         explanation="surprise at the true token without a thought, in nats; lower is better",
     ),
     Metric(
+        name="plain_gain_over_base", label="Plain gain over the start",
+        explanation="nats per token that prediction without a thought gained over the start",
+    ),
+    Metric(
         name="drift", label="Drift of plain prediction", better=-1,
         explanation="what training cost the cross-entropy without a thought, in nats; near 0 is right",
     ),
