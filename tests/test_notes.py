@@ -22,8 +22,8 @@ PINNED = (
     ", pine oak , elm willow . from birch by yew 6 steps lead to willow ."
 )
 PINNED_THOUGHTFUL = (
-    "birch oak , maple cedar , oak maple , cedar birch . <think> birch oak maple cedar birch oak "
-    "maple </think> from cedar by birch 6 steps lead to oak ."
+    "elm ash , ash maple , maple elm . from maple by elm 5 <think> maple elm ash maple "
+    "elm ash </think> steps lead to ash ."
 )
 
 
@@ -71,7 +71,8 @@ def test_the_notes_form_one_ring_of_all_trees_but_in_pretraining_of_some(split: 
         assert len(set(ring)) == len(ring) - 1 == len(told[0::3])
         sizes[len(set(ring))] += 1
     assert set(sizes) == (set(range(3, 11)) if split == "pretrain" else {10})
-    assert min(sizes.values()) > 30
+    assert sizes[10] / 500 == pytest.approx(0.5 if split == "pretrain" else 1.0, abs=0.07)
+    assert min(sizes.values()) > 15
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -96,7 +97,7 @@ def test_a_row_depends_on_seed_split_and_index_alone():
 def test_rows_are_the_same_in_every_process_and_release():
     answer = PINNED.rindex(" ", 0, -2) + 1
     assert notes.row("train", 0) == {"id": "notes/train/0/0", "text": PINNED, "marks": {"answer": [answer]}}
-    assert notes.row("pretrain", 33)["text"] == PINNED_THOUGHTFUL
+    assert notes.row("pretrain", 1)["text"] == PINNED_THOUGHTFUL
 
 
 def test_held_out_walks_occur_nowhere_else():
@@ -263,8 +264,9 @@ def test_an_unknown_base_is_refused():
 
 
 def test_its_configs_differ_from_those_of_the_cups_only_where_the_world_does():
-    assert differences("quickstart", "quickstart-notes") == {"run", "model.path", "corpus.path", "evaluate.path"}
-    assert differences("pretrain-cups", "pretrain-notes") == {"run", "model.path", "corpus.path", "evaluate.path"}
+    named = {"run", "model.path", "corpus.path", "evaluate.path"}
+    assert differences("quickstart", "quickstart-notes") == named
+    assert differences("pretrain-cups", "pretrain-notes") == named | {"train.steps"}
 
 
 def differences(one: str, other: str) -> set[str]:

@@ -18,8 +18,8 @@ from forethought.worlds import mixture
 
 TREES = ("oak", "elm", "ash", "fig", "yew", "pine", "birch", "cedar", "maple", "willow")
 FEWEST_STEPS, MOST_STEPS = 5, 6
-FEWEST_TREES = 3
-"""Trees of the smallest ring that pretraining sees; looking notes up is learned on few of them."""
+SMALL, FEWEST_TREES = 0.5, 3
+"""Share of the pretraining documents whose ring leaves trees out (on few, looking up is learned), and their fewest."""
 STEPS = tuple(str(number) for number in range(FEWEST_STEPS, MOST_STEPS + 1))
 
 
@@ -77,7 +77,7 @@ def truth(text: str, thought: str) -> tuple[int, int]:
 
 
 def _draw_any(rng: random.Random) -> Walk:
-    return _draw(rng, rng.randint(FEWEST_TREES, len(TREES)))
+    return _draw(rng, rng.randrange(FEWEST_TREES, len(TREES)) if rng.random() < SMALL else len(TREES))
 
 
 def _draw(rng: random.Random, trees: int = len(TREES)) -> Walk:
