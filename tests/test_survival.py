@@ -34,7 +34,7 @@ def options(tmp_path: Path, name: str, **changes: Any) -> dict[str, Any]:
     """A run of a fraction of a second a step, in which every network and every moment of Adam moves."""
     architecture = tmp_path / "architecture"
     architecture.mkdir(exist_ok=True)
-    small = json.loads((EMBEDDED / "config.json").read_text()) | SMALL
+    small = json.loads((EMBEDDED["embedded"] / "config.json").read_text()) | SMALL
     (architecture / "config.json").write_text(json.dumps(small))
     values = {
         "run": str(tmp_path / name),

@@ -3,7 +3,7 @@ from collections import Counter
 
 import pytest
 
-from forethought.worlds import WORLDS, cups
+from forethought.worlds import WORLDS, cups, mixture
 
 SPLITS = ("pretrain", "train", "heldout")
 TRACK = "1 blue 2 blue 3 black"
@@ -21,9 +21,9 @@ TEXT = "ball under red . swap 1 blue red , 2 green white , 3 black blue . now un
 def split_thought(text: str) -> tuple[list[str], list[str], int]:
     """A text's words without its thought, the thought's words, and where the thought stood (-1: nowhere)."""
     words = text.split(" ")
-    if cups.OPEN not in words:
+    if mixture.OPEN not in words:
         return words, [], -1
-    first, last = words.index(cups.OPEN), words.index(cups.CLOSE)
+    first, last = words.index(mixture.OPEN), words.index(mixture.CLOSE)
     return words[:first] + words[last + 1 :], words[first + 1 : last], first
 
 
@@ -85,15 +85,15 @@ def test_held_out_puzzles_occur_nowhere_else():
         for index in range(count):
             words, _, _ = split_thought(cups.row(split, index, seed=index % 2)["text"])
             puzzles[split].add(" ".join(words))
-            assert cups._read(" ".join(words)).held_out() == (split == "heldout")
+            assert mixture.held_out(cups._read(" ".join(words))) == (split == "heldout")
     assert all(len(found) > 0.99 * asked[split] for split, found in puzzles.items())
     assert not puzzles["heldout"] & (puzzles["train"] | puzzles["pretrain"])
 
 
 def test_the_held_out_side_has_its_share_of_puzzles():
     rng = random.Random(0)
-    share = sum(cups._draw(rng).held_out() for _ in range(4000)) / 4000
-    assert share == pytest.approx(1 / cups.HELD_OUT, abs=0.02)
+    share = sum(mixture.held_out(cups._draw(rng)) for _ in range(4000)) / 4000
+    assert share == pytest.approx(1 / mixture.HELD_OUT, abs=0.02)
 
 
 def test_an_unknown_split_is_refused():
@@ -112,13 +112,13 @@ def test_vocabulary_holds_exactly_the_words_in_use():
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_only_pretraining_documents_hold_thoughts(split):
-    assert all(cups.OPEN not in cups.row(split, i)["text"] for i in range(500))
+    assert all(mixture.OPEN not in cups.row(split, i)["text"] for i in range(500))
 
 
 def test_thoughts_are_right_tracks_so_far_or_musings():
     musings = {
         phrase.format(one, other)
-        for phrase in cups.MUSINGS
+        for phrase in mixture.MUSINGS
         for one in cups.COLOURS
         for other in cups.COLOURS
         if one != other
@@ -127,7 +127,7 @@ def test_thoughts_are_right_tracks_so_far_or_musings():
     for index in range(2000):
         text = cups.row("pretrain", index)["text"]
         words, thought, place = split_thought(text)
-        assert text.count(cups.OPEN) == text.count(cups.CLOSE) == (place >= 0)
+        assert text.count(mixture.OPEN) == text.count(mixture.CLOSE) == (place >= 0)
         if place >= 0 and " ".join(thought) not in musings:
             # A move is finished once the word after its two cups stands before the thought
             finished = sum(5 + 4 * number < place + 1 for number in range(1, len(simulate(words)) + 1))
@@ -146,10 +146,10 @@ def test_mixture_shares():
             count[where] += 1
             count[where, thought[0] == "1"] += 1
     thoughts = count["answer"] + count["elsewhere"]
-    assert thoughts / 4000 == pytest.approx(cups.THOUGHTFUL, abs=0.02)
-    assert count["answer"] / thoughts == pytest.approx(cups.AT_ANSWER + (1 - cups.AT_ANSWER) / 40, abs=0.03)
-    assert count["answer", True] / count["answer"] == pytest.approx(cups.TRACKED, abs=0.04)
-    assert 0.2 < count["elsewhere", True] / count["elsewhere"] < cups.TRACKED
+    assert thoughts / 4000 == pytest.approx(mixture.THOUGHTFUL, abs=0.02)
+    assert count["answer"] / thoughts == pytest.approx(mixture.AT_ANSWER + (1 - mixture.AT_ANSWER) / 40, abs=0.03)
+    assert count["answer", True] / count["answer"] == pytest.approx(mixture.WORKED, abs=0.04)
+    assert 0.2 < count["elsewhere", True] / count["elsewhere"] < mixture.WORKED
 
 
 def test_neither_the_start_nor_the_last_cup_named_gives_the_answer_away():

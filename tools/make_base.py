@@ -1,16 +1,24 @@
-"""Write the architecture and the tokenizer of the embedded base; `make base` runs this, then pretrains the weights."""
+"""Write the architecture and the tokenizer of the embedded bases; `make base` runs this, then pretrains the weights."""
+
+from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from forethought.model import EMBEDDED
-from forethought.worlds import cups
+from forethought.worlds import WORLDS
 
 PAD, BEGIN, UNKNOWN = "<pad>", "<s>", "<unk>"
+BASES = {"embedded": "cups", "embedded:notes": "notes"}
 
 
 def main() -> None:
-    words = [PAD, BEGIN, UNKNOWN, *cups.vocabulary()]
+    for name, world in BASES.items():
+        write(WORLDS[world].vocabulary(), EMBEDDED[name])
+
+
+def write(vocabulary: list[str], folder: Path) -> None:
+    words = [PAD, BEGIN, UNKNOWN, *vocabulary]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -18,7 +26,7 @@ def main() -> None:
     )
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, bos_token=BEGIN, unk_token=UNKNOWN, model_max_length=256
-    ).save_pretrained(EMBEDDED)
+    ).save_pretrained(folder)
     Qwen3Config(
         vocab_size=len(words),
         hidden_size=128,
@@ -33,7 +41,7 @@ def main() -> None:
         pad_token_id=words.index(PAD),
         bos_token_id=words.index(BEGIN),
         eos_token_id=None,
-    ).save_pretrained(EMBEDDED)
+    ).save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class Model:
     """Which network, and in which precision."""
 
     path: Name = "embedded"
-    """`embedded` (the tiny base inside the package), a hub id, a local folder, or a .gguf file (dequantized)."""
+    """A base inside the package (`embedded`, `embedded:notes`), a hub id, a folder, or a .gguf file (dequantized)."""
     tokenizer: str = ""
     """Tokenizer hub id or folder; empty: the one that comes with the model."""
     init: Literal["pretrained", "random"] = "pretrained"

@@ -1,4 +1,4 @@
-"""Load a model and its tokenizer: the embedded base, a hub id, a folder, a GGUF file, or fresh weights."""
+"""Load a model and its tokenizer: an embedded base, a hub id, a folder, a GGUF file, or fresh weights."""
 
 import contextlib
 import functools
@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from forethought.config import Config, Model, UserError
 from forethought.positions import ThoughtFormat
 
-EMBEDDED = Path(__file__).parent / "assets" / "base"
+_ASSETS = Path(__file__).parent / "assets"
+EMBEDDED = {"embedded": _ASSETS / "base", "embedded:notes": _ASSETS / "notes"}
 HUB_PATIENCE_S = 5.0
 
 
@@ -93,13 +94,15 @@ def _locate(source: str) -> tuple[Path, dict[str, Any]]:
 
     Code that comes with a model is never run, and never asked about.
     """
-    path, extra = EMBEDDED if source == "embedded" else Path(source).expanduser(), {"trust_remote_code": False}
+    path, extra = EMBEDDED.get(source, Path(source).expanduser()), {"trust_remote_code": False}
     if path.suffix == ".gguf":
         if not path.is_file():
             raise FileNotFoundError("no such file")
         return path.parent, {**extra, "gguf_file": path.name}
     if path.exists():
         return path, extra
+    if source.startswith("embedded:"):
+        raise FileNotFoundError(f"no such base, must be one of {', '.join(EMBEDDED)}")
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise FileNotFoundError("no such folder")
     return path, {**extra, "local_files_only": not _hub_answers(source)}

@@ -59,8 +59,8 @@ def started(target: str | Path, overrides: dict[str, Any], command: str) -> tupl
 
 
 def _model_options(model: str, command: str) -> dict[str, Any]:
-    """Options for measuring a model that no run made: the defaults, for the embedded base those of its quickstart."""
-    start = to_dict(load("quickstart" if model == "embedded" else None))
+    """Options for measuring a model that no run made: the defaults, for an embedded base those of its quickstart."""
+    start = to_dict(load({"embedded": "quickstart", "embedded:notes": "quickstart-notes"}.get(model)))
     return merge(start, {"run": f"runs/{command}-{Path(model).name}", "model": {"path": model}})
 
 

@@ -3,6 +3,6 @@
 A world is a module with `row(split, index, seed)`, `vocabulary()` and `truth(text, thought)`.
 """
 
-from forethought.worlds import cups
+from forethought.worlds import cups, notes
 
-WORLDS = {"cups": cups}
+WORLDS = {"cups": cups, "notes": notes}

@@ -9,28 +9,17 @@ Half of the moves carry the ball, so neither its start nor the cup named last te
 through all moves is too long a chain for one forward pass. Words are separated by single spaces.
 """
 
-import hashlib
 import random
 from dataclasses import dataclass
 from itertools import pairwise
 
-COLOURS = ("red", "blue", "green", "white", "black")
-OPEN, CLOSE = "<think>", "</think>"
-MUSINGS = ("hmm", "hmm let me see", "let me think", "not sure", "maybe {}", "i guess {}", "{} or {}")
+from forethought.worlds import mixture
 
+COLOURS = ("red", "blue", "green", "white", "black")
 FEWEST_MOVES, MOST_MOVES = 7, 8
 NUMBERS = tuple(str(number) for number in range(1, MOST_MOVES + 1))
 CARRIED = 0.5
 """Share of the moves that carry the ball."""
-HELD_OUT = 8
-"""One puzzle in so many belongs to the held-out side."""
-
-THOUGHTFUL = 0.9
-"""Share of the pretraining documents that carry a thought."""
-AT_ANSWER = 0.35
-"""Share of those whose thought stands right before the answer; the others' place is drawn among all words."""
-TRACKED = 0.5
-"""Share of the thoughts that are worked tracks, always right; the others are musings that tell nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +44,12 @@ class Puzzle:
             words += [str(number), *pair, ","]
         return [*words[:-1], ".", "now", "under", self.track()[-1], "."]
 
-    def held_out(self) -> bool:
-        """Which side the puzzle is on: a property of the puzzle alone, so no split can leak into another."""
-        return _hash(" ".join(self.words())) % HELD_OUT == 0
+    def worked(self, before: list[str]) -> list[str]:
+        """The track of the moves that the words before it complete."""
+        # Each finished move is followed by "," and the last one by the second "."
+        finished = before.count(",") + max(0, before.count(".") - 1)
+        places = self.track()[:finished]
+        return [word for number, cup in enumerate(places, start=1) for word in (str(number), cup)]
 
 
 def row(split: str, index: int, seed: int = 0) -> dict:
@@ -65,27 +57,12 @@ def row(split: str, index: int, seed: int = 0) -> dict:
 
     Returns `{"id", "text", "marks": {"answer": [offset]}}`, the offset in characters of the answer's first letter.
     """
-    if split not in ("pretrain", "train", "heldout"):
-        raise ValueError(f'split is "pretrain", "train" or "heldout", got {split!r}')
-    rng = random.Random(_hash(f"{seed} {split} {index}"))
-    puzzle = _draw(rng)
-    while puzzle.held_out() != (split == "heldout"):
-        puzzle = _draw(rng)
-    words, answer = puzzle.words(), len(puzzle.words()) - 2
-    if split == "pretrain" and rng.random() < THOUGHTFUL:
-        place = answer if rng.random() < AT_ANSWER else rng.randrange(len(words))
-        thought = [OPEN, *_thought(puzzle, words[:place], rng), CLOSE]
-        words[place:place] = thought
-        answer += len(thought) if place <= answer else 0
-    offset = len(" ".join(words[:answer])) + 1
-    return {"id": f"cups/{split}/{seed}/{index}", "text": " ".join(words), "marks": {"answer": [offset]}}
+    return mixture.row("cups", _draw, COLOURS, split, index, seed)
 
 
 def vocabulary() -> list[str]:
     """Every word of every text and thought, the two delimiters included, in a fixed order."""
-    musing = " ".join(MUSINGS).replace("{}", "").split()
-    words = ["ball", "under", ".", "swap", ",", "now", *COLOURS, *NUMBERS, *musing]
-    return [OPEN, CLOSE, *dict.fromkeys(words)]
+    return mixture.vocabulary(["ball", "under", ".", "swap", ",", "now", *COLOURS, *NUMBERS])
 
 
 def truth(text: str, thought: str) -> tuple[int, int]:
@@ -103,11 +80,6 @@ def truth(text: str, thought: str) -> tuple[int, int]:
     return sum(places.get(number) == cup for number, cup in stated), len(stated)
 
 
-def _hash(text: str) -> int:
-    """The same number for the same text in every process (Python's own `hash` is salted)."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
-
-
 def _draw(rng: random.Random) -> Puzzle:
     start = cup = rng.choice(COLOURS)
     moves = []
@@ -121,24 +93,9 @@ def _draw(rng: random.Random) -> Puzzle:
     return Puzzle(start, tuple(moves))
 
 
-def _thought(puzzle: Puzzle, before: list[str], rng: random.Random) -> list[str]:
-    """A track of the moves that the words before it complete, or a musing."""
-    # Each finished move is followed by "," and the last one by the second "."
-    finished = before.count(",") + max(0, before.count(".") - 1)
-    if finished and rng.random() < TRACKED:
-        places = puzzle.track()[:finished]
-        return [word for number, cup in enumerate(places, start=1) for word in (str(number), cup)]
-    return [*rng.choice(MUSINGS).format(*rng.sample(COLOURS, 2)).split()]
-
-
 def _read(text: str) -> Puzzle | None:
     """The puzzle that a document states, thoughts in it left out; None where there is none."""
-    words, thinking = [], False
-    for word in text.split():
-        if word in (OPEN, CLOSE):
-            thinking = word == OPEN
-        elif not thinking:
-            words.append(word)
+    words = mixture.without_thoughts(text)
     if len(words) < 3 or words[2] not in COLOURS:
         return None
     triples = zip(words, words[1:], words[2:], strict=False)

@@ -1,0 +1,94 @@
+"""What the worlds share: documents of a split by index, held-out sides, and the thoughts that pretraining mixes in.
+
+A world draws puzzles. A puzzle is a document in words, of which the last but one is the answer, and it knows the worked
+thought at any place. Words are separated by single spaces.
+"""
+
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
+
+OPEN, CLOSE = "<think>", "</think>"
+MUSINGS = ("hmm", "hmm let me see", "let me think", "not sure", "maybe {}", "i guess {}", "{} or {}")
+"""Thoughts that tell nothing; the gaps are filled with names of the world, drawn at random."""
+
+HELD_OUT = 8
+"""One puzzle in so many belongs to the held-out side."""
+THOUGHTFUL = 0.9
+"""Share of the pretraining documents that carry a thought."""
+AT_ANSWER = 0.35
+"""Share of those whose thought stands right before the answer; the others' place is drawn among all words."""
+WORKED = 0.5
+"""Share of the thoughts that are worked, always right, where there is something to work on; the others are musings."""
+
+
+@runtime_checkable
+class Puzzle(Protocol):
+    """What a world draws."""
+
+    def words(self) -> list[str]:
+        """The document's words; the answer is the last but one."""
+        ...
+
+    def worked(self, before: list[str]) -> list[str]:
+        """The worked thought after the document's first words; empty where they give nothing to work on."""
+        ...
+
+
+def row(
+    name: str, draw: Callable[[random.Random], Puzzle], names: Sequence[str], split: str, index: int, seed: int
+) -> dict:
+    """The document of world `name` at `index` of an endless split: "pretrain" (with thoughts), "train" or "heldout".
+
+    Returns `{"id", "text", "marks": {"answer": [offset]}}`, the offset in characters of the answer's first letter.
+    """
+    if split not in ("pretrain", "train", "heldout"):
+        raise ValueError(f'split is "pretrain", "train" or "heldout", got {split!r}')
+    rng = random.Random(_hash(f"{seed} {split} {index}"))
+    puzzle = draw(rng)
+    while held_out(puzzle) != (split == "heldout"):
+        puzzle = draw(rng)
+    words = puzzle.words()
+    answer = len(words) - 2
+    if split == "pretrain" and rng.random() < THOUGHTFUL:
+        place = answer if rng.random() < AT_ANSWER else rng.randrange(len(words))
+        thought = [OPEN, *_thought(puzzle, words[:place], names, rng), CLOSE]
+        words[place:place] = thought
+        answer += len(thought) if place <= answer else 0
+    offset = len(" ".join(words[:answer])) + 1
+    return {"id": f"{name}/{split}/{seed}/{index}", "text": " ".join(words), "marks": {"answer": [offset]}}
+
+
+def held_out(puzzle: Puzzle) -> bool:
+    """Which side a puzzle is on: a property of the puzzle alone, so no split can leak into another."""
+    return _hash(" ".join(puzzle.words())) % HELD_OUT == 0
+
+
+def vocabulary(words: Sequence[str]) -> list[str]:
+    """The delimiters, a world's own words and those of musings, each once, in a fixed order."""
+    musing = " ".join(MUSINGS).replace("{}", "").split()
+    return [OPEN, CLOSE, *dict.fromkeys([*words, *musing])]
+
+
+def without_thoughts(text: str) -> list[str]:
+    """The words of a text, thoughts and their delimiters left out."""
+    words, thinking = [], False
+    for word in text.split():
+        if word in (OPEN, CLOSE):
+            thinking = word == OPEN
+        elif not thinking:
+            words.append(word)
+    return words
+
+
+def _hash(text: str) -> int:
+    """The same number for the same text in every process (Python's own `hash` is salted)."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+
+
+def _thought(puzzle: Puzzle, before: list[str], names: Sequence[str], rng: random.Random) -> list[str]:
+    worked = puzzle.worked(before)
+    if worked and rng.random() < WORKED:
+        return worked
+    return [*rng.choice(MUSINGS).format(*rng.sample(names, 2)).split()]
