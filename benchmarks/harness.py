@@ -73,11 +73,16 @@ def build(name: str, device: str, seed: int = 0) -> Any:
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
-def windows(count: int, tokens: int, vocab: int, seed: int = 0) -> list[Window]:
-    """Documents of random tokens that are no delimiters."""
+def stops(prefix: int, places: int) -> list[int]:
+    """Evenly spaced places in a document, the last behind `prefix` tokens."""
+    return [round(prefix * (k + 1) / places) for k in range(places)]
+
+
+def window(prefix: int, places: int, vocab: int, seed: int = 0) -> Window:
+    """A document of random tokens that are no delimiters, marked at its `stops`, with the last one's target."""
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(10, vocab, (count, tokens), generator=generator).tolist()
-    return [Window(document=str(i), start=0, tokens=row, marks={}) for i, row in enumerate(rows)]
+    tokens = torch.randint(10, vocab, (prefix + 1,), generator=generator).tolist()
+    return Window(document="0", start=0, tokens=tokens, marks={"stop": tuple(stops(prefix, places))})
 
 
 def tokenizer(vocab: int) -> Any:
@@ -91,7 +96,14 @@ def settings(length: int, places: int, group: int, shared: bool = True, chunk: i
     """RLP's options for one document's worth of thoughts."""
     return Config(
         model=Model(prefix="shared" if shared else "replicated"),
-        method=Method(group=group, thought_length=length, positions=places, position_policy="stride", temperature=1.0),
+        method=Method(
+            group=group,
+            thought_length=length,
+            positions=places,
+            position_policy="marked",  # a random start would leave prefixes of half the length on average
+            marked_share=1.0,
+            temperature=1.0,
+        ),
         train=Train(
             steps=10**6, log_every=10**6, batch=batch or places, rollout_batch=max(places * group, 16), log_thoughts=0
         ),

@@ -47,8 +47,7 @@ class Ours:
         self.method = RLP(self.model, engine, FORM, harness.tokenizer(self.model.config.vocab_size), self.settings)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE)
         vocab = self.model.config.vocab_size
-        # With the last of evenly spaced places at the end, a document of P tokens serves K thoughts' prefixes.
-        self.windows = harness.windows(1, prefix + 1, vocab)
+        self.windows = [harness.window(prefix, places, vocab)]
         self.number, self.phases = 0, {}
 
     def __call__(self) -> None:
@@ -83,8 +82,7 @@ class Trl:
         prefix, length, places, group = grid
         self.model = harness.build(name, "cpu")
         vocab = self.model.config.vocab_size
-        window = harness.windows(1, prefix + 1, vocab)[0].tokens
-        stops = [round(prefix * (k + 1) / places) for k in range(places)]
+        window, stops = harness.window(prefix, places, vocab).tokens, harness.stops(prefix, places)
         prompts = [{"prompt": " ".join(map(str, [*window[:t], *OPEN])), "stop": t} for t in stops]
         self.window, self.teacher, self.fair, self.group = window, Teacher(self.model, 0.999), fair, group
         fairly = {"gradient_checkpointing": False, "bf16": False} if fair else {}
