@@ -69,7 +69,7 @@ class Ours:
         self.method = RLP(self.model, self.engine, FORM, harness.tokenizer(self.model.config.vocab_size), self.settings)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE)
         vocab = self.model.config.vocab_size
-        self.windows = [harness.window(prefix, places, vocab)]
+        self.windows, self.stops = [harness.window(prefix, places, vocab)], tuple(harness.stops(prefix, places))
         self.number, self.phases = 0, {}
 
     def __call__(self) -> None:
@@ -94,6 +94,7 @@ class Ours:
             "ema": self.clock() - updated,
         }
         self.work = batch.work
+        assert self.work.prefixes == self.stops
 
 
 class Trl:

@@ -31,12 +31,8 @@ class Layout:
     slots: Int[Tensor, "document slot"]  # the rows of each document; the last one again where there are fewer
     place: Int[Tensor, " row"]  # where a row stands in `slots`, read as one list
     spare: Float[Tensor, "document slot"]  # 1 at a row's place, 0 where a row was repeated
+    even: bool  # whether every document has as many rows, so that `slots` lists them all in their order
     biases: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)  # masks that all layers and steps share
-
-    @property
-    def even(self) -> bool:
-        """Whether every document has as many rows, so that `slots` lists them all in their order."""
-        return self.slots.numel() == len(self.place)
 
     @classmethod
     def of(cls, owner: Sequence[int], stop: Sequence[int], device: torch.device) -> "Layout":
@@ -62,6 +58,7 @@ class Layout:
             slots=torch.tensor(slots, device=device),
             place=torch.tensor(place, device=device),
             spare=spare.view(count, widest).to(device),
+            even=len(place) == count * widest,
         )
 
 
