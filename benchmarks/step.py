@@ -232,10 +232,12 @@ def measure(name: str, grid: Grid, options: argparse.Namespace) -> list[dict[str
 
         return job
 
-    seconds = harness.alternately({side: noting(side) for side in jobs}, options.repeats, clock=options.clock)
+    turns = {side: noting(side) for side in jobs}
+    seconds = harness.alternately(turns, options.repeats, options.warmup, options.clock)
     prefix, length, places, group = grid
     here = {"model": name, "P": prefix, "L": length, "K": places, "G": group, "device": options.device}
     here |= {"clock": options.clock, "threads": torch.get_num_threads(), "repeats": options.repeats}
+    here["warmup"] = options.warmup
     rows = []
     for peer in options.peers:
         ratio = harness.ratios(seconds["forethought"], seconds[peer])
@@ -300,6 +302,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=harness.MODELS)
     parser.add_argument("--grid", nargs="+", help="P,L,K,G settings instead of the whole grid")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=1, help="turns that are not counted")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--peers", default="naive,trl-fair,trl-defaults", help="comma-separated; '' for none")
     parser.add_argument("--clock", default="wall", choices=harness.CLOCKS, help="cpu: the process's own seconds")
