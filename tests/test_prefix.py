@@ -183,7 +183,7 @@ def test_merged_attention_is_attention_over_the_whole_row(data):
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).requires_grad_()
 
-    query = random(len(owner), heads * fan, width, size)
+    query = random(len(owner), width, heads * fan, size).transpose(1, 2)  # as models hand it over
     keys, values = random(documents, heads, length, size), random(documents, heads, length, size)
     own_keys, own_values = (random(len(owner), heads, past + width, size) for _ in range(2))
     start = [data.draw(st.integers(0, past)) for _ in owner]

@@ -179,7 +179,7 @@ def _span_part(span: tuple[int, int, int, int], heads: int, fan: int) -> _Part:
 
     def fold(x: Tensor) -> Tensor:
         rows, _, width, _ = (some := x[first:end]).shape
-        return some.view(rows, heads, fan * width, -1).transpose(0, 1).reshape(1, heads, rows * fan * width, -1)
+        return some.reshape(rows, heads, fan * width, -1).transpose(0, 1).reshape(1, heads, rows * fan * width, -1)
 
     def unfold(y: Tensor) -> Tensor:
         rows = end - first
