@@ -82,7 +82,7 @@ def main() -> None:
                 | harness.ratios(seconds["forethought"], seconds["generate"])
                 | {"seconds_forethought": best, "seconds": min(seconds["generate"]), "device": options.device}
                 | {"clock": options.clock, "threads": torch.get_num_threads(), "repeats": options.repeats}
-                | {"decode_step_ms": 1e3 * best / (grid[1] + len(CLOSE) + 1)}
+                | {"rollout_ms_a_token": 1e3 * best / (grid[1] + len(CLOSE) + 1)}
             )
             show(rows[-1])
             if options.json:

@@ -265,7 +265,7 @@ def _facts(
         "phases": shortest,
         "thought_tokens_per_s": places * group * length / best,
         "positions_per_s": places / best,
-        "decode_step_ms": 1e3 * shortest["rollout"] / (length + len(CLOSE) + 1),
+        "rollout_ms_a_token": 1e3 * shortest["rollout"] / (length + len(CLOSE) + 1),
         "update_gflops": gflops,
         "update_of_matmul": gflops / rates["matmul_gflops"],
         **rates,
@@ -283,7 +283,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         f"  {facts['thought_tokens_per_s']:.0f} thought tokens/s, {facts['positions_per_s']:.2f} positions/s; update "
         f"{facts['update_gflops']:.0f} of {facts['matmul_gflops']:.0f} GFLOP/s ({facts['update_of_matmul']:.0%}), "
         f"copy {facts['copy_gb_s']:.1f} GB/s; "
-        f"{facts['decode_step_ms']:.1f} ms a decode step"
+        f"{facts['rollout_ms_a_token']:.1f} ms a token, prefill included"
     )
     if "update_peak_mib_shared" in facts:
         print(f"  update adds {facts['update_peak_mib_shared']:.0f} MiB; naive {facts['update_peak_mib_naive']:.0f}")
