@@ -73,11 +73,16 @@ def build(name: str, device: str, seed: int = 0) -> Any:
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
-def windows(count: int, tokens: int, vocab: int, seed: int = 0) -> list[Window]:
-    """Documents of random tokens that are no delimiters."""
+def stops(prefix: int, places: int) -> list[int]:
+    """Evenly spaced places in a document, the last behind `prefix` tokens."""
+    return [round(prefix * (k + 1) / places) for k in range(places)]
+
+
+def window(prefix: int, places: int, vocab: int, seed: int = 0) -> Window:
+    """A document of random tokens that are no delimiters, marked at its `stops`, with the last one's target."""
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(10, vocab, (count, tokens), generator=generator).tolist()
-    return [Window(document=str(i), start=0, tokens=row, marks={}) for i, row in enumerate(rows)]
+    tokens = torch.randint(10, vocab, (prefix + 1,), generator=generator).tolist()
+    return Window(document="0", start=0, tokens=tokens, marks={"stop": tuple(stops(prefix, places))})
 
 
 def tokenizer(vocab: int) -> Any:
@@ -91,7 +96,14 @@ def settings(length: int, places: int, group: int, shared: bool = True, chunk: i
     """RLP's options for one document's worth of thoughts."""
     return Config(
         model=Model(prefix="shared" if shared else "replicated"),
-        method=Method(group=group, thought_length=length, positions=places, position_policy="stride", temperature=1.0),
+        method=Method(
+            group=group,
+            thought_length=length,
+            positions=places,
+            position_policy="marked",  # a random start would leave prefixes of half the length on average
+            marked_share=1.0,
+            temperature=1.0,
+        ),
         train=Train(
             steps=10**6, log_every=10**6, batch=batch or places, rollout_batch=max(places * group, 16), log_thoughts=0
         ),
@@ -99,18 +111,28 @@ def settings(length: int, places: int, group: int, shared: bool = True, chunk: i
     )
 
 
-def alternately(jobs: dict[str, Callable[[], None]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of each job, the jobs taking turns within one run."""
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def alternately(
+    jobs: dict[str, Callable[[], None]], repeats: int, warmup: int = 1, clock: str = "wall"
+) -> dict[str, list[float]]:
+    """Seconds of each job, the jobs taking turns within one run.
+
+    The clock `cpu` counts what the process computes, so that others on the machine disturb it less; with more than one
+    thread it counts waiting threads too.
+    """
+    now = CLOCKS[clock]
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for turn in range(warmup + repeats):
         for name, job in jobs.items():
             gc.collect()
             synchronise()
-            started = time.perf_counter()
+            started = now()
             job()
             synchronise()
             if turn >= warmup:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(now() - started)
     return seconds
 
 
@@ -126,13 +148,13 @@ def ratios(mine: list[float], theirs: list[float]) -> dict[str, float]:
     return {"ratio_median": statistics.median(values), "ratio_min": min(values), "ratio_max": max(values)}
 
 
-def ceilings(device: str) -> dict[str, float]:
+def ceilings(device: str, clock: str = "wall") -> dict[str, float]:
     """The machine's own rates, now: a square fp32 matrix product in GFLOP/s and a copy in GB/s."""
     size = 1024 if device == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device) for _ in range(2))
     big = torch.randn(2**24 if device == "cpu" else 2**28, device=device)
     other = torch.empty_like(big)
-    seconds = alternately({"matmul": lambda: torch.mm(a, b), "copy": lambda: other.copy_(big)}, 7)
+    seconds = alternately({"matmul": lambda: torch.mm(a, b), "copy": lambda: other.copy_(big)}, 7, clock=clock)
     return {
         "matmul_gflops": 2 * size**3 / min(seconds["matmul"]) / 1e9,
         "copy_gb_s": 2 * big.nbytes / min(seconds["copy"]) / 1e9,

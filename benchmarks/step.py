@@ -1,6 +1,6 @@
 """A whole RLP step against general trainers that do the same work.
 
-    python benchmarks/step.py [--quick] [--json FILE] [--models NAME ...] [--repeats 5] [--device cuda]
+    python benchmarks/step.py [--quick] [--json FILE] [--models NAME ...] [--repeats 5] [--peers naive,trl-fair]
 
 First an equality gate: loss and gradient of one batch with shared prefixes agree with naive replication to 1e-5. Then,
 alternately in one run: Forethought; Forethought with prefix sharing off (`naive`); TRL's GRPOTrainer doing RLP's work,
@@ -14,8 +14,8 @@ import resource
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,9 @@ from harness import CLOSE, FORM, OPEN
 
 from forethought.flops import step_flops
 from forethought.methods import RLP
-from forethought.rollout.native import native_engine
+from forethought.positions import Positions
+from forethought.rollout import Thoughts
+from forethought.rollout.native import NativeEngine, native_engine
 from forethought.scoring import log_probabilities
 from forethought.shape import Shape
 from forethought.teacher import Teacher
@@ -35,56 +37,76 @@ GRID = [(128, 32), (512, 64), (1024, 64), (512, 256), (256, 1024)]
 QUICK = [(128, 32), (512, 64)]
 LEARNING_RATE = 1e-6
 
+Grid = tuple[int, int, int, int]  # P, L, K, G
+
+
+class Watched:
+    """An engine that notes how long it last sampled."""
+
+    def __init__(self, engine: NativeEngine, clock: Callable[[], float]):
+        self.engine, self.clock, self.seconds = engine, clock, 0.0
+
+    def sample(self, positions: Positions, noise: torch.Tensor) -> Thoughts:
+        started = self.clock()
+        thoughts = self.engine.sample(positions, noise)
+        harness.synchronise()
+        self.seconds = self.clock() - started
+        return thoughts
+
+    def sync(self) -> None:
+        self.engine.sync()
+
 
 class Ours:
     """Forethought's step as the loop takes it; `phases` are the seconds of the last one."""
 
-    def __init__(self, name: str, grid: tuple[int, int, int, int], shared: bool, device: str):
+    def __init__(self, name: str, grid: Grid, shared: bool, options: argparse.Namespace):
         prefix, length, places, group = grid
-        self.model = harness.build(name, device)
+        self.clock = harness.CLOCKS[options.clock]
+        self.model = harness.build(name, options.device)
         self.settings = harness.settings(length, places, group, shared)
-        engine = native_engine(self.model, FORM, self.settings)
-        self.method = RLP(self.model, engine, FORM, harness.tokenizer(self.model.config.vocab_size), self.settings)
+        self.engine = Watched(native_engine(self.model, FORM, self.settings), self.clock)
+        self.method = RLP(self.model, self.engine, FORM, harness.tokenizer(self.model.config.vocab_size), self.settings)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE)
         vocab = self.model.config.vocab_size
-        # With the last of evenly spaced places at the end, a document of P tokens serves K thoughts' prefixes.
-        self.windows = harness.windows(1, prefix + 1, vocab)
+        self.windows, self.stops = [harness.window(prefix, places, vocab)], tuple(harness.stops(prefix, places))
         self.number, self.phases = 0, {}
 
     def __call__(self) -> None:
         self.number += 1
+        started = self.clock()
         batch = self.method.collect(self.windows, self.number)
         harness.synchronise()
-        collected = time.perf_counter()
+        collected = self.clock()
         self.optimizer.zero_grad(set_to_none=True)
         for piece in batch.pieces:
             self.method.backward(piece)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         harness.synchronise()
-        updated = time.perf_counter()
+        updated = self.clock()
         self.method.after_step()
         harness.synchronise()
         self.phases = {
-            "rollout": batch.sums["time/rollout_s"][0],
-            "score": batch.sums["time/score_s"][0],
+            "rollout": self.engine.seconds,
+            "score": collected - started - self.engine.seconds,
             "update": updated - collected,
-            "ema": time.perf_counter() - updated,
+            "ema": self.clock() - updated,
         }
         self.work = batch.work
+        assert self.work.prefixes == self.stops
 
 
 class Trl:
     """TRL's GRPOTrainer with RLP's reward: reasoned log-evidence under the policy minus the EMA teacher's without."""
 
-    def __init__(self, name: str, grid: tuple[int, int, int, int], fair: bool):
+    def __init__(self, name: str, grid: Grid, fair: bool):
         from trl import GRPOConfig, GRPOTrainer
 
         prefix, length, places, group = grid
         self.model = harness.build(name, "cpu")
         vocab = self.model.config.vocab_size
-        window = harness.windows(1, prefix + 1, vocab)[0].tokens
-        stops = [round(prefix * (k + 1) / places) for k in range(places)]
+        window, stops = harness.window(prefix, places, vocab).tokens, harness.stops(prefix, places)
         prompts = [{"prompt": " ".join(map(str, [*window[:t], *OPEN])), "stop": t} for t in stops]
         self.window, self.teacher, self.fair, self.group = window, Teacher(self.model, 0.999), fair, group
         fairly = {"gradient_checkpointing": False, "bf16": False} if fair else {}
@@ -148,9 +170,9 @@ class Trl:
         return log_probabilities(logits[:, -1], targets)
 
 
-def gate(name: str, device: str) -> float:
+def gate(name: str, options: argparse.Namespace) -> float:
     """Largest difference of loss and gradient between shared and replicated prefixes, relative to the largest."""
-    one, other = (Ours(name, (96, 12, 2, 4), shared, device) for shared in (True, False))
+    one, other = (Ours(name, (96, 12, 2, 4), shared, options) for shared in (True, False))
     batch = one.method.collect(one.windows, 1)
     results = []
     for side in (one, other):
@@ -161,14 +183,15 @@ def gate(name: str, device: str) -> float:
     return max(gap, abs(loss - wanted_loss) / max(abs(wanted_loss), 1.0))
 
 
-def peak_mib(name: str, grid: tuple[int, int, int, int], shared: bool) -> float:
+def peak_mib(name: str, grid: Grid, shared: bool) -> float:
     """Memory that one update adds to the process, in MiB, measured in a process of its own."""
     words = [sys.executable, __file__, "--peak-of", name, *map(str, grid), str(int(shared))]
     return float(subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def report_peak(name: str, grid: list[int], shared: bool) -> None:
-    side = Ours(name, (grid[0], grid[1], grid[2], grid[3]), shared, "cpu")
+    options = argparse.Namespace(device="cpu", clock="wall")
+    side = Ours(name, (grid[0], grid[1], grid[2], grid[3]), shared, options)
     batch = side.method.collect(side.windows, 1)
     for parameter in side.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -189,12 +212,17 @@ def _high_water_kib() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
-def measure(name: str, grid: tuple[int, int, int, int], options: argparse.Namespace) -> list[dict[str, Any]]:
-    ours, naive = (Ours(name, grid, shared, options.device) for shared in (True, False))
-    jobs: dict[str, Any] = {"forethought": ours, "naive": naive}
-    if options.device == "cpu" and not options.no_trl:
-        jobs |= {"trl-fair": Trl(name, grid, True), "trl-defaults": Trl(name, grid, False)}
-    phases: dict[str, list[dict[str, float]]] = {"forethought": [], "naive": []}
+PEERS: dict[str, Callable[[str, Grid, argparse.Namespace], Any]] = {
+    "naive": lambda name, grid, options: Ours(name, grid, False, options),
+    "trl-fair": lambda name, grid, options: Trl(name, grid, True),
+    "trl-defaults": lambda name, grid, options: Trl(name, grid, False),
+}
+
+
+def measure(name: str, grid: Grid, options: argparse.Namespace) -> list[dict[str, Any]]:
+    jobs = {"forethought": Ours(name, grid, True, options)}
+    jobs |= {peer: PEERS[peer](name, grid, options) for peer in options.peers}
+    phases: dict[str, list[dict[str, float]]] = {side: [] for side in ("forethought", "naive")}
 
     def noting(side: str) -> Any:
         def job() -> None:
@@ -204,35 +232,47 @@ def measure(name: str, grid: tuple[int, int, int, int], options: argparse.Namesp
 
         return job
 
-    seconds = harness.alternately({side: noting(side) for side in jobs}, options.repeats)
-    rates = harness.ceilings(options.device)
+    turns = {side: noting(side) for side in jobs}
+    seconds = harness.alternately(turns, options.repeats, options.warmup, options.clock)
     prefix, length, places, group = grid
     here = {"model": name, "P": prefix, "L": length, "K": places, "G": group, "device": options.device}
-    kept = {side: some[1:] for side, some in phases.items()}
+    here |= {"clock": options.clock, "threads": torch.get_num_threads(), "repeats": options.repeats}
+    here["warmup"] = options.warmup
     rows = []
-    for peer in jobs:
-        if peer != "forethought":
-            rows.append(here | {"peer": peer, "phase": "step"} | harness.ratios(seconds["forethought"], seconds[peer]))
-    for phase in ("rollout", "update"):
-        mine, theirs = ([some[phase] for some in kept[side]] for side in ("forethought", "naive"))
-        rows.append(here | {"peer": "naive", "phase": phase} | harness.ratios(mine, theirs))
-    best = min(seconds["forethought"])
-    flops = step_flops(Shape.of(ours.model.config), ours.work)
-    update = min(some["update"] for some in kept["forethought"])
-    facts = here | {
+    for peer in options.peers:
+        ratio = harness.ratios(seconds["forethought"], seconds[peer])
+        rows.append(here | {"peer": peer, "phase": "step", "seconds": min(seconds[peer])} | ratio)
+    mine, theirs = (phases[side][-options.repeats :] for side in ("forethought", "naive"))
+    for phase in ("rollout", "update") if theirs else ():
+        ratio = harness.ratios([some[phase] for some in mine], [some[phase] for some in theirs])
+        rows.append(here | {"peer": "naive", "phase": phase, "seconds": min(some[phase] for some in theirs)} | ratio)
+    return [*rows, here | _facts(name, grid, options, (jobs["forethought"], min(seconds["forethought"]), mine))]
+
+
+def _facts(
+    name: str, grid: Grid, options: argparse.Namespace, taken: tuple[Ours, float, list[dict[str, float]]]
+) -> dict[str, Any]:
+    """What Forethought's own step took: its shortest turns, and the share of the machine's rate that they reach."""
+    ours, best, phases = taken
+    _, length, places, group = grid
+    rates = harness.ceilings(options.device, options.clock)
+    shortest = {phase: min(some[phase] for some in phases) for phase in phases[0]}
+    gflops = step_flops(Shape.of(ours.model.config), ours.work).update / shortest["update"] / 1e9
+    facts = {
         "peer": "forethought",
         "phase": "step",
         "seconds": best,
-        "phases": {phase: min(some[phase] for some in kept["forethought"]) for phase in kept["forethought"][0]},
+        "phases": shortest,
         "thought_tokens_per_s": places * group * length / best,
         "positions_per_s": places / best,
-        "update_gflops": flops.update / update / 1e9,
-        "update_of_matmul": flops.update / update / 1e9 / rates["matmul_gflops"],
+        "rollout_ms_a_token": 1e3 * shortest["rollout"] / (length + len(CLOSE) + 1),
+        "update_gflops": gflops,
+        "update_of_matmul": gflops / rates["matmul_gflops"],
         **rates,
     }
     if options.peak and options.device == "cpu":
         facts |= {f"update_peak_mib_{side}": peak_mib(name, grid, side == "shared") for side in ("shared", "naive")}
-    return [*rows, facts]
+    return facts
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -242,7 +282,8 @@ def show(rows: list[dict[str, Any]]) -> None:
     print(
         f"  {facts['thought_tokens_per_s']:.0f} thought tokens/s, {facts['positions_per_s']:.2f} positions/s; update "
         f"{facts['update_gflops']:.0f} of {facts['matmul_gflops']:.0f} GFLOP/s ({facts['update_of_matmul']:.0%}), "
-        f"copy {facts['copy_gb_s']:.1f} GB/s"
+        f"copy {facts['copy_gb_s']:.1f} GB/s; "
+        f"{facts['rollout_ms_a_token']:.1f} ms a token, prefill included"
     )
     if "update_peak_mib_shared" in facts:
         print(f"  update adds {facts['update_peak_mib_shared']:.0f} MiB; naive {facts['update_peak_mib_naive']:.0f}")
@@ -261,8 +302,10 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=harness.MODELS)
     parser.add_argument("--grid", nargs="+", help="P,L,K,G settings instead of the whole grid")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=1, help="turns that are not counted")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--no-trl", action="store_true")
+    parser.add_argument("--peers", default="naive,trl-fair,trl-defaults", help="comma-separated; '' for none")
+    parser.add_argument("--clock", default="wall", choices=harness.CLOCKS, help="cpu: the process's own seconds")
     parser.add_argument("--peak", action="store_true", help="also the memory that an update takes")
     if sys.argv[1:2] == ["--peak-of"]:
         report_peak(sys.argv[2], [int(word) for word in sys.argv[3:7]], sys.argv[7] == "1")
@@ -270,6 +313,9 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     names = options.models or list(harness.MODELS)[: 1 if options.quick else 3]
+    options.peers = [peer for peer in options.peers.split(",") if peer]
+    if odd := sorted(set(options.peers) - set(PEERS)):
+        parser.error(f"--peers: there is no {', '.join(odd)}; choose from {', '.join(PEERS)}")
     if options.quick:
         options.repeats = min(options.repeats, 3)
     if options.grid:
@@ -279,7 +325,7 @@ def main() -> None:
         grids = grids[:2] if options.quick else grids
     rows: list[dict[str, Any]] = []
     for name in names:
-        gap = gate(name, options.device)
+        gap = gate(name, options)
         print(f"{name}: shared equals replicated to {gap:.1e}")
         if gap > 1e-5:
             sys.exit(f"{name}: loss or gradient differ by {gap:.1e}, more than 1e-5; nothing is timed")

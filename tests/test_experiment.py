@@ -148,7 +148,9 @@ def test_another_seed_joins_those_that_are_finished(tmp_path: Path):
 
 def test_an_arm_made_with_other_options_is_not_mixed_in(finished: Any):
     run, _ = finished
-    with pytest.raises(UserError, match=r"^rlp/seed-0 was made with method.temperature = 1.0, and the experiment says 0.5"):
+    with pytest.raises(
+        UserError, match=r"^rlp/seed-0 was made with method.temperature = 1.0, and the experiment says 0.5"
+    ):
         compare(run.parent / "small.toml", {"run": str(run), "method": {"temperature": 0.5}})
 
 

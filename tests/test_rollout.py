@@ -153,7 +153,7 @@ def test_dropping_finished_rows_disturbs_nobody(monkeypatch, shared):
     model = biased({CLOSE: 2.0})
     results = []
     for share in (0.0, 0.75, 2.0):  # only at the end; the default; at every step
-        monkeypatch.setattr("forethought.rollout.native._COMPACT", share)
+        monkeypatch.setattr("forethought.rollout.native.COMPACT", share)
         for rows in (128, 16):
             results.append(think(model, group=8, length=10, way=(rows, shared), horizon=2))
     assert results[0].lengths.unique().numel() > 4

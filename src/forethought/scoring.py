@@ -24,8 +24,8 @@ def log_probabilities(
     flat, wanted = logits.reshape(-1, logits.shape[-1]), tokens.reshape(-1, 1)
     pieces = []
     for piece, token in zip(flat.split(_ROWS), wanted.split(_ROWS), strict=True):
-        scaled = piece.float() / temperature
-        pieces.append(scaled.gather(-1, token).squeeze(-1) - scaled.logsumexp(-1))
+        scaled = piece.float() if temperature == 1 else piece.float() / temperature
+        pieces.append(scaled.log_softmax(-1).gather(-1, token).squeeze(-1))
     return torch.cat(pieces).view(tokens.shape)
 
 
@@ -36,11 +36,13 @@ def forbid(
 
     `where`: in these rows only.
     """
-    if where is not None and not bool(where.any()):
+    if where is None:
+        where = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+    rows = where.nonzero(as_tuple=True)
+    if not rows[0].numel():
         return logits
-    mask = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-    mask[token] = True
-    return logits.masked_fill(mask if where is None else mask & where.unsqueeze(-1), float("-inf"))
+    column = torch.tensor(token, device=logits.device)
+    return logits.index_put((*rows, column), logits.new_tensor(float("-inf")))
 
 
 def position_ids(mask: Bool[Tensor, "row width"]) -> Int[Tensor, "row width"]:

@@ -7,7 +7,7 @@ normaliser and as rowsum(dO * O).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +31,8 @@ class Layout:
     slots: Int[Tensor, "document slot"]  # the rows of each document; the last one again where there are fewer
     place: Int[Tensor, " row"]  # where a row stands in `slots`, read as one list
     spare: Float[Tensor, "document slot"]  # 1 at a row's place, 0 where a row was repeated
+    even: bool  # whether every document has as many rows, so that `slots` lists them all in their order
+    biases: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)  # masks that all layers and steps share
 
     @classmethod
     def of(cls, owner: Sequence[int], stop: Sequence[int], device: torch.device) -> "Layout":
@@ -56,6 +58,7 @@ class Layout:
             slots=torch.tensor(slots, device=device),
             place=torch.tensor(place, device=device),
             spare=spare.view(count, widest).to(device),
+            even=len(place) == count * widest,
         )
 
 
@@ -102,6 +105,8 @@ def merged_attention(query: Tensor, key: Split, value: Split, scale: float, wind
         key, value = (Split(x.prefix.to(dtype), x.suffix.to(dtype), x.layout, x.start) for x in (key, value))
     parts = [*_prefix_parts(query, key, window), _suffix_part(query, key, window)]
     keys = (key.prefix, value.prefix, key.suffix, value.suffix)
+    if query.shape[2] == 1 and not torch.is_grad_enabled():
+        return _step(query, keys, parts, scale)
     if kind == "cpu":
         return _Fused.apply(query, *keys, parts, scale)
     return _reference(query, keys, parts, scale)
@@ -118,14 +123,18 @@ def _prefix_parts(query: Tensor, key: Split, window: int | None) -> list[_Part]:
     whole = window is None and all(seen == length for _, seen, _, _ in layout.spans)
 
     def fold(x: Tensor) -> Tensor:
-        grid = x.index_select(0, layout.slots.flatten()).view(documents, slots, heads, fan, width, -1)
+        rows = x if layout.even else x.index_select(0, layout.slots.flatten())
+        grid = rows.view(documents, slots, heads, fan, width, -1)
         return grid.transpose(1, 2).reshape(documents, heads, slots * fan * width, -1)
 
     def unfold(y: Tensor) -> Tensor:
         grid = y.view(documents, heads, slots, fan, width, -1).transpose(1, 2)
-        return grid.reshape(documents * slots, heads * fan, width, -1).index_select(0, layout.place)
+        rows = grid.reshape(documents * slots, heads * fan, width, -1)
+        return rows if layout.even else rows.index_select(0, layout.place)
 
     def real(y: Tensor) -> Tensor:
+        if layout.even:
+            return y
         spare = layout.spare.to(y.dtype)[:, None, :, None].expand(-1, heads, -1, fan * width)
         return y * spare.reshape(*y.shape[:3], 1)
 
@@ -144,6 +153,9 @@ def _prefix_bias(query: Tensor, key: Split, window: int | None) -> Tensor:
     """Additive mask (document, 1, slot * fan * query, prefix) of the keys that each row sees."""
     layout, length = key.layout, key.prefix.shape[2]
     fan, width = query.shape[1] // key.prefix.shape[1], query.shape[2]
+    known = (fan, width, length, query.dtype)
+    if window is None and known in layout.biases:
+        return layout.biases[known]
     index = torch.arange(length, device=query.device)
     stop = layout.stop[layout.slots][..., None, None]  # (document, slot, 1, 1)
     seen = index < stop
@@ -155,7 +167,10 @@ def _prefix_bias(query: Tensor, key: Split, window: int | None) -> Tensor:
     bias = torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill_(~seen, HIDDEN)
     documents, slots = layout.slots.shape
     bias = bias[:, :, None].expand(documents, slots, fan, width, length)
-    return bias.reshape(documents, 1, slots * fan * width, length)
+    bias = bias.reshape(documents, 1, slots * fan * width, length)
+    if window is None:
+        layout.biases[known] = bias
+    return bias
 
 
 def _span_part(span: tuple[int, int, int, int], heads: int, fan: int) -> _Part:
@@ -164,7 +179,7 @@ def _span_part(span: tuple[int, int, int, int], heads: int, fan: int) -> _Part:
 
     def fold(x: Tensor) -> Tensor:
         rows, _, width, _ = (some := x[first:end]).shape
-        return some.view(rows, heads, fan * width, -1).transpose(0, 1).reshape(1, heads, rows * fan * width, -1)
+        return some.reshape(rows, heads, fan * width, -1).transpose(0, 1).reshape(1, heads, rows * fan * width, -1)
 
     def unfold(y: Tensor) -> Tensor:
         rows = end - first
@@ -217,6 +232,20 @@ def _merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     lse = torch.logaddexp(prefix_lse, lses[-1])
     weight = (prefix_lse - lse).exp().to(prefix.dtype)
     return prefix * weight + outs[-1] * (lses[-1] - lse).exp().to(prefix.dtype), lse
+
+
+def _step(query: Tensor, keys: Sequence[Tensor], parts: list[_Part], scale: float) -> Tensor:
+    """One query a row: a single softmax over both parts' scores, for so few of which fused kernels are slow."""
+    (shared, kp, vp), (own, ks, vs) = _calls(parts, keys)
+    query = query * scale
+    scores = []
+    for part, k in ((shared, kp), (own, ks)):
+        score = torch.matmul(part.fold(query), k.transpose(-1, -2))
+        scores.append(part.unfold(score if part.bias is None else score + part.bias))
+    weight = torch.cat(scores, dim=-1).softmax(dim=-1, dtype=torch.float32).to(vp.dtype)
+    seen = kp.shape[2]
+    one = shared.unfold(torch.matmul(shared.fold(weight[..., :seen]), vp))
+    return one + own.unfold(torch.matmul(own.fold(weight[..., seen:]), vs))
 
 
 def _reference(q: Tensor, keys: tuple[Tensor, ...], parts: list[_Part], scale: float) -> Tensor:

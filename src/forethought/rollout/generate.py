@@ -2,18 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import DynamicCache
 
-from forethought.positions import pad_rows
+from forethought.rollout.copies import COMPACT, read_copies
 from forethought.rollout.decoding import sample
-from forethought.scoring import forbid, position_ids
-
-_COMPACT = 0.75  # finished rows are dropped from the cache when fewer than this share is still decoding
+from forethought.scoring import forbid
 
 Stop = Callable[[Sequence[int]], bool]  # whether a row that has generated these tokens is done
 
@@ -58,7 +55,7 @@ def generate(
 def _batch(
     model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, stop: Stop, noise: Float[Tensor, "row limit"]
 ) -> list[list[int]]:
-    logits, mask, cache = _prefill(model, prompts)
+    copies, logits = read_copies(model, prompts, pad=0)
     texts: list[list[int]] = [[] for _ in prompts]
     rows, running = list(range(len(prompts))), [True] * len(prompts)  # which rows the cache holds; which go on
     for step in range(sampling.limit):
@@ -71,47 +68,13 @@ def _batch(
                 running[place] = not stop(texts[row])
         if not any(running) or step + 1 == sampling.limit:
             break
-        if sum(running) < _COMPACT * len(rows):
+        if sum(running) < COMPACT * len(rows):
             kept = [place for place, goes_on in enumerate(running) if goes_on]
             rows, running = [rows[place] for place in kept], [True] * len(kept)
-            drawn, mask = drawn[kept], mask[kept]
-            _select(cache, kept, model.device)
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-        logits = _forward(model, drawn[:, None], mask, cache)
+            drawn = drawn[kept]
+            copies.select(torch.tensor(kept, device=model.device))
+        logits = copies.step(drawn)
     return texts
-
-
-def _prefill(
-    model: Any, prompts: Sequence[Sequence[int]]
-) -> tuple[Float[Tensor, "row vocab"], Bool[Tensor, "row width"], DynamicCache]:
-    """Read the prompts, equal ones once, and give each row of the batch its copy."""
-    places: dict[tuple[int, ...], int] = {}
-    copies = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
-    tokens, mask = (part.to(model.device) for part in pad_rows(list(places), 0, left=True))
-    cache = DynamicCache(config=model.config)
-    logits = _forward(model, tokens, mask, cache)
-    if len(places) < len(prompts):
-        _select(cache, copies, model.device)
-    return logits[copies], mask[copies], cache
-
-
-def _select(cache: DynamicCache, rows: list[int], device: torch.device) -> None:
-    """Keep, copy or drop rows of every layer of a cache."""
-    cache.reorder_cache(cast(torch.LongTensor, torch.tensor(rows, device=device)))
-
-
-def _forward(
-    model: Any, tokens: Int[Tensor, "row new"], mask: Bool[Tensor, "row width"], cache: DynamicCache
-) -> Float[Tensor, "row vocab"]:
-    """Logits after the last of the new tokens, which go into the cache."""
-    return model(
-        input_ids=tokens,
-        attention_mask=mask.long(),
-        position_ids=position_ids(mask)[:, -tokens.shape[1] :],
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
 
 
 def _draw(logits: Float[Tensor, "row vocab"], noise: Float[Tensor, " row"], sampling: Sampling) -> Int[Tensor, " row"]:

@@ -1,20 +1,18 @@
 """Thoughts from any Hugging Face causal LM: a document is read once, the thoughts at all its places decode together."""
 
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import DynamicCache
 
 from forethought.config import Config, Method, UserError
-from forethought.positions import Positions, ThoughtFormat, pad_rows
+from forethought.positions import Positions, ThoughtFormat
 from forethought.prefix import Fork, backbone, enable, read, vocabulary
 from forethought.rollout import Responses, Thoughts
+from forethought.rollout.copies import COMPACT, read_copies
 from forethought.rollout.decoding import Rows
-from forethought.scoring import position_ids
 
-_COMPACT = 0.75  # finished rows are dropped from the cache when fewer than this share is still decoding
 _REFILL = 0.5  # the next positions are read when fewer than this share of the rows that fit is still decoding
 
 
@@ -82,7 +80,7 @@ class NativeEngine:
             assert batch is not None and logits is not None
             tokens = rows.advance(logits, self.options)
             keep = rows.alive_rows()
-            if keep.numel() < _COMPACT * len(rows.alive) or not keep.numel():
+            if keep.numel() < COMPACT * len(rows.alive) or not keep.numel():
                 rows.drop(keep)
                 tokens = tokens[keep]
                 batch.select(keep) if keep.numel() else None
@@ -94,7 +92,8 @@ class NativeEngine:
     ) -> tuple[_Batch, Float[Tensor, "row vocab"]]:
         """Read new positions and set their rows behind those that are running."""
         if not self.shared:
-            return _copied(self.model, self.form, positions, group)
+            contexts = [self.form.wrap(context) for context in positions.contexts() for _ in range(group)]
+            return read_copies(self.model, contexts, self.form.pad)
         batch, logits = _shared(self.model, self.form, positions, group, room)
         if running is None:
             return batch, logits
@@ -133,50 +132,6 @@ def _shared(
     batch = _Shared(model, fork)
     lead = torch.tensor([*form.after, *form.open], device=model.device)
     return batch, batch.read(lead.expand(len(positions) * group, -1))
-
-
-class _Copied:
-    """Rows with a copy of their prefix each."""
-
-    def __init__(self, model: Any, cache: DynamicCache, mask: Tensor):
-        self.model, self.cache, self.mask = model, cache, mask
-
-    def step(self, tokens: Int[Tensor, " row"]) -> Float[Tensor, "row vocab"]:
-        """Read one token a row; the logits that follow."""
-        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
-        return self.model(
-            input_ids=tokens[:, None],
-            attention_mask=self.mask.long(),
-            position_ids=position_ids(self.mask)[:, -1:],
-            past_key_values=self.cache,
-            use_cache=True,
-        ).logits[:, -1]
-
-    def select(self, rows: Int[Tensor, " row"]) -> None:
-        """Keep, copy or drop rows of every layer, attention and Mamba alike."""
-        self.cache.reorder_cache(cast(torch.LongTensor, rows))
-        self.mask = self.mask[rows]
-
-
-def _copied(
-    model: Any, form: ThoughtFormat, positions: Positions, group: int
-) -> tuple[_Copied, Float[Tensor, "row vocab"]]:
-    contexts = [form.wrap(context) for context in positions.contexts()]
-    tokens, mask = pad_rows(contexts, form.pad, left=True)
-    tokens, mask = tokens.to(model.device), mask.to(model.device)
-    cache = DynamicCache(config=model.config)
-    logits = model(
-        input_ids=tokens,
-        attention_mask=mask.long(),
-        position_ids=position_ids(mask),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
-    copies = torch.arange(len(contexts), device=model.device).repeat_interleave(group)
-    batch = _Copied(model, cache, mask)
-    batch.select(copies)
-    return batch, logits[copies]
 
 
 def native_engine(model: Any, form: ThoughtFormat, config: Config) -> NativeEngine:
