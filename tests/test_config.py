@@ -24,8 +24,8 @@ method.clamp_gain method.min_gain method.clip_low method.clip_high method.inner_
 method.teacher_every method.freeze_teacher method.kl_weight method.unclosed method.unclosed_penalty method.open
 method.close method.prompt
 optim.learning_rate optim.schedule optim.warmup optim.weight_decay optim.beta1 optim.beta2 optim.gradient_clip
-train.steps train.batch train.rollout_batch train.log_every train.log_thoughts train.checkpoint_every
-train.keep_checkpoints train.tracker
+train.steps train.tokens train.flops train.batch train.rollout_batch train.log_every train.log_thoughts
+train.checkpoint_every train.keep_checkpoints train.tracker
 update.tokens_per_chunk
 evaluate.path evaluate.documents evaluate.positions evaluate.thoughts evaluate.view evaluate.view_thoughts
 questions.tasks questions.data questions.shots questions.samples questions.thinking questions.max_tokens

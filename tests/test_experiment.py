@@ -159,7 +159,7 @@ def test_a_stopped_experiment_goes_on(tmp_path: Path, processes: int):
     text = SMALL[: SMALL.index("[arms.cpt-tokens]")] + "[arms.twin]\noptions = { method.freeze_teacher = true }\n"
     (tmp_path / "small.toml").write_text(text)
     words = ["compare", str(tmp_path / "small.toml"), "--run", str(tmp_path / "run"), "--seeds", "0"]
-    words += ["--train.steps", "60", "--train.checkpoint_every", "1000", "--processes", str(processes)]
+    words += ["--train.steps", "12", "--train.checkpoint_every", "1000", "--processes", str(processes)]
     run = tmp_path / "run" / "rlp" / "seed-0"
     code = "import sys; from forethought.cli import main; sys.exit(main())"
     process = subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.PIPE, text=True)
@@ -174,23 +174,23 @@ def test_a_stopped_experiment_goes_on(tmp_path: Path, processes: int):
     assert saved, "the arm saved before it left"
     assert main(words) == 0
     steps = [row["step"] for row in figures(run)]
-    assert steps == list(range(1, 61))
+    assert steps == list(range(1, 13))
     whole = tmp_path / "whole"
-    assert main([str(whole) if word == str(tmp_path / "run") else word for word in words]) == 0
+    assert main([*[str(whole) if word == str(tmp_path / "run") else word for word in words], "--processes", "1"]) == 0
     assert arms.weights(run) == arms.weights(whole / "rlp" / "seed-0") == arms.weights(whole / "twin" / "seed-0")
 
 
 def test_an_arm_that_fails_does_not_stop_the_others(tmp_path: Path):
     text = SMALL[: SMALL.index("[arms.rlp-frozen]")].replace(
-        "[arms.rlp]", "[arms.rlp]\noptions = { optim.learning_rate = 1e38 }\n[arms.sound]"
+        "[arms.rlp]", "[arms.rlp]\noptions = { method.name = 'cpt', optim.learning_rate = 1e30 }\n[arms.sound]"
     )
     (tmp_path / "small.toml").write_text(text)
     run = tmp_path / "run"
-    with pytest.raises(RunError, match=r"^3 of 4 arms failed, first rlp/seed-0: step 2: the loss is nan"):
+    with pytest.raises(RunError, match=r"^3 of 4 arms failed, first rlp/seed-0: step 2: the loss is .* nan"):
         compare(tmp_path / "small.toml", {"run": str(run), "seeds": 0, "train": {"steps": 3}})
     assert ("sound", 0, "all/ce_think") in rows(run)
     html = (run / "compare.html").read_text()
-    assert "Not finished: <strong>rlp/seed-0</strong> (step 2: the loss is nan" in html
+    assert "Not finished: <strong>rlp/seed-0</strong> (step 2: the loss is " in html
     assert "whose budget it follows, failed" in html
 
 

@@ -245,7 +245,7 @@ def test_a_budget_of_flops_takes_a_model_whose_flops_are_known(tmp_path: Path):
     GPTNeoXConfig(
         vocab_size=64, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
     ).save_pretrained(tmp_path / "model")
-    model = {"path": str(tmp_path / "model"), "init": "random", "tokenizer": str(EMBEDDED)}
+    model = {"path": str(tmp_path / "model"), "init": "random", "tokenizer": str(EMBEDDED["embedded"])}
     with pytest.raises(UserError, match=r"^train.flops = 1.0: the FLOPs of a gpt_neox model are not known; use steps$"):
         go(tmp_path, "run", model=model, train={"flops": 1.0})
 

@@ -231,7 +231,7 @@ def test_plots_take_the_colours_of_the_page_and_stand_alone_on_white(one):
     }  # fmt: skip
     assert "<style" not in drawn
     kept = (one / "plots" / "gain.svg").read_text()
-    assert f"fill: {plots.PAPER}" in kept
+    assert f"fill: {svg.PAPER}" in kept
     assert f"stroke: {svg.COLOURS[0]}" in kept
     assert "http://purl.org" not in kept
 

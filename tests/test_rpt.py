@@ -462,7 +462,7 @@ def test_bad_options_are_one_line(words, message, tmp_path: Path, capsys: pytest
 
 
 def test_a_proxy_must_speak_the_same_tokens(tmp_path: Path):
-    values = options(tmp_path, "run", method={"name": "rpt", "proxy": str(EMBEDDED)})
+    values = options(tmp_path, "run", method={"name": "rpt", "proxy": str(EMBEDDED["embedded"])})
     trainer = Trainer(from_dict(values))
     assert isinstance(trainer.method, RPT)
     proxy: Any = trainer.method.places.proxy

@@ -1,6 +1,6 @@
 """What every method that thinks has in common: compare what thoughts earned, learn from their tokens, tell of both."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -185,7 +185,7 @@ def leakage(tokenizer: Any, positions: Positions, thoughts: Thoughts, form: Thou
 
 
 def describe(
-    tokenizer: Any, positions: Positions, thoughts: Thoughts, columns: dict[str, Tensor | Sequence[Any]], count: int
+    tokenizer: Any, positions: Positions, thoughts: Thoughts, columns: Mapping[str, Tensor | Sequence[Any]], count: int
 ) -> list[dict[str, Any]]:
     """The first few positions of a step in words, for thoughts.jsonl.
 
