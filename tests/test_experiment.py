@@ -14,7 +14,6 @@ from test_survival import figures
 
 from forethought.cli import main
 from forethought.config import RunError, UserError
-from forethought.evaluation.text import Records
 from forethought.experiment import arms, compare, table
 from forethought.experiment.design import Claim, Experiment, read
 from forethought.report import write_comparison
@@ -257,9 +256,13 @@ def test_a_file_that_is_not_there_is_named(capsys: Any):
     assert "config 'compare-quickstart' is an experiment: forethought compare compare-quickstart" in said
 
 
-def fake(**fields: Any) -> Records:
-    none = {"nothink_hit": [True] * 2, "length": [1.0] * 2, "closed": [1.0] * 2, "document": [0, 1], "at": [1, 1]}
-    return Records(**{"nothink": [-1.0] * 2, "think": [-1.0] * 2, "think_hit": [0.5] * 2, **none, **fields})
+def test_another_config_makes_it_another_experiment(tmp_path: Path):
+    whole = read("compare-quickstart", {"config": "quickstart-notes"})
+    assert (whole.start.corpus.path, whole.run) == (
+        "world:notes/train",
+        Path("runs/compare-quickstart-quickstart-notes"),
+    )
+    assert read("compare-quickstart", {}).run == Path("runs/compare-quickstart")
 
 
 @pytest.mark.parametrize(

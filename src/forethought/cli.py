@@ -24,7 +24,7 @@ usage: forethought train CONFIG [--section.option value ...]   train a config fi
        forethought train --resume RUN                          continue a stopped run from its last checkpoint
        forethought evaluate MODEL_OR_RUN [--section.option value ...]
        forethought questions MODEL_OR_RUN [--questions.data FOLDER] [--section.option value ...]
-       forethought compare EXPERIMENT [--run DIR] [--seeds 0,1,2] [--processes N] [--section.option value ...]
+       forethought compare EXPERIMENT [--config CONFIG] [--seeds 0,1,2] [--processes N] [--section.option value ...]
        forethought report RUN [RUN ...] [--out FILE]
 
 `forethought train --help` lists every option.

@@ -145,7 +145,7 @@ class Experiment:
 def read(path: str | Path, overrides: dict[str, Any]) -> Experiment:
     """Read an experiment file (a path, or the name of a shipped one).
 
-    `overrides` may set run, seeds and processes; other options in it hold for every arm, over the file's.
+    `overrides` may set config, run, seeds and processes; other options in it hold for every arm, over the file's.
 
     Raises:
         UserError: unknown file, broken TOML, an unknown key, an option that no run would take, a budget, sweep or
@@ -155,7 +155,7 @@ def read(path: str | Path, overrides: dict[str, Any]) -> Experiment:
     values = read_toml(file)
     if "arms" not in values:
         raise UserError(f"experiment {str(path)!r}: names no arms, so it is no experiment file (docs/comparing.md)")
-    own = {name: overrides[name] for name in ("run", "seeds", "processes") if name in overrides}
+    own = {name: overrides[name] for name in ("config", "run", "seeds", "processes") if name in overrides}
     if "seeds" in own:
         own["seeds"] = _numbers(own["seeds"])
     rest = {name: value for name, value in overrides.items() if name not in own}
@@ -168,7 +168,8 @@ def read(path: str | Path, overrides: dict[str, Any]) -> Experiment:
         raise UserError(f"experiment {str(path)!r}: options cannot set seed (see seeds) or overwrite")
     if len(set(given.seeds)) < len(given.seeds):
         raise UserError(f"experiment {str(path)!r}: seeds = {given.seeds}: names a seed twice")
-    run = Path(given.run or f"runs/{file.stem}")
+    named = file.stem + (f"-{Path(given.config).stem}" if "config" in own else "")
+    run = Path(given.run or f"runs/{named}")
     start = from_dict(merge(merge(to_dict(load(given.config)), options), {"run": str(run / BASE)}))
     if start.model.init != "pretrained":
         raise UserError(f"experiment {str(path)!r}: arms take the same start, so model.init must be pretrained")
@@ -180,7 +181,7 @@ def read(path: str | Path, overrides: dict[str, Any]) -> Experiment:
         _job(name, arm, seed, start, run) for name, arm in arms.items() for seed in _seeds(name, arm.seeds, given)
     )
     return Experiment(
-        name=file.stem, run=run, processes=given.processes, start=start, arms=arms, named=tuple(given.arms),
+        name=named, run=run, processes=given.processes, start=start, arms=arms, named=tuple(given.arms),
         jobs=_ordered(jobs), curves=curves, claims=tuple(given.claims),
     )  # fmt: skip
 
