@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 from test_survival import figures
+from test_viewer import BROWSER
 
 from forethought.cli import main
 from forethought.config import RunError, UserError
@@ -309,6 +311,27 @@ def test_the_page_shows_failures_names_as_text_and_every_table(finished: Any):
     assert html.count("<svg") == html.count("</svg>") == 2 * 2 + 2 * 2 + 2 * 2
     assert "://" not in html.replace("http://www.w3.org", "")
     assert (run / "curves.html").is_file()
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_the_page_fits_a_phone_and_scripts_in_it_do_not_run(finished: Any, tmp_path: Path):
+    """A browser lays the page out in a frame as wide as a phone; a probe outside of it reads what came out."""
+    run, _ = finished
+    html = (run / "compare.html").read_text()
+    (tmp_path / "page.html").write_text(html.replace("</main>", "<script>document.title = 'ran'</script></main>"))
+    (tmp_path / "probe.html").write_text("""<iframe src="page.html" style="width:390px;height:800px;border:0"></iframe>
+<script>onload = () => { const page = frames[0].document; const table = page.querySelector("#arms table");
+document.body.innerHTML = `<p>${page.documentElement.scrollWidth} ${page.title} ${table.scrollWidth > 390}
+${page.querySelectorAll("svg").length}</p>` }</script>""")
+    words = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
+    words += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=3000", "--dump-dom"]
+    words += [(tmp_path / "probe.html").as_uri()]
+    made = subprocess.run(words, capture_output=True, text=True, check=True, timeout=120).stdout
+    found = re.search(r"<p>(.*?)</p>", made, re.DOTALL)
+    assert found is not None, made
+    width, *rest = found[1].split()
+    assert int(width) <= 390
+    assert " ".join(rest) == "small – Forethought comparison true 12"
 
 
 def test_names_from_the_experiment_are_text_on_the_page(finished: Any, tmp_path: Path):
