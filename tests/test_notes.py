@@ -1,12 +1,12 @@
 """The world of notes under trees, and its base inside the package. What both worlds share is tested with the cups."""
 
 import json
-import random
 import re
 from collections import Counter
 
 import pytest
 import torch
+from test_worlds import SPLITS, split_thought
 
 from forethought.config import Model, UserError, from_dict, load, to_dict
 from forethought.corpus import take
@@ -15,7 +15,6 @@ from forethought.model import EMBEDDED, load_model, load_tokenizer
 from forethought.positions import thought_format
 from forethought.worlds import WORLDS, mixture, notes
 
-SPLITS = ("pretrain", "train", "heldout")
 TEXT = "oak elm , yew oak , elm ash , ash yew . from yew by oak 2 steps lead to elm ."
 PINNED = (
     "fig maple , oak cedar , ash birch , cedar elm , maple ash , birch yew , yew pine , willow fig "
@@ -25,15 +24,6 @@ PINNED_THOUGHTFUL = (
     "elm ash , ash maple , maple elm . from maple by elm 5 <think> maple elm ash maple "
     "elm ash </think> steps lead to ash ."
 )
-
-
-def split_thought(text: str) -> tuple[list[str], list[str], int]:
-    """A text's words without its thought, the thought's words, and where the thought stood (-1: nowhere)."""
-    words = text.split(" ")
-    if mixture.OPEN not in words:
-        return words, [], -1
-    first, last = words.index(mixture.OPEN), words.index(mixture.CLOSE)
-    return words[:first] + words[last + 1 :], words[first + 1 : last], first
 
 
 def follow(words: list[str], start: str, steps: int) -> list[str]:
@@ -73,25 +63,6 @@ def test_the_notes_form_one_ring_of_all_trees_but_in_pretraining_of_some(split: 
     assert set(sizes) == (set(range(3, 11)) if split == "pretrain" else {10})
     assert sizes[10] / 500 == pytest.approx(0.5 if split == "pretrain" else 1.0, abs=0.07)
     assert min(sizes.values()) > 15
-
-
-@pytest.mark.parametrize("split", SPLITS)
-def test_the_mark_points_at_the_answer(split: str):
-    for index in range(500):
-        row = notes.row(split, index)
-        (offset,) = row["marks"]["answer"]
-        words, _, _ = split_thought(row["text"])
-        assert row["text"][offset - 1] == " "
-        assert row["text"][offset:].split(" ")[0] == words[-2]
-        assert split_thought(row["text"][: offset - 1])[0] == words[:-2]
-
-
-def test_a_row_depends_on_seed_split_and_index_alone():
-    asked = [(split, index, seed) for split in SPLITS for index in (0, 7, 10**9) for seed in (0, 1)]
-    first = [notes.row(*ask) for ask in asked]
-    random.seed(5)
-    assert [notes.row(*ask) for ask in reversed(asked)] == first[::-1]
-    assert len({row["text"] for row in first}) == len({row["id"] for row in first}) == len(asked)
 
 
 def test_rows_are_the_same_in_every_process_and_release():

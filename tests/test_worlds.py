@@ -3,7 +3,7 @@ from collections import Counter
 
 import pytest
 
-from forethought.worlds import WORLDS, cups, mixture
+from forethought.worlds import WORLDS, cups, mixture, notes
 
 SPLITS = ("pretrain", "train", "heldout")
 TRACK = "1 blue 2 blue 3 black"
@@ -53,10 +53,11 @@ def test_the_answer_is_where_the_ball_ends(split):
         assert cups.FEWEST_MOVES <= len(simulate(words)) <= cups.MOST_MOVES
 
 
+@pytest.mark.parametrize("world", [cups, notes])
 @pytest.mark.parametrize("split", SPLITS)
-def test_the_mark_points_at_the_answer(split):
+def test_the_mark_points_at_the_answer(split, world):
     for index in range(500):
-        row = cups.row(split, index)
+        row = world.row(split, index)
         (offset,) = row["marks"]["answer"]
         words, _, _ = split_thought(row["text"])
         assert row["text"][offset - 1] == " "
@@ -64,11 +65,12 @@ def test_the_mark_points_at_the_answer(split):
         assert split_thought(row["text"][: offset - 1])[0] == words[:-2]
 
 
-def test_a_row_depends_on_seed_split_and_index_alone():
+@pytest.mark.parametrize("world", [cups, notes])
+def test_a_row_depends_on_seed_split_and_index_alone(world):
     asked = [(split, index, seed) for split in SPLITS for index in (0, 7, 10**9) for seed in (0, 1)]
-    first = [cups.row(*ask) for ask in asked]
+    first = [world.row(*ask) for ask in asked]
     random.seed(5)
-    assert [cups.row(*ask) for ask in reversed(asked)] == first[::-1]
+    assert [world.row(*ask) for ask in reversed(asked)] == first[::-1]
     assert len({row["text"] for row in first}) == len({row["id"] for row in first}) == len(asked)
 
 

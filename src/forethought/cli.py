@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 import forethought
-from forethought.config import Config, RunError, UserError, from_dict, load, merge, read_overrides, to_dict
+from forethought.config import Config, RunError, UserError, difference, from_dict, load, merge, read_overrides, to_dict
 from forethought.diagnostics import Diagnosis
 
 USAGE = """\
@@ -146,15 +146,9 @@ def _saved_config(run: str, name: str | None, words: list[str]) -> Config:
 
     saved = RunLog.open(run).config()
     start = load(name, words) if name else from_dict(merge(to_dict(saved), read_overrides(words)))
-    for section, values in to_dict(start).items():
-        old = to_dict(saved)[section]
-        pairs = [(f"{section}.{k}", old[k], v) for k, v in values.items()] if isinstance(values, dict) else []
-        pairs = pairs or [(section, old, values)]
-        for option, before, now in pairs:
-            if before != now and option not in ("run", "overwrite"):
-                raise UserError(
-                    f"{option} = {now!r}: the run to resume has {before!r}; resuming cannot change an option"
-                )
+    if found := difference(saved, start):
+        option, before, now = found
+        raise UserError(f"{option} = {now!r}: the run to resume has {before!r}; resuming cannot change an option")
     return saved
 
 

@@ -317,6 +317,23 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options by their whole names: {"train": {"steps": 3}} is {"train.steps": 3}."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def difference(saved: Config, wanted: Config) -> tuple[str, Any, Any] | None:
+    """The first option, apart from where the run lies, that two configs disagree on: its name and both values."""
+    old = flatten(to_dict(saved))
+    for option, value in flatten(to_dict(wanted)).items():
+        if option not in ("run", "overwrite") and old[option] != value:
+            return option, old[option], value
+    return None
+
+
 def options() -> list[str]:
     """Every option's name, `section.option`."""
     names = []

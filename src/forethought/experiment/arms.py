@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from forethought import evaluation
-from forethought.config import Config, UserError, to_dict
+from forethought.config import Config, UserError, difference
 from forethought.evaluation import controls, text, view
 from forethought.experiment.design import BASE, Experiment, Job
 from forethought.loop import Observer, resume, train
@@ -112,17 +112,9 @@ def _with_budget(experiment: Experiment, job: Job) -> Config:
 
 def _check_same(saved: Config, wanted: Config, name: str) -> None:
     """What was done with other options is not mixed with this experiment."""
-    old, new = _flat(to_dict(saved)), _flat(to_dict(wanted))
-    for option, value in new.items():
-        if option not in ("run", "overwrite") and old[option] != value:
-            raise UserError(
-                f"{name} was made with {option} = {old[option]!r}, and the experiment says {value!r}; "
-                "name another run (--run PATH)"
-            )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+    if found := difference(saved, wanted):
+        option, before, now = found
+        raise UserError(
+            f"{name} was made with {option} = {before!r}, and the experiment says {now!r}; "
+            "name another run (--run PATH)"
+        )

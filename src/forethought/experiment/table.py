@@ -8,13 +8,11 @@ from typing import Any
 from forethought.evaluation.text import pooled, pooled_paired
 from forethought.experiment.arms import Recorded, finished, records, weights
 from forethought.experiment.design import BASE, Claim, Experiment
-from forethought.report.comparison import ALL, Verdict
+from forethought.report.comparison import ALL, COSTS, Verdict
 from forethought.runlog import RunLog
 
 Row = dict[str, Any]
 """arm, seed (a number, or `all`), metric, value, low, high."""
-
-COSTS = ("flops", "flops_rollout", "flops_update", "tokens", "t_flop_tokens", "steps", "seconds")
 
 
 def rows(experiment: Experiment) -> list[Row]:
@@ -103,7 +101,7 @@ def _costs(experiment: Experiment, arm: str, seeds: Sequence[int]) -> list[Row]:
     jobs = [job for job in experiment.of(arm) if job.seed in seeds]
     summaries = {job.seed: RunLog.open(experiment.run / job.name).read_json("summary.json") for job in jobs}
     table = []
-    for cost in COSTS:
+    for cost, _ in COSTS:
         values = {seed: summary[cost] for seed, summary in summaries.items() if cost in summary}
         for seed, value in values.items():
             table += _rows(arm, seed, {f"cost/{cost}": value})

@@ -13,7 +13,7 @@ from typing import Any
 from markupsafe import Markup, escape
 from pydantic import TypeAdapter, ValidationError
 
-from forethought.config import UserError
+from forethought.config import UserError, flatten
 from forethought.report import charts, evaluation, svg
 from forethought.report.charts import Point
 from forethought.report.text import figure, signed
@@ -291,15 +291,5 @@ def _inline(drawing: str, name: str, said: str, points: Sequence[Point]) -> Mark
 
 
 def _options(arm: Arm) -> str:
-    flat = _flatten(arm.options) + [f"the {kind} of {of}" for kind, of in arm.budget.items()]
-    return ", ".join(flat) or "as the experiment"
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> list[str]:
-    rows: list[str] = []
-    for name, value in values.items():
-        if isinstance(value, dict):
-            rows += _flatten(value, f"{prefix}{name}.")
-        else:
-            rows.append(f"{prefix}{name} = {value}")
-    return rows
+    flat = [f"{option} = {value}" for option, value in flatten(arm.options).items()]
+    return ", ".join([*flat, *(f"the {kind} of {of}" for kind, of in arm.budget.items())]) or "as the experiment"

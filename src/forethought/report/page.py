@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from forethought.config import flatten
 from forethought.report import comparison, evaluation, plots, svg, viewer
 from forethought.report.runs import Position, Run, number
 from forethought.report.text import duration, figure, signed, visible
@@ -205,11 +206,8 @@ def _settings(runs: list[Run]) -> list[tuple[str, list[str], bool]]:
     return rows
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    rows = []
-    for name, value in values.items():
-        rows += _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, _literal(value))]
-    return rows
+def _flatten(values: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(option, _literal(value)) for option, value in flatten(values).items()]
 
 
 def _literal(value: Any) -> str:
