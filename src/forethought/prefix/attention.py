@@ -98,11 +98,16 @@ def merged_attention(query: Tensor, key: Split, value: Split, scale: float, wind
         scale: factor of the scores.
         window: a query sees only the last `window` tokens, itself included; None: all.
     """
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        query = query.to(dtype)
+        key, value = (Split(x.prefix.to(dtype), x.suffix.to(dtype), x.layout, x.start) for x in (key, value))
     parts = [*_prefix_parts(query, key, window), _suffix_part(query, key, window)]
     keys = (key.prefix, value.prefix, key.suffix, value.suffix)
     if query.shape[2] == 1 and not torch.is_grad_enabled():
         return _step(query, keys, parts, scale)
-    if _has_kernel(query, window):
+    if _has_kernel(query, parts):
         return _Fused.apply(query, *keys, parts, scale)
     return _reference(query, keys, parts, scale)
 
@@ -259,12 +264,12 @@ def _reference(q: Tensor, keys: tuple[Tensor, ...], parts: list[_Part], scale: f
     return _merge(outs, lses)[0].to(q.dtype)
 
 
-def _has_kernel(query: Tensor, window: int | None) -> bool:
+def _has_kernel(query: Tensor, parts: list[_Part]) -> bool:
     """Whether flash kernels take these queries: on a CPU all; on CUDA 16-bit ones without a mask."""
     if query.device.type == "cpu":
         return True
-    fits = query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
-    return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and fits and window is None
+    fits = query.shape[-1] % 8 == 0 and query.shape[-1] <= 256 and all(part.bias is None for part in parts)
+    return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and fits
 
 
 def _flash(part: _Part, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, tuple[Any, ...]]:

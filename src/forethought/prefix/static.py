@@ -1,7 +1,7 @@
 """A cache that never changes its shape: documents once, a buffer of suffix tokens for each row, one column for all.
 
-For decoding without the host: every number that changes from step to step is a tensor on the device, so that one captured
-step can be replayed. Attention layers only.
+For decoding without the host: every number that changes from step to step is a tensor on the device, so that a step can
+be captured once and replayed. Attention layers only.
 """
 
 from collections.abc import Sequence
