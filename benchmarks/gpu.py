@@ -2,10 +2,11 @@
 
     python benchmarks/gpu.py [--json FILE] [--model "qwen3 1.7b"] [--lengths 64 256 1024] [--places 16] [--repeats 2]
 
-Random weights at Qwen3-1.7B's shape, bf16 over fp32 masters, prefixes of 1,024 tokens, 16 thoughts at the end of each of
-`--places` documents. The ceiling of decoding is what has to be read from memory in a step (weights, one copy of each
-document, the suffixes) over the card's copy rate; that of the update is the card's matmul rate, measured in the same run.
-`generate` is Hugging Face's, on the same documents and lengths. `--quick`: the small model, to see that all of it runs.
+Random weights at Qwen3-1.7B's shape, bf16 over fp32 masters, prefixes of 1,024 tokens, 16 thoughts at the end of each
+of `--places` documents. The ceiling of decoding is what has to be read from memory in a step (weights, one copy of each
+document, the suffixes) over the card's copy rate; that of the update is the card's matmul rate; both are measured in the
+same run. `generate` is Hugging Face's, on the same documents and lengths. `--quick`: the small model, to see that all of
+it runs.
 """
 
 import argparse
@@ -289,10 +290,10 @@ def _generate(model: Any, positions: Any, length: int, group: int) -> Callable[[
 
 def show(row: dict[str, Any]) -> None:
     print(
-        f"{row['model']} P={row['P']} L={row['L']} G={row['G']}, {row['documents']} documents: step {row['step_s']:.2f} s"
+        f"{row['model']} P={row['P']} L={row['L']} G={row['G']}, {row['documents']} documents: {row['step_s']:.2f} s a step"
         f"\n  rollout {row['rollout_s']:.2f} s: {row['rollout_tokens_per_s']:.0f} tokens/s, "
         f"{row['rollout_of_ceiling']:.0%} of the ceiling; score {row['score_s']:.2f} s"
-        f"\n  update {row['update_s']:.2f} s: {row['update_tflops']:.0f} TFLOP/s, {row['update_of_matmul']:.0%} of matmul"
+        f"\n  update {row['update_s']:.2f} s: {row['update_tflops']:.0f} TFLOP/s, {row['update_of_matmul']:.0%} of the rate"
         f"\n  optimizer {row['optimizer_s']:.3f} s, sync {row['sync_s']:.3f} s, EMA {row['ema_s']:.3f} s"
         f"\n  peak {row['peak_gib']:.1f} GiB, of it {row['collect_peak_gib']:.1f} while sampling and scoring",
         flush=True,
