@@ -4,9 +4,8 @@
 
 Random weights at Qwen3-1.7B's shape, bf16 over fp32 masters, prefixes of 1,024 tokens, 16 thoughts at the end of each
 of `--places` documents. The ceiling of decoding is what has to be read from memory in a step (weights, one copy of each
-document, the suffixes) over the card's copy rate; that of the update is the card's matmul rate; both are measured in the
-same run. `generate` is Hugging Face's, on the same documents and lengths. `--quick`: the small model, to see that all of
-it runs.
+document, the suffixes) over the card's copy rate; that of the update is the card's matmul rate; both are measured in
+one run. `generate` is Hugging Face's, on the same documents and lengths. `--quick`: the small model, to see that it runs.
 """
 
 import argparse
@@ -228,6 +227,34 @@ def steps(options: argparse.Namespace, rates: dict[str, Any]) -> list[dict[str, 
     return rows
 
 
+def profile(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Where the time of a decoding step and of an update goes: the kernels that take longest, printed."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as watch
+
+    length = options.lengths[0]
+    settings = harness.settings(length, 1, options.group, batch=options.places, chunk=options.chunk)
+    step = Step(options.model, _replaced(settings, options.rows, options), options.prefix, options.places)
+    print({k: round(v, 4) for k, v in step().items()}, flush=True)
+    batch = step.method.collect(step.windows, 2)
+    jobs = {"sampling and scoring": lambda: step.method.collect(step.windows, 2)}
+    jobs["update"] = lambda: [step.method.backward(piece) for piece in batch.pieces]
+    for name, job in jobs.items():
+        job()
+        torch.cuda.synchronize()
+        with watch(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as watched:
+            started = time.perf_counter()
+            job()
+            torch.cuda.synchronize()
+            wall = time.perf_counter() - started
+        kernels = [e for e in watched.key_averages() if e.self_device_time_total > 0 and e.device_type.name == "CUDA"]
+        busy = sum(e.self_device_time_total for e in kernels) / 1e6
+        print(f"{name}: {wall:.3f} s, kernels {busy:.3f} s, {sum(e.count for e in kernels)} of them")
+        for event in sorted(kernels, key=lambda e: -e.self_device_time_total)[:22]:
+            print(f"  {event.self_device_time_total / 1e3:9.2f} ms  {event.count:6d}  {event.key[:110]}")
+    return []
+
+
 def _replaced(settings: Config, rows: int, options: argparse.Namespace) -> Config:
     train = dataclasses.replace(settings.train, rollout_batch=rows)
     model = dataclasses.replace(settings.model, decoding=options.decoding, precision="bf16")
@@ -236,7 +263,7 @@ def _replaced(settings: Config, rows: int, options: argparse.Namespace) -> Confi
 
 def decoding(options: argparse.Namespace, rates: dict[str, Any]) -> list[dict[str, Any]]:
     """Sampling alone, in bf16: plain, captured, captured and compiled, and Hugging Face's `generate`."""
-    model = harness.build(options.model, "cuda").to(BF16)
+    model = Network(harness.build(options.model, "cuda"), "bf16").compute
     enable(model)
     rows = []
     for length in [length for length in options.lengths if length <= 256]:
@@ -290,10 +317,10 @@ def _generate(model: Any, positions: Any, length: int, group: int) -> Callable[[
 
 def show(row: dict[str, Any]) -> None:
     print(
-        f"{row['model']} P={row['P']} L={row['L']} G={row['G']}, {row['documents']} documents: {row['step_s']:.2f} s a step"
+        f"{row['model']} P={row['P']} L={row['L']} G={row['G']}, {row['documents']} documents, {row['step_s']:.2f} s"
         f"\n  rollout {row['rollout_s']:.2f} s: {row['rollout_tokens_per_s']:.0f} tokens/s, "
         f"{row['rollout_of_ceiling']:.0%} of the ceiling; score {row['score_s']:.2f} s"
-        f"\n  update {row['update_s']:.2f} s: {row['update_tflops']:.0f} TFLOP/s, {row['update_of_matmul']:.0%} of the rate"
+        f"\n  update {row['update_s']:.2f} s: {row['update_tflops']:.0f} TFLOP/s, {row['update_of_matmul']:.0%}"
         f"\n  optimizer {row['optimizer_s']:.3f} s, sync {row['sync_s']:.3f} s, EMA {row['ema_s']:.3f} s"
         f"\n  peak {row['peak_gib']:.1f} GiB, of it {row['collect_peak_gib']:.1f} while sampling and scoring",
         flush=True,
@@ -330,6 +357,7 @@ def main() -> None:
         "exactness": lambda: exactness(options),
         "decoding": lambda: decoding(options, rates),
         "steps": lambda: steps(options, rates),
+        "profile": lambda: profile(options),
     }
     failed = 0
     for name in options.parts:

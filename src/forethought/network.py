@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from forethought.fused import fuse
+
 
 class Network:
     """The fp32 weights that are trained, and the network that every forward and backward pass goes through.
@@ -26,7 +28,7 @@ class Network:
                 if not any(part in name for part in kept):
                     parameter.data = parameter.data.to(torch.bfloat16)  # buffers, such as rotary angles, stay fp32
             if weights.device.type == "cuda":
-                fuse_norms(self.compute)
+                fuse(self.compute)
             for own, low in zip(weights.parameters(), self.compute.parameters(), strict=True):
                 low.register_post_accumulate_grad_hook(_adder(own))
 
@@ -51,28 +53,6 @@ class Network:
     def _copy(self, source: Any) -> None:
         if self.compute is not self.weights:
             torch._foreach_copy_(list(self.compute.parameters()), [p.detach() for p in source.parameters()])
-
-
-@torch.no_grad()
-def fuse_norms(model: Any) -> int:
-    """Let root-mean-square norms run as one kernel that keeps one tensor for the backward pass, not six; how many do.
-
-    A norm is changed where the kernel gives what its own code gives on a probe, up to the rounding of its dtype.
-    """
-    changed = 0
-    for module in model.modules():
-        weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
-        if eps is None or not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, Tensor):
-            continue
-        probe = torch.linspace(-3, 5, 2 * weight.numel(), device=weight.device, dtype=weight.dtype).view(2, -1)
-
-        def fused(x: Tensor, weight: Tensor = weight, eps: float = eps) -> Tensor:
-            return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
-
-        if torch.allclose(module(probe), fused(probe), rtol=1e-2, atol=1e-6):
-            module.forward = fused
-            changed += 1
-    return changed
 
 
 def _adder(own: Tensor) -> Any:

@@ -14,6 +14,7 @@ from forethought.prefix import Fork, Prefix, backbone, read, vocabulary
 _ROWS = 4096  # rows of vocabulary size that are normalised at once
 _LOGITS = {"cpu": 2**26, "cuda": 2**28}  # logits that are held at once, with their gradients
 _ACTIVATIONS_BYTES = 2**30  # what a chunk's activations may take where update.tokens_per_chunk is automatic
+_WITHOUT_GRADIENTS = 4  # on a GPU, a pass that keeps nothing for a backward pass reads this many times the tokens
 _BUCKET = 8  # thoughts whose lengths differ by less than this many tokens go together
 
 
@@ -236,6 +237,7 @@ def _plain_logits(
 ) -> Iterator[tuple[Float[Tensor, "part horizon vocab"], Int[Tensor, "part horizon"]]]:
     """The logits that predict the targets of each position, a bounded number of positions at a time; the targets."""
     longest = max(len(window.tokens) for window in positions.windows)
+    tokens *= _WITHOUT_GRADIENTS if model.device.type == "cuda" else 1
     windows = max(1, tokens // longest) * max(1, len(positions) // len(positions.windows))
     for chunk in positions.chunks(windows):
         targets = chunk.targets().to(model.device)
