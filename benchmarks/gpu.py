@@ -4,8 +4,8 @@
 
 Random weights at Qwen3-1.7B's shape, bf16 over fp32 masters, prefixes of 1,024 tokens, 16 thoughts at the end of each
 of `--places` documents. The ceiling of decoding is what has to be read from memory in a step (weights, one copy of each
-document, the suffixes) over the card's copy rate; that of the update is the card's matmul rate; both are measured in
-one run. `generate` is Hugging Face's, on the same documents and lengths. `--quick`: the small model, to see that it runs.
+document, the suffixes) over the card's copy rate, that of the update the card's matmul rate; both are measured in the
+same run. `generate` is Hugging Face's, on the same documents. `--quick`: the small model, to see that it all runs.
 """
 
 import argparse
@@ -228,30 +228,22 @@ def steps(options: argparse.Namespace, rates: dict[str, Any]) -> list[dict[str, 
 
 
 def profile(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Where the time of a decoding step and of an update goes: the kernels that take longest, printed."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as watch
-
-    length = options.lengths[0]
-    settings = harness.settings(length, 1, options.group, batch=options.places, chunk=options.chunk)
+    """Where the time of an update and of sampling goes: the kernels that take longest, printed."""
+    settings = harness.settings(options.lengths[0], 1, options.group, batch=options.places, chunk=options.chunk)
     step = Step(options.model, _replaced(settings, options.rows, options), options.prefix, options.places)
-    print({k: round(v, 4) for k, v in step().items()}, flush=True)
+    for _ in range(2):
+        print({k: round(v, 4) for k, v in step().items()}, flush=True)
     batch = step.method.collect(step.windows, 2)
-    jobs = {"sampling and scoring": lambda: step.method.collect(step.windows, 2)}
-    jobs["update"] = lambda: [step.method.backward(piece) for piece in batch.pieces]
+    jobs: dict[str, Callable[[], Any]] = {"update": lambda: [step.method.backward(piece) for piece in batch.pieces]}
+    jobs["sampling and scoring"] = lambda: step.method.collect(step.windows, 2)
     for name, job in jobs.items():
-        job()
-        torch.cuda.synchronize()
-        with watch(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as watched:
-            started = time.perf_counter()
-            job()
-            torch.cuda.synchronize()
-            wall = time.perf_counter() - started
-        kernels = [e for e in watched.key_averages() if e.self_device_time_total > 0 and e.device_type.name == "CUDA"]
-        busy = sum(e.self_device_time_total for e in kernels) / 1e6
-        print(f"{name}: {wall:.3f} s, kernels {busy:.3f} s, {sum(e.count for e in kernels)} of them")
-        for event in sorted(kernels, key=lambda e: -e.self_device_time_total)[:22]:
-            print(f"  {event.self_device_time_total / 1e3:9.2f} ms  {event.count:6d}  {event.key[:110]}")
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as watched:
+            wall = timed(job, 1, warmup=0)[0]
+        kernels = [event for event in watched.key_averages() if event.self_device_time_total > 0]
+        busy = sum(event.self_device_time_total for event in kernels) / 1e6
+        print(f"{name}: {wall:.3f} s, kernels {busy:.3f} s, {sum(event.count for event in kernels)} of them")
+        for event in sorted(kernels, key=lambda one: -one.self_device_time_total)[:24]:
+            print(f"  {event.self_device_time_total / 1e3:9.2f} ms  {event.count:6d}  {event.key[:100]}", flush=True)
     return []
 
 
