@@ -112,6 +112,7 @@ def _described(
                 "option": curve.option,
                 "points": [[value, curve.label(value, arm)] for value, arm in curve.points],
                 "seeds": list(curve.seeds),
+                "published": dataclasses.asdict(curve.published) if curve.published else None,
             }
             for curve in experiment.curves
         ],

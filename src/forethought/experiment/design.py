@@ -54,6 +54,16 @@ class Arm:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Published:
+    """Somebody else's figures over the same option, drawn beside a sweep as they are."""
+
+    said: Annotated[str, Field(min_length=1)]
+    """Whose, and of what."""
+    points: Annotated[list[tuple[int | float | str, float]], Field(min_length=2, strict=False)]
+    """(value of the option, figure)"""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Sweep:
     """One option of an arm over several values; an arm NAME=VALUE for each value that the arm itself has not."""
 
@@ -61,6 +71,7 @@ class Sweep:
     option: Annotated[str, Field(pattern=r"^[a-z0-9_]+\.[a-z0-9_]+$")]
     values: Annotated[list[int | float | str], Field(min_length=2)]
     seeds: list[int] | None = None
+    published: Published | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -119,6 +130,7 @@ class Curve:
     option: str
     points: tuple[tuple[Any, str], ...]
     seeds: tuple[int, ...]
+    published: Published | None = None
 
     def label(self, value: Any, arm: str) -> str:
         """What the point is called in the table: NAME=VALUE, also where the arm goes by a name of its own."""
@@ -230,7 +242,8 @@ def _expand(given: _File, start: Config) -> tuple[dict[str, Arm], tuple[Curve, .
                 arms[arm] = Arm(options=more, budget=owner.budget, seeds=seeds)
             points.append((value, arm))
         shared = tuple(_seeds(f"sweeps.{name}", seeds, given))
-        curves.append(Curve(name=name, option=sweep.option, points=tuple(points), seeds=shared))
+        curve = Curve(name=name, option=sweep.option, points=tuple(points), seeds=shared, published=sweep.published)
+        curves.append(curve)
     return arms, tuple(curves)
 
 

@@ -72,6 +72,14 @@ class Arm:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """Figures of others over an option."""
+
+    said: str
+    points: list[tuple[int | float | str, float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
     """An option, and for each value the arm that was trained with it."""
 
@@ -79,6 +87,7 @@ class Sweep:
     option: str
     points: list[tuple[int | float | str, str]]
     seeds: list[int]
+    published: Published | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,7 +280,7 @@ def _cost_drawings(figures: Figures) -> list[tuple[str, Markup]]:
 
 
 def _sweeps(figures: Figures) -> list[tuple[str, str, Markup]]:
-    """(option and seeds, group, drawing)"""
+    """(option and seeds, group or whose figures, drawing)"""
     found = []
     for one in figures.described.sweeps:
         for group in figures.groups:
@@ -283,6 +292,10 @@ def _sweeps(figures: Figures) -> list[tuple[str, str, Markup]]:
                     drawn = charts.sweep(points, one.option, label.label, label.unit)
                     said = f"{group}: {label.label} over {one.option}"
                     found.append((_swept(one), group, _inline(drawn, f"s-{one.name}-{group}-{metric}", said, points)))
+        if one.published is not None:
+            points = [Point(name=f"{x}", value=y, low=y, high=y) for x, y in one.published.points]
+            drawn = charts.sweep(points, one.option, "", "")
+            found.append((one.option, one.published.said, _inline(drawn, f"p-{one.name}", one.published.said, points)))
     return found
 
 
