@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from forethought.evaluation.text import pooled, pooled_paired
 from forethought.experiment import asked
@@ -103,7 +104,7 @@ def _costs(experiment: Experiment, arm: str, seeds: Sequence[int]) -> list[Row]:
     return table
 
 
-def _spent(experiment: Experiment, job: Job) -> dict[str, float]:
+def _spent(experiment: Experiment, job: Job) -> dict[str, Any]:
     """What a job cost: of its run's summary, and with measuring the CPU seconds."""
     log = RunLog(experiment.run / job.name)
     more = log.read_json(SPENT) if (log.path / SPENT).is_file() else {}

@@ -57,9 +57,9 @@ class Row:
     arm: str
     seed: int | str
     metric: str
-    value: float
-    low: float
-    high: float
+    value: int | float
+    low: int | float
+    high: int | float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
