@@ -1,6 +1,7 @@
 """The command line: a thin caller of the library, and the only place that prints."""
 
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -196,6 +197,8 @@ def _compare(words: list[str], out: Console, err: Console) -> int:
         return 128 + stopped.number
     for one in verdicts:
         _line(out, f"{ {True: 'holds', False: 'FAILS', None: '?'}[one.holds]:5}  {one.claim}: {one.evidence}")
+    spent = json.loads(page.with_name("experiment.json").read_bytes())["spent"]
+    _line(out, f"{spent['seconds']:.0f} s in all calls, {spent['cpu_seconds']:.0f} CPU seconds of all finished runs")
     _line(out, f"page: {page}; rows: {page.with_name('compare.json')}")
     return 0
 

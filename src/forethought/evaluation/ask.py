@@ -28,12 +28,12 @@ def ask(
     asked = exams(config.questions)
     if log is None:
         check_free(Path(config.run), config.overwrite)
-        measure = _prepared(config, asked, progress)
+        measure = prepared(config, asked, progress)
         log = RunLog.create(config)
         records = {"model": measure()}
     else:
         mine = trained(config, log.path)
-        records = {"model": _prepared(mine, asked, progress)(), "base": _prepared(config, asked, progress)()}
+        records = {"model": prepared(mine, asked, progress)(), "base": prepared(config, asked, progress)()}
     figures: dict[str, Any] = {"seed": config.seed, "checker": answers.checker()}
     figures |= {f"version/{exam.task.name}": exam.task.version for exam in asked}
     for who, some in records.items():
@@ -42,15 +42,15 @@ def ask(
         difference = questions.over_base(records["model"], records["base"])
         figures |= {f"over_base/{name}": value for name, value in difference.items()}
     figures["seconds"] = round(time.perf_counter() - began, 2)
-    log.write_lines("questions.jsonl", [_row(who, one) for who, some in records.items() for one in some])
+    log.write_lines("questions.jsonl", [row(who, one) for who, some in records.items() for one in some])
     log.write_json("questions.json", figures)
     return figures, log.path / "questions.json"
 
 
-def _prepared(
+def prepared(
     config: Config, asked: Sequence[Exam], progress: questions.Progress | None
 ) -> Callable[[], list[questions.Record]]:
-    """Load all that a measurement takes, so that what is wrong with it is known before a folder is made."""
+    """Load all that asking takes, so that what is wrong with it is known before a folder is made."""
     tokenizer = load_tokenizer(config.model)
     form = thought_format(tokenizer, config.method)
     model = load_model(config.model, config.seed)
@@ -63,7 +63,7 @@ def _prepared(
     return measure
 
 
-def _row(who: str, record: questions.Record) -> dict[str, Any]:
+def row(who: str, record: questions.Record) -> dict[str, Any]:
     """A line of questions.jsonl."""
     return {
         "model": who,
