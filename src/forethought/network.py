@@ -22,13 +22,7 @@ class Network:
     def __init__(self, weights: Any, precision: str):
         self.weights, self.compute = weights, weights
         if precision == "bf16":
-            self.compute = copy.deepcopy(weights)
-            kept = getattr(weights, "_keep_in_fp32_modules", None) or ()
-            for name, parameter in self.compute.named_parameters():
-                if not any(part in name for part in kept):
-                    parameter.data = parameter.data.to(torch.bfloat16)  # buffers, such as rotary angles, stay fp32
-            if weights.device.type == "cuda":
-                fuse(self.compute)
+            self.compute = computing(copy.deepcopy(weights), precision)
             for own, low in zip(weights.parameters(), self.compute.parameters(), strict=True):
                 low.register_post_accumulate_grad_hook(_adder(own))
 
@@ -53,6 +47,21 @@ class Network:
     def _copy(self, source: Any) -> None:
         if self.compute is not self.weights:
             torch._foreach_copy_(list(self.compute.parameters()), [p.detach() for p in source.parameters()])
+
+
+def computing(model: Any, precision: str) -> Any:
+    """An fp32 model, turned into one that computes in this precision and is not trained itself; the same object.
+
+    Buffers, such as rotary angles, stay fp32, and so do weights that the family wants in fp32.
+    """
+    if precision == "bf16":
+        kept = getattr(model, "_keep_in_fp32_modules", None) or ()
+        for name, parameter in model.named_parameters():
+            if not any(part in name for part in kept):
+                parameter.data = parameter.data.to(torch.bfloat16)
+        if model.device.type == "cuda":
+            fuse(model)
+    return model
 
 
 def _adder(own: Tensor) -> Any:

@@ -9,7 +9,8 @@ from typing import Any
 from forethought.config import Config
 from forethought.evaluation import answers, questions, started, trained
 from forethought.evaluation.tasks import TASKS, Exam, exams
-from forethought.model import compute, load_model, load_tokenizer
+from forethought.model import load_model, load_tokenizer
+from forethought.network import computing
 from forethought.positions import thought_format
 from forethought.runlog import RunLog, check_free
 
@@ -53,12 +54,11 @@ def prepared(
     """Load all that asking takes, so that what is wrong with it is known before a folder is made."""
     tokenizer = load_tokenizer(config.model)
     form = thought_format(tokenizer, config.method)
-    model = load_model(config.model, config.seed)
+    model = computing(load_model(config.model, config.seed), config.model.precision)
     questions.check_room(model, form, tokenizer, asked, config)
 
     def measure() -> list[questions.Record]:
-        with compute(config):
-            return questions.measure(model, form, tokenizer, asked, config, progress or (lambda done, total: None))
+        return questions.measure(model, form, tokenizer, asked, config, progress or (lambda done, total: None))
 
     return measure
 

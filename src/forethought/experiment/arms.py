@@ -19,7 +19,6 @@ from forethought.evaluation import controls, text, view
 from forethought.experiment import asked
 from forethought.experiment.design import BASE, Experiment, Job
 from forethought.loop import Observer, resume, train
-from forethought.model import compute
 from forethought.runlog import RunLog
 
 RECORDS, SPENT = "records.json", "spent.json"
@@ -118,11 +117,10 @@ def weights(folder: Path) -> str:
 
 def _measure(log: RunLog, subject: text.Subject, observer: Observer, view_as: str = "") -> None:
     windows = text.held_out(subject.config, subject.tokenizer)
-    with compute(subject.config):
-        found = controls.measure(subject, windows, observer.phase)
-        if view_as and subject.config.evaluate.view:
-            reference = subject.model if subject.teacher is None else subject.teacher
-            log.write_json("documents.json", view.documents(subject, reference, windows, view_as, observer.phase))
+    found = controls.measure(subject, windows, observer.phase)
+    if view_as and subject.config.evaluate.view:
+        reference = subject.model if subject.teacher is None else subject.teacher
+        log.write_json("documents.json", view.documents(subject, reference, windows, view_as, observer.phase))
     log.write_json(RECORDS, {name: dataclasses.asdict(fields) for name, fields in found.items()})
 
 

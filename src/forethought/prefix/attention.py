@@ -98,11 +98,6 @@ def merged_attention(query: Tensor, key: Split, value: Split, scale: float, wind
         scale: factor of the scores.
         window: a query sees only the last `window` tokens, itself included; None: all.
     """
-    kind = query.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        query = query.to(dtype)
-        key, value = (Split(x.prefix.to(dtype), x.suffix.to(dtype), x.layout, x.start) for x in (key, value))
     parts = [*_prefix_parts(query, key, window), _suffix_part(query, key, window)]
     keys = (key.prefix, value.prefix, key.suffix, value.suffix)
     if query.shape[2] == 1 and not torch.is_grad_enabled():
