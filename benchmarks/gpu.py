@@ -10,6 +10,7 @@ same run. `generate` is Hugging Face's, on the same documents. `--quick`: the sm
 
 import argparse
 import dataclasses
+import gc
 import itertools
 import json
 import time
@@ -189,21 +190,22 @@ def steps(options: argparse.Namespace, rates: dict[str, Any]) -> list[dict[str, 
     """Whole steps at each length, and decoding alone."""
     rows = []
     for length in options.lengths:
-        at_once = options.rows if length <= 256 else options.rows // 2
-        settings = harness.settings(length, 1, options.group, batch=options.places, chunk=options.chunk)
+        share = 1 if length <= 256 else 2
+        at_once, documents = options.rows // share, options.places // share
+        settings = harness.settings(length, 1, options.group, batch=documents, chunk=options.chunk)
         settings = _replaced(settings, at_once, options)
-        step = Step(options.model, settings, options.prefix, options.places)
+        step = Step(options.model, settings, options.prefix, documents)
         found = []
         for _ in range(1 + options.repeats):
             found.append(step())
             print(length, {k: round(v, 4) for k, v in found[-1].items()}, flush=True)
         best = min(found[1:], key=lambda one: one["step_s"])
         grid = {"P": options.prefix, "L": length, "K": 1, "G": options.group}
-        thoughts = options.places * options.group
+        thoughts = documents * options.group
         decoded = thoughts * length / best["rollout_s"]
         ceiling = decode_ceiling(step.weights.config, grid, min(at_once, thoughts), rates["copy_tb_s"])
         rows.append(
-            {"model": options.model, **grid, "documents": options.places, "rows": at_once, "phase": "step"}
+            {"model": options.model, **grid, "documents": documents, "rows": at_once, "phase": "step"}
             | best
             | {
                 "first_step_s": found[0]["step_s"],
@@ -223,6 +225,7 @@ def steps(options: argparse.Namespace, rates: dict[str, Any]) -> list[dict[str, 
         )
         show(rows[-1])
         del step
+        gc.collect()
         torch.cuda.empty_cache()
     return rows
 
@@ -284,6 +287,7 @@ def decoding(options: argparse.Namespace, rates: dict[str, Any]) -> list[dict[st
             )
             print({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
             del job
+            gc.collect()
             torch.cuda.empty_cache()
     return rows
 
@@ -325,7 +329,9 @@ def main() -> None:
     parser.add_argument("--model", choices=harness.MODELS, default="qwen3 1.7b")
     parser.add_argument("--lengths", nargs="+", type=int, default=[64, 256, 1024])
     parser.add_argument("--prefix", type=int, default=1024)
-    parser.add_argument("--places", type=int, default=16, help="documents, with a place at the end of each")
+    parser.add_argument(
+        "--places", type=int, default=16, help="documents, with a place at the end of each (half above L = 256)"
+    )
     parser.add_argument("--group", type=int, default=16)
     parser.add_argument(
         "--rows", type=int, default=256, help="thoughts that decode at once (half as many above L = 256)"
