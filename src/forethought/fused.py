@@ -33,7 +33,7 @@ def _norm(module: Any) -> Callable[[Tensor], Tensor] | None:
 
 def _gated(module: Any) -> Callable[[Tensor], Tensor] | None:
     """down(silu(gate(x)) * up(x)), of which the two factors are kept and their product's parts computed again."""
-    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    parts: list[Any] = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     if not all(isinstance(part, nn.Linear) for part in parts):
         return None
     gate, up, down = parts

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 HIDDEN = -1e30  # added to the score of a key that a row must not see; finite, so that a row may see none
+_SPARSE = 1.5  # slots for each row above which each position is attended on its own instead of in one call for all
 _BIAS = 2**22  # entries of an additive mask above which each position is attended on its own instead
 
 
@@ -115,7 +116,8 @@ def _prefix_parts(query: Tensor, key: Split, window: int | None) -> list[_Part]:
     documents, slots = layout.slots.shape
     whole = window is None and all(seen == length for _, seen, _, _ in layout.spans)
     large = documents * slots * fan * width * length > _BIAS
-    if window is None and width > 1 and (large or query.is_cuda) and not whole:
+    sparse = documents * slots > _SPARSE * len(layout.place)
+    if window is None and width > 1 and (sparse or ((large or query.is_cuda) and not whole)):
         return [_span_part(span, heads, fan) for span in layout.spans]
 
     def fold(x: Tensor) -> Tensor:

@@ -266,9 +266,11 @@ class Graphs:
 
     def _captured(self, seats: Seats, cache: Static) -> Callable[[], None]:
         options, model = self.options, self.model
-        column = cache.table.column
-
-        choose = torch.compile(advance, dynamic=False) if seats.tail.is_cuda and not self.compiled else advance
+        column, choose = cache.table.column, advance
+        if seats.tail.is_cuda and not self.compiled:
+            choose = torch.compile(advance)
+            for tensor in seats.tensors().values():  # or every number of rows would be compiled for itself
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
         def step() -> None:
             choose(seats, self.close, options.temperature, options.top_p)
