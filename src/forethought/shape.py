@@ -50,13 +50,14 @@ class Kept:
     """
 
     fp32: int = 0
-    bf16: int = 0  # under autocast, over fp32 weights: norms stay in fp32, each product keeps its own bf16 input
+    bf16: int = 0  # bf16 weights; norms compute in fp32
+    fused: int = 0  # the same with norms that are one kernel, as on a GPU
 
     def __add__(self, more: "Kept") -> "Kept":
-        return Kept(fp32=self.fp32 + more.fp32, bf16=self.bf16 + more.bf16)
+        return Kept(fp32=self.fp32 + more.fp32, bf16=self.bf16 + more.bf16, fused=self.fused + more.fused)
 
     def __mul__(self, count: int) -> "Kept":
-        return Kept(fp32=count * self.fp32, bf16=count * self.bf16)
+        return Kept(fp32=count * self.fp32, bf16=count * self.bf16, fused=count * self.fused)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,14 +141,10 @@ def mixer_kept(one: Mamba) -> tuple[Kept, Kept]:
     """
     pairs, states = one.chunk * one.heads, one.heads * one.state
     carried = one.inner * one.state // one.chunk
-    token = Kept(
-        fp32=4 * (6 * one.inner + 3 * one.channels + 4 * one.heads),
-        bf16=2 * (10 * one.inner + 2 * one.channels + 10 * one.heads),
-    )
-    scanned = Kept(
-        fp32=4 * (3 * pairs + 5 * states + 4 * one.inner + 4 * one.heads + 2 * carried),
-        bf16=2 * (4 * pairs + 6 * states + 8 * one.inner + 10 * one.heads + 3 * carried),
-    )
+    half = 4 * (7 * one.inner + one.channels + 3 * one.heads)
+    token = Kept(fp32=4 * (6 * one.inner + 3 * one.channels + 4 * one.heads), bf16=half, fused=half)
+    scan = 4 * (3 * pairs + 5 * states + 4 * one.inner + 4 * one.heads + 2 * carried)  # in fp32 whatever the weights
+    scanned = Kept(fp32=scan, bf16=scan, fused=scan)
     return token, scanned
 
 
@@ -178,8 +175,9 @@ def _widest(config: Any) -> int:
 
 
 def _norms(config: Any, count: int) -> _Part:
-    """Each keeps its input and the normalised input, in fp32 its output too, and a factor."""
-    kept = Kept(fp32=12 * config.hidden_size + 4, bf16=8 * config.hidden_size + 4)
+    """Each keeps its input, the normalised input, its output and a factor; as one kernel not the normalised input."""
+    hidden = config.hidden_size
+    kept = Kept(fp32=12 * hidden + 4, bf16=8 * hidden + 4, fused=4 * hidden + 4)
     return _Part(other=count * config.hidden_size, kept=kept * count)
 
 
@@ -192,10 +190,11 @@ def _attention(config: Any, window: int | None, biases: tuple[bool, bool], query
     hidden, heads, pairs = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     size = getattr(config, "head_dim", None) or hidden // heads
     numbers = size * (3 * heads + 2 * pairs)  # query, output, output in order; keys, values
-    normed = (size + 1) * (heads + pairs) if query_norm else 0
+    normed, factors = size * (heads + pairs) * query_norm, 4 * (heads + (heads + pairs) * query_norm)
     kept = Kept(
-        fp32=4 * (numbers + heads) + 4 * normed + 4 * size * (heads + pairs) * query_norm,
-        bf16=2 * (numbers + 2 * heads + 3 * hidden) + 4 * normed + 2 * size * (heads + pairs) * query_norm,
+        fp32=4 * (numbers + 2 * normed) + factors,
+        bf16=2 * (numbers + 3 * normed) + factors,
+        fused=2 * (numbers + normed) + factors,
     )
     return (
         _Part(attention=Attention(heads=heads, kv_heads=pairs, head_dim=size, window=window), kept=kept)
@@ -206,7 +205,8 @@ def _attention(config: Any, window: int | None, biases: tuple[bool, bool], query
 
 
 def _mlp(inputs: int, inner: int, bias: bool = False, gated: bool = True) -> _Part:
-    kept = Kept(fp32=16 * inner, bf16=8 * inner + 4 * inputs) if gated else Kept(fp32=8 * inner, bf16=6 * inner)
+    numbers = (4 if gated else 2) * inner
+    kept = Kept(fp32=4 * numbers, bf16=2 * numbers, fused=2 * numbers)
     return _linear(inputs, (2 if gated else 1) * inner, bias) + _linear(inner, inputs, bias) + _Part(kept=kept)
 
 
@@ -214,7 +214,8 @@ def _experts(expert: _Part, config: Any) -> _Part:
     """A router and num_local_experts experts, num_experts_per_tok of which see each token."""
     asked, count = config.num_experts_per_tok, config.num_local_experts
     resting = _Part(other=(count - asked) * expert.multiplied)
-    gathered = Kept(fp32=12 * config.hidden_size, bf16=10 * config.hidden_size)  # each expert's own inputs and outputs
+    each = 3 * config.hidden_size  # an expert's own inputs and outputs
+    gathered = Kept(fp32=4 * each, bf16=2 * each, fused=2 * each)
     busy = _Part(multiplied=asked * expert.multiplied, kept=(expert.kept + gathered) * asked)
     return _linear(config.hidden_size, count) + busy + resting
 

@@ -99,14 +99,15 @@ def plan(config: Config, shape: Shape, options: dict[str, str] | None = None) ->
     one = job(config, shape, options)
     if "lengths" in options and "simulate" not in options:
         raise UserError("--lengths: is for --simulate")
+    most = largest(one)
     result = Plan(
         job=one,
         memory=memory(one),
         layouts={layout: memory(one, layout) for layout in ("one", "ddp", "fsdp2")},
         step=step(one),
         changes=advice(one),
-        largest=(most := largest(one)),
-        faster=most and step(with_option(one, "train", rollout_batch=most["rollout_batch"])).seconds,
+        largest=most,
+        faster=None if most is None else step(with_option(one, "train", rollout_batch=most["rollout_batch"])).seconds,
     )
     if "simulate" not in options:
         return result

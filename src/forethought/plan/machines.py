@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ class Machine:
     link_share: float = 0.8  # of the links, by large messages
     read_share: float = 0.57  # of the matmul rate, by reading many tokens at once: prefill, score, update
     decode_share: float = 0.6  # of the bound (memory or matmul rate), by decoding
-    launch: float = 5e-6  # seconds to start one kernel from Python; 0 under CUDA graphs
+    launch: float = 5e-6  # seconds to start one kernel from Python
+    replay: float = 1.5e-6  # seconds that one small kernel of a captured step takes at least
     latency: float = 1e-5  # seconds for one message of a ring
     source: str = ""  # where rates and shares are from
 
@@ -142,16 +144,21 @@ MACHINES: dict[str, Machine] = {
 _SCALES = {
     "matmul_gflops": 1e9,
     "matmul_bf16_gflops": 1e9,
+    "matmul_tflops": 1e12,
     "copy_gb_s": 1e9,
+    "copy_tb_s": 1e12,
     "memory_gb": 1e9,
     "inside_gb_s": 1e9,
     "across_gb_s": 1e9,
     "launch_us": 1e-6,
+    "replay_us": 1e-6,
     "latency_us": 1e-6,
     "update_of_matmul": 1.0,
     "read_of_matmul": 1.0,
     "decode_of_bound": 1.0,
+    "rollout_of_ceiling": 1.0,
 }
+_SHARES = ("update_of_matmul", "read_of_matmul", "decode_of_bound", "rollout_of_ceiling")
 
 
 def machine(name: str, ceilings: str | None = None, price: float | None = None) -> Machine:
@@ -164,7 +171,9 @@ def machine(name: str, ceilings: str | None = None, price: float | None = None) 
             )
         memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
         # one process a machine, and no links: --ceilings may say otherwise
-        known = Machine(name="cpu", memory=memory, bf16=0, fp32=0, bandwidth=0, launch=0, inside=1e9, across=1e9)
+        known = Machine(
+            name="cpu", memory=memory, bf16=0, fp32=0, bandwidth=0, launch=0, inside=1e9, across=1e9, source=ASSUMED
+        )
     elif name in MACHINES:
         known = MACHINES[name]
     else:
@@ -175,40 +184,41 @@ def machine(name: str, ceilings: str | None = None, price: float | None = None) 
 
 
 def measured(known: Machine, file: str) -> Machine:
-    """The machine with the figures that a JSON file holds: rows of benchmarks/step.py, or one object. Raises UserError.
+    """The machine with the figures of a JSON file: rows of benchmarks/step.py or gpu.py, or one object.
 
-    Of several rows those of the setting with the highest rate count, since others on the machine only lower it.
+    Of several rows the highest rates count, since others on a machine only lower them, and the median of the shares.
+    Raises UserError.
     """
-    figures = _figures(file)
-    rate, half = figures.get("matmul_gflops"), figures.get("matmul_bf16_gflops")
-    copied = figures.get("copy_gb_s")
-    if rate is None and half is None:
-        raise UserError(f"--ceilings {file}: holds no matmul_gflops or matmul_bf16_gflops")
+    found = _figures(file)
+    single, half = found.get("matmul_gflops"), found.get("matmul_tflops", found.get("matmul_bf16_gflops"))
+    copied = found.get("copy_tb_s", found.get("copy_gb_s"))
+    if single is None and half is None:
+        raise UserError(f"--ceilings {file}: holds no matmul_gflops (fp32) and no matmul_tflops (bf16)")
     if known.name == "cpu" and copied is None:
         raise UserError(f"--ceilings {file}: holds no copy_gb_s")
-    peaks = {
-        "fp32": known.fp32 * known.matmul_share if rate is None else rate,
-        "bf16": known.bf16 * known.matmul_share if half is None else half,
-    }
-    if known.name == "cpu" and half is None:
-        peaks["bf16"] = peaks["fp32"]
-    changes: dict[str, Any] = {"matmul_share": 1.0, **peaks}
+    fp32 = known.fp32 * known.matmul_share if single is None else single
+    bf16 = known.bf16 * known.matmul_share if half is None else half
+    changes: dict[str, Any] = {"matmul_share": 1.0, "fp32": fp32 or bf16, "bf16": bf16 or fp32}
     if copied is not None:
         changes |= {"bandwidth": copied, "copy_share": 1.0}
-    for key, option in (("inside_gb_s", "inside"), ("across_gb_s", "across")):
-        if key in figures:
-            changes |= {option: figures[key], "link_share": 1.0}
+    if found.keys() & {"inside_gb_s", "across_gb_s"}:
+        changes |= {"link_share": 1.0, "inside": known.inside * known.link_share}
+        changes |= {"across": known.across * known.link_share}
     options = {
+        "inside_gb_s": "inside",
+        "across_gb_s": "across",
         "memory_gb": "memory",
         "launch_us": "launch",
+        "replay_us": "replay",
         "latency_us": "latency",
         "update_of_matmul": "read_share",
         "read_of_matmul": "read_share",
+        "rollout_of_ceiling": "decode_share",
         "decode_of_bound": "decode_share",
     }
-    changes |= {option: figures[key] for key, option in options.items() if key in figures}
-    names = ", ".join(name for name in _SCALES if name in figures)
-    return replace(known, **changes, source=f"measured ({names}): {file}; all else: {known.source or ASSUMED}")
+    changes |= {option: found[key] for key, option in options.items() if key in found}
+    names = ", ".join(name for name in _SCALES if name in found)
+    return replace(known, **changes, source=f"measured ({names}): {file}; all else {known.source}")
 
 
 def _figures(file: str) -> dict[str, float]:
@@ -222,18 +232,13 @@ def _figures(file: str) -> dict[str, float]:
     rows = [rows] if isinstance(rows, dict) else rows
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"--ceilings {file}: must hold an object, or the rows of benchmarks/step.py")
-    figures: dict[str, float] = {}
+    values: dict[str, list[float]] = {}
     for row in rows:
         for name in _SCALES.keys() & row.keys():
             value = row[name]
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            least_ok = number and math.isfinite(value) and (value >= 0 if name.endswith("_us") else value > 0)
-            if not least_ok:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or value < 0 or (value == 0 and not name.endswith("_us")):
                 raise UserError(f"--ceilings {file}: {name} = {value!r}: must be a number above 0")
-            scaled = value * _SCALES[name]
-            figures[name] = (
-                min(figures.get(name, scaled), scaled)
-                if name.endswith("_us")
-                else max(figures.get(name, scaled), scaled)
-            )
-    return figures
+            values.setdefault(name, []).append(value * _SCALES[name])
+    best = {name: min(some) if name.endswith("_us") else max(some) for name, some in values.items()}
+    return best | {name: statistics.median(values[name]) for name in _SHARES if name in values}

@@ -27,7 +27,7 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """The first column is text, the others are figures. A row of one cell is a heading."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+        table.add_column(column, justify="right" if i else "left", no_wrap=i > 1)
     for row in rows:
         table.add_row(*([Text(row[0], style="bold")] if len(row) == 1 else row))
     return table
@@ -101,7 +101,7 @@ def _sums(result: Plan) -> list[Table | str]:
         f"{step.thought / step.seconds:,.0f} thought tokens/s",
         f"{steps} steps: {steps * step.text:,} tokens of text, {steps * step.thought:.3g} of thoughts, "
         f"{steps * step.flops:.3g} FLOPs; T_flop {step.t_flop:.4g} tokens",
-        f"estimated {result.hours:,.1f} hours, {result.hours * job.gpus:,.0f} GPU hours{cost}, without evaluation",
+        f"estimated {result.hours:,.1f} hours, {result.hours * job.gpus:,.1f} GPU hours{cost}, without evaluation",
     ]
 
 

@@ -1,17 +1,16 @@
 """FLOPs, tokens and expected seconds of a step by phase, from what a machine reaches. All of it is an estimate."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from forethought.flops import Flops, decode_flops, rlp_step, t_flop
 from forethought.plan.job import Job
-from forethought.plan.memory import cache_numbers, chunk_tokens
+from forethought.plan.memory import ELEMENT, cache_numbers, captured, chunk_tokens
 
-LAUNCHES = {"fp32": 57, "bf16": 79}  # kernels of one layer in one decoded token (benchmarks/README.md says how counted)
+KERNELS = {"fp32": 57, "bf16": 39}  # of one layer of Qwen3's in one decoded token; bf16 with fused norms
 ENDS = 80  # kernels of a decoded token outside the layers: embedding, head, sampling, bookkeeping
-_CACHE_BYTES = {"fp32": 4.0, "bf16": 3.5}  # a number of the caches, documents' and thoughts' alike
 _OPTIMIZER = 40  # bytes a parameter: Adam reads 16 and writes 12, clipping reads 8 and writes 4
-_EMA = 12  # bytes a parameter: two read, one written
-PHASES = ("prefill", "decode", "score", "update", "optimizer", "ema", "sync")
+_EMA = 12  # bytes a parameter: two fp32 numbers read, one written
+_COPY = 6  # bytes a parameter: fp32 read, bf16 written
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +20,7 @@ class Phase:
     name: str
     flops: float  # on all GPUs
     seconds: float  # on the GPU that has most to do
-    bound: str  # what limits it: matmul, memory, launches, links, or nothing
+    bound: str  # what limits it: matmul, memory, kernels, links, or nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,10 +52,11 @@ def step(job: Job) -> Step:
         phases=(
             _reading(job, "prefill", one.prefill, -(-job.windows_here // job.windows_at_once)),
             decoding(job, one),
-            _reading(job, "score", one.teacher + one.score + one.proxy, _score_passes(job)),
+            _scoring(job, one),
             _reading(job, "update", one.training, 3 * _update_passes(job)),
             _streaming(job, "optimizer", _OPTIMIZER),
             _streaming(job, "ema", _EMA * job.teacher * (not method.freeze_teacher)),
+            _streaming(job, "bf16 copy", _COPY * (job.config.model.precision == "bf16")),
             sync(job),
         ),
         text=text,
@@ -83,16 +83,16 @@ def decode_step(job: Job, rows: float) -> tuple[float, str]:
     keys, states = cache_numbers(job)
     half_way = job.behind + (job.length + job.written) / 2
     prefix = job.prefix + job.template
-    number = _CACHE_BYTES[precision]
+    number = ELEMENT[precision]
     documents = rows / job.rows_of_window if job.shared else rows
-    weights = (2 if precision == "bf16" else 4) * (shape.multiplied + shape.hidden * shape.vocab)
+    weights = number * (shape.multiplied + shape.hidden * shape.vocab)
     moved = weights + number * keys * (documents * prefix + rows * half_way) + 8.0 * states * rows
     flops = rows * decode_flops(shape, [(1, round(prefix + half_way))])
     machine = job.machine
     times = {
         "memory": moved / machine.copy / machine.decode_share,
         "matmul": flops / machine.matmul(precision) / machine.decode_share,
-        "launches": (shape.layers * LAUNCHES[precision] + ENDS) * machine.launch,
+        "kernels": (shape.layers * KERNELS[precision] + ENDS) * (machine.replay if captured(job) else machine.launch),
     }
     bound = max(times, key=times.__getitem__)
     return times[bound], bound
@@ -122,24 +122,32 @@ def sync(job: Job, gpus: int | None = None) -> Phase:
     count = job.shape.parameters
     gradients = job.gradient * count
     if job.layout == "fsdp2":
-        weights = (2 if job.config.model.precision == "bf16" else 4) * count
+        weights = ELEMENT[job.config.model.precision] * count
         seconds = ring(job, gradients, 1, gpus) + ring(job, weights, 1, gpus)
     else:
         seconds = ring(job, gradients, 2, gpus)
     return Phase(name="sync", flops=0.0, seconds=seconds, bound="links" if seconds else "")
 
 
+def _scoring(job: Job, one: Flops) -> Phase:
+    """The teacher's weights are copied to where the policy's compute in bf16, and back."""
+    passes = -(-job.windows_here // max(1, chunk_tokens(job) // (job.longest + 1)))
+    found = _reading(job, "score", one.teacher + one.score + one.proxy, passes)
+    swap = _streaming(job, "", 2 * _COPY * job.teacher * (job.config.model.precision == "bf16"))
+    return replace(found, seconds=found.seconds + swap.seconds)
+
+
 def _reading(job: Job, name: str, window_flops: int, passes: int) -> Phase:
     """Phases of few large products; `passes` through the layers, each of which starts its kernels."""
     flops = float(window_flops * job.windows)
     by_flops = window_flops * job.windows_here / rate(job)
-    launches = LAUNCHES[job.config.model.precision] * job.shape.layers * passes * job.machine.launch
+    launches = KERNELS[job.config.model.precision] * job.shape.layers * passes * job.machine.launch
     slowest = max(by_flops, launches if flops else 0.0)
     return Phase(
         name=name,
         flops=flops,
         seconds=slowest,
-        bound="" if not flops else "matmul" if slowest == by_flops else "launches",
+        bound="" if not flops else "matmul" if slowest == by_flops else "kernels",
     )
 
 
@@ -148,10 +156,6 @@ def _streaming(job: Job, name: str, per_parameter: int) -> Phase:
     seconds = per_parameter * count / job.machine.copy
     seconds *= job.config.method.inner_steps if name == "optimizer" else 1
     return Phase(name=name, flops=0.0, seconds=seconds, bound="memory" if seconds else "")
-
-
-def _score_passes(job: Job) -> int:
-    return -(-job.windows_here // max(1, chunk_tokens(job) // (job.longest + 1)))
 
 
 def _update_passes(job: Job) -> int:
