@@ -76,9 +76,10 @@ Options = Iterator[tuple[str, Job]]
 
 
 def _fewer_rows(job: Job) -> Options:
-    """The most rows that fit, or one window's."""
+    """The most rows that fit beside the smallest chunks, or one window's."""
     least = job.rows_of_window
-    most = _most(lambda n: fits(with_option(job, "train", rollout_batch=n * least)), 2**12)
+    small = with_option(job, "update", tokens_per_chunk=min(chunk_tokens(job), job.behind + job.limit))
+    most = _most(lambda n: fits(with_option(small, "train", rollout_batch=n * least)), 2**12)
     rows = min(max(most, 1) * least, job.rows_at_once)
     if rows < job.rows_at_once or rows < job.config.train.rollout_batch:
         yield str(rows), with_option(job, "train", rollout_batch=rows)
@@ -119,7 +120,7 @@ def _shorter_thoughts(job: Job) -> Options:
     while length > 64:
         length //= 2
         shorter = with_option(job, "method", thought_length=length)
-        shorter = replace(shorter, length=min(job.length, length))
+        shorter = replace(shorter, length=min(job.length, float(length)))
         if fits(shorter) or length <= 64:
             yield str(length), shorter
 

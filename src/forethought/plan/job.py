@@ -168,7 +168,7 @@ def job(config: Config, shape: Shape, words: dict[str, str]) -> Job:
         prefix=prefix,
         document=document,
         longest=prefix if "prefix" in words else longest,
-        length=length,
+        length=float(length),
         gradient=2 if gradients == "bf16" else 4,
     )
 
