@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from forethought.config import Config, Model, UserError
 from forethought.positions import ThoughtFormat
+from forethought.shape import Shape
 
 _ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = {"embedded": _ASSETS / "base", "embedded:notes": _ASSETS / "notes"}
@@ -51,6 +52,14 @@ def load_model(options: Model, seed: int) -> Any:
             _check_complete(loading)
         _check_usable(model)
     return model.to(device=device(options), dtype=torch.float32).eval()
+
+
+def load_shape(options: Model) -> Shape:
+    """The shape of the network that model.path names, from its config alone. Raises UserError."""
+    with _explained("model.path", options.path):
+        folder, extra = _locate(options.path)
+        source = str(folder) if folder.exists() else options.path
+        return Shape.of(AutoConfig.from_pretrained(source, **extra).get_text_config())
 
 
 def device(options: Model) -> torch.device:

@@ -86,6 +86,7 @@ class NativeEngine:
                 end = positions.whole_windows(waiting, (self.capacity - alive) // group, at_least=not alive)
                 if end > waiting:
                     running = (batch, logits) if alive else None
+                    batch = logits = None  # a batch that has ended makes room before the next is read
                     batch, logits = self._begin(positions.part(waiting, end), group, room, running)
                     rows.begin(waiting * group, end * group)
                     waiting = end
