@@ -14,6 +14,7 @@ from forethought.config import from_dict, load, options
 from forethought.evaluation import evaluate
 from forethought.experiment.design import read
 from forethought.loop import train
+from forethought.stages.stage import read as read_stage
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "src").rglob("*.py"))
@@ -87,6 +88,8 @@ def test_every_shipped_config_is_valid():
     for file in files:
         if file.stem.startswith(("compare-", "sweep-")):
             assert read(file, {}).jobs
+        elif file.stem.startswith(("sft-", "rlvr-")):
+            assert read_stage(file).stage == file.stem.partition("-")[0]
         else:
             load(file)
 

@@ -290,6 +290,8 @@ def load(path: str | Path | None = None, overrides: list[str] | None = None) -> 
     values = {} if path is None else read_toml(find(path))
     if "arms" in values:
         raise UserError(f"config {str(path)!r} is an experiment: forethought compare {path}")
+    if "stage" in values:
+        raise UserError(f"config {str(path)!r} is a stage of post-training: forethought posttrain {path}")
     return from_dict(merge(values, read_overrides(overrides or [])))
 
 

@@ -98,7 +98,7 @@ class InformationGain:
     def __init__(self, policy: Any, tokenizer: Any, config: Config):
         self.config, self.policy, self.tokenizer = config, policy, tokenizer
         self.form = thought_format(tokenizer, config.method)
-        self.ends = (copy.deepcopy(policy.generation_config), policy.config.eos_token_id)
+        self.ends = copy.deepcopy((policy.config, policy.generation_config))
         check(config, self.form)
         if any(one.requires_grad and one.dtype != torch.float32 for one in policy.parameters()):
             raise UserError("weights that are trained must be fp32 (an update at 1e-6 rounds to nothing in bf16)")
@@ -226,7 +226,7 @@ def arguments(config: Config, folder: str | Path, **more: Any) -> GRPOConfig:
         "save_steps": train.checkpoint_every,
         "save_total_limit": train.keep_checkpoints,
     }
-    return GRPOConfig(**free | _optimizer(config.optim) | _machine(config) | own | more)
+    return GRPOConfig(**free | optimizer(config.optim) | machine(config) | own | more)
 
 
 def prompts(config: Config, tokenizer: Any) -> Dataset:
@@ -246,9 +246,8 @@ def prompts(config: Config, tokenizer: Any) -> Dataset:
         positions = draw(windows, method, stream(config.seed, "positions", step))
         drawn += len(positions)
         for before, true in zip(positions.contexts(), positions.targets().tolist(), strict=True):
-            tokens = form.wrap(before)
-            text = tokenizer.decode(tokens[1:] if tokens[0] == form.bos else tokens)
-            if tokenizer(text=text)["input_ids"] == tokens:
+            text = as_text(form.wrap(before), tokenizer)
+            if text is not None:
                 rows.append({"prompt": text, "context": before, "target": true})
         if drawn > PATIENCE * max(len(rows), train.batch):
             raise UserError(
@@ -256,6 +255,12 @@ def prompts(config: Config, tokenizer: Any) -> Dataset:
                 "when TRL reads them as text; use forethought train, which takes tokens"
             )
     return Dataset.from_list(rows[:wanted])
+
+
+def as_text(tokens: list[int], tokenizer: Any) -> str | None:
+    """The text that TRL, which adds special tokens, tokenizes to exactly these tokens; None where there is none."""
+    text = tokenizer.decode(tokens[1:] if tokens[0] == tokenizer.bos_token_id else tokens)
+    return text if tokenizer(text=text)["input_ids"] == tokens else None
 
 
 def ending_with(token: int, tokenizer: Any, model: Any) -> Any:
@@ -275,12 +280,12 @@ def ending_with(token: int, tokenizer: Any, model: Any) -> Any:
 def save(reward: InformationGain, folder: str | Path) -> None:
     """The trained model as a Hugging Face folder, with its own tokenizer and ends of text as they were before."""
     policy = reward.policy
-    policy.generation_config, policy.config.eos_token_id = copy.deepcopy(reward.ends[0]), reward.ends[1]
+    policy.config, policy.generation_config = copy.deepcopy(reward.ends)
     policy.save_pretrained(folder)
     reward.tokenizer.save_pretrained(folder)
 
 
-def _optimizer(optim: Optim) -> dict[str, Any]:
+def optimizer(optim: Optim) -> dict[str, Any]:
     """The loop's AdamW; Transformers' schedules end one step earlier or later than ours (docs/trl.md)."""
     schedules = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
     return {
@@ -295,7 +300,8 @@ def _optimizer(optim: Optim) -> dict[str, Any]:
     }
 
 
-def _machine(config: Config) -> dict[str, Any]:
+def machine(config: Config) -> dict[str, Any]:
+    """Device and precision as the config says, and nothing sent anywhere."""
     on_cpu = device(config.model).type == "cpu"
     return {
         "use_cpu": on_cpu,

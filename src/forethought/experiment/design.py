@@ -18,6 +18,9 @@ values = [2, 4, 8]
 arm = "rlp"
 above = ["base", "cpt-flops"]
 metrics = ["answer/accuracy_think"]
+
+`post = ["sft-cups", "rlvr-cups"]` at the top: every arm and the base, once measured, go through the same stages of
+post-training and are measured again, as the groups `post:all`, `post:answer`, ...
 """
 
 import dataclasses
@@ -29,6 +32,8 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from forethought.config import Config, UserError, find, from_dict, load, merge, read_toml, to_dict
+from forethought.stages.stage import Stage
+from forethought.stages.stage import read as read_stage
 
 BASE = "base"
 """The arm that is not trained: the start itself."""
@@ -89,6 +94,7 @@ class _File:
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(default_factory=lambda: [0, 1, 2])
     processes: Annotated[int, Field(ge=1)] = 1
     options: dict[str, Any] = Field(default_factory=dict)
+    post: list[str] = Field(default_factory=list)
     arms: Annotated[dict[_ArmName, Arm], Field(min_length=1)]
     sweeps: dict[_ArmName, Sweep] = Field(default_factory=dict)
     claims: list[Claim] = Field(default_factory=list)
@@ -136,6 +142,7 @@ class Experiment:
     jobs: tuple[Job, ...]
     curves: tuple[Curve, ...]
     claims: tuple[Claim, ...]
+    post: tuple[Stage, ...] = ()  # post-training that every arm and the base go through after they are measured
 
     def of(self, arm: str) -> list[Job]:
         """An arm's jobs, by seed."""
@@ -182,7 +189,7 @@ def read(path: str | Path, overrides: dict[str, Any]) -> Experiment:
     )
     return Experiment(
         name=named, run=run, processes=given.processes, start=start, arms=arms, named=tuple(given.arms),
-        jobs=_ordered(jobs), curves=curves, claims=tuple(given.claims),
+        jobs=_ordered(jobs), curves=curves, claims=tuple(given.claims), post=tuple(map(read_stage, given.post)),
     )  # fmt: skip
 
 
