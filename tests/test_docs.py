@@ -39,7 +39,7 @@ def metric_names(tmp_path: Path, method: str) -> set[str]:
     return set(json.loads(lines[0])) | flat | {name for name in summary if "/" not in name}
 
 
-@pytest.mark.parametrize("method", ["rlp", "rpt", "cpt"])
+@pytest.mark.parametrize("method", ["rlp", "rpt", "cpt", "mixed"])
 def test_every_metric_has_a_line_in_the_documents(tmp_path: Path, method: str):
     assert metric_names(tmp_path, method) <= backticked("docs/metrics.md")
 
