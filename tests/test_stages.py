@@ -14,7 +14,7 @@ from forethought import load, load_tokenizer
 from forethought.cli import main
 from forethought.config import Config, UserError
 from forethought.experiment import compare
-from forethought.loop import Silent
+from forethought.loop import Silent, resume
 from forethought.model import EMBEDDED
 from forethought.positions import ThoughtFormat, thought_format
 from forethought.runlog import RunLog
@@ -168,6 +168,9 @@ def test_the_command_line_says_what_it_needs(capsys, tmp_path):
     assert "end = 'ball under': must be one token" in capsys.readouterr().err
     assert main(["posttrain", "rlvr-cups", "--start", "embedded", "--end", "", "--run", str(tmp_path / "run")]) == 2
     assert "this tokenizer has no end of text" in capsys.readouterr().err
+    long = ["--max_tokens", "250", "--run", str(tmp_path / "run")]
+    assert main(["posttrain", "rlvr-cups", "--start", "embedded", *long]) == 2
+    assert "tokens, and the model has positions for 256" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -192,6 +195,9 @@ def test_stages_follow_each_other_are_never_redone_and_repeat_to_the_bit(tmp_pat
         chain([SFT, dataclasses.replace(RLVR, group=4)], QUICK, tmp_path / "other", Silent())
     with pytest.raises(UserError, match="exists and is not empty"):
         posttrain("sft-cups", "embedded", {"run": str(last)})
+    (last / "summary.json").unlink()
+    with pytest.raises(UserError, match="is a stage of post-training; begin it again"):
+        resume(last)
 
 
 def test_sft_learns_the_completion_alone(tmp_path):

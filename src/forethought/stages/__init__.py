@@ -1,7 +1,7 @@
 """Post-training on any start, by TRL's own trainers: supervised, then RL with verifiable rewards, one file a stage.
 
 OUT/config.json     options of the run: its model is the start
-OUT/stage.json      the stage
+OUT/stage.json      the stage, which also tells that the folder is none to resume
 OUT/trl.jsonl       what TRL logged, a line a logged step
 OUT/policy/         the trained model
 OUT/summary.json    written last
@@ -20,7 +20,7 @@ from forethought.loop import Observer, Silent
 from forethought.model import load_model, load_tokenizer
 from forethought.positions import thought_format
 from forethought.runlog import RunLog, check_free, disk_errors
-from forethought.stages.examples import Verified, examples
+from forethought.stages.examples import Example, Verified, examples
 from forethought.stages.stage import Stage, options_of, read
 
 
@@ -75,12 +75,14 @@ def run_stage(stage: Stage, config: Config, observer: Observer) -> None:
     rows = examples(stage, config, tokenizer, form)
     end = _end(stage, tokenizer)
     model = load_model(config.model, config.seed)
+    _check_room(stage, rows, model)
     log = RunLog.create(config)
 
     def seen(done: int, total: int) -> None:
         observer.phase(stage.stage, done, total)
 
     with log.lock():
+        log.write_json("stage.json", _plain(stage))
         if stage.stage == "sft":
             lines = trl.supervise((model, tokenizer), [(one.prompt, one.completion) for one in rows], config, seen)
         else:
@@ -90,11 +92,22 @@ def run_stage(stage: Stage, config: Config, observer: Observer) -> None:
             sampling = trl.Sampling(group=stage.group, longest=stage.max_tokens, temperature=stage.temperature, end=end)
             reward = Verified(stage, tokenizer, form)
             lines = trl.reinforce((model, tokenizer), asked, reward, sampling, config, seen)
-        log.write_json("stage.json", _plain(stage))
         log.write_lines("trl.jsonl", lines)
         _export(log.path, model, tokenizer)
         seconds = round(time.perf_counter() - began, 2)
         log.write_json("summary.json", {"method": stage.stage, "seed": config.seed, "seconds": seconds})
+
+
+def _check_room(stage: Stage, rows: Sequence[Example], model: Any) -> None:
+    """Refuse rows that the model has no positions for."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    further = stage.max_tokens if stage.stage == "rlvr" else 0
+    longest = max(len(one.prompt) + (further or len(one.completion)) for one in rows)
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"max_tokens = {stage.max_tokens}: the longest prompt and completion make {longest} tokens, and the model "
+            f"has positions for {limit}"
+        )
 
 
 def _export(run: Path, model: Any, tokenizer: Any) -> None:
