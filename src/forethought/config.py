@@ -82,8 +82,9 @@ class Corpus:
 class Method:
     """The objective. Defaults are the paper's where it gives a value (arXiv:2510.01265); see docs/paper.md."""
 
-    name: Literal["rlp", "rpt", "cpt"] = "rlp"
-    """`rlp`: reinforcement learning pretraining. Baselines: `rpt` (predictions right or wrong), `cpt` (next token)."""
+    name: Literal["rlp", "rpt", "cpt", "mixed"] = "rlp"
+    """Reinforcement learning pretraining, or a baseline: `rpt` (predictions right or wrong), `cpt` (next token),
+    `mixed` (next token, on text with and without the start's own thoughts that gained)."""
     group: Positive = 16
     """Thoughts per position (G); at least 2 unless the baseline is not the group's."""
     thought_length: Positive = 2048
@@ -153,7 +154,7 @@ class Method:
     @property
     def policy(self) -> str:
         """The policy that picks positions; `auto` is what each method's paper does."""
-        automatic = {"rlp": "uniform", "rpt": "entropy", "cpt": "uniform"}[self.name]
+        automatic = {"rlp": "uniform", "rpt": "entropy", "cpt": "uniform", "mixed": "uniform"}[self.name]
         return automatic if self.position_policy == "auto" else self.position_policy
 
 
@@ -292,6 +293,8 @@ def load(path: str | Path | None = None, overrides: list[str] | None = None) -> 
     values = {} if path is None else read_toml(find(path))
     if "arms" in values:
         raise UserError(f"config {str(path)!r} is an experiment: forethought compare {path}")
+    if "stage" in values:
+        raise UserError(f"config {str(path)!r} is a stage of post-training: forethought posttrain {path}")
     return from_dict(merge(values, read_overrides(overrides or [])))
 
 
@@ -472,6 +475,10 @@ def _rules_of_predictions(method: Method) -> list[tuple[bool, str]]:
         (
             method.name == "rpt" and (method.clamp_gain or method.min_gain > -math.inf),
             "method.name = 'rpt': has no gain, so method.clamp_gain and method.min_gain are not for it",
+        ),
+        (
+            method.name == "mixed" and method.reward != "information_gain",
+            f"method.reward = {method.reward!r}: method.name mixed chooses thoughts by their gain",
         ),
         (
             method.proxy != "" and (method.policy != "entropy" or not method.thinks),

@@ -76,6 +76,7 @@ class Work:
     inner_steps: int = 1
     written: tuple[tuple[int, ...], ...] = ()  # of each thought: tokens of its prediction, which learn too (RPT)
     proxy: int = 0  # FLOPs of the proxy, whose shape is its own
+    supervised: tuple[int, ...] = ()  # rows of so many tokens for next-token training (Mixed, with inner_steps 0)
 
 
 def pairs(tokens: int, past: int, window: int | None = None) -> int:
@@ -146,7 +147,7 @@ def rlp_step(shape: Shape, work: Work, causal: bool = True) -> Flops:
         teacher=teacher if work.teacher else 0,
         proxy=work.proxy,
         reference=passes * once,
-        update=3 * work.inner_steps * once,
+        update=3 * work.inner_steps * once + cpt_step(shape, work.supervised, causal).update,
     )
 
 

@@ -70,6 +70,8 @@ def resume(run: str | Path, observer: Observer | None = None) -> dict[str, Any]:
     with log.lock():
         if (log.path / "summary.json").is_file():
             raise UserError(f"--resume {run}: this run is finished; its figures are in summary.json")
+        if (log.path / "stage.json").is_file():
+            raise UserError(f"--resume {run}: is a stage of post-training; begin it again with --overwrite True")
         trainer = Trainer(dataclasses.replace(log.config(), run=str(log.path)))
         trainer.restore(log)
         return trainer.run(log, observer or Silent())

@@ -5,6 +5,8 @@ RUN/ARM/seed-N/                    the arm's run folder, and its records.json
 RUN/ARM/seed-N/documents.json      for the thought viewer, with the first seed
 RUN/ARM/seed-N/answers.json        what it answered to the experiment's questions (asked.py), and base/answers.json
 RUN/ARM/seed-N/spent.json          seconds and CPU seconds that all this took
+RUN/ARM/seed-N/post/               of post-training: a run folder for each stage, and records.json after the last
+RUN/base/seed-N/post/              the same of the start
 """
 
 import dataclasses
@@ -20,8 +22,9 @@ from forethought.experiment import asked
 from forethought.experiment.design import BASE, Experiment, Job
 from forethought.loop import Observer, resume, train
 from forethought.runlog import RunLog
+from forethought.stages import chain
 
-RECORDS, SPENT = "records.json", "spent.json"
+RECORDS, SPENT, POST = "records.json", "spent.json", "post"
 Recorded = dict[str, text.Records]
 """Held-out records by group of positions."""
 
@@ -43,7 +46,7 @@ class Meter:
 
 
 def measure_base(experiment: Experiment, observer: Observer, meter: Meter) -> None:
-    """Measure the start, unless that is done."""
+    """Measure the start, and post-train it with every seed where arms are, unless that is done."""
     folder = experiment.run / BASE
     if (folder / RECORDS).is_file():
         _check_same(RunLog.open(folder).config(), experiment.start, BASE)
@@ -52,6 +55,8 @@ def measure_base(experiment: Experiment, observer: Observer, meter: Meter) -> No
         subject = evaluation.subject_of(start)
         _measure(RunLog.create(start), subject, observer)
     asked.ask(experiment, experiment.start, folder, observer)
+    for seed in sorted({job.seed for job in experiment.jobs}):
+        _posttrain(experiment, dataclasses.replace(experiment.start, seed=seed), folder / f"seed-{seed}", observer)
     meter.lap(folder)
 
 
@@ -63,11 +68,13 @@ def finished(experiment: Experiment, job: Job) -> bool:
     known = job.needs is None or (experiment.run / job.needs / "summary.json").is_file()
     if known:
         _check_same(RunLog.open(folder).config(), _with_budget(experiment, job), job.name)
-    return known and (folder / RECORDS).is_file() and asked.done(experiment, folder)
+    last = folder / POST if experiment.post else folder
+    recorded = (folder / RECORDS).is_file() and (last / RECORDS).is_file()
+    return known and recorded and asked.done(experiment, folder)
 
 
 def run_job(experiment: Experiment, job: Job, observer: Observer, meter: Meter) -> None:
-    """Train and measure, or what of it is not done yet.
+    """Train, measure, post-train and measure again, or what of it is not done yet.
 
     Raises:
         UserError: the folder holds a run with other options; the job whose budget it follows is not finished.
@@ -97,12 +104,25 @@ def _measure_job(experiment: Experiment, job: Job, config: Config, observer: Obs
         subject = evaluation.trained_subject(config, folder)
         first = job.seed == experiment.of(job.arm)[0].seed
         _measure(RunLog.open(folder), subject, observer, view_as=job.name if first else "")
-    asked.ask(experiment, evaluation.trained(config, folder), folder, observer)
+    trained = evaluation.trained(config, folder)
+    asked.ask(experiment, trained, folder, observer)
+    _posttrain(experiment, trained, folder, observer)
 
 
 def records(folder: Path) -> Recorded:
     """What was measured of an arm's run, or of the base."""
-    return {name: text.Records(**fields) for name, fields in RunLog.open(folder).read_json(RECORDS).items()}
+    RunLog.open(folder)
+    return _read(folder)
+
+
+def post_records(experiment: Experiment, folder: Path) -> Recorded:
+    """What was measured after post-training, as groups `post:NAME`; nothing where there is none."""
+    found = _read(folder / POST) if experiment.post else {}
+    return {f"post:{name}": one for name, one in found.items()}
+
+
+def _read(folder: Path) -> Recorded:
+    return {name: text.Records(**fields) for name, fields in RunLog(folder).read_json(RECORDS).items()}
 
 
 def weights(folder: Path) -> str:
@@ -122,6 +142,15 @@ def _measure(log: RunLog, subject: text.Subject, observer: Observer, view_as: st
         reference = subject.model if subject.teacher is None else subject.teacher
         log.write_json("documents.json", view.documents(subject, reference, windows, view_as, observer.phase))
     log.write_json(RECORDS, {name: dataclasses.asdict(fields) for name, fields in found.items()})
+
+
+def _posttrain(experiment: Experiment, start: Config, folder: Path, observer: Observer) -> None:
+    """Take a start through all stages, then measure it as it was measured before."""
+    if not experiment.post:
+        return
+    last = chain(experiment.post, start, folder / POST, observer)
+    if not (folder / POST / RECORDS).is_file():
+        _measure(RunLog(folder / POST), evaluation.trained_subject(start, last), observer)
 
 
 def _with_budget(experiment: Experiment, job: Job) -> Config:

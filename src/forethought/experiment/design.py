@@ -19,6 +19,9 @@ values = [2, 4, 8]
 arm = "rlp"
 above = ["base", "cpt-flops"]
 metrics = ["answer/accuracy_think"]
+
+`post = ["sft-cups", "rlvr-cups"]` at the top: every arm and the base, once measured, go through the same stages of
+post-training and are measured again, as the groups `post:all`, `post:answer`, ...
 """
 
 import dataclasses
@@ -30,6 +33,8 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from forethought.config import Config, UserError, find, from_dict, load, merge, read_toml, to_dict
+from forethought.stages.stage import Stage
+from forethought.stages.stage import read as read_stage
 
 BASE = "base"
 """The arm that is not trained: the start itself."""
@@ -102,6 +107,7 @@ class _File:
     processes: Annotated[int, Field(ge=1)] = 1
     ask: bool = False
     options: dict[str, Any] = Field(default_factory=dict)
+    post: list[str] = Field(default_factory=list)
     arms: Annotated[dict[_ArmName, Arm], Field(min_length=1)]
     sweeps: dict[_ArmName, Sweep] = Field(default_factory=dict)
     claims: list[Claim] = Field(default_factory=list)
@@ -151,6 +157,7 @@ class Experiment:
     jobs: tuple[Job, ...]
     curves: tuple[Curve, ...]
     claims: tuple[Claim, ...]
+    post: tuple[Stage, ...] = ()  # post-training that every arm and the base go through after they are measured
 
     def of(self, arm: str) -> list[Job]:
         """An arm's jobs, by seed."""
@@ -198,6 +205,7 @@ def read(path: str | Path, overrides: dict[str, Any]) -> Experiment:
     return Experiment(
         name=named, run=run, processes=given.processes, ask=given.ask, start=start, arms=arms,
         named=tuple(given.arms), jobs=_ordered(jobs), curves=curves, claims=tuple(given.claims),
+        post=tuple(map(read_stage, given.post)),
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from forethought.evaluation.text import pooled, pooled_paired
 from forethought.experiment import asked
-from forethought.experiment.arms import SPENT, Recorded, records, weights
+from forethought.experiment.arms import SPENT, Recorded, post_records, records, weights
 from forethought.experiment.design import BASE, Claim, Experiment, Job
 from forethought.report.comparison import ALL, COSTS, QUESTIONS, Row, Verdict
 from forethought.runlog import RunLog
@@ -19,16 +19,19 @@ def rows(experiment: Experiment, done: Sequence[Job]) -> list[Row]:
     from the runs; its low and high are the least and the most of the seeds. `questions/...` are answers to questions.
     Arms that are not finished have no rows.
     """
-    base = records(experiment.run / BASE)
+    start = records(experiment.run / BASE)
+    after = {job.seed: post_records(experiment, experiment.run / BASE / f"seed-{job.seed}") for job in experiment.jobs}
+    base = {seed: start | some for seed, some in after.items()}
     measured: dict[str, dict[int, Recorded]] = {name: {} for name in experiment.arms}
     for job in done:
-        measured[job.arm][job.seed] = records(experiment.run / job.name)
-    table = _rows(BASE, ALL, pooled([base], [base]))
+        folder = experiment.run / job.name
+        measured[job.arm][job.seed] = records(folder) | post_records(experiment, folder)
+    table = _rows(BASE, ALL, pooled([start], [start]) | pooled(list(after.values()), list(after.values())))
     for name, seeds in measured.items():
         if seeds:
             table += _of_arm(name, seeds, base) + _costs(experiment, name, list(seeds))
         if seeds and name in experiment.named:
-            rivals = {BASE: dict.fromkeys(seeds, base)} | {other: measured[other] for other in experiment.named}
+            rivals = {BASE: base} | {other: measured[other] for other in experiment.named}
             for rival, theirs in rivals.items():
                 if rival != name and seeds.keys() <= theirs.keys():
                     table += _differences(name, seeds, rival, theirs)
@@ -66,21 +69,24 @@ def _rows(arm: str, seed: int | str, figures: Mapping[str, float | int]) -> list
     ]
 
 
-def _of_arm(arm: str, seeds: dict[int, Recorded], base: Recorded) -> list[Row]:
-    table = _rows(arm, ALL, pooled(list(seeds.values()), [base] * len(seeds)))
+def _of_arm(arm: str, seeds: dict[int, Recorded], base: dict[int, Recorded]) -> list[Row]:
+    table = _rows(arm, ALL, pooled(list(seeds.values()), [base[seed] for seed in seeds]))
     for seed, one in seeds.items():
-        table += _rows(arm, seed, pooled([one], [base]))
+        table += _rows(arm, seed, pooled([one], [base[seed]]))
     return table
 
 
-def _own_points(experiment: Experiment, measured: dict[str, dict[int, Recorded]], base: Recorded) -> list[Row]:
+def _own_points(
+    experiment: Experiment, measured: dict[str, dict[int, Recorded]], base: dict[int, Recorded]
+) -> list[Row]:
     """The points of sweeps that are arms of their own, over no more than the sweep's seeds."""
     table = []
     for curve in experiment.curves:
         for value, arm in curve.points:
-            seeds = [one for seed, one in measured[arm].items() if seed in curve.seeds]
+            seeds = {seed: one for seed, one in measured[arm].items() if seed in curve.seeds}
             if arm in experiment.named and seeds:
-                table += _rows(curve.label(value, arm), ALL, pooled(seeds, [base] * len(seeds)))
+                mine, theirs = list(seeds.values()), [base[seed] for seed in seeds]
+                table += _rows(curve.label(value, arm), ALL, pooled(mine, theirs))
     return table
 
 

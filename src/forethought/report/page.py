@@ -23,6 +23,7 @@ CONTEXT_SHOWN, THOUGHT_SHOWN = 400, 600
 _METHODS = {
     "rlp": "RLP, reinforcement learning pretraining: it practised thinking before it predicts the next token",
     "rpt": "RPT, reinforcement pre-training: it practised thinking before it writes a prediction, right or wrong",
+    "mixed": "Mixed SFT: it went on predicting the next token, with and without thoughts of its start that gained",
     "cpt": "CPT, continued pretraining: it went on predicting the next token, without thoughts",
 }
 _GLANCE = (
