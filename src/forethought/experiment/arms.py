@@ -46,9 +46,12 @@ class Meter:
 def measure_base(experiment: Experiment, observer: Observer, meter: Meter) -> None:
     """Measure the start, unless that is done."""
     folder = experiment.run / BASE
-    if (folder / RECORDS).is_file():
+    known = (folder / RECORDS).is_file()
+    if known:
         _check_same(RunLog.open(folder).config(), experiment.start, BASE)
-    else:
+        if asked.done(experiment, folder):
+            return
+    if not known:
         start = dataclasses.replace(experiment.start, overwrite=True)
         subject = evaluation.subject_of(start)
         _measure(RunLog.create(start), subject, observer)
