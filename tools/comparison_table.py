@@ -1,4 +1,4 @@
-"""An experiment's table as Markdown, for notes: `python tools/comparison_table.py RUN [METRIC ...]` (docs/metrics.md)."""
+"""An experiment's table as Markdown: `python tools/comparison_table.py RUN [METRIC ...]` (metrics: docs/metrics.md)."""
 
 import json
 import sys
