@@ -18,6 +18,8 @@ from forethought.cli import main
 from forethought.config import RunError, UserError
 from forethought.experiment import arms, compare, table
 from forethought.experiment.design import Claim, Experiment, read
+from forethought.experiment.pool import Pool
+from forethought.loop import Silent
 from forethought.report import write_comparison
 from forethought.report.comparison import Row
 
@@ -202,6 +204,29 @@ def test_a_process_that_fails_names_its_arm(tmp_path: Path):
     (tmp_path / "run" / "rlp" / "seed-0" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"^rlp/seed-0: run = .*: exists and is not empty"):
         compare(tmp_path / "small.toml", {"run": str(tmp_path / "run"), "processes": 2, "seeds": 0})
+
+
+def test_a_process_takes_several_jobs_and_one_that_is_killed_is_replaced(tmp_path: Path):
+    whole = dataclasses.replace(experiment(tmp_path, seeds="0"), processes=1)
+    whole.run.mkdir()
+    asked = {"path": str(tmp_path / "small.toml"), "overrides": {"run": str(whole.run), "seeds": "0"}}
+    pool, killed = Pool(whole, list(whole.jobs), asked), []
+
+    def kill(done: int) -> None:
+        """The first process, as soon as it trains; `phase` is called every POLL_S."""
+        if not killed and (whole.run / "rlp" / "seed-0" / "config.json").is_file():
+            killed.append(pool.workers[0].process)
+            killed[0].kill()
+
+    observer = Silent()
+    observer.phase = lambda name, done, total: kill(done)  # type: ignore[method-assign]
+    failed = pool.run(observer)
+    assert failed.keys() == {"rlp/seed-0", "cpt-tokens/seed-0", "cpt-flops/seed-0"}
+    assert failed["rlp/seed-0"].startswith(f"ended with status {-signal.SIGKILL} (see ")
+    assert failed["cpt-flops/seed-0"] == "rlp/seed-0, whose budget it follows, failed"
+    assert pool.done == {"rlp-frozen/seed-0", "group=3/seed-0"}
+    assert len(pool.workers) == 1, "one process made both"
+    assert all(json.loads((whole.run / name / "spent.json").read_text())["cpu_seconds"] > 0 for name in pool.done)
 
 
 @pytest.mark.parametrize(

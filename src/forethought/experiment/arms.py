@@ -48,14 +48,18 @@ class Meter:
 def measure_base(experiment: Experiment, observer: Observer, meter: Meter) -> None:
     """Measure the start, and post-train it with every seed where arms are, unless that is done."""
     folder = experiment.run / BASE
-    if (folder / RECORDS).is_file():
+    known, seeds = (folder / RECORDS).is_file(), sorted({job.seed for job in experiment.jobs})
+    if known:
         _check_same(RunLog.open(folder).config(), experiment.start, BASE)
-    else:
+        trained = [(folder / f"seed-{seed}" / POST / RECORDS).is_file() for seed in seeds if experiment.post]
+        if asked.done(experiment, folder) and all(trained):
+            return
+    if not known:
         start = dataclasses.replace(experiment.start, overwrite=True)
         subject = evaluation.subject_of(start)
         _measure(RunLog.create(start), subject, observer)
     asked.ask(experiment, experiment.start, folder, observer)
-    for seed in sorted({job.seed for job in experiment.jobs}):
+    for seed in seeds:
         _posttrain(experiment, dataclasses.replace(experiment.start, seed=seed), folder / f"seed-{seed}", observer)
     meter.lap(folder)
 

@@ -221,11 +221,13 @@ def _paired(figures: Figures, group: str) -> list[Table]:
     rivals = [name for name in figures.arms if name == BASE or figures.described.arms[name].seeds]
     tables = []
     for metric in map(_label, PAIRED):
+        name = f"{group}/{metric.name}"
+        shown = [one for one in rivals if any(figures.row(arm, f"minus/{one}/{name}") for arm in figures.arms)]
         rows = []
         for arm in figures.arms[1:]:
-            names = [f"minus/{rival}/{group}/{metric.name}" for rival in rivals]
-            rows.append((arm, [figures.cell(arm, name, metric.unit, plus=True) for name in names]))
-        columns = [(f"minus {rival}", "") for rival in rivals]
+            cells = [figures.cell(arm, f"minus/{rival}/{name}", metric.unit, plus=True) for rival in shown]
+            rows.append((arm, cells))
+        columns = [(f"minus {rival}", "") for rival in shown]
         tables.append(Table(caption=f"{group}: {metric.label}", columns=columns, rows=rows))
     return tables
 
