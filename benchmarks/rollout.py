@@ -127,8 +127,9 @@ SIDES: dict[str, Callable[[str, tuple[int, ...], str], Callable[[], None]]] = {
 
 def show(row: dict[str, Any]) -> None:
     print(
-        f"{row['model']}  P={row['P']} L={row['L']} K={row['K']} G={row['G']}, {row['peer']}: {row['seconds_forethought']:.3f} s "
-        f"against {row['seconds']:.3f}, {row['ratio_median']:.2f}x ({row['ratio_min']:.2f} to {row['ratio_max']:.2f}); "
+        f"{row['model']}  P={row['P']} L={row['L']} K={row['K']} G={row['G']}: {row['seconds_forethought']:.3f} s "
+        f"against {row['peer']}'s {row['seconds']:.3f}, "
+        f"{row['ratio_median']:.2f}x ({row['ratio_min']:.2f} to {row['ratio_max']:.2f}); "
         f"{row['K'] * row['G'] * row['L'] / row['seconds_forethought']:.0f} thought tokens/s",
         flush=True,
     )

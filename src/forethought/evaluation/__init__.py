@@ -10,7 +10,7 @@ from forethought.config import Config, UserError, from_dict, load, merge, to_dic
 from forethought.evaluation import controls, text, view
 from forethought.model import check_length, compute, load_model, load_tokenizer
 from forethought.positions import thought_format
-from forethought.rollout.native import native_engine
+from forethought.rollout import engines
 from forethought.runlog import RunLog, check_free
 
 
@@ -92,5 +92,5 @@ def subject_of(config: Config) -> text.Subject:
     form = thought_format(tokenizer, config.method)
     check_length(config, form)
     model = load_model(config.model, config.seed)
-    engine = native_engine(model, form, config)
+    engine = engines.engine(model, form, config)
     return text.Subject(model=model, engine=engine, form=form, tokenizer=tokenizer, config=config)
