@@ -32,7 +32,7 @@ def job(model: Any, grid: tuple[int, ...]) -> Callable[[], None]:
             enable_prefix_caching=True,
             max_model_len=prefix + len(OPEN) + length + 1,
             max_num_seqs=max(places * group, 16),
-            kv_cache_memory_bytes=2**30,
+            kv_cache_memory_bytes=2**29,
         )
     tokens = window(prefix, places, model.config.vocab_size).tokens
     prompts = [TokensPrompt(prompt_token_ids=[*tokens[:t], *OPEN]) for t in stops(prefix, places)]

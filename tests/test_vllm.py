@@ -51,7 +51,7 @@ def settings(length: int = 4, temperature: float = 0.8, **rollout: Any) -> Confi
     return Config(
         corpus=Corpus(window=16),
         method=Method(group=4, thought_length=length, temperature=temperature),
-        train=Train(batch=4, rollout_batch=64),
+        train=Train(batch=4, rollout_batch=1024),
         rollout=Rollout(engine="vllm", cache_gb=0.1, **rollout),
     )
 
@@ -149,6 +149,15 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(0, 1)
 
 
+def test_many_prompts_at_once_are_taken_whole(engine: VLLMEngine):
+    """More tokens than vLLM reads in one step: 0.32 on a CPU fails where it cuts the prompt of a seeded request."""
+    windows = [window(*(5 + (i + 3 * k) % 7 for k in range(15)), 5 + i % 7, 5 + i // 7 % 7) for i in range(900)]
+    some = at_places(windows, [[14] for _ in windows], 1)
+    thoughts = engine.sample(some, draw_noise((1, 2), [stream(7, i) for i in range(900)]))
+    assert thoughts.tokens.shape == (900, 1, 2)
+    assert thoughts.mask[..., 0].all()
+
+
 def test_new_weights_are_taken_and_old_ones_are_noticed(engine: VLLMEngine, policy: Any):
     assert engine.answers is not None
     before = engine.answers[1]
@@ -209,6 +218,6 @@ def test_a_run_on_the_embedded_world(tmp_path: Path, close: str):
         assert all(row["objective/mismatch"] < 1e-4 for row in rows)
         assert all(row["objective/importance"] == pytest.approx(1, abs=1e-3) for row in rows)
         assert math.isfinite(summary["after/all/ce_think"])
-        runs.append([(row["rollout/length"], row["reward/evidence"]) for row in rows])
+        runs.append([row[name] for row in rows for name in ("rollout/length", "reward/evidence")])
     assert runs[0] == pytest.approx(runs[1], rel=1e-3)
-    assert len(set(runs[0])) == 4
+    assert len(set(runs[0][1::2])) == 4

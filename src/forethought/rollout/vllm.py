@@ -185,6 +185,7 @@ def start(policy: Any, form: ThoughtFormat, config: Config) -> VLLMEngine:
             "generation_config": "vllm",  # nothing from the model's own
             "dtype": {torch.float32: "float32", torch.bfloat16: "bfloat16"}[policy.dtype],
             "enable_prefix_caching": True,
+            "enable_chunked_prefill": policy.device.type != "cpu",  # on a CPU 0.32 fails where a seeded prompt is cut
             "logprobs_mode": "processed_logprobs",  # at the sampling temperature
             "max_model_len": config.corpus.window + form.overhead + config.method.thought_length,
             "max_num_seqs": config.train.rollout_batch,
