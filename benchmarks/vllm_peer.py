@@ -11,6 +11,8 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process,
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
+_KEPT: list[Any] = []  # engines share groups of the process, which the death of one would take from all
+
 
 def job(model: Any, grid: tuple[int, ...]) -> Callable[[], None]:
     """G thoughts of L tokens behind each prefix, by `LLM.generate(n=G)` with prefix caching, as a job.
@@ -34,6 +36,7 @@ def job(model: Any, grid: tuple[int, ...]) -> Callable[[], None]:
             max_num_seqs=max(places * group, 16),
             kv_cache_memory_bytes=2**29,
         )
+    _KEPT.append(engine)
     tokens = window(prefix, places, model.config.vocab_size).tokens
     prompts = [TokensPrompt(prompt_token_ids=[*tokens[:t], *OPEN]) for t in stops(prefix, places)]
     sampling = SamplingParams(n=group, temperature=1.0, max_tokens=length, ignore_eos=True, detokenize=False)

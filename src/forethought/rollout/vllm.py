@@ -33,6 +33,7 @@ _ENVIRONMENT = {
 }
 _PROBE = 32  # tokens
 _BOUND = {"float32": 1e-3, "bfloat16": 0.2}  # nats a token that engine and policy may differ by on the probe
+_KEPT: list[Any] = []  # vLLM's engines share groups of the process, which the death of one would take from all
 _STILL = 1e-4  # nats a token that a policy may move without the engine's answer changing
 
 
@@ -95,6 +96,7 @@ class VLLMEngine:
             self.llm = self.caller.call("the start", lambda: vllm.LLM(**options))
         except RunError as error:
             raise UserError(str(error).partition("; the last checkpoint")[0]) from error
+        _KEPT.append(self.llm)
         self.sync()
 
     @torch.no_grad()
