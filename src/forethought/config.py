@@ -159,6 +159,20 @@ class Method:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Rollout:
+    """Who samples the thoughts, in training and on held-out text."""
+
+    engine: Literal["native", "vllm"] = "native"
+    """`native`: the policy itself. `vllm`: vLLM in the same process, given the new weights after every step."""
+    cache_gb: Above0 = 1.0
+    """Memory of vLLM's key-value cache, in GiB; its weights, a second copy of the policy's, come on top."""
+    patience_s: Above0 = 600.0
+    """A call of vLLM that takes longer than this counts as hung, and the run stops with an error."""
+    importance_cap: NonNegative = 0.0
+    """Weigh each thought token by min(policy / sampler, cap), where the sampler is not quite the policy; 0: do not."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Optim:
     """AdamW on fp32 weights."""
 
@@ -271,6 +285,7 @@ class Config:
     model: Model = dataclasses.field(default_factory=Model)
     corpus: Corpus = dataclasses.field(default_factory=Corpus)
     method: Method = dataclasses.field(default_factory=Method)
+    rollout: Rollout = dataclasses.field(default_factory=Rollout)
     optim: Optim = dataclasses.field(default_factory=Optim)
     train: Train = dataclasses.field(default_factory=Train)
     update: Update = dataclasses.field(default_factory=Update)
@@ -464,7 +479,7 @@ def _check_together(config: Config) -> None:
         ),
         (not method.min_gain < math.inf, f"method.min_gain = {method.min_gain}: must be below infinity"),
     ]
-    for broken, message in [*rules, *_rules_of_predictions(method)]:
+    for broken, message in [*rules, *_rules_of_predictions(method), *_rules_of_vllm(config)]:
         if broken:
             raise UserError(message)
 
@@ -483,5 +498,21 @@ def _rules_of_predictions(method: Method) -> list[tuple[bool, str]]:
         (
             method.proxy != "" and (method.policy != "entropy" or not method.thinks),
             f"method.proxy = {method.proxy!r}: only method.position_policy entropy asks a proxy",
+        ),
+    ]
+
+
+def _rules_of_vllm(config: Config) -> list[tuple[bool, str]]:
+    """What the engine cannot do."""
+    method, asked = config.method, config.rollout.engine == "vllm"
+    return [
+        (
+            asked and method.name == "rpt",
+            "rollout.engine = 'vllm': samples thoughts only, and method.name rpt writes predictions; use native",
+        ),
+        (
+            asked and method.top_p < 1,
+            f"rollout.engine = 'vllm': its log-probabilities would be the nucleus's, so method.top_p = {method.top_p} "
+            "must be 1",
         ),
     ]

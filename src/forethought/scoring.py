@@ -281,6 +281,28 @@ def thought_evidence(
     return logits.float().log_softmax(dim=-1).view(len(positions), -1, logits.shape[-1])
 
 
+@torch.no_grad()
+def tail_evidence(
+    model: Any, form: ThoughtFormat, rows: Continuations, horizon: int, reading: Reading
+) -> tuple[Float[Tensor, "row horizon"], Bool[Tensor, "row horizon"]]:
+    """log p of each row's last `horizon` tokens at temperature 1 (eq. 3), nats, and whether each was the likeliest.
+
+    `rows` hold thoughts, closing delimiters and targets. What an engine needs that does not see the policy's logits.
+    """
+    evidence = torch.zeros(len(rows.place), horizon, device=rows.tokens.device)
+    hit = torch.zeros_like(evidence, dtype=torch.bool)
+    prefix = read(model, rows.documents, rows.stops) if reading.shared else None
+    for chunk, width in _chunks(rows, form, reading):
+        hidden = _hidden(model, form, rows, (chunk, width), prefix)
+        last = torch.arange(-horizon, 0, device=chunk.device)
+        columns = rows.mask[chunk].sum(dim=-1)[:, None] + last  # (row, horizon)
+        logits = vocabulary(model, hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1])))
+        targets = rows.tokens[chunk].gather(1, columns)
+        evidence[chunk] = log_probabilities(logits, targets)
+        hit[chunk] = logits.argmax(dim=-1) == targets
+    return evidence, hit
+
+
 def forward(
     model: Any, tokens: Int[Tensor, "row width"], mask: Bool[Tensor, "row width"], keep: int | Tensor
 ) -> Float[Tensor, "row kept vocab"]:

@@ -11,7 +11,7 @@ from forethought.evaluation import controls, text, view
 from forethought.model import check_length, load_model, load_tokenizer
 from forethought.network import computing
 from forethought.positions import thought_format
-from forethought.rollout.native import native_engine
+from forethought.rollout import engines
 from forethought.runlog import RunLog, check_free
 
 
@@ -92,5 +92,5 @@ def subject_of(config: Config) -> text.Subject:
     form = thought_format(tokenizer, config.method)
     check_length(config, form)
     model = computing(load_model(config.model, config.seed), config.model.precision)
-    engine = native_engine(model, form, config)
+    engine = engines.engine(model, form, config)
     return text.Subject(model=model, engine=engine, form=form, tokenizer=tokenizer, config=config)
