@@ -136,12 +136,21 @@ class Trl:
             train_dataset=Dataset.from_list(prompts),
             processing_class=harness.tokenizer(vocab),
         )
-        self.trainer.create_optimizer()
-        self.trainer.current_gradient_accumulation_steps = 1
+        self._prepare()
         self.inputs = [prompt for prompt in prompts for _ in range(group)]
 
+    def _prepare(self) -> None:
+        """What `train()` does ahead of its first step: without it neither bf16 nor checkpointing would be on."""
+        trainer = self.trainer
+        if trainer.args.gradient_checkpointing:
+            trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
+        trainer.create_optimizer()
+        trainer.model_wrapped, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+        trainer.current_gradient_accumulation_steps = 1
+        assert trainer.model.is_gradient_checkpointing == trainer.args.bf16 == (not self.fair)
+
     def __call__(self) -> None:
-        self.trainer.training_step(self.trainer.model, self.inputs, None)
+        self.trainer.training_step(self.trainer.model_wrapped, self.inputs, None)
         torch.nn.utils.clip_grad_norm_(self.trainer.model.parameters(), 1.0)
         self.trainer.optimizer.step()
         self.trainer.optimizer.zero_grad()
