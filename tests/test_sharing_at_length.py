@@ -1,5 +1,6 @@
 """Sharing a document over many steps and over many thoughts: the same training, linear work, bounded memory."""
 
+import gc
 import weakref
 from pathlib import Path
 from typing import Any
@@ -143,3 +144,16 @@ def test_work_grows_with_the_thoughts_and_memory_with_the_chunk(model):
     assert max(kept.values()) < 1.05 * kept[16]
     passes, whole = updated(model, 64, 256 * row)
     assert passes == [DOCUMENT, 256 * row] and whole > 5 * kept[16]
+
+
+def test_a_fork_goes_with_its_last_user(model):
+    """Its masks and buffers too; in a cycle they would stay until the collector happens to run."""
+    fork = prefix.Fork(prefix.read(model, [[5, 6, 7]], [[2, 3]]), [0, 1], 4)
+    prefix.backbone(model, torch.tensor([[8], [9]]), fork, fork.position_ids(1))
+    alive = weakref.ref(fork)
+    gc.disable()
+    try:
+        del fork
+        assert alive() is None
+    finally:
+        gc.enable()
