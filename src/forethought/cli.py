@@ -18,6 +18,7 @@ from rich.text import Text
 import forethought
 from forethought.config import Config, RunError, UserError, difference, from_dict, load, merge, read_overrides, to_dict
 from forethought.diagnostics import Diagnosis
+from forethought.dist import Elsewhere, alone, launched
 
 USAGE = """\
 usage: forethought train CONFIG [--section.option value ...]   train a config file, or a shipped one such as quickstart
@@ -74,11 +75,13 @@ def main(words: Sequence[str] | None = None) -> int:
     out, err = Console(highlight=False), Console(stderr=True, highlight=False)
     try:
         return _command(list(sys.argv[1:] if words is None else words), out, err)
+    except Elsewhere:
+        return 1
     except UserError as error:
-        _line(err, f"forethought: {error}")
+        _line(err, f"{_name()}: {error}")
         return 2
     except RunError as error:
-        _line(err, f"forethought: {error}")
+        _line(err, f"{_name()}: {error}")
         return 1
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -86,6 +89,12 @@ def main(words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _line(err, "forethought: interrupted")
         return 130
+
+
+def _name() -> str:
+    """Who speaks: of several processes all but the first say their number."""
+    rank = os.environ.get("RANK", "0")
+    return "forethought" if rank == "0" else f"forethought process {rank}"
 
 
 def _command(words: list[str], out: Console, err: Console) -> int:
@@ -102,6 +111,7 @@ def _command(words: list[str], out: Console, err: Console) -> int:
     if "--help" in rest or "-h" in rest:
         _help(name, out)
         return 0
+    alone(name) if name != "train" else None
     return commands[name](rest, out, err)
 
 
@@ -127,12 +137,15 @@ def _train(words: list[str], out: Console, err: Console) -> int:
     from forethought.interrupts import Stopped
     from forethought.loop import resume, train
 
+    first = launched()[0] == 0
     try:
-        with Watcher(err) as watcher:
+        with Watcher(err) if first else contextlib.nullcontext() as watcher:
             summary = train(config, watcher) if resumed is None else resume(resumed, watcher)
     except Stopped as stopped:
-        _line(err, f"forethought: {stopped}")
+        _line(err, f"forethought: {stopped}") if first else None
         return 128 + stopped.number
+    if not first:
+        return 0
     run = Path(config.run if resumed is None else resumed)
     page = report.write([run])
     _table(summary, ("before", "after"), out)

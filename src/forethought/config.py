@@ -214,6 +214,14 @@ class Update:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Parallel:
+    """Several processes, started by torchrun or `accelerate launch`."""
+
+    timeout_s: Positive = 1800
+    """Seconds that a process waits for the others before it gives up; more than the longest step or evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Evaluate:
     """Held-out text, before and after training and in `forethought evaluate`."""
 
@@ -271,6 +279,7 @@ class Config:
     optim: Optim = dataclasses.field(default_factory=Optim)
     train: Train = dataclasses.field(default_factory=Train)
     update: Update = dataclasses.field(default_factory=Update)
+    parallel: Parallel = dataclasses.field(default_factory=Parallel)
     evaluate: Evaluate = dataclasses.field(default_factory=Evaluate)
     questions: Questions = dataclasses.field(default_factory=Questions)
 
