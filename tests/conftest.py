@@ -24,6 +24,7 @@ from transformers import (
 from forethought.config import Config, Method, Model, Train, Update
 from forethought.corpus import Window
 from forethought.methods import CPT, RLP, RPT, Experience
+from forethought.network import Network
 from forethought.positions import ThoughtFormat
 from forethought.prefix import enable
 from forethought.rollout.native import NativeEngine
@@ -157,11 +158,13 @@ def engine(model: Any, settings: Config, form: ThoughtFormat = FORM) -> NativeEn
 
 
 def rlp(model: Any, settings: Config, form: ThoughtFormat = FORM) -> RLP:
-    return RLP(model, engine(model, settings, form), form, word_tokenizer(), settings)
+    network = Network(model, settings.model.precision)
+    return RLP(network, engine(network.compute, settings, form), form, word_tokenizer(), settings)
 
 
 def cpt(model: Any, settings: Config, form: ThoughtFormat = FORM) -> CPT:
-    return CPT(model, engine(model, settings, form), form, word_tokenizer(), settings)
+    network = Network(model, settings.model.precision)
+    return CPT(network, engine(network.compute, settings, form), form, word_tokenizer(), settings)
 
 
 def written(piece: Experience, form: ThoughtFormat = FORM) -> list[tuple[list[int], list[int]]]:
@@ -182,12 +185,12 @@ def gradients(model: Any, *losses: torch.Tensor) -> list[torch.Tensor]:
 
 def update(method: RLP | RPT | CPT, pieces: Sequence[Any]) -> list[torch.Tensor]:
     """What the method adds to the gradient of every parameter over some pieces; zeros where there is nothing."""
-    parameters = list(method.policy.parameters())
-    method.policy.zero_grad()
+    parameters = list(method.network.weights.parameters())
+    method.network.weights.zero_grad()
     for piece in pieces:
         method.backward(piece)
     slopes = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
-    method.policy.zero_grad()
+    method.network.weights.zero_grad()
     return slopes
 
 

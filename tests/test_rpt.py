@@ -43,6 +43,7 @@ from forethought.methods import RPT
 from forethought.methods.places import Places
 from forethought.methods.rpt import joined, read
 from forethought.model import EMBEDDED
+from forethought.network import Network
 from forethought.positions import ThoughtFormat, at_places, draw, stream, uncertain
 from forethought.rewards import prefix_match
 from forethought.rollout import Responses, Thoughts, draw_noise
@@ -55,7 +56,7 @@ ENDED = ThoughtFormat(before=(), after=(), open=(OPEN,), close=(CLOSE,), bos=Non
 
 
 def rpt(model: Any, settings: Any, form: ThoughtFormat = FORM) -> RPT:
-    return RPT(model, engine(model, settings, form), form, word_tokenizer(), settings)
+    return RPT(Network(model, "fp32"), engine(model, settings, form), form, word_tokenizer(), settings)
 
 
 def settings(**method: Any) -> Any:

@@ -18,7 +18,8 @@ from forethought.evaluation import text
 from forethought.flops import Flops, step_flops, t_flop
 from forethought.interrupts import Gate, SignalArrived, Stopped
 from forethought.methods import METHODS, Collected, Method, Sums, add
-from forethought.model import check_length, compute, load_model, load_tokenizer
+from forethought.model import check_length, load_model, load_tokenizer
+from forethought.network import Network
 from forethought.positions import thought_format
 from forethought.rollout.native import native_engine
 from forethought.runlog import RunLog, check_free, disk_errors, read_lines
@@ -118,9 +119,10 @@ class Trainer:
         next(corpus.Windows(config.corpus, self.tokenizer, config.seed))  # a corpus of short texts fails now
         self.held_out = text.held_out(config, self.tokenizer) if config.evaluate.path else []
         self.policy = load_model(config.model, config.seed)
-        self.engine = native_engine(self.policy, self.form, config)
+        self.network = Network(self.policy, config.model.precision)
+        self.engine = native_engine(self.network.compute, self.form, config)
         build = METHODS[config.method.name]
-        self.method: Method = build(self.policy, self.engine, self.form, self.tokenizer, config)
+        self.method: Method = build(self.network, self.engine, self.form, self.tokenizer, config)
         options = config.optim
         self.optimizer = torch.optim.AdamW(
             self.policy.parameters(),
@@ -159,7 +161,7 @@ class Trainer:
     def run(self, log: RunLog, observer: Observer) -> dict[str, Any]:
         """Evaluate, train, evaluate; leave a finished run folder."""
         gate, train = Gate(held=dist.size() > 1), self.config.train
-        with Tracker(self.config, log.path) as tracker, gate.installed(), compute(self.config):
+        with Tracker(self.config, log.path) as tracker, gate.installed():
             try:
                 before = self._evaluate(log, observer, gate, "before")
                 while not self.over:
@@ -278,6 +280,7 @@ class Trainer:
 
     def _update(self) -> dict[str, float]:
         self.optimizer.step()
+        self.network.sync()
         self.method.after_step()
         return {"optim/learning_rate": self.optimizer.param_groups[0]["lr"]}
 
@@ -310,7 +313,7 @@ class Trainer:
         if dist.gather((log.path / name).is_file())[0]:
             return {group: text.Records(**fields) for group, fields in log.read_json(name).items()}
         subject = text.Subject(
-            model=self.policy,
+            model=self.network.compute,
             engine=self.engine,
             form=self.form,
             tokenizer=self.tokenizer,
@@ -368,6 +371,7 @@ class Trainer:
         self._seconds = snapshot.state["seconds"]
         self.cost = Flops(**snapshot.state["cost"])
         self.stream.seek(snapshot.state["cursor"])
+        self.network.sync()
         self.engine.sync()
         dist.together(lambda: log.rewind(self.step), everywhere=False)
         self.watch.replay(read_lines(log.path / "metrics.jsonl"))

@@ -11,6 +11,7 @@ from forethought import dist
 from forethought.config import Config
 from forethought.corpus import Window
 from forethought.methods.base import Collected, Sums
+from forethought.network import Network
 from forethought.objective import next_token_loss
 from forethought.positions import ThoughtFormat, pad_rows
 from forethought.rollout import Engine
@@ -33,8 +34,8 @@ class CPT:
     An opening delimiter in the text is never a target: it is inserted by whoever wants a thought, not predicted.
     """
 
-    def __init__(self, policy: Any, engine: Engine, form: ThoughtFormat, tokenizer: Any, config: Config):
-        self.policy, self.form, self.config = policy, form, config
+    def __init__(self, network: Network, engine: Engine, form: ThoughtFormat, tokenizer: Any, config: Config):
+        self.network, self.policy, self.form, self.config = network, network.compute, form, config
 
     def collect(self, windows: list[Window], step: int) -> Collected:
         """Pad the windows into pieces."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from forethought import dist
 from forethought.config import Config, Method
 from forethought.methods.base import Sums, add
+from forethought.network import Network
 from forethought.objective import (
     batch_advantages,
     clipped_share,
@@ -51,11 +52,12 @@ class Experience:
 class Learner:
     """Line 13: the clipped surrogate on sampled tokens (eq. 8), plus KL to `reference` where there is one."""
 
-    def __init__(self, policy: Any, form: ThoughtFormat, config: Config, reference: Any):
-        self.policy, self.form, self.config, self.reference = policy, form, config, reference
+    def __init__(self, network: Network, form: ThoughtFormat, config: Config, reference: Any):
+        self.network, self.form, self.config, self.reference = network, form, config, reference
+        self.policy = network.compute
         self.reading = Reading(
             temperature=config.method.temperature,
-            tokens=chunk_tokens(policy, config.update.tokens_per_chunk),
+            tokens=chunk_tokens(self.policy, config.update.tokens_per_chunk),
             shared=config.model.prefix == "shared",
         )
 
@@ -84,7 +86,9 @@ class Learner:
             if self.config.method.inner_steps > 1:
                 piece = replace(piece, logp_old=thought_logp(self.policy, self.form, continuations, reading))
             if self.reference is not None:
-                piece = replace(piece, logp_reference=thought_logp(self.reference, self.form, continuations, reading))
+                with self.network.holding(self.reference) as reference:
+                    logp = thought_logp(reference, self.form, continuations, reading)
+                piece = replace(piece, logp_reference=logp)
             pieces.append(piece)
             start = end
         return pieces

@@ -24,6 +24,7 @@ from forethought.methods.learning import (
     penalised,
 )
 from forethought.methods.places import Places
+from forethought.network import Network
 from forethought.positions import Positions, ThoughtFormat, stream
 from forethought.rewards import REWARDS, Rewards
 from forethought.rollout import Engine, Thoughts, draw_noise, work_of
@@ -34,13 +35,13 @@ from forethought.teacher import Teacher
 class RLP:
     """Reinforcement learning pretraining (arXiv:2510.01265, Algorithm 1)."""
 
-    def __init__(self, policy: Any, engine: Engine, form: ThoughtFormat, tokenizer: Any, config: Config):
-        self.policy, self.engine, self.form, self.tokenizer, self.config = policy, engine, form, tokenizer, config
+    def __init__(self, network: Network, engine: Engine, form: ThoughtFormat, tokenizer: Any, config: Config):
+        self.network, self.engine, self.form, self.tokenizer, self.config = network, engine, form, tokenizer, config
         options = config.method
-        self.teacher = Teacher(policy, options.ema) if options.teacher_every else None
-        self.reference = copy.deepcopy(policy).requires_grad_(False) if options.kl_weight else None
-        self.learner = Learner(policy, form, config, self.reference)
-        self.places = Places(policy, self.reference, tokenizer, config)
+        self.teacher = Teacher(network.weights, options.ema) if options.teacher_every else None
+        self.reference = copy.deepcopy(network.weights).requires_grad_(False) if options.kl_weight else None
+        self.learner = Learner(network, form, config, self.reference)
+        self.places = Places(network.weights, self.reference, tokenizer, config)
 
     def collect(self, windows: list[Window], step: int) -> Collected:
         """Sample G thoughts at each position, score them, compare them."""
@@ -80,7 +81,7 @@ class RLP:
     def after_step(self) -> None:
         """Line 15: the teacher follows the policy; the engine takes the new weights."""
         if self.teacher is not None and not self.config.method.freeze_teacher:
-            self.teacher.update(self.policy)
+            self.teacher.update(self.network.weights)
         self.engine.sync()
 
     def state(self) -> dict[str, torch.nn.Module]:
@@ -92,8 +93,8 @@ class RLP:
         every = self.config.method.teacher_every
         if self.teacher is None or (step % every and step != 1):
             return None
-        with torch.no_grad():
-            return plain_evidence(self.teacher.model, positions, self.learner.reading.tokens)[0]
+        with torch.no_grad(), self.network.holding(self.teacher.model) as teacher:
+            return plain_evidence(teacher, positions, self.learner.reading.tokens)[0]
 
     def _rewards(
         self,

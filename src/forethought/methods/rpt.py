@@ -27,6 +27,7 @@ from forethought.methods.learning import (
     penalised,
 )
 from forethought.methods.places import Places
+from forethought.network import Network
 from forethought.positions import Positions, ThoughtFormat, stream
 from forethought.rewards import REWARDS, Rewards, prefix_match
 from forethought.rollout import Responses, Writer, draw_noise, work_of
@@ -44,8 +45,8 @@ class Predictions:
 class RPT:
     """Reinforcement pre-training (arXiv:2506.08007): the same loop on thought and prediction, rewarded by 1 or 0."""
 
-    def __init__(self, policy: Any, engine: Writer, form: ThoughtFormat, tokenizer: Any, config: Config):
-        self.policy, self.engine, self.form, self.tokenizer, self.config = policy, engine, form, tokenizer, config
+    def __init__(self, network: Network, engine: Writer, form: ThoughtFormat, tokenizer: Any, config: Config):
+        self.network, self.engine, self.form, self.tokenizer, self.config = network, engine, form, tokenizer, config
         options = config.method
         if len(form.end) >= options.prediction_length:
             raise UserError(
@@ -53,9 +54,9 @@ class RPT:
                 f"method.end = {options.end!r}"
             )
         self.spelling = Spelling(tokenizer)
-        self.reference = copy.deepcopy(policy).requires_grad_(False) if options.kl_weight else None
-        self.learner = Learner(policy, form, config, self.reference)
-        self.places = Places(policy, self.reference, tokenizer, config)
+        self.reference = copy.deepcopy(network.weights).requires_grad_(False) if options.kl_weight else None
+        self.learner = Learner(network, form, config, self.reference)
+        self.places = Places(network.weights, self.reference, tokenizer, config)
 
     def collect(self, windows: list[Window], step: int) -> Collected:
         """Sample G thoughts with their predictions at each position, check them, compare them."""

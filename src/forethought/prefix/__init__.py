@@ -25,8 +25,9 @@ from forethought.prefix.fork import Fork
 from forethought.prefix.models import backbone, vocabulary
 from forethought.prefix.reading import read
 from forethought.prefix.states import Prefix
+from forethought.prefix.static import Held, Room, Static, held_attention
 
-__all__ = ["Fork", "Prefix", "backbone", "enable", "read", "vocabulary"]
+__all__ = ["Fork", "Prefix", "Room", "Static", "backbone", "enable", "read", "vocabulary"]
 
 ATTENTION = "shared_prefix"
 _KNOWN = (
@@ -78,12 +79,13 @@ def _attend(
     module: Any, query: Tensor, key: Any, value: Any, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """The attention function: merged over both parts for shared prefixes, else scaled dot product."""
-    if not isinstance(key, Split):
+    if not isinstance(key, Split | Held):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if odd := [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]:
         raise ValueError(f"its attention uses {', '.join(odd)}, which a shared prefix does not take")
     scale = options.get("scaling") or query.shape[-1] ** -0.5
-    out = merged_attention(query, key, value, scale, options.get("sliding_window"))
+    attention = held_attention if isinstance(key, Held) else merged_attention
+    out = attention(query, key, value, scale, options.get("sliding_window"))
     return out.transpose(1, 2), None
 
 

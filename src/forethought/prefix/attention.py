@@ -98,16 +98,11 @@ def merged_attention(query: Tensor, key: Split, value: Split, scale: float, wind
         scale: factor of the scores.
         window: a query sees only the last `window` tokens, itself included; None: all.
     """
-    kind = query.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        query = query.to(dtype)
-        key, value = (Split(x.prefix.to(dtype), x.suffix.to(dtype), x.layout, x.start) for x in (key, value))
     parts = [*_prefix_parts(query, key, window), _suffix_part(query, key, window)]
     keys = (key.prefix, value.prefix, key.suffix, value.suffix)
     if query.shape[2] == 1 and not torch.is_grad_enabled():
         return _step(query, keys, parts, scale)
-    if kind == "cpu":
+    if _has_kernel(query, window):
         return _Fused.apply(query, *keys, parts, scale)
     return _reference(query, keys, parts, scale)
 
@@ -118,9 +113,10 @@ def _prefix_parts(query: Tensor, key: Split, window: int | None) -> list[_Part]:
     heads, length = prefix.shape[1:3]
     fan, width = query.shape[1] // heads, query.shape[2]
     documents, slots = layout.slots.shape
-    if window is None and documents * slots * fan * width * length > _BIAS and width > 1:
-        return [_span_part(span, heads, fan) for span in layout.spans]
     whole = window is None and all(seen == length for _, seen, _, _ in layout.spans)
+    large = documents * slots * fan * width * length > _BIAS
+    if window is None and width > 1 and (large or query.is_cuda) and not whole:
+        return [_span_part(span, heads, fan) for span in layout.spans]
 
     def fold(x: Tensor) -> Tensor:
         rows = x if layout.even else x.index_select(0, layout.slots.flatten())
@@ -263,19 +259,49 @@ def _reference(q: Tensor, keys: tuple[Tensor, ...], parts: list[_Part], scale: f
     return _merge(outs, lses)[0].to(q.dtype)
 
 
+def _has_kernel(query: Tensor, window: int | None) -> bool:
+    """Whether flash kernels take these queries: on a CPU all; on CUDA 16-bit ones without a mask."""
+    if query.device.type == "cpu":
+        return True
+    fits = query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+    return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and fits and window is None
+
+
+def _flash(part: _Part, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+    """Output, log-sum-exp (batch, head, query) and what the backward kernel wants besides."""
+    aten = torch.ops.aten
+    if q.device.type == "cpu":
+        kernel = aten._scaled_dot_product_flash_attention_for_cpu
+        return *kernel(q, k, v, 0.0, part.causal, attn_mask=part.bias, scale=scale), ()
+    out, lse, starts_q, starts_k, longest_q, longest_k, seed, offset, _ = aten._scaled_dot_product_flash_attention(
+        q, k, v, 0.0, part.causal, False, scale=scale
+    )
+    return out, lse, (starts_q, starts_k, longest_q, longest_k, 0.0, part.causal, seed, offset)
+
+
+def _flash_backward(
+    part: _Part, tensors: tuple[Tensor, ...], more: tuple[Any, ...], scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value; `tensors` are grad, query, key, value, output and log-sum-exp."""
+    aten = torch.ops.aten
+    if tensors[0].device.type == "cpu":
+        kernel = aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return kernel(*tensors, 0.0, part.causal, attn_mask=part.bias, scale=scale)
+    return aten._scaled_dot_product_flash_attention_backward(*tensors, *more, scale=scale)
+
+
 class _Fused(torch.autograd.Function):
     """Flash forward and backward for each part."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         q, *keys, parts, scale = args
-        outs, lses = [], []
+        outs, lses, ctx.more = [], [], []
         for part, k, v in _calls(parts, keys):
-            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                part.fold(q), k, v, 0.0, part.causal, attn_mask=part.bias, scale=scale
-            )
+            out, lse, more = _flash(part, part.fold(q), k, v, scale)
             outs.append(part.unfold(out))
             lses.append(part.unfold(lse.unsqueeze(-1)))
+            ctx.more.append(more)
         out, lse = _merge(outs, lses)
         ctx.save_for_backward(q, *keys, out, lse)
         ctx.parts, ctx.scale = parts, scale
@@ -289,19 +315,10 @@ class _Fused(torch.autograd.Function):
             leaves = [t.detach().requires_grad_() for t in keys]
             calls = _calls(ctx.parts, leaves)
         query_grads, tops, top_grads = [], [], []
-        for part, k, v in calls:
-            dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                part.real(part.fold(grad)),
-                part.fold(q),
-                k.detach(),
-                v.detach(),
-                part.fold(out),
-                part.fold(lse).squeeze(-1).contiguous(),
-                0.0,
-                part.causal,
-                attn_mask=part.bias,
-                scale=ctx.scale,
-            )
+        for (part, k, v), more in zip(calls, ctx.more, strict=True):
+            folded = part.fold(lse).squeeze(-1).contiguous()
+            tensors = (part.real(part.fold(grad)), part.fold(q), k.detach(), v.detach(), part.fold(out), folded)
+            dq, dk, dv = _flash_backward(part, tensors, more, ctx.scale)
             query_grads.append(part.unfold(dq))
             tops += [k, v]
             top_grads += [dk, dv]

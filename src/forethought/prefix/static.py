@@ -1,0 +1,217 @@
+"""A cache that never changes its shape: documents once, a buffer of suffix tokens for each row, one column for all.
+
+For decoding without the host: every number that changes from step to step is a tensor on the device, so that one captured
+step can be replayed. Attention layers only.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from forethought.prefix.attention import HIDDEN
+from forethought.prefix.fork import Fork
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """How large a cache is."""
+
+    rows: int
+    documents: int
+    slots: int  # most rows of one document
+    prefix: int  # longest document, in tokens
+    suffix: int  # longest suffix, in tokens
+
+    def holds(self, other: "Room") -> bool:
+        """Whether as much as the other room holds fits here."""
+        names = ("rows", "documents", "slots", "prefix", "suffix")
+        return all(getattr(self, name) >= getattr(other, name) for name in names)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """Which document each row continues, and how much of it the row sees; the numbers behind a step's attention."""
+
+    stop: Int[Tensor, " row"]  # the row sees keys 0 .. stop-1 of its document
+    owner: Int[Tensor, " row"]  # its document
+    slots: Int[Tensor, "document slot"]  # the rows of each document; -1 where there is none
+    seen: Int[Tensor, " document"]  # the largest stop of its rows
+    column: Int[Tensor, "1"]  # column of the newest token of all suffixes; earlier columns are seen
+
+    @classmethod
+    def of(cls, room: Room, device: torch.device) -> "Table":
+        """A table in which no row sees anything yet."""
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.long, device=device)
+
+        slots = zeros(room.documents, room.slots) - 1
+        return cls(
+            stop=zeros(room.rows), owner=zeros(room.rows), slots=slots, seen=zeros(room.documents), column=zeros(1)
+        )
+
+    def fill(self, owner: Sequence[int], stop: Sequence[int]) -> None:
+        """Let row i continue `stop[i]` tokens of document `owner[i]`; rows beyond these keep what they had."""
+        documents, slots = self.slots.shape
+        members: list[list[int]] = [[] for _ in range(documents)]
+        for row, document in enumerate(owner):
+            members[document].append(row)
+        table = [some + [-1] * (slots - len(some)) for some in members]
+        seen = [max((stop[row] for row in some), default=0) for some in members]
+        self.slots.copy_(torch.tensor(table))
+        self.seen.copy_(torch.tensor(seen))
+        self.stop[: len(stop)] = torch.tensor(list(stop), device=self.stop.device)
+        self.owner[: len(owner)] = torch.tensor(list(owner), device=self.owner.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Keys or values of a static cache; stands where an attention function expects one tensor."""
+
+    prefix: Float[Tensor, "document head prefix size"]
+    suffix: Float[Tensor, "row head suffix size"]
+    table: Table
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the suffix; models look at it for the number of rows."""
+        return self.suffix.shape
+
+
+class Static(Cache):
+    """The cache of rows that read one token each, all at the same column."""
+
+    def __init__(self, table: Table, layers: Sequence["_Layer"]):
+        self.table = table
+        super().__init__(layers=list(layers))
+
+    @classmethod
+    def like(cls, fork: Fork, room: Room) -> "Static":
+        """Buffers of the size of `room`, for a model that has read some tokens into `fork`.
+
+        Raises ValueError for a model with layers that are no attention.
+        """
+        layers = []
+        for own in fork.rows:
+            if getattr(own, "keys", None) is None or own.state.conv or own.state.recurrent:
+                raise ValueError("its cache has Mamba states, which a static cache does not take")
+            layers.append([_buffers(some, room) for some in (own.keys, own.values)])
+        table = Table.of(room, fork.prefix.device)
+        return cls(table, [_Layer(table, keys, values) for keys, values in layers])
+
+    def head(self, rows: int) -> "Static":
+        """The same buffers, of which only the first rows take part."""
+        table = self.table
+        part = Table(
+            stop=table.stop[:rows], owner=table.owner[:rows], slots=table.slots, seen=table.seen, column=table.column
+        )
+        own: list[Any] = self.layers
+        layers = [_Layer(part, (x.keys[0], x.keys[1][:rows]), (x.values[0], x.values[1][:rows])) for x in own]
+        return Static(part, layers)
+
+    def load(self, fork: Fork) -> None:
+        """Take over the documents and rows of a fork, the tokens that it has read included."""
+        for mine, theirs in zip(self.layers, fork.rows, strict=True):
+            for (prefix, suffix), shared, own in (
+                (mine.keys, theirs.state.keys, theirs.keys),
+                (mine.values, theirs.state.values, theirs.values),
+            ):
+                prefix[: shared.shape[0], :, : shared.shape[2]] = shared
+                suffix[: own.shape[0], :, : fork.length] = own[:, :, : fork.length]
+        self.table.fill(*([some[place] for place in fork.places] for some in (fork.prefix.owner, fork.prefix.stop)))
+        self.table.column.fill_(fork.length)
+
+    def pick(self, rows: Int[Tensor, " row"], known: int) -> None:
+        """Put some rows first, in this order; the first `known` of them continue a document."""
+        count, table = len(rows), self.table
+        for layer in self.layers:
+            for _, suffix in (layer.keys, layer.values):
+                suffix[:count] = suffix[rows]
+        table.fill(table.owner[rows[:known]].tolist(), table.stop[rows[:known]].tolist())
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """0: masks are the attention's own business, and positions are always given."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """As if the queries stood alone, for which no mask is made."""
+        return query_length, 0
+
+
+class _Layer(CacheLayerMixin):
+    """A layer's prefix and suffix, keys and values."""
+
+    is_sliding = False
+
+    def __init__(self, table: Table, keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor]):
+        super().__init__()
+        self.table: Any = table
+        self.keys: Any = keys
+        self.values: Any = values
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: buffers come ready."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Write the newest token of each row at the common column."""
+        held = []
+        for (prefix, suffix), new in ((self.keys, key_states), (self.values, value_states)):
+            suffix.index_copy_(2, self.table.column, new)
+            held.append(Held(prefix, suffix, self.table))
+        return tuple(held)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As the cache says."""
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        """As the cache says."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """No limit of its own."""
+        return -1
+
+
+def _buffers(like: Tensor, room: Room) -> tuple[Tensor, Tensor]:
+    """Of documents and of suffixes, for keys or values of the kind of `like`."""
+    _, heads, _, size = like.shape
+    prefix = like.new_zeros(room.documents, heads, room.prefix, size)
+    return prefix, like.new_zeros(room.rows, heads, room.suffix, size)
+
+
+def held_attention(query: Tensor, key: Held, value: Held, scale: float, window: int | None = None) -> Tensor:
+    """softmax(q k) v over a row's document and suffix, for one query a row: (row, query head, 1, size) each."""
+    if query.is_cuda:
+        from forethought.prefix import kernels
+
+        table = key.table
+        numbers = (table.slots, table.seen, table.stop, table.column)
+        tensors = (key.prefix, value.prefix, key.suffix, value.suffix)
+        out = kernels.decode_attention(query.squeeze(2), *tensors, *numbers, scale, window or 0)
+        return out.unsqueeze(2)
+    return _plain(query, key, value, scale, window)
+
+
+def _plain(query: Tensor, key: Held, value: Held, scale: float, window: int | None) -> Tensor:
+    """The same in plain matrix products, with a copy of the document for each row."""
+    table, fan = key.table, query.shape[1] // key.suffix.shape[1]
+    keys, values = (
+        torch.cat([x.prefix[table.owner], x.suffix], dim=2).repeat_interleave(fan, dim=1) for x in (key, value)
+    )
+    prefix, suffix = key.prefix.shape[2], key.suffix.shape[2]
+    before = torch.arange(prefix, device=query.device) < table.stop[:, None]
+    own = torch.arange(suffix, device=query.device).expand(len(table.stop), -1) <= table.column
+    if window is not None:
+        oldest = table.stop[:, None] + table.column - window
+        before = before & (torch.arange(prefix, device=query.device) > oldest)
+        own = own & (torch.arange(suffix, device=query.device) > table.column - window)
+    score = torch.matmul(query, keys.transpose(-1, -2)).float() * scale
+    score = score.masked_fill(~torch.cat([before, own], dim=1)[:, None, None], HIDDEN)
+    return torch.matmul(score.softmax(dim=-1).to(values.dtype), values)
