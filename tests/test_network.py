@@ -44,7 +44,9 @@ def test_the_copy_follows_the_weights_and_lends_itself_to_others():
     network, tokens = Network(model, "bf16"), torch.arange(1, 7)[None]
     with torch.no_grad():
         for parameter in (*model.parameters(), *other.parameters()):
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+            parameter.add_(
+                0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+            )
         next(other.parameters()).mul_(2)
     before = network.compute(input_ids=tokens).logits.detach()
     network.sync()

@@ -1,6 +1,7 @@
 """The command line: a thin caller of the library, and the only place that prints."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
@@ -140,7 +141,8 @@ def _train(words: list[str], out: Console, err: Console) -> int:
     first = launched()[0] == 0
     try:
         with Watcher(err) if first else contextlib.nullcontext() as watcher:
-            summary = train(config, watcher) if resumed is None else resume(resumed, watcher)
+            go_on = resumed is not None
+            summary = resume(resumed, watcher, config.parallel) if go_on else train(config, watcher)
     except Stopped as stopped:
         _line(err, f"forethought: {stopped}") if first else None
         return 128 + stopped.number
@@ -154,7 +156,7 @@ def _train(words: list[str], out: Console, err: Console) -> int:
 
 
 def _saved_config(run: str, name: str | None, words: list[str]) -> Config:
-    """The config of the run to resume; refuses options that would change it."""
+    """The config of the run to resume, shared as asked now; refuses options that would change what comes out."""
     from forethought.runlog import RunLog
 
     saved = RunLog.open(run).config()
@@ -162,7 +164,7 @@ def _saved_config(run: str, name: str | None, words: list[str]) -> Config:
     if found := difference(saved, start):
         option, before, now = found
         raise UserError(f"{option} = {now!r}: the run to resume has {before!r}; resuming cannot change an option")
-    return saved
+    return dataclasses.replace(saved, parallel=start.parallel)
 
 
 def _evaluate(words: list[str], out: Console, err: Console) -> int:

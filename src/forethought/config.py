@@ -217,6 +217,8 @@ class Update:
 class Parallel:
     """Several processes, started by torchrun or `accelerate launch`."""
 
+    shard: Literal["none", "fsdp2"] = "none"
+    """`fsdp2`: each process keeps only its part of masters, optimizer and teacher; `none`: all of them (DDP)."""
     timeout_s: Positive = 1800
     """Seconds that a process waits for the others before it gives up; more than the longest step or evaluation."""
 
@@ -335,10 +337,13 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def difference(saved: Config, wanted: Config) -> tuple[str, Any, Any] | None:
-    """The first option, apart from where the run lies, that two configs disagree on: its name and both values."""
+    """The first option that two configs disagree on: its name and both values.
+
+    Where the run lies, and how processes share the work, makes no difference.
+    """
     old = flatten(to_dict(saved))
     for option, value in flatten(to_dict(wanted)).items():
-        if option not in ("run", "overwrite") and old[option] != value:
+        if option not in ("run", "overwrite") and not option.startswith("parallel.") and old[option] != value:
             return option, old[option], value
     return None
 

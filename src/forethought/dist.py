@@ -55,7 +55,7 @@ def processes(config: Config) -> Iterator[None]:
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank_here)))
     patience = timedelta(seconds=config.parallel.timeout_s)
-    with _explained(rank_here, count):
+    with explained((rank_here, count)):
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=patience)
     yield
     torch.distributed.destroy_process_group()  # not after an error: it would wait for processes that are gone
@@ -84,7 +84,7 @@ def gather(value: T) -> list[T]:
     if group is None:
         return [value]
     answers: list[Any] = [None] * group.get_world_size()
-    with _explained(rank(), size()):
+    with explained():
         group.all_gather_object(answers, value)
     return answers
 
@@ -134,7 +134,7 @@ def share(weights: Sequence[int]) -> list[int]:
     return deal(weights, size())[rank()]
 
 
-def have_gradients(parameters: "Sequence[torch.Tensor]") -> list[bool]:
+def have_gradients(parameters: Sequence[Any]) -> list[bool]:
     """For each parameter whether any process has a gradient of it; those without one anywhere are left as they are."""
     answers = gather([parameter.grad is not None for parameter in parameters])
     return [any(some) for some in zip(*answers, strict=True)]
@@ -166,7 +166,7 @@ def _sum(tensors: "list[torch.Tensor]") -> None:
     import torch
 
     flat = torch.cat([tensor.flatten() for tensor in tensors])
-    with _explained(rank(), size()):
+    with explained():
         torch.distributed.all_reduce(flat)
     for tensor, piece in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(piece.view_as(tensor))
@@ -181,11 +181,12 @@ def _group() -> Any:
 
 
 @contextmanager
-def _explained(number: int, count: int) -> Iterator[None]:
-    """Make what a collective raises when another process is gone or silent one clear line."""
+def explained(who: tuple[int, int] | None = None) -> Iterator[None]:
+    """Make what a message raises when another process is gone or silent one clear line (RunError)."""
     try:
         yield
     except RuntimeError as error:
+        number, count = who or (rank(), size())
         text = " ".join(str(error).split())[:200]
         raise RunError(
             f"process {number} of {count}: another process has died, or said nothing for parallel.timeout_s ({text}); "

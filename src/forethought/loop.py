@@ -11,8 +11,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from forethought import checkpoint, corpus, dist
-from forethought.config import Config, RunError, UserError
+from forethought import checkpoint, corpus, dist, sharding
+from forethought.config import Config, Parallel, RunError, UserError
 from forethought.diagnostics import Diagnosis, Watch, of_evaluation
 from forethought.evaluation import text
 from forethought.flops import Flops, step_flops, t_flop
@@ -68,13 +68,15 @@ def train(config: Config, observer: Observer | None = None) -> dict[str, Any]:
             return trainer.run(log, observer or Silent())
 
 
-def resume(run: str | Path, observer: Observer | None = None) -> dict[str, Any]:
+def resume(run: str | Path, observer: Observer | None = None, parallel: Parallel | None = None) -> dict[str, Any]:
     """Continue a run from its last checkpoint, bit for bit. Raises UserError for a run that is finished or none.
 
-    In several processes too, whatever their number was before; with another number up to rounding.
+    Any number of processes may do that, whatever it was before, and share the weights (`parallel`) in another way; with
+    another number it goes on up to rounding.
     """
     log = RunLog.open(run)
     config = dataclasses.replace(log.config(), run=str(log.path))
+    config = dataclasses.replace(config, parallel=parallel or config.parallel)
     with dist.processes(config), _held(log):
         if dist.gather((log.path / "summary.json").is_file())[0]:
             raise dist.once(UserError(f"--resume {run}: this run is finished; its figures are in summary.json"))
@@ -123,9 +125,11 @@ class Trainer:
         self.engine = native_engine(self.network.compute, self.form, config)
         build = METHODS[config.method.name]
         self.method: Method = build(self.network, self.engine, self.form, self.tokenizer, config)
+        if config.parallel.shard == "fsdp2" and dist.size() > 1:
+            self.network.shard([one for name, one in self.method.state().items() if name == "teacher"])
         options = config.optim
         self.optimizer = torch.optim.AdamW(
-            self.policy.parameters(),
+            self.network.weights.parameters(),
             lr=options.learning_rate,
             betas=(options.beta1, options.beta2),
             weight_decay=options.weight_decay,
@@ -178,7 +182,9 @@ class Trainer:
                     again = f"forethought train --resume {log.path}"
                     raise Stopped(error.number, f"saved after step {self.step}; go on with: {again}") from None
                 raise
-            dist.together(lambda: self._export(log), everywhere=False)
+            network, to = self.network, {"device": "cpu", "dtype": torch.float32}
+            with sharding.whole(network.weights, network.compute, **to) as policy:
+                dist.together(lambda: self._export(log, policy), everywhere=False)
         summary = dist.together(lambda: self._summary(before, after), everywhere=False)
         summary = dist.gather(summary)[0]
         assert summary is not None
@@ -260,9 +266,7 @@ class Trainer:
         total = sum(dist.gather(total))
         if dist.size() > 1:
             sums["time/wait_s"] = (time.perf_counter() - ready, 1)
-        dist.sum_gradients(list(self.policy.parameters()))
-        limit = self.config.optim.gradient_clip or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), limit))
+        norm = self.network.gather_gradients(self.config.optim.gradient_clip or math.inf)
         if not (math.isfinite(total) and math.isfinite(norm)):
             names = ", ".join(dict.fromkeys(window.document for window in windows[:3]))
             good = self.step if self.whole else self.saved
@@ -313,14 +317,12 @@ class Trainer:
         if dist.gather((log.path / name).is_file())[0]:
             return {group: text.Records(**fields) for group, fields in log.read_json(name).items()}
         subject = text.Subject(
-            model=self.network.compute,
-            engine=self.engine,
-            form=self.form,
-            tokenizer=self.tokenizer,
-            config=self.config,
-            teacher=self.method.state().get("teacher"),
+            model=self.network.compute, engine=self.engine, form=self.form, tokenizer=self.tokenizer, config=self.config
         )
-        with gate.passing():
+        with gate.passing(), contextlib.ExitStack() as stack:
+            if (teacher := self.method.state().get("teacher")) is not None:
+                teacher = stack.enter_context(sharding.whole(teacher, self.network.compute))
+                subject = dataclasses.replace(subject, teacher=teacher)
             records = text.measure(
                 subject, self.held_out, lambda done, total: observer.phase(f"evaluating {when} training", done, total)
             )
@@ -332,21 +334,16 @@ class Trainer:
         """A checkpoint of this moment, unless there is one."""
         if self.saved == self.step:
             return
-        dist.together(lambda: self._write_checkpoint(log), everywhere=False)
-        self.saved = self.step
-
-    def _write_checkpoint(self, log: RunLog) -> None:
-        tensors = {
-            f"{network}/{name}": tensor
-            for network, module in {"policy": self.policy, **self.method.state()}.items()
-            for name, tensor in _own_tensors(module).items()
-        }
-        for index, values in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{index}/{name}": value for name, value in values.items()}
+        tensors = sharding.kept(self._networks(), self.optimizer)
         state = {"step": self.step, "seconds": self.seconds, "cursor": self.stream.cursor()}
         state["cost"] = dataclasses.asdict(self.cost)
         snapshot = checkpoint.Snapshot(tensors=tensors, state=state)
         checkpoint.save(log.path, self.step, snapshot, self.config.train.keep_checkpoints)
+        self.saved = self.step
+
+    def _networks(self) -> dict[str, torch.nn.Module]:
+        """Whose weights a checkpoint must hold."""
+        return {"policy": self.network.weights, **self.method.state()}
 
     def restore(self, log: RunLog) -> None:
         """Take up the run's newest checkpoint (or its start, where it has none) and drop what was logged after it."""
@@ -354,34 +351,24 @@ class Trainer:
         if path is None:
             dist.together(lambda: log.rewind(0), everywhere=False)
             return
-        snapshot = dist.together(lambda: checkpoint.load(path))
-        assert snapshot is not None
-        parts: dict[str, dict[str, torch.Tensor]] = {}
-        for name, tensor in snapshot.tensors.items():
-            part, _, rest = name.partition("/")
-            parts.setdefault(part, {})[rest] = tensor
-        for network, module in {"policy": self.policy, **self.method.state()}.items():
-            module.load_state_dict(parts[network], strict=False)
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for name, tensor in parts.get("optimizer", {}).items():
-            index, _, rest = name.partition("/")
-            state.setdefault(int(index), {})[rest] = tensor
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        self.step = self.saved = snapshot.state["step"]
-        self._seconds = snapshot.state["seconds"]
-        self.cost = Flops(**snapshot.state["cost"])
-        self.stream.seek(snapshot.state["cursor"])
+        saved = dist.together(lambda: checkpoint.Saved(path, check=dist.first()))
+        assert saved is not None
+        sharding.put_back(saved, self._networks(), self.optimizer)
+        self.step = self.saved = saved.state["step"]
+        self._seconds = saved.state["seconds"]
+        self.cost = Flops(**saved.state["cost"])
+        self.stream.seek(saved.state["cursor"])
         self.network.sync()
         self.engine.sync()
         dist.together(lambda: log.rewind(self.step), everywhere=False)
         self.watch.replay(read_lines(log.path / "metrics.jsonl"))
 
-    def _export(self, log: RunLog) -> None:
+    def _export(self, log: RunLog, policy: Any) -> None:
         """The trained model as a Hugging Face folder, RUN/policy."""
         partial, final = log.path / ".policy-partial", log.path / "policy"
         shutil.rmtree(partial, ignore_errors=True)
         with disk_errors(log.path, partial), checkpoint.tensor_errors(partial):
-            self.policy.save_pretrained(partial)
+            policy.save_pretrained(partial)
             self.tokenizer.save_pretrained(partial)
             for file in partial.glob("*.safetensors"):
                 shutil.copymode(partial / "config.json", file)  # safetensors lets nobody but the owner read its files
@@ -428,14 +415,6 @@ def learning_rate(config: Config, step: int, spent: float = 0.0) -> float:
     done = max((step - options.warmup) / max(last - options.warmup + 1, 1), min(spent, 1.0))
     factor = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[options.schedule]
     return options.learning_rate * factor
-
-
-def _own_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict without second names of tied tensors."""
-    seen: dict[int, str] = {}
-    return {
-        name: tensor for name, tensor in module.state_dict().items() if seen.setdefault(tensor.data_ptr(), name) == name
-    }
 
 
 def _means(sums: Sums) -> dict[str, float]:
