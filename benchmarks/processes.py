@@ -1,7 +1,10 @@
 """Steps of several processes against those of one, each with one thread.
 
-    python benchmarks/processes.py [--counts 1 2] [--steps 20] [--turns 3] [--config quickstart] [--json FILE]
+    python benchmarks/processes.py [--counts 1 2] [--steps 5] [--turns 3] [--config CONFIG] [--json FILE]
         [--section.option value ...]
+
+Without a config: a Qwen3 shape of 4 layers and width 256 with random weights, a step of eight documents of 256 tokens,
+eight thoughts of up to 32 tokens at one place in each.
 
 One and several processes take turns. Two clocks: `wall` is what a user waits; `cpu` is, step by step, the seconds that
 the process that computed longest did compute: what the step would take if each had a core for itself, and waiting for
@@ -19,24 +22,37 @@ import time
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
 
-WARMUP = 3  # steps
+from forethought.worlds import WORLDS
+
+WARMUP = 1  # steps
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--config", default="quickstart")
+    parser.add_argument("--config", default="")
     parser.add_argument("--json", type=Path)
     options, words = parser.parse_known_args()
-    words += ["--train.steps", str(options.steps + WARMUP), "--evaluate.path", "", "--train.checkpoint_every", "100000"]
+    words = [
+        *words,
+        "--train.steps",
+        str(options.steps + WARMUP),
+        "--evaluate.path",
+        "",
+        "--train.checkpoint_every",
+        "100000",
+    ]
     seconds: dict[int, list[dict[str, float]]] = {count: [] for count in options.counts}
     for _ in range(options.turns):
         for count in options.counts:
-            seconds[count].append(turn(count, options.config, words))
+            with tempfile.TemporaryDirectory() as folder:
+                own = words if options.config else [*shape(Path(folder)), *words]
+                seconds[count].append(turn(count, options.config, own, Path(folder)))
     rows = []
     for count, turns in seconds.items():
         row: dict[str, Any] = {"processes": count}
@@ -51,13 +67,35 @@ def main() -> None:
         options.json.write_text(json.dumps({"words": words, "config": options.config, "rows": rows}, indent=2) + "\n")
 
 
-def turn(count: int, config: str, words: list[str]) -> dict[str, float]:
+def shape(folder: Path) -> list[str]:
+    """The options of the setting without a config, whose files go to a folder."""
+    harness.qwen3(4096, 256, 4).save_pretrained(folder / "architecture")
+    row = WORLDS["cups"].row
+    texts = [" ".join(row("train", 40 * i + k, 0)["text"] for k in range(40)) for i in range(64)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return [
+        *("--model.path", str(folder / "architecture"), "--model.init", "random", "--model.tokenizer", "embedded"),
+        *("--corpus.path", str(folder / "text.jsonl"), "--corpus.window", "256", "--corpus.min_tokens", "256"),
+        *("--method.group", "8", "--method.thought_length", "32", "--train.batch", "8"),
+    ]
+
+
+def turn(count: int, config: str, words: list[str], folder: Path) -> dict[str, float]:
     """Median seconds of a step, by both clocks."""
-    with tempfile.TemporaryDirectory() as folder:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
-        command = [sys.executable, *launcher, __file__, "worker", folder, config, *words]
-        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-        ranks = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("steps-*.json"))]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
+    # `--` first: torchrun would take `--run` for an option of its own.
+    command = [
+        sys.executable,
+        *launcher,
+        *(["--"] if launcher else []),
+        __file__,
+        "worker",
+        str(folder),
+        config,
+        *words,
+    ]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    ranks = [json.loads(path.read_text()) for path in sorted(folder.glob("steps-*.json"))]
     assert len(ranks) == count
     steps = list(zip(*ranks, strict=True))[WARMUP:]
     return {
@@ -82,7 +120,7 @@ def worker(folder: str, config: str, words: list[str]) -> None:
 
     torch.set_num_threads(1)
     clock = Clock()
-    forethought.train(forethought.load(config, [*words, "--run", str(Path(folder) / "run")]), clock)
+    forethought.train(forethought.load(config or None, [*words, "--run", str(Path(folder) / "run")]), clock)
     (Path(folder) / f"steps-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(clock.steps))
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -146,7 +147,7 @@ def assert_same_trajectory(one: Path, other: Path) -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize("model", ["attention", "hybrid"])
 def test_processes_shards_and_resuming_on_another_count_do_not_change_the_trajectory(
-    model: str, tmp_path: Path, processes: ForkServerContext, record_property: Any
+    model: str, tmp_path: Path, processes: ForkServerContext
 ):
     one = tmp_path / "one"
     train(from_dict(settings(tmp_path, "one", model)))
@@ -154,9 +155,10 @@ def test_processes_shards_and_resuming_on_another_count_do_not_change_the_trajec
     sharded = together(processes, settings(tmp_path, "sharded", model, parallel={"shard": "fsdp2"}))
     alone = cut(sharded, "two-shards-then-one", 2)
     resume(alone)
-    three = cut(sharded, "two-shards-then-three", 2)
-    assert end(begin(processes, ["train", "--resume", str(three)], tmp_path, 3)) == [0, 0, 0], lines(tmp_path, 3)
-    for other in (two, sharded, alone, three):
+    more = cut(two, "two-then-three-shards", 2)
+    command = ["train", "--resume", str(more), "--parallel.shard", "fsdp2"]
+    assert end(begin(processes, command, tmp_path, 3)) == [0, 0, 0], lines(tmp_path, 3)
+    for other in (two, sharded, alone, more):
         print(other.name, f"drift {drift(one, other):.1e} at most, {mean_drift(one, other):.1e} on average")
         assert_same_trajectory(one, other)
     another = tmp_path / "another"
@@ -167,20 +169,22 @@ def test_processes_shards_and_resuming_on_another_count_do_not_change_the_trajec
     parts = sorted(path.name for path in checkpoint.latest(sharded).iterdir())  # type: ignore[union-attr]
     names = [f"{part}.{rank}-of-2.safetensors" for part in ("optimizer", "policy", "teacher") for rank in (0, 1)]
     assert parts == sorted([*names, "state.json"])
-    assert {path.name for path in checkpoint.latest(three).iterdir()} >= {"policy.2-of-3.safetensors"}  # type: ignore[union-attr]
+    assert {path.name for path in checkpoint.latest(more).iterdir()} >= {"policy.2-of-3.safetensors"}  # type: ignore[union-attr]
 
 
 VARIANTS = {
     "cpt": {"name": "cpt"},
-    "rpt": {"name": "rpt", "kl_weight": 0.1, "inner_steps": 2},
-    "random": {"reward": "random", "baseline": "batch", "unclosed": "drop"},
+    "rpt, with what processes must tell each other": {
+        **{"name": "rpt", "reward": "random", "baseline": "batch", "unclosed": "drop"},
+        **{"kl_weight": 0.1, "inner_steps": 2, "position_policy": "entropy"},
+    },
 }
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_two_processes_do_what_one_does_with(variant: str, tmp_path: Path, processes: ForkServerContext):
-    changes = {"method": VARIANTS[variant], "train": {"steps": 2}, "evaluate": {"path": ""}}
+    changes = {"method": VARIANTS[variant], "train": {"steps": 3}, "evaluate": {"path": ""}}
     train(from_dict(settings(tmp_path, "one", "attention", **changes)))
     assert_same_trajectory(tmp_path / "one", together(processes, settings(tmp_path, "two", "attention", **changes)))
 
@@ -201,12 +205,20 @@ def test_a_mistake_is_told_once(changes: Any, message: str, tmp_path: Path, proc
     assert not (tmp_path / "run").exists()
 
 
+INTERRUPTED = {"train": {"steps": 8}, "parallel": {"shard": "fsdp2"}, "evaluate": {"path": ""}}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, processes: ForkServerContext) -> Path:
+    """The run of two processes that nothing interrupts."""
+    return together(processes, settings(tmp_path_factory.mktemp("whole"), "run", "attention", **INTERRUPTED))
+
+
 @pytest.mark.distributed
 def test_a_signal_to_one_process_stops_all_of_them_and_the_run_goes_on_to_the_bit(
-    tmp_path: Path, processes: ForkServerContext
+    tmp_path: Path, whole: Path, processes: ForkServerContext
 ):
-    changes = {"train": {"checkpoint_every": 100, "steps": 6}, "parallel": {"shard": "fsdp2"}}
-    whole = together(processes, settings(tmp_path, "whole", "attention", **changes))
+    changes = merge(INTERRUPTED, {"train": {"checkpoint_every": 100}})
     run = tmp_path / "run"
     started = begin(processes, words(settings(tmp_path, "run", "attention", **changes)), tmp_path)
     wait_for(run, "metrics.jsonl", started)
@@ -245,39 +257,33 @@ def kill_one(
     return line
 
 
-def kills(processes: ForkServerContext, tmp_path: Path, count: int, steps: int) -> list[str]:
-    """Kill again and again, then let the run end; it must be the one that nothing killed. What survivors said."""
-    changes = {"train": {"steps": steps, "keep_checkpoints": 2}, "parallel": {"shard": "fsdp2"}}
-    started = time.monotonic()
-    whole = together(processes, settings(tmp_path, "whole", "attention", **changes))
-    step_s = (time.monotonic() - started) / steps
-    command, rng, said = words(settings(tmp_path, "killed", "attention", **changes)), random.Random(0), []
+def kills(processes: ForkServerContext, tmp_path: Path, count: int, changes: dict[str, Any]) -> Path:
+    """Kill again and again, then let the run end."""
+    command, rng = words(settings(tmp_path, "killed", "attention", **changes)), random.Random(0)
+    step_s = median(row["time/step_s"] for row in read_lines(tmp_path / "whole/metrics.jsonl"))
     for _ in range(count):
-        said.append(kill_one(processes, tmp_path, command, rng, step_s))
-        command = ["train", "--resume", str(tmp_path / "killed")]
-    assert end(begin(processes, command, tmp_path)) == [0, 0], lines(tmp_path)
-    assert_same_run(tmp_path / "killed", whole)
-    return said
-
-
-def assert_clear(said: Sequence[str]) -> None:
-    for line in said:
+        line = kill_one(processes, tmp_path, command, rng, step_s)
+        print(f"saved up to step {max(checkpoints(tmp_path / 'killed'))}: {line}")
         assert "another process has died" in line
         assert "nothing is lost since the last checkpoint" in line
+        command = ["train", "--resume", str(tmp_path / "killed")]
+    assert end(begin(processes, command, tmp_path)) == [0, 0], lines(tmp_path)
+    return tmp_path / "killed"
 
 
 @pytest.mark.distributed
 def test_when_a_process_is_killed_the_other_says_so_and_nothing_saved_is_lost(
-    tmp_path: Path, processes: ForkServerContext
+    tmp_path: Path, whole: Path, processes: ForkServerContext
 ):
-    assert_clear(kills(processes, tmp_path, 1, 8))
+    (tmp_path / "whole").symlink_to(whole)
+    assert_same_run(kills(processes, tmp_path, 1, INTERRUPTED), whole)
 
 
 @pytest.mark.slow
 def test_ten_kills_at_random_moments_leave_no_trace(tmp_path: Path, processes: ForkServerContext):
-    said = kills(processes, tmp_path, 10, 60)
-    print("\n".join(said))
-    assert_clear(said)
+    changes = merge(INTERRUPTED, {"train": {"steps": 60, "keep_checkpoints": 2}})
+    whole = together(processes, settings(tmp_path, "whole", "attention", **changes))
+    assert_same_run(kills(processes, tmp_path, 10, changes), whole)
 
 
 @given(weights=st.lists(st.integers(1, 1000), min_size=1, max_size=40), hands=st.integers(1, 8))

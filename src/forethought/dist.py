@@ -7,6 +7,7 @@ gradients go through NCCL where there are GPUs. Importing this module imports no
 
 import heapq
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -45,7 +46,7 @@ def alone(command: str) -> None:
 def processes(config: Config) -> Iterator[None]:
     """Join the other processes, where there are any, until the work is done. Raises RunError where they do not come."""
     rank_here, count = launched()
-    if count == 1:
+    if count == 1 or _group() is not None:
         yield
         return
     import torch
@@ -55,7 +56,7 @@ def processes(config: Config) -> Iterator[None]:
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank_here)))
     patience = timedelta(seconds=config.parallel.timeout_s)
-    with explained((rank_here, count)):
+    with explained():
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=patience)
     yield
     torch.distributed.destroy_process_group()  # not after an error: it would wait for processes that are gone
@@ -181,14 +182,13 @@ def _group() -> Any:
 
 
 @contextmanager
-def explained(who: tuple[int, int] | None = None) -> Iterator[None]:
+def explained() -> Iterator[None]:
     """Make what a message raises when another process is gone or silent one clear line (RunError)."""
     try:
         yield
     except RuntimeError as error:
-        number, count = who or (rank(), size())
-        text = " ".join(str(error).split())[:200]
+        text = re.sub(r"^\[[^]]*\.cc:\d+\] ", "", " ".join(str(error).split())).partition(". ")[0][:200]
         raise RunError(
-            f"process {number} of {count}: another process has died, or said nothing for parallel.timeout_s ({text}); "
-            "nothing is lost since the last checkpoint: go on with train --resume, with as many processes as you like"
+            f"another process has died, or said nothing for parallel.timeout_s ({text}); nothing is lost since the "
+            "last checkpoint: go on with train --resume, with as many processes as you like"
         ) from error

@@ -61,7 +61,7 @@ def scatter(grad: Tensor, master: Any) -> None:
 
 def local(tensor: Any) -> Tensor:
     """The rows that this process keeps; a tensor that is not sharded is its own."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def clip(parameters: Sequence[Any], limit: float) -> float:
