@@ -67,7 +67,13 @@ class Ours:
         self.model = harness.build(name, options.device)
         self.settings = harness.settings(length, places, group, shared)
         self.engine = Watched(native_engine(self.model, FORM, self.settings), self.clock)
-        self.method = RLP(Network(self.model, "fp32"), self.engine, FORM, harness.tokenizer(self.model.config.vocab_size), self.settings)
+        self.method = RLP(
+            Network(self.model, "fp32"),
+            self.engine,
+            FORM,
+            harness.tokenizer(self.model.config.vocab_size),
+            self.settings,
+        )
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE)
         vocab = self.model.config.vocab_size
         self.windows, self.stops = [harness.window(prefix, places, vocab)], tuple(harness.stops(prefix, places))

@@ -14,7 +14,7 @@ from forethought.runlog import RunLog
 
 OPTIONS = """
 seed run overwrite
-model.path model.tokenizer model.init model.precision model.device model.prefix
+model.path model.tokenizer model.init model.precision model.device model.prefix model.decoding
 corpus.path corpus.field corpus.domain_field corpus.language_field corpus.split corpus.window corpus.min_tokens
 corpus.shuffle
 method.name method.group method.thought_length method.positions method.position_policy method.marked_share

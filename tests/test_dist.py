@@ -173,10 +173,17 @@ def test_processes_shards_and_resuming_on_another_count_do_not_change_the_trajec
 
 
 VARIANTS = {
-    "cpt": {"name": "cpt"},
+    "cpt": {"method": {"name": "cpt"}},
+    "cpt, a bf16 copy of shards": {
+        "method": {"name": "cpt"},
+        "model": {"precision": "bf16"},
+        "parallel": {"shard": "fsdp2"},
+    },
     "rpt, with what processes must tell each other": {
-        **{"name": "rpt", "reward": "random", "baseline": "batch", "unclosed": "drop"},
-        **{"kl_weight": 0.1, "inner_steps": 2, "position_policy": "entropy"},
+        "method": {
+            **{"name": "rpt", "reward": "random", "baseline": "batch", "unclosed": "drop"},
+            **{"kl_weight": 0.1, "inner_steps": 2, "position_policy": "entropy"},
+        }
     },
 }
 
@@ -184,7 +191,7 @@ VARIANTS = {
 @pytest.mark.distributed
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_two_processes_do_what_one_does_with(variant: str, tmp_path: Path, processes: ForkServerContext):
-    changes = {"method": VARIANTS[variant], "train": {"steps": 3}, "evaluate": {"path": ""}}
+    changes = merge(VARIANTS[variant], {"train": {"steps": 3}, "evaluate": {"path": ""}})
     train(from_dict(settings(tmp_path, "one", "attention", **changes)))
     assert_same_trajectory(tmp_path / "one", together(processes, settings(tmp_path, "two", "attention", **changes)))
 

@@ -19,6 +19,7 @@ from forethought.config import RunError, UserError
 from forethought.experiment import arms, compare, table
 from forethought.experiment.design import Claim, Experiment, read
 from forethought.report import write_comparison
+from forethought.report.comparison import Row
 
 SMALL = """
 config = "quickstart"
@@ -280,21 +281,21 @@ def test_another_config_makes_it_another_experiment(tmp_path: Path):
 )
 def test_verdicts_by_hand(tmp_path: Path, claim: dict[str, Any], arm: dict[str, float], holds: bool | None):
     made = [
-        {"arm": "base", "seed": "all", "metric": "all/x", "value": 0.4, "low": 0.3, "high": 0.5},
-        {"arm": "base", "seed": "all", "metric": "all/y", "value": 0.7, "low": 0.6, "high": 0.8},
-        {"arm": "a", "seed": "all", "metric": "all/x", "value": arm["low"], **arm},
-        {"arm": "a", "seed": 0, "metric": "all/x", "value": 9.0, "low": 9.0, "high": 9.0},
+        Row(arm="base", seed="all", metric="all/x", value=0.4, low=0.3, high=0.5),
+        Row(arm="base", seed="all", metric="all/y", value=0.7, low=0.6, high=0.8),
+        Row(arm="a", seed="all", metric="all/x", value=arm["low"], **arm),
+        Row(arm="a", seed=0, metric="all/x", value=9.0, low=9.0, high=9.0),
     ]
     whole = dataclasses.replace(experiment(tmp_path), claims=(Claim(arm="a", metrics=["all/x"], **claim),))
-    assert [one.holds for one in table.judge(whole, made)] == [holds]
+    assert [one.holds for one in table.judge(whole, made, [])] == [holds]
 
 
 @pytest.mark.parametrize(("low", "high", "holds"), [(-0.1, 0.02, True), (-0.1, 0.03, False), (-0.2, -0.01, True)])
 def test_not_above_bounds_the_paired_difference(tmp_path: Path, low: float, high: float, holds: bool):
     claim = Claim(arm="a", metrics=["all/x"], not_above=["base"], margin=0.02)
-    made = [{"arm": "a", "seed": "all", "metric": "minus/base/all/x", "value": 0.0, "low": low, "high": high}]
+    made = [Row(arm="a", seed="all", metric="minus/base/all/x", value=0.0, low=low, high=high)]
     whole = dataclasses.replace(experiment(tmp_path), claims=(claim,))
-    assert [one.holds for one in table.judge(whole, made)] == [holds]
+    assert [one.holds for one in table.judge(whole, made, [])] == [holds]
 
 
 def test_the_page_shows_failures_names_as_text_and_every_table(finished: Any):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import signal
 import sys
@@ -28,6 +29,7 @@ usage: forethought train CONFIG [--section.option value ...]   train a config fi
        forethought questions MODEL_OR_RUN [--questions.data FOLDER] [--section.option value ...]
        forethought compare EXPERIMENT [--config CONFIG] [--seeds 0,1,2] [--processes N] [--section.option value ...]
        forethought report RUN [RUN ...] [--out FILE]
+       forethought plan CONFIG [--gpus N] [--gpu h100] [--simulate] [--json FILE] [--section.option value ...]
 
 `forethought train --help` lists every option.
 """
@@ -106,9 +108,10 @@ def _command(words: list[str], out: Console, err: Console) -> int:
     if name == "--version":
         out.print(f"forethought {forethought.__version__}", markup=False)
         return 0
-    commands = {"train": _train, "evaluate": _evaluate, "questions": _questions, "compare": _compare, "report": _report}
+    commands = {"train": _train, "evaluate": _evaluate, "questions": _questions}
+    commands |= {"compare": _compare, "report": _report, "plan": _plan}
     if name not in commands:
-        raise UserError(f"unknown command {name!r}: must be train, evaluate, questions, compare or report")
+        raise UserError(f"unknown command {name!r}: must be train, evaluate, questions, compare, report or plan")
     if "--help" in rest or "-h" in rest:
         _help(name, out)
         return 0
@@ -120,6 +123,11 @@ def _help(name: str, out: Console) -> None:
     out.print(USAGE, markup=False, soft_wrap=True)
     if name == "report":
         return
+    if name == "plan":
+        from forethought.plan import OPTIONS
+
+        for option, meaning in OPTIONS.items():
+            _line(out, f"  {option:12}{meaning}")
     import tyro
 
     with contextlib.suppress(SystemExit):
@@ -211,6 +219,8 @@ def _compare(words: list[str], out: Console, err: Console) -> int:
         return 128 + stopped.number
     for one in verdicts:
         _line(out, f"{ {True: 'holds', False: 'FAILS', None: '?'}[one.holds]:5}  {one.claim}: {one.evidence}")
+    spent = json.loads(page.with_name("experiment.json").read_bytes())["spent"]
+    _line(out, f"{spent['seconds']:.0f} s in all calls, {spent['cpu_seconds']:.0f} CPU seconds of all finished runs")
     _line(out, f"page: {page}; rows: {page.with_name('compare.json')}")
     return 0
 
@@ -225,6 +235,25 @@ def _report(words: list[str], out: Console, err: Console) -> int:
     from forethought import report
 
     _line(out, f"report: {report.write([Path(word) for word in words], Path(target) if target else None)}")
+    return 0
+
+
+def _plan(words: list[str], out: Console, err: Console) -> int:
+    from forethought import plan
+    from forethought.plan.page import shown
+
+    name, options, overrides = plan.words_of(words)
+    config = load(name, overrides)
+    shape = plan.shipped_shape(config.model.path)
+    if shape is None:
+        _quiet_libraries()
+        from forethought.model import load_shape
+
+        shape = load_shape(config.model)
+    found = plan.plan(config, shape, options)
+    plan.write(found, options.get("json"))
+    for one in shown(found):
+        _line(out, one) if isinstance(one, str) else out.print(one)
     return 0
 
 

@@ -47,11 +47,13 @@ class Model:
     init: Literal["pretrained", "random"] = "pretrained"
     """`random`: take only the architecture from model.path (a folder or a config.json) and draw fresh weights."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Compute precision. Weights, optimizer and teacher are kept in fp32 either way (bf16 runs under autocast)."""
+    """Compute precision. Weights, gradients, optimizer and teacher are fp32 either way; bf16 computes with a copy."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; `auto` takes a GPU where there is one."""
     prefix: Literal["shared", "replicated"] = "shared"
     """Read a document once for all its thoughts, or (for families that cannot share) a copy for each; same result."""
+    decoding: Literal["auto", "plain", "graphs", "compiled"] = "auto"
+    """Thoughts step by step, as captured CUDA graphs, or these compiled; `auto`: graphs where GPU and model allow."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

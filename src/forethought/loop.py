@@ -133,6 +133,7 @@ class Trainer:
             lr=options.learning_rate,
             betas=(options.beta1, options.beta2),
             weight_decay=options.weight_decay,
+            fused=self.policy.device.type == "cuda" or None,  # in place, without a copy of all weights
         )
         self.stream = corpus.Windows(config.corpus, self.tokenizer, config.seed)
         self.watch = Watch(config.method.inner_steps)
@@ -284,6 +285,7 @@ class Trainer:
 
     def _update(self) -> dict[str, float]:
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)  # what the next thoughts need is room
         self.network.sync()
         self.method.after_step()
         return {"optim/learning_rate": self.optimizer.param_groups[0]["lr"]}

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from forethought.config import Config, Model, UserError
 from forethought.positions import ThoughtFormat
+from forethought.shape import Shape
 
 _ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = {"embedded": _ASSETS / "base", "embedded:notes": _ASSETS / "notes"}
@@ -53,6 +54,14 @@ def load_model(options: Model, seed: int) -> Any:
     return model.to(device=device(options), dtype=torch.float32).eval()
 
 
+def load_shape(options: Model) -> Shape:
+    """The shape of the network that model.path names, from its config alone. Raises UserError."""
+    with _explained("model.path", options.path):
+        folder, extra = _locate(options.path)
+        source = str(folder) if folder.exists() else options.path
+        return Shape.of(AutoConfig.from_pretrained(source, **extra).get_text_config())
+
+
 def device(options: Model) -> torch.device:
     """The device that model.device names."""
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -60,16 +69,6 @@ def device(options: Model) -> torch.device:
     if options.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(options.device)
-
-
-def compute(config: Config) -> contextlib.AbstractContextManager[Any]:
-    """Context of every forward pass: bf16 autocast where asked for, over weights that stay fp32.
-
-    Casts are not cached: a context that outlives an optimizer step would go on computing with the old weights.
-    """
-    if config.model.precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device(config.model).type, dtype=torch.bfloat16, cache_enabled=False)
 
 
 def check_length(config: Config, form: ThoughtFormat) -> None:

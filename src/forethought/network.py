@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from forethought import dist, sharding
+from forethought.fused import fuse
 
 
 class Network:
@@ -29,11 +30,7 @@ class Network:
         self._sums: list[Any] = []  # who holds the sum of the gradients of all passes, for each parameter
         self._hooks: list[Any] = []
         if precision == "bf16":
-            self.compute = copy.deepcopy(weights)
-            kept = getattr(weights, "_keep_in_fp32_modules", None) or ()
-            for name, parameter in self.compute.named_parameters():
-                if not any(part in name for part in kept):
-                    parameter.data = parameter.data.to(torch.bfloat16)  # buffers, such as rotary angles, stay fp32
+            self.compute = computing(copy.deepcopy(weights), precision)
             self._add_up(list(weights.parameters()))
 
     def shard(self, others: Sequence[Any]) -> None:
@@ -104,6 +101,21 @@ class Network:
         self._sums = sums
         pairs = zip(self.compute.parameters(), sums, strict=True)
         self._hooks = [low.register_post_accumulate_grad_hook(_adder(held)) for low, held in pairs]
+
+
+def computing(model: Any, precision: str) -> Any:
+    """An fp32 model, turned into one that computes in this precision and is not trained itself; the same object.
+
+    Buffers, such as rotary angles, stay fp32, and so do weights that the family wants in fp32.
+    """
+    if precision == "bf16":
+        kept = getattr(model, "_keep_in_fp32_modules", None) or ()
+        for name, parameter in model.named_parameters():
+            if not any(part in name for part in kept):
+                parameter.data = parameter.data.to(torch.bfloat16)
+        if model.device.type == "cuda":
+            fuse(model)
+    return model
 
 
 @dataclass(slots=True)

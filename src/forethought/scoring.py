@@ -12,8 +12,9 @@ from forethought.positions import Positions, ThoughtFormat, pad_rows
 from forethought.prefix import Fork, Prefix, backbone, read, vocabulary
 
 _ROWS = 4096  # rows of vocabulary size that are normalised at once
-_LOGITS = 2**26  # logits that are held at once, with their gradients
+_LOGITS = {"cpu": 2**26, "cuda": 2**28}  # logits that are held at once, with their gradients
 _ACTIVATIONS_BYTES = 2**30  # what a chunk's activations may take where update.tokens_per_chunk is automatic
+_WITHOUT_GRADIENTS = 4  # on a GPU, a pass that keeps nothing for a backward pass reads this many times the tokens
 _BUCKET = 8  # thoughts whose lengths differ by less than this many tokens go together
 
 
@@ -114,7 +115,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # log-probabilities (row, thought) an
 def chunk_tokens(model: Any, asked: int) -> int:
     """Tokens in one forward and backward pass: as asked, or (0) as many as a fixed share of memory holds.
 
-    A token leaves about 14 hidden and 5 intermediate vectors a layer behind for the backward pass, in 4-byte numbers.
+    A token leaves about 14 hidden and 5 intermediate vectors a layer behind for the backward pass.
     """
     if asked:
         return asked
@@ -123,7 +124,8 @@ def chunk_tokens(model: Any, asked: int) -> int:
     intermediate = getattr(options, "intermediate_size", None) or 4 * hidden
     intermediate = max(intermediate) if isinstance(intermediate, (list, tuple)) else intermediate
     budget = _ACTIVATIONS_BYTES if model.device.type == "cpu" else torch.cuda.get_device_properties(0).total_memory // 8
-    return int(min(max(budget // (layers * (14 * hidden + 5 * intermediate) * 4), 256), 2**16))
+    vectors = layers * (14 * hidden + 5 * intermediate)
+    return int(min(max(budget // (vectors * model.dtype.itemsize), 256), 2**16))
 
 
 def thought_logp(
@@ -150,7 +152,7 @@ def continue_with_gradients(model: Any, form: ThoughtFormat, rows: Continuations
     for chunk, width in _chunks(rows, form, reading):
         hidden = _hidden(model, form, rows, (chunk, width), leaves)
         leaf = hidden.detach().requires_grad_()
-        size = max(1, _LOGITS // (width * model.get_output_embeddings().weight.shape[0]))
+        size = max(1, _LOGITS[model.device.type] // (width * model.get_output_embeddings().weight.shape[0]))
         for part, piece in zip(chunk.split(size), leaf.split(size), strict=True):
             logp = _logp(model, form, rows, (part, piece), reading.temperature)
             loss(logp, part).backward()
@@ -235,6 +237,7 @@ def _plain_logits(
 ) -> Iterator[tuple[Float[Tensor, "part horizon vocab"], Int[Tensor, "part horizon"]]]:
     """The logits that predict the targets of each position, a bounded number of positions at a time; the targets."""
     longest = max(len(window.tokens) for window in positions.windows)
+    tokens *= _WITHOUT_GRADIENTS if model.device.type == "cuda" else 1
     windows = max(1, tokens // longest) * max(1, len(positions) // len(positions.windows))
     for chunk in positions.chunks(windows):
         targets = chunk.targets().to(model.device)

@@ -1,10 +1,10 @@
 """What a config of transformers says about a network's size: parameters, matrices, attention and Mamba-2 layers.
 
-Arithmetic on the config alone: no weights, no torch. `forethought.flops` counts with it.
+Arithmetic on the config alone: no weights, no torch. `forethought.flops` and `forethought.plan` count with it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from forethought.config import UserError
@@ -43,6 +43,24 @@ class Mamba:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """Bytes that one token leaves behind for the backward pass, with fused attention; weights are not in it.
+
+    Counted from what autograd saves of transformers' plain layers: tests/test_plan_memory.py measures it.
+    """
+
+    fp32: int = 0
+    bf16: int = 0  # bf16 weights; norms compute in fp32
+    fused: int = 0  # the same with norms that are one kernel, as on a GPU
+
+    def __add__(self, more: "Kept") -> "Kept":
+        return Kept(fp32=self.fp32 + more.fp32, bf16=self.bf16 + more.bf16, fused=self.fused + more.fused)
+
+    def __mul__(self, count: int) -> "Kept":
+        return Kept(fp32=count * self.fp32, bf16=count * self.bf16, fused=count * self.fused)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
     """A causal language model as far as its cost goes."""
 
@@ -53,6 +71,9 @@ class Shape:
     multiplied: int  # weights that every token is multiplied by below the head: of its own experts, where there are any
     attention: tuple[Attention, ...]  # of every layer that has one
     mamba: tuple[Mamba, ...]  # of every layer that has one
+    layers: int = 0
+    intermediate: int = 0  # width of the widest MLP, as the config says
+    kept: Kept = field(default_factory=Kept)  # of a token, Mamba layers apart: see `mixer_kept`
 
     @classmethod
     def of(cls, config: Any) -> "Shape":
@@ -71,6 +92,9 @@ class Shape:
             multiplied=sum(layer.multiplied for layer in layers),
             attention=tuple(layer.attention for layer in layers if layer.attention),
             mamba=tuple(layer.mamba for layer in layers if layer.mamba),
+            layers=config.num_hidden_layers,
+            intermediate=_widest(config),
+            kept=sum((layer.kept for layer in layers), _norms(config, 1).kept),
         )
 
     @classmethod
@@ -110,6 +134,20 @@ def memory(shape: Shape, tokens: int, element: int = 4) -> Memory:
     return Memory(weights=fp32, gradients=fp32, optimizer=2 * fp32, teacher=fp32, cache=element * (keys + states))
 
 
+def mixer_kept(one: Mamba) -> tuple[Kept, Kept]:
+    """What a Mamba-2 layer without its kernels keeps of a token, and of one in the scan, which takes whole chunks.
+
+    The counts are those of transformers' plain scan, fitted to what autograd saves of it over ten sizes.
+    """
+    pairs, states = one.chunk * one.heads, one.heads * one.state
+    carried = one.inner * one.state // one.chunk
+    half = 4 * (7 * one.inner + one.channels + 3 * one.heads)
+    token = Kept(fp32=4 * (6 * one.inner + 3 * one.channels + 4 * one.heads), bf16=half, fused=half)
+    scan = 4 * (3 * pairs + 5 * states + 4 * one.inner + 4 * one.heads + 2 * carried)  # in fp32 whatever the weights
+    scanned = Kept(fp32=scan, bf16=scan, fused=scan)
+    return token, scanned
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
     """A layer, or a part of one that is yet to be added to the others."""
@@ -118,6 +156,7 @@ class _Part:
     other: int = 0  # parameters that take no matrix product: biases, norms, convolutions, experts not asked
     attention: Attention | None = None
     mamba: Mamba | None = None
+    kept: Kept = field(default_factory=Kept)
 
     def __add__(self, more: "_Part") -> "_Part":
         return _Part(
@@ -125,11 +164,21 @@ class _Part:
             other=self.other + more.other,
             attention=self.attention or more.attention,
             mamba=self.mamba or more.mamba,
+            kept=self.kept + more.kept,
         )
 
 
+def _widest(config: Any) -> int:
+    """The config's intermediate_size, of several the largest; four times the width where it names none."""
+    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    return max(width) if isinstance(width, (list, tuple)) else width
+
+
 def _norms(config: Any, count: int) -> _Part:
-    return _Part(other=count * config.hidden_size)
+    """Each keeps its input, the normalised input, its output and a factor; as one kernel not the normalised input."""
+    hidden = config.hidden_size
+    kept = Kept(fp32=12 * hidden + 4, bf16=8 * hidden + 4, fused=4 * hidden + 4)
+    return _Part(other=count * config.hidden_size, kept=kept * count)
 
 
 def _linear(inputs: int, outputs: int, bias: bool = False) -> _Part:
@@ -140,8 +189,15 @@ def _attention(config: Any, window: int | None, biases: tuple[bool, bool], query
     """Projections and head norms. `biases`: of the query, key and value projections; of the output projection."""
     hidden, heads, pairs = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     size = getattr(config, "head_dim", None) or hidden // heads
+    numbers = size * (3 * heads + 2 * pairs)  # query, output, output in order; keys, values
+    normed, factors = size * (heads + pairs) * query_norm, 4 * (heads + (heads + pairs) * query_norm)
+    kept = Kept(
+        fp32=4 * (numbers + 2 * normed) + factors,
+        bf16=2 * (numbers + 3 * normed) + factors,
+        fused=2 * (numbers + normed) + factors,
+    )
     return (
-        _Part(attention=Attention(heads=heads, kv_heads=pairs, head_dim=size, window=window))
+        _Part(attention=Attention(heads=heads, kv_heads=pairs, head_dim=size, window=window), kept=kept)
         + _linear(hidden, (heads + 2 * pairs) * size, biases[0])
         + _linear(heads * size, hidden, biases[1])
         + _Part(other=2 * size if query_norm else 0)
@@ -149,14 +205,19 @@ def _attention(config: Any, window: int | None, biases: tuple[bool, bool], query
 
 
 def _mlp(inputs: int, inner: int, bias: bool = False, gated: bool = True) -> _Part:
-    return _linear(inputs, (2 if gated else 1) * inner, bias) + _linear(inner, inputs, bias)
+    numbers = (4 if gated else 2) * inner
+    kept = Kept(fp32=4 * numbers, bf16=2 * numbers, fused=2 * numbers)
+    return _linear(inputs, (2 if gated else 1) * inner, bias) + _linear(inner, inputs, bias) + _Part(kept=kept)
 
 
 def _experts(expert: _Part, config: Any) -> _Part:
     """A router and num_local_experts experts, num_experts_per_tok of which see each token."""
     asked, count = config.num_experts_per_tok, config.num_local_experts
     resting = _Part(other=(count - asked) * expert.multiplied)
-    return _linear(config.hidden_size, count) + _Part(multiplied=asked * expert.multiplied) + resting
+    each = 3 * config.hidden_size  # an expert's own inputs and outputs
+    gathered = Kept(fp32=4 * each, bf16=2 * each, fused=2 * each)
+    busy = _Part(multiplied=asked * expert.multiplied, kept=(expert.kept + gathered) * asked)
+    return _linear(config.hidden_size, count) + busy + resting
 
 
 def _mamba(config: Any, sizes: Mamba, biases: tuple[bool, bool, bool], norm: bool = True) -> _Part:

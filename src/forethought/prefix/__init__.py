@@ -69,7 +69,7 @@ def _probe(model: Any) -> None:
         plain = model(input_ids=torch.tensor([document[:stop] + suffix], device=model.device), use_cache=False).logits
         plain = plain[0, -len(suffix) :]
         gap = float((row - plain).abs().max() / plain.abs().max().clamp(min=1e-6))
-        if not gap < (1e-4 if plain.dtype == torch.float32 else 0.1):
+        if not gap < (1e-4 if model.dtype == torch.float32 else 0.1):  # some families give fp32 logits of bf16 weights
             raise ValueError(
                 f"its logits differ by {gap:.1e} (relative) from those of plain rows when a prefix is shared"
             )
@@ -84,7 +84,7 @@ def _attend(
     if odd := [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]:
         raise ValueError(f"its attention uses {', '.join(odd)}, which a shared prefix does not take")
     scale = options.get("scaling") or query.shape[-1] ** -0.5
-    attention = held_attention if isinstance(key, Held) else merged_attention
+    attention: Any = held_attention if isinstance(key, Held) else merged_attention
     out = attention(query, key, value, scale, options.get("sliding_window"))
     return out.transpose(1, 2), None
 

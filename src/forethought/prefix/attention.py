@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 HIDDEN = -1e30  # added to the score of a key that a row must not see; finite, so that a row may see none
+_SPARSE = 1.5  # slots for each row above which each position is attended on its own instead of in one call for all
 _BIAS = 2**22  # entries of an additive mask above which each position is attended on its own instead
 
 
@@ -102,7 +103,7 @@ def merged_attention(query: Tensor, key: Split, value: Split, scale: float, wind
     keys = (key.prefix, value.prefix, key.suffix, value.suffix)
     if query.shape[2] == 1 and not torch.is_grad_enabled():
         return _step(query, keys, parts, scale)
-    if _has_kernel(query, window):
+    if _has_kernel(query, parts):
         return _Fused.apply(query, *keys, parts, scale)
     return _reference(query, keys, parts, scale)
 
@@ -115,7 +116,8 @@ def _prefix_parts(query: Tensor, key: Split, window: int | None) -> list[_Part]:
     documents, slots = layout.slots.shape
     whole = window is None and all(seen == length for _, seen, _, _ in layout.spans)
     large = documents * slots * fan * width * length > _BIAS
-    if window is None and width > 1 and (large or query.is_cuda) and not whole:
+    sparse = documents * slots > _SPARSE * len(layout.place)
+    if window is None and width > 1 and (sparse or ((large or query.is_cuda) and not whole)):
         return [_span_part(span, heads, fan) for span in layout.spans]
 
     def fold(x: Tensor) -> Tensor:
@@ -259,12 +261,12 @@ def _reference(q: Tensor, keys: tuple[Tensor, ...], parts: list[_Part], scale: f
     return _merge(outs, lses)[0].to(q.dtype)
 
 
-def _has_kernel(query: Tensor, window: int | None) -> bool:
+def _has_kernel(query: Tensor, parts: list[_Part]) -> bool:
     """Whether flash kernels take these queries: on a CPU all; on CUDA 16-bit ones without a mask."""
     if query.device.type == "cpu":
         return True
-    fits = query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
-    return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and fits and window is None
+    fits = query.shape[-1] % 8 == 0 and query.shape[-1] <= 256 and all(part.bias is None for part in parts)
+    return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and fits
 
 
 def _flash(part: _Part, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, tuple[Any, ...]]:

@@ -35,7 +35,9 @@ def _sweep(q, keys, values, low, high, first, last, scale, SIZE: tl.constexpr, B
         weight = tl.exp(score - safe[:, None])
         decay = tl.exp(top - safe)
         total = total * decay + tl.sum(weight, 1)
-        v = tl.load(values + at[:, None] * SIZE + size[None, :], mask=inside[:, None] & (size < SIZE)[None, :], other=0.0)
+        v = tl.load(
+            values + at[:, None] * SIZE + size[None, :], mask=inside[:, None] & (size < SIZE)[None, :], other=0.0
+        )
         out = out * decay[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
         top = new
     none = total == 0.0
@@ -101,7 +103,9 @@ def _suffixes(  # pragma: no cover
 
 
 @triton.jit
-def _merge(parts, lse, out, lines, count, SIZE: tl.constexpr, WIDE: tl.constexpr, MANY: tl.constexpr):  # pragma: no cover
+def _merge(
+    parts, lse, out, lines, count, SIZE: tl.constexpr, WIDE: tl.constexpr, MANY: tl.constexpr
+):  # pragma: no cover
     """The parts of one row and query head as one softmax."""
     line = tl.program_id(0)
     part = tl.arange(0, MANY)

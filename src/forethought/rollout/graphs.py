@@ -1,8 +1,8 @@
 """Decoding without the host: a step over static buffers, captured once as a CUDA graph and replayed.
 
-What `decoding.Rows` does with as many rows as are left, `Seats` does with masks on as many rows as there are, so that a
-step never asks the device how many that is. The host looks every few steps, and moves the rows that still decode together
-when half of them are done. Same noise, same thoughts as the plain engine, up to rounding.
+What `decoding.Rows` does with as many rows as are left is done here with masks on as many rows as there are, so that a
+step never asks the device how many that is. The host looks every few steps, and moves the rows that still decode
+together when half of them are done. Same noise, same thoughts as the plain engine, up to rounding.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from forethought.config import Method
 from forethought.positions import Positions, ThoughtFormat
@@ -20,10 +22,11 @@ from forethought.prefix import Fork, Room, Static, backbone, read, vocabulary
 from forethought.rollout import Thoughts
 from forethought.rollout.decoding import Rows, sample
 
-_LOOK = 16  # steps between two looks of the host at which rows are done
+_LOOK = 8  # steps between two looks of the host at which rows are done
 _FEWEST = 16  # rows below which nothing is moved together any more
 _GRAIN = 256  # documents' room is a multiple of this many tokens, so that few shapes occur
 _WINDOWS = 4  # documents kept at once: this many times those that a step's groups would fill
+_SHAPES = 64  # numbers of rows for which a step may be compiled
 _CELL = 128  # tokens of the vocabulary that are summed together before one of them is drawn
 
 
@@ -50,6 +53,14 @@ class Seats:
     def head(self, rows: int) -> "Seats":
         """The first seats only."""
         return Seats(**{name: tensor[:rows] for name, tensor in self.tensors().items()})
+
+
+def capturable(model: Any) -> bool:
+    """Whether a step of a model can be captured: attention layers only, and no experts that the data choose."""
+    options = model.config.get_text_config()
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer)
+    experts = any(getattr(options, name, 0) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    return not experts and all(type(layer) in kinds for layer in DynamicCache(config=model.config).layers)
 
 
 def draw(logits: Float[Tensor, "row vocab"], noise: Float[Tensor, " row"]) -> Int[Tensor, " row"]:
@@ -116,8 +127,8 @@ def _score(
 class Graphs:
     """Samples with a model that `prefix.enable` prepared, step by captured step.
 
-    Buffers and graphs are made for the first positions, and again only where later ones need more room. `compiled`
-    fuses the small operations of a step (torch.compile). On a CPU a step runs as it is, for tests.
+    Buffers and graphs are made for the first positions, and again only where later ones need more room. What follows
+    the logits is compiled (torch.compile), with `compiled` the model too. On a CPU a step runs as it is, for tests.
     """
 
     def __init__(self, model: Any, form: ThoughtFormat, options: Method, rows: int, compiled: bool):
@@ -237,7 +248,7 @@ class Graphs:
         rows.closed[ids] = self.seats.closed[:count].bool()
         rows.hit[ids] = self.seats.hit[:count].bool()
 
-    def _move(self, order: Int[Tensor, " row"], ids: Int[Tensor, " row"]) -> Int[Tensor, " row"]:
+    def _move(self, order: Int[Tensor, " seat"], ids: Int[Tensor, " seated"]) -> Int[Tensor, " known"]:
         """Seat some rows first; which they are."""
         assert self.seats is not None and self.cache is not None
         for tensor in self.seats.tensors().values():
@@ -255,10 +266,14 @@ class Graphs:
 
     def _captured(self, seats: Seats, cache: Static) -> Callable[[], None]:
         options, model = self.options, self.model
-        column = cache.table.column
+        column, choose = cache.table.column, advance
+        if seats.tail.is_cuda and not self.compiled:
+            choose = torch.compile(advance)
+            for tensor in seats.tensors().values():  # or every number of rows would be compiled for itself
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
         def step() -> None:
-            advance(seats, self.close, options.temperature, options.top_p)
+            choose(seats, self.close, options.temperature, options.top_p)
             at = (cache.table.stop + column)[:, None]
             output = model(
                 input_ids=seats.next[:, None], position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=1
@@ -266,7 +281,10 @@ class Graphs:
             seats.logits.copy_(output.logits[:, -1])
             column.add_(1)
 
-        run: Callable[[], None] = torch.compile(step, fullgraph=True, dynamic=False) if self.compiled else step
+        run: Callable[[], None] = step
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _SHAPES)
+        if self.compiled:
+            run = torch.compile(step, fullgraph=True, dynamic=False)
         if not seats.tail.is_cuda:
             return run
         kept = {name: tensor.clone() for name, tensor in [*seats.tensors().items(), ("column", column)]}

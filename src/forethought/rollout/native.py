@@ -12,6 +12,7 @@ from forethought.prefix import Fork, backbone, enable, read, vocabulary
 from forethought.rollout import Responses, Thoughts
 from forethought.rollout.copies import COMPACT, read_copies
 from forethought.rollout.decoding import Rows
+from forethought.rollout.graphs import Graphs, capturable
 
 _REFILL = 0.5  # the next positions are read when fewer than this share of the rows that fit is still decoding
 
@@ -34,11 +35,20 @@ class NativeEngine:
 
     `rows` bounds how many thoughts decode at once. With `shared` (a model that `prefix.enable` prepared) a document is
     kept once for all its thoughts, and as thoughts finish the next positions take their place; without, each thought
-    has a copy of its prefix.
+    has a copy of its prefix. With `graphs` thoughts decode without the host; what is written behind them does not.
     """
 
-    def __init__(self, model: Any, form: ThoughtFormat, options: Method, rows: int = 128, shared: bool = True):
+    def __init__(
+        self,
+        model: Any,
+        form: ThoughtFormat,
+        options: Method,
+        rows: int = 128,
+        shared: bool = True,
+        graphs: Graphs | None = None,
+    ):
         self.model, self.form, self.options, self.capacity, self.shared = model, form, options, rows, shared
+        self.graphs = graphs
 
     def sync(self) -> None:
         """Nothing to do: the engine reads the policy's own weights."""
@@ -46,6 +56,8 @@ class NativeEngine:
     @torch.no_grad()
     def sample(self, positions: Positions, noise: Float[Tensor, "batch group thought"]) -> Thoughts:
         """Sample, close by force where needed, and read log p of the targets off the logits that follow."""
+        if self.graphs is not None:
+            return self.graphs.sample(positions, noise)
         rows = Rows(positions.targets(), self.form, noise, self.model.device)
         self._decode(positions, noise, rows)
         return rows.thoughts(len(positions), noise.shape[1])
@@ -74,6 +86,7 @@ class NativeEngine:
                 end = positions.whole_windows(waiting, (self.capacity - alive) // group, at_least=not alive)
                 if end > waiting:
                     running = (batch, logits) if alive else None
+                    batch = logits = None  # a batch that has ended makes room before the next is read
                     batch, logits = self._begin(positions.part(waiting, end), group, room, running)
                     rows.begin(waiting * group, end * group)
                     waiting = end
@@ -145,4 +158,25 @@ def native_engine(model: Any, form: ThoughtFormat, config: Config) -> NativeEngi
                 f"model.prefix = 'shared': {type(model).__name__} cannot read a document once for all its thoughts "
                 f"({error}); set model.prefix to 'replicated'"
             ) from error
-    return NativeEngine(model, form, config.method, config.train.rollout_batch, shared)
+    rows = config.train.rollout_batch
+    return NativeEngine(model, form, config.method, rows, shared, _graphs(model, form, config))
+
+
+def _graphs(model: Any, form: ThoughtFormat, config: Config) -> Graphs | None:
+    """Decoding without the host, where it was asked for or (`auto`) a GPU and the model's layers allow it.
+
+    Raises UserError where it was asked for and cannot be.
+    """
+    asked = config.model.decoding
+    if asked == "plain":
+        return None
+    hindrance = None
+    if config.model.prefix != "shared":
+        hindrance = "model.prefix must be 'shared'"
+    elif model.device.type != "cuda":
+        hindrance = "there is no GPU"
+    elif not capturable(model):
+        hindrance = f"{type(model).__name__} has layers (Mamba, experts) that a graph cannot hold"
+    if hindrance and asked != "auto":
+        raise UserError(f"model.decoding = {asked!r}: {hindrance}; use 'auto' or 'plain'")
+    return None if hindrance else Graphs(model, form, config.method, config.train.rollout_batch, asked == "compiled")

@@ -1,0 +1,379 @@
+"""RLP steps of a large model on one GPU: exactness of the GPU's own paths, then phases against what the card could do.
+
+    python benchmarks/gpu.py [--json FILE] [--model "qwen3 1.7b"] [--lengths 64 256 1024] [--places 16] [--repeats 2]
+
+Random weights at Qwen3-1.7B's shape, bf16 over fp32 masters, prefixes of 1,024 tokens, 16 thoughts at the end of each
+of `--places` documents. The ceiling of decoding is what has to be read from memory in a step (weights, one copy of each
+document, the suffixes) over the card's copy rate, that of the update the card's matmul rate; both are measured in the
+same run. `generate` is Hugging Face's, on the same documents. `--quick`: the small model, to see that it all runs.
+"""
+
+import argparse
+import dataclasses
+import gc
+import itertools
+import json
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import harness
+import torch
+from harness import FORM, OPEN
+
+from forethought.config import Config, Update
+from forethought.flops import step_flops
+from forethought.methods import RLP
+from forethought.network import Network
+from forethought.positions import at_places, stream
+from forethought.prefix import Fork, backbone, enable, read
+from forethought.prefix import attention as merged
+from forethought.rollout import draw_noise
+from forethought.rollout.graphs import Graphs
+from forethought.rollout.native import NativeEngine, native_engine
+from forethought.shape import Shape
+
+BF16 = torch.bfloat16
+
+
+def timed(job: Callable[[], Any], repeats: int, warmup: int = 1) -> list[float]:
+    """Seconds of each counted turn."""
+    seconds = []
+    for turn in range(warmup + repeats):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        job()
+        torch.cuda.synchronize()
+        if turn >= warmup:
+            seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def ceilings() -> dict[str, Any]:
+    """The card, its bf16 matmul rate and the rate of a copy, reads and writes counted."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=BF16) for _ in range(2))
+    big = torch.randn(2**30, device="cuda", dtype=BF16)
+    other = torch.empty_like(big)
+    matmul = min(timed(lambda: [torch.mm(a, b) for _ in range(10)], 3)) / 10
+    copy = min(timed(lambda: [other.copy_(big) for _ in range(10)], 3)) / 10
+    return {
+        "card": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "matmul_tflops": 2 * 8192**3 / matmul / 1e12,
+        "copy_tb_s": 2 * big.nbytes / copy / 1e12,
+    }
+
+
+def places_of(name: str, prefix: int, documents: int, vocab: int) -> Any:
+    """The ends of some documents of random tokens."""
+    windows = [harness.window(prefix, 1, vocab, seed=i) for i in range(documents)]
+    return at_places(windows, [[prefix] for _ in windows], 1)
+
+
+def exactness(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Captured decoding and fused attention against plain code, on the small model; relative to the largest number."""
+    rows = []
+    for dtype in (torch.float32, BF16):
+        model = harness.build("qwen3 4x256", "cuda").to(dtype)
+        enable(model)
+        form, settings = FORM, harness.settings(40, 3, 4)
+        windows = [harness.window(n, 3, 4096, seed=n) for n in (80, 97, 64)]
+        positions = at_places(windows, [[t - 1 for t in harness.stops(n, 3)] for n in (80, 97, 64)], 1)
+        noise = draw_noise((4, 40), [stream(0, i) for i in range(9)])
+        plain = NativeEngine(model, form, settings.method, 64).sample(positions, noise)
+        for compiled in (False, True):
+            graphs = Graphs(model, form, settings.method, 64, compiled)
+            found = graphs.sample(positions, noise)
+            same = float((plain.tokens == found.tokens).all(-1).float().mean())
+            gap = float((plain.logp - found.logp).abs()[(plain.tokens == found.tokens).cumprod(-1).bool()].max())
+            what = f"decoding, {'compiled' if compiled else 'graphs'}"
+            rows.append({"check": what, "dtype": str(dtype), "same_thoughts": same, "logp_gap": gap})
+    for windows_of, name in (((96, 96), "whole documents"), ((96, 57), "documents of other lengths, two places")):
+        grads = []
+        for kernel in (True, False):
+            grads.append(_gradient(windows_of, kernel))
+        (fused, plain), exact = grads, _gradient(windows_of, False, torch.float64)
+        scale = float(exact.abs().max())
+        gaps = [float((some.double() - exact).abs().max()) / scale for some in (fused, plain)]
+        rows.append({"check": f"gradient, {name}", "fused_gap": gaps[0], "plain_gap": gaps[1]})
+    return rows
+
+
+def _gradient(lengths: tuple[int, ...], kernel: bool, dtype: torch.dtype = BF16) -> torch.Tensor:
+    """Of the key projection of the first layer, through merged attention; without the kernel in plain products."""
+    model = harness.build("qwen3 4x256", "cuda").to(dtype)
+    enable(model)
+    documents = [harness.window(n, 1, 4096, seed=n).tokens for n in lengths]
+    stops = [[n // 2, n] if len(set(lengths)) > 1 else [n] for n in lengths]
+    has, merged._has_kernel = merged._has_kernel, merged._has_kernel if kernel else lambda *_: False
+    try:
+        prefix = read(model, documents, stops)
+        places = [place for place in range(sum(map(len, stops))) for _ in range(3)]
+        tokens = torch.randint(10, 4096, (len(places), 24), generator=torch.Generator().manual_seed(1)).cuda()
+        fork = Fork(prefix, places)
+        out = backbone(model, tokens, fork, fork.position_ids(24))
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out)
+        (out * weight).sum().backward()
+    finally:
+        merged._has_kernel = has
+    return model.model.layers[0].self_attn.k_proj.weight.grad
+
+
+class Step:
+    """A whole RLP step as the loop takes it, by phases."""
+
+    def __init__(self, name: str, settings: Config, prefix: int, documents: int):
+        self.weights = harness.build(name, "cuda")
+        self.settings, self.number = settings, 0
+        self.network = Network(self.weights, "bf16")
+        self.engine = native_engine(self.network.compute, FORM, settings)
+        vocab = self.weights.config.vocab_size
+        self.method = RLP(self.network, self.engine, FORM, harness.tokenizer(vocab), settings)
+        self.optimizer = torch.optim.AdamW(self.weights.parameters(), lr=1e-6, fused=True)
+        self.windows = [harness.window(prefix, 1, vocab, seed=i) for i in range(documents)]
+
+    def __call__(self) -> dict[str, float]:
+        """Seconds of each phase, and the peak memory in GiB."""
+        self.number += 1
+        torch.cuda.reset_peak_memory_stats()
+        marks = [time.perf_counter()]
+
+        def mark() -> None:
+            torch.cuda.synchronize()
+            marks.append(time.perf_counter())
+
+        batch = self.method.collect(self.windows, self.number)
+        mark()
+        collect_peak = torch.cuda.max_memory_allocated() / 2**30
+        for piece in batch.pieces:
+            self.method.backward(piece)
+        mark()
+        norm = float(torch.nn.utils.clip_grad_norm_(self.weights.parameters(), 1.0))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        mark()
+        self.network.sync()
+        mark()
+        self.method.after_step()
+        mark()
+        steps = [b - a for a, b in itertools.pairwise(marks)]
+        rollout = batch.sums["time/rollout_s"][0]
+        work = step_flops(Shape.of(self.weights.config), batch.work)
+        assert norm > 0
+        return {
+            "rollout_s": rollout,
+            "score_s": steps[0] - rollout,
+            "update_s": steps[1],
+            "optimizer_s": steps[2],
+            "sync_s": steps[3],
+            "ema_s": steps[4],
+            "step_s": marks[-1] - marks[0],
+            "update_tflops": work.update / steps[1] / 1e12,
+            "collect_peak_gib": collect_peak,
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        }
+
+
+def decode_ceiling(config: Any, grid: dict[str, int], rows: int, copy_tb_s: float) -> float:
+    """Tokens a second if each step only reads weights, one copy of each document and half-grown suffixes once."""
+    shape = Shape.of(config)
+    token = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    documents = rows // grid["G"]
+    read = 2 * shape.parameters + documents * grid["P"] * token + rows * grid["L"] / 2 * token
+    return rows / (read / (copy_tb_s * 1e12))
+
+
+def steps(options: argparse.Namespace, rates: dict[str, Any]) -> list[dict[str, Any]]:
+    """Whole steps at each length, and decoding alone."""
+    rows = []
+    for length in options.lengths:
+        share = 1 if length <= 256 else 2
+        at_once, documents = options.rows // share, options.places // share
+        settings = harness.settings(length, 1, options.group, batch=documents, chunk=options.chunk)
+        settings = _replaced(settings, at_once, options)
+        step = Step(options.model, settings, options.prefix, documents)
+        found = []
+        for _ in range(1 + options.repeats):
+            found.append(step())
+            print(length, {k: round(v, 4) for k, v in found[-1].items()}, flush=True)
+        best = min(found[1:], key=lambda one: one["step_s"])
+        grid = {"P": options.prefix, "L": length, "K": 1, "G": options.group}
+        thoughts = documents * options.group
+        decoded = thoughts * length / best["rollout_s"]
+        ceiling = decode_ceiling(step.weights.config, grid, min(at_once, thoughts), rates["copy_tb_s"])
+        rows.append(
+            {"model": options.model, **grid, "documents": documents, "rows": at_once, "phase": "step"}
+            | best
+            | {
+                "first_step_s": found[0]["step_s"],
+                "decoding": options.decoding,
+                "chunk": step.method.learner.reading.tokens,
+            }
+            | {
+                "rollout_tokens_per_s": decoded,
+                "rollout_ceiling_tokens_per_s": ceiling,
+                "rollout_of_ceiling": decoded / ceiling,
+            }
+            | {"update_of_matmul": best["update_tflops"] / rates["matmul_tflops"]}
+            | {
+                "thought_tokens_per_s": thoughts * length / best["step_s"],
+                "ema_of_step": best["ema_s"] / best["step_s"],
+            }
+        )
+        show(rows[-1])
+        del step
+        gc.collect()
+        torch.cuda.empty_cache()
+    return rows
+
+
+def profile(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Where the time of an update and of sampling goes: the kernels that take longest, printed."""
+    settings = harness.settings(options.lengths[0], 1, options.group, batch=options.places, chunk=options.chunk)
+    step = Step(options.model, _replaced(settings, options.rows, options), options.prefix, options.places)
+    for _ in range(2):
+        print({k: round(v, 4) for k, v in step().items()}, flush=True)
+    batch = step.method.collect(step.windows, 2)
+    jobs: dict[str, Callable[[], Any]] = {"update": lambda: [step.method.backward(piece) for piece in batch.pieces]}
+    jobs["sampling and scoring"] = lambda: step.method.collect(step.windows, 2)
+    for name, job in jobs.items():
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as watched:
+            wall = timed(job, 1, warmup=0)[0]
+        kernels = [event for event in watched.key_averages() if event.self_device_time_total > 0]
+        busy = sum(event.self_device_time_total for event in kernels) / 1e6
+        print(f"{name}: {wall:.3f} s, kernels {busy:.3f} s, {sum(event.count for event in kernels)} of them")
+        for event in sorted(kernels, key=lambda one: -one.self_device_time_total)[:24]:
+            print(f"  {event.self_device_time_total / 1e3:9.2f} ms  {event.count:6d}  {event.key[:100]}", flush=True)
+    return []
+
+
+def _replaced(settings: Config, rows: int, options: argparse.Namespace) -> Config:
+    train = dataclasses.replace(settings.train, rollout_batch=rows)
+    model = dataclasses.replace(settings.model, decoding=options.decoding, precision="bf16")
+    return dataclasses.replace(settings, train=train, model=model, update=Update(tokens_per_chunk=options.chunk))
+
+
+def decoding(options: argparse.Namespace, rates: dict[str, Any]) -> list[dict[str, Any]]:
+    """Sampling alone, in bf16: plain, captured, captured and compiled, and Hugging Face's `generate`."""
+    model = Network(harness.build(options.model, "cuda"), "bf16").compute
+    enable(model)
+    rows = []
+    for length in [length for length in options.lengths if length <= 256]:
+        settings = harness.settings(length, 1, options.group)
+        positions = places_of(options.model, options.prefix, options.places, model.config.vocab_size)
+        noise = draw_noise((options.group, length), [stream(0, i) for i in range(options.places)])
+        grid = {"P": options.prefix, "L": length, "K": 1, "G": options.group}
+        thoughts = options.places * options.group
+        ceiling = decode_ceiling(model.config, grid, min(options.rows, thoughts), rates["copy_tb_s"])
+        for kind in options.kinds:
+            if kind == "generate":
+                job = _generate(model, positions, length, options.group)
+            else:
+                graphs = (
+                    None if kind == "plain" else Graphs(model, FORM, settings.method, options.rows, kind == "compiled")
+                )
+                engine = NativeEngine(model, FORM, settings.method, options.rows, graphs=graphs)
+                job = _sampling(engine, positions, noise)
+            started = time.perf_counter()
+            seconds = timed(job, 2)
+            rate = thoughts * length / min(seconds)
+            rows.append(
+                {"model": options.model, **grid, "documents": options.places, "rows": options.rows, "phase": "rollout"}
+                | {"peer": kind, "seconds": min(seconds), "first_s": time.perf_counter() - started - sum(seconds)}
+                | {"tokens_per_s": rate, "ceiling_tokens_per_s": ceiling, "of_ceiling": rate / ceiling}
+            )
+            print({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
+            del job
+            gc.collect()
+            torch.cuda.empty_cache()
+    return rows
+
+
+def _sampling(engine: NativeEngine, positions: Any, noise: torch.Tensor) -> Callable[[], None]:
+    return lambda: engine.sample(positions, noise)
+
+
+def _generate(model: Any, positions: Any, length: int, group: int) -> Callable[[], None]:
+    prompts = torch.tensor([[*context, *OPEN] for context in positions.contexts()], device="cuda")
+    options: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}
+    options |= {"min_new_tokens": length, "max_new_tokens": length, "num_return_sequences": group}
+
+    @torch.no_grad()
+    def job() -> None:
+        model.set_attn_implementation("sdpa")
+        out = model.generate(prompts, attention_mask=torch.ones_like(prompts), **options)
+        assert out.shape == (len(prompts) * group, prompts.shape[1] + length)
+        model.set_attn_implementation("shared_prefix")
+
+    return job
+
+
+def show(row: dict[str, Any]) -> None:
+    print(
+        f"{row['model']} P={row['P']} L={row['L']} G={row['G']}, {row['documents']} documents, {row['step_s']:.2f} s"
+        f"\n  rollout {row['rollout_s']:.2f} s: {row['rollout_tokens_per_s']:.0f} tokens/s, "
+        f"{row['rollout_of_ceiling']:.0%} of the ceiling; score {row['score_s']:.2f} s"
+        f"\n  update {row['update_s']:.2f} s: {row['update_tflops']:.0f} TFLOP/s, {row['update_of_matmul']:.0%}"
+        f"\n  optimizer {row['optimizer_s']:.3f} s, sync {row['sync_s']:.3f} s, EMA {row['ema_s']:.3f} s"
+        f"\n  peak {row['peak_gib']:.1f} GiB, of it {row['collect_peak_gib']:.1f} while sampling and scoring",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write all rows here")
+    parser.add_argument("--model", choices=harness.MODELS, default="qwen3 1.7b")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[64, 256, 1024])
+    parser.add_argument("--prefix", type=int, default=1024)
+    parser.add_argument(
+        "--places", type=int, default=16, help="documents, with a place at the end of each (half above L = 256)"
+    )
+    parser.add_argument("--group", type=int, default=16)
+    parser.add_argument(
+        "--rows", type=int, default=256, help="thoughts that decode at once (half as many above L = 256)"
+    )
+    parser.add_argument("--chunk", type=int, default=0, help="update.tokens_per_chunk")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--decoding", default="auto", choices=["auto", "plain", "graphs", "compiled"])
+    parser.add_argument("--kinds", nargs="*", default=["plain", "graphs", "compiled", "generate"])
+    parser.add_argument("--parts", nargs="+", default=["exactness", "decoding", "steps"])
+    parser.add_argument("--quick", action="store_true", help="the small model, short thoughts")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.exit(2, "benchmarks/gpu.py: there is no CUDA device\n")
+    warnings.simplefilter("ignore")
+    if options.quick:
+        options.model, options.lengths, options.prefix, options.places = "qwen3 4x256", [16], 128, 4
+    rates = ceilings()
+    print(rates, flush=True)
+    rows: list[dict[str, Any]] = [rates]
+    parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "exactness": lambda: exactness(options),
+        "decoding": lambda: decoding(options, rates),
+        "steps": lambda: steps(options, rates),
+        "profile": lambda: profile(options),
+    }
+    failed = 0
+    for name in options.parts:
+        try:
+            found = parts[name]()
+        except Exception:
+            traceback.print_exc()
+            found, failed = [], failed + 1
+        if name == "exactness":
+            for row in found:
+                print({k: f"{v:.2e}" if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+        rows += found
+        torch.cuda.empty_cache()
+        if options.json:
+            options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if failed:
+        parser.exit(1, f"benchmarks/gpu.py: {failed} parts failed\n")
+
+
+if __name__ == "__main__":
+    main()
