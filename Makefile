@@ -6,13 +6,16 @@ BIN := .venv/bin
 READY := .venv/.ready
 VLLM := .venv-vllm/bin
 
-.PHONY: test-vllm bench-vllm env-vllm quickstart test env check base smollm2 clean
+.PHONY: test-vllm bench-vllm env-vllm quickstart test test-kills env check base smollm2 clean
 
 quickstart: env  ## train RLP on the embedded world, evaluate before and after, write a report
 	$(BIN)/forethought train quickstart --run $(RUN) --seed $(SEED) --overwrite True
 
 test: check  ## everything that CI checks
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q
+
+test-kills: env  ## ten kills of one of two processes at random moments, which the default run of the tests leaves out
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 0 -s -m slow tests/test_dist.py
 
 check: env  ## format, lint, types, import directions
 	$(BIN)/ruff format --check --quiet .

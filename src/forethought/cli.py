@@ -1,6 +1,7 @@
 """The command line: a thin caller of the library, and the only place that prints."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from rich.text import Text
 import forethought
 from forethought.config import Config, RunError, UserError, difference, from_dict, load, merge, read_overrides, to_dict
 from forethought.diagnostics import Diagnosis
+from forethought.dist import Elsewhere, alone, launched
 
 USAGE = """\
 usage: forethought train CONFIG [--section.option value ...]   train a config file, or a shipped one such as quickstart
@@ -77,11 +79,13 @@ def main(words: Sequence[str] | None = None) -> int:
     out, err = Console(highlight=False), Console(stderr=True, highlight=False)
     try:
         return _command(list(sys.argv[1:] if words is None else words), out, err)
+    except Elsewhere:
+        return 1
     except UserError as error:
-        _line(err, f"forethought: {error}")
+        _line(err, f"{_name()}: {error}")
         return 2
     except RunError as error:
-        _line(err, f"forethought: {error}")
+        _line(err, f"{_name()}: {error}")
         return 1
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -89,6 +93,12 @@ def main(words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _line(err, "forethought: interrupted")
         return 130
+
+
+def _name() -> str:
+    """Who speaks: of several processes all but the first say their number."""
+    rank = os.environ.get("RANK", "0")
+    return "forethought" if rank == "0" else f"forethought process {rank}"
 
 
 def _command(words: list[str], out: Console, err: Console) -> int:
@@ -107,6 +117,7 @@ def _command(words: list[str], out: Console, err: Console) -> int:
     if "--help" in rest or "-h" in rest:
         _help(name, out)
         return 0
+    alone(name) if name != "train" else None
     return commands[name](rest, out, err)
 
 
@@ -137,12 +148,16 @@ def _train(words: list[str], out: Console, err: Console) -> int:
     from forethought.interrupts import Stopped
     from forethought.loop import resume, train
 
+    first = launched()[0] == 0
     try:
-        with Watcher(err) as watcher:
-            summary = train(config, watcher) if resumed is None else resume(resumed, watcher)
+        with Watcher(err) if first else contextlib.nullcontext() as watcher:
+            go_on = resumed is not None
+            summary = resume(resumed, watcher, config.parallel) if go_on else train(config, watcher)
     except Stopped as stopped:
-        _line(err, f"forethought: {stopped}")
+        _line(err, f"forethought: {stopped}") if first else None
         return 128 + stopped.number
+    if not first:
+        return 0
     run = Path(config.run if resumed is None else resumed)
     page = report.write([run])
     _table(summary, ("before", "after"), out)
@@ -151,7 +166,7 @@ def _train(words: list[str], out: Console, err: Console) -> int:
 
 
 def _saved_config(run: str, name: str | None, words: list[str]) -> Config:
-    """The config of the run to resume; refuses options that would change it."""
+    """The config of the run to resume, shared as asked now; refuses options that would change what comes out."""
     from forethought.runlog import RunLog
 
     saved = RunLog.open(run).config()
@@ -159,7 +174,7 @@ def _saved_config(run: str, name: str | None, words: list[str]) -> Config:
     if found := difference(saved, start):
         option, before, now = found
         raise UserError(f"{option} = {now!r}: the run to resume has {before!r}; resuming cannot change an option")
-    return saved
+    return dataclasses.replace(saved, parallel=start.parallel)
 
 
 def _evaluate(words: list[str], out: Console, err: Console) -> int:

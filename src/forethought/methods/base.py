@@ -9,7 +9,7 @@ import torch
 from forethought.corpus import Window
 from forethought.flops import Work
 
-Sums = dict[str, tuple[float, float | int]]  # metric -> (sum, count), reduced once per logged step
+Sums = dict[str, tuple[float, float | int]]  # metric -> (sum, count), added up over processes once a step
 
 
 def add(sums: Sums, more: Sums) -> None:
@@ -25,7 +25,7 @@ class Collected:
 
     pieces: Sequence[Any]
     sums: Sums
-    thoughts: list[dict[str, Any]]
+    thoughts: list[dict[str, Any]]  # each with its "step" and the "number" of its position in the step
     work: Work | tuple[int, ...]  # what was and will be read, for `forethought.flops`: thoughts, or rows of plain text
 
 
