@@ -6,6 +6,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from forethought._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from forethought.config import Config, RunError, UserError, load
     from forethought.evaluation import evaluate
@@ -20,8 +22,7 @@ if TYPE_CHECKING:
     from forethought.rollout import Thoughts
     from forethought.rollout.native import NativeEngine
     from forethought.teacher import Teacher
-
-__version__ = "0.1.0"
+    from forethought.thinking import ThinkingModel
 
 _HOMES = {
     "Config": "config",
@@ -45,6 +46,7 @@ _HOMES = {
     "kl_to_reference": "objective",
     "next_token_loss": "objective",
     "Teacher": "teacher",
+    "ThinkingModel": "thinking",
 }
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "RunError",
     "Stopped",
     "Teacher",
+    "ThinkingModel",
     "Thoughts",
     "UserError",
     "ask",

@@ -26,6 +26,7 @@ usage: forethought train CONFIG [--section.option value ...]   train a config fi
        forethought questions MODEL_OR_RUN [--questions.data FOLDER] [--section.option value ...]
        forethought compare EXPERIMENT [--config CONFIG] [--seeds 0,1,2] [--processes N] [--section.option value ...]
        forethought report RUN [RUN ...] [--out FILE]
+       forethought lm-eval --model_args path=MODEL,thoughts=4 --tasks TASK    any task of lm-evaluation-harness
 
 `forethought train --help` lists every option.
 """
@@ -96,10 +97,17 @@ def _command(words: list[str], out: Console, err: Console) -> int:
     if name == "--version":
         out.print(f"forethought {forethought.__version__}", markup=False)
         return 0
-    commands = {"train": _train, "evaluate": _evaluate, "questions": _questions, "compare": _compare, "report": _report}
+    commands = {
+        "train": _train,
+        "evaluate": _evaluate,
+        "questions": _questions,
+        "compare": _compare,
+        "report": _report,
+        "lm-eval": _lm_eval,
+    }
     if name not in commands:
-        raise UserError(f"unknown command {name!r}: must be train, evaluate, questions, compare or report")
-    if "--help" in rest or "-h" in rest:
+        raise UserError(f"unknown command {name!r}: must be train, evaluate, questions, compare, report or lm-eval")
+    if ("--help" in rest or "-h" in rest) and name != "lm-eval":
         _help(name, out)
         return 0
     return commands[name](rest, out, err)
@@ -210,6 +218,16 @@ def _report(words: list[str], out: Console, err: Console) -> int:
     from forethought import report
 
     _line(out, f"report: {report.write([Path(word) for word in words], Path(target) if target else None)}")
+    return 0
+
+
+def _lm_eval(words: list[str], out: Console, err: Console) -> int:
+    """The harness's own command line, which prints for itself."""
+    try:
+        from forethought.adapters import lm_eval
+    except ModuleNotFoundError as error:
+        raise UserError(f"lm-eval: {error.name} is not installed; pip install 'forethought[lm-eval]'") from None
+    lm_eval.main(words)
     return 0
 
 

@@ -16,8 +16,9 @@ from forethought.evaluation import text
 from forethought.flops import Flops, step_flops, t_flop
 from forethought.interrupts import Gate, SignalArrived, Stopped
 from forethought.methods import METHODS, Collected, Method, Sums, add
-from forethought.model import check_length, compute, load_model, load_tokenizer
+from forethought.model import carry, check_length, compute, load_model, load_tokenizer
 from forethought.positions import thought_format
+from forethought.report import card
 from forethought.rollout.native import native_engine
 from forethought.runlog import RunLog, check_free, disk_errors, read_lines
 from forethought.shape import Shape
@@ -144,8 +145,8 @@ class Trainer:
                     again = f"forethought train --resume {log.path}"
                     raise Stopped(error.number, f"saved after step {self.step}; go on with: {again}") from None
                 raise
-            self._export(log)
-        summary = self._summary(before, after)
+            summary = self._summary(before, after)
+            self._export(log, summary)
         self._warn(log, observer, of_evaluation(summary, self.step))
         log.write_json("summary.json", summary)
         return summary
@@ -307,13 +308,15 @@ class Trainer:
         log.rewind(self.step)
         self.watch.replay(read_lines(log.path / "metrics.jsonl"))
 
-    def _export(self, log: RunLog) -> None:
-        """The trained model as a Hugging Face folder, RUN/policy."""
+    def _export(self, log: RunLog, summary: dict[str, Any]) -> None:
+        """The trained model as a Hugging Face folder, RUN/policy, with how it thinks and a card."""
         partial, final = log.path / ".policy-partial", log.path / "policy"
         shutil.rmtree(partial, ignore_errors=True)
         with disk_errors(log.path, partial), checkpoint.tensor_errors(partial):
             self.policy.save_pretrained(partial)
             self.tokenizer.save_pretrained(partial)
+            carry(partial, self.config)
+            (partial / "README.md").write_text(card.text(self.config, summary), encoding="utf-8")
             for file in partial.glob("*.safetensors"):
                 shutil.copymode(partial / "config.json", file)  # safetensors lets nobody but the owner read its files
             shutil.rmtree(final, ignore_errors=True)
