@@ -1,0 +1,1 @@
+"""One file for each outside system; nothing else imports that system."""
