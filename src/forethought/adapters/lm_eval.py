@@ -192,8 +192,9 @@ def _overrides(options: dict[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     if batch not in (None, "auto"):
         values = merge(values, {"train": {"rollout_batch": int(batch)}})
-    if device is not None:
-        values = merge(values, {"model": {"device": str(device).partition(":")[0]}})
+    if device is not None:  # the harness asks for a GPU wherever the user names nothing
+        kind = str(device).partition(":")[0]
+        values = merge(values, {"model": {"device": "auto" if kind == "cuda" else kind}})
     for option, value in options.items():
         nested = value
         for name in reversed(option.split(".")):
