@@ -31,6 +31,7 @@ usage: forethought train CONFIG [--section.option value ...]   train a config fi
        forethought posttrain STAGE --start MODEL_OR_RUN [--run FOLDER] [--option value ...]
        forethought report RUN [RUN ...] [--out FILE]
        forethought plan CONFIG [--gpus N] [--gpu h100] [--simulate] [--json FILE] [--section.option value ...]
+       forethought lm-eval --model_args path=MODEL,thoughts=4 --tasks TASK    any task of lm-evaluation-harness
 
 `forethought train --help` lists every option.
 """
@@ -109,12 +110,12 @@ def _command(words: list[str], out: Console, err: Console) -> int:
     if name == "--version":
         out.print(f"forethought {forethought.__version__}", markup=False)
         return 0
-    known = (_train, _evaluate, _questions, _compare, _posttrain, _plan, _report)
-    commands = {command.__name__[1:]: command for command in known}
+    known = (_train, _evaluate, _questions, _compare, _posttrain, _plan, _report, _lm_eval)
+    commands = {command.__name__[1:].replace("_", "-"): command for command in known}
     if name not in commands:
         *most, last = commands
         raise UserError(f"unknown command {name!r}: must be {', '.join(most)} or {last}")
-    if "--help" in rest or "-h" in rest:
+    if ("--help" in rest or "-h" in rest) and name != "lm-eval":
         _help(name, out)
         return 0
     alone(name) if name != "train" else None
@@ -270,6 +271,16 @@ def _plan(words: list[str], out: Console, err: Console) -> int:
     plan.write(found, options.get("json"))
     for one in shown(found):
         _line(out, one) if isinstance(one, str) else out.print(one)
+    return 0
+
+
+def _lm_eval(words: list[str], out: Console, err: Console) -> int:
+    """The harness's own command line, which prints for itself."""
+    try:
+        from forethought.adapters import lm_eval
+    except ModuleNotFoundError as error:
+        raise UserError(f"lm-eval: {error.name} is not installed; pip install 'forethought[lm-eval]'") from None
+    lm_eval.main(words)
     return 0
 
 

@@ -18,9 +18,10 @@ from forethought.evaluation import text
 from forethought.flops import Flops, step_flops, t_flop
 from forethought.interrupts import Gate, SignalArrived, Stopped
 from forethought.methods import METHODS, Collected, Method, Sums, add
-from forethought.model import check_length, load_model, load_tokenizer
+from forethought.model import carry, check_length, load_model, load_tokenizer
 from forethought.network import Network
 from forethought.positions import thought_format
+from forethought.report import card
 from forethought.rollout.engines import engine
 from forethought.runlog import RunLog, check_free, disk_errors, read_lines
 from forethought.shape import Shape
@@ -187,10 +188,10 @@ class Trainer:
                     again = f"forethought train --resume {log.path}"
                     raise Stopped(error.number, f"saved after step {self.step}; go on with: {again}") from None
                 raise
+            summary = dist.together(lambda: self._summary(before, after), everywhere=False)
             network, to = self.network, {"device": "cpu", "dtype": torch.float32}
             with sharding.whole(network.weights, network.compute, **to) as policy:
-                dist.together(lambda: self._export(log, policy), everywhere=False)
-        summary = dist.together(lambda: self._summary(before, after), everywhere=False)
+                dist.together(lambda: self._export(log, policy, summary or {}), everywhere=False)
         summary = dist.gather(summary)[0]
         assert summary is not None
         if dist.first():
@@ -369,13 +370,15 @@ class Trainer:
         dist.together(lambda: log.rewind(self.step), everywhere=False)
         self.watch.replay(read_lines(log.path / "metrics.jsonl"))
 
-    def _export(self, log: RunLog, policy: Any) -> None:
-        """The trained model as a Hugging Face folder, RUN/policy."""
+    def _export(self, log: RunLog, policy: Any, summary: dict[str, Any]) -> None:
+        """The trained model as a Hugging Face folder, RUN/policy, with how it thinks and a card."""
         partial, final = log.path / ".policy-partial", log.path / "policy"
         shutil.rmtree(partial, ignore_errors=True)
         with disk_errors(log.path, partial), checkpoint.tensor_errors(partial):
             policy.save_pretrained(partial)
             self.tokenizer.save_pretrained(partial)
+            carry(partial, self.config)
+            (partial / "README.md").write_text(card.text(self.config, summary), encoding="utf-8")
             for file in partial.glob("*.safetensors"):
                 shutil.copymode(partial / "config.json", file)  # safetensors lets nobody but the owner read its files
             shutil.rmtree(final, ignore_errors=True)
