@@ -163,12 +163,11 @@ class ForethoughtLM(TemplateLM):
                 raise UserError(
                     f"max_gen_toks = {limit}: must be below the {self.max_length} tokens that a text may have"
                 )
-            sampling = Sampling(
-                limit=limit, temperature=float(options["temperature"]), top_p=options.get("top_p", 1.0), rows=size
-            )
+            temperature = float(options.get("temperature", 1.0 if options.get("do_sample") else 0.0))
+            sampling = Sampling(limit=limit, temperature=temperature, top_p=options.get("top_p", 1.0), rows=size)
             members.sort(key=lambda one: -len(asked[one[0]][0]))
             for start in range(0, len(members), size):
-                yield members[start : start + size], sampling, list(options["until"])
+                yield members[start : start + size], sampling, list(options.get("until", []))
 
     @property
     def tokenizer_name(self) -> str:
