@@ -144,7 +144,7 @@ def test_peaks_are_within_15_percent(name: str):
         peaks.mark("end")
     shape = Shape.of(network.weights.config)
     one = job(options, shape, prefix=n["P"], longest=n["P"], document=n["P"], length=n["L"], machine=CPU)
-    one = dataclasses.replace(one, opening=len(LONG.open), closing=len(LONG.close))
+    one = dataclasses.replace(one, opening=len(LONG.after) + len(LONG.open), closing=len(LONG.close))
     planned = memory(one)
     assert chunk_tokens(one) == real_chunk_tokens(network.compute, n["chunk"]) == method.learner.reading.tokens
     update = planned.phases["update"] - planned.update["gradients"]
