@@ -59,7 +59,7 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, changes: dict[st
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["tarin"], "unknown command 'tarin': must be train, evaluate, questions, compare or report"),
+        (["tarin"], "unknown command 'tarin': must be train, evaluate, questions, compare, report or plan"),
         (["train"], "train takes a config file"),
         (["train", "--seed", "1"], "train takes a config file"),
         (["train", "nothing.toml"], "config 'nothing.toml' is no file; shipped configs are "),
