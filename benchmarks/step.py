@@ -65,7 +65,7 @@ class Ours:
         prefix, length, places, group = grid
         self.clock = harness.CLOCKS[options.clock]
         self.model = harness.build(name, options.device)
-        self.settings = harness.settings(length, places, group, shared)
+        self.settings = harness.settings(length, places, group, shared, options.chunk)
         self.engine = Watched(native_engine(self.model, FORM, self.settings), self.clock)
         self.method = RLP(
             Network(self.model, "fp32"),
@@ -143,12 +143,21 @@ class Trl:
             train_dataset=Dataset.from_list(prompts),
             processing_class=harness.tokenizer(vocab),
         )
-        self.trainer.create_optimizer()
-        self.trainer.current_gradient_accumulation_steps = 1
+        self._prepare()
         self.inputs = [prompt for prompt in prompts for _ in range(group)]
 
+    def _prepare(self) -> None:
+        """What `train()` does ahead of its first step: without it neither bf16 nor checkpointing would be on."""
+        trainer = self.trainer
+        if trainer.args.gradient_checkpointing:
+            trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
+        trainer.create_optimizer()
+        trainer.model_wrapped, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+        trainer.current_gradient_accumulation_steps = 1
+        assert trainer.model.is_gradient_checkpointing == trainer.args.bf16 == (not self.fair)
+
     def __call__(self) -> None:
-        self.trainer.training_step(self.trainer.model, self.inputs, None)
+        self.trainer.training_step(self.trainer.model_wrapped, self.inputs, None)
         torch.nn.utils.clip_grad_norm_(self.trainer.model.parameters(), 1.0)
         self.trainer.optimizer.step()
         self.trainer.optimizer.zero_grad()
@@ -190,14 +199,14 @@ def gate(name: str, options: argparse.Namespace) -> float:
     return max(gap, abs(loss - wanted_loss) / max(abs(wanted_loss), 1.0))
 
 
-def peak_mib(name: str, grid: Grid, shared: bool) -> float:
+def peak_mib(name: str, grid: Grid, shared: bool, chunk: int = 0) -> float:
     """Memory that one update adds to the process, in MiB, measured in a process of its own."""
-    words = [sys.executable, __file__, "--peak-of", name, *map(str, grid), str(int(shared))]
+    words = [sys.executable, __file__, "--peak-of", name, *map(str, grid), str(int(shared)), str(chunk)]
     return float(subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
-def report_peak(name: str, grid: list[int], shared: bool) -> None:
-    options = argparse.Namespace(device="cpu", clock="wall")
+def report_peak(name: str, grid: list[int], shared: bool, chunk: int) -> None:
+    options = argparse.Namespace(device="cpu", clock="wall", chunk=chunk)
     side = Ours(name, (grid[0], grid[1], grid[2], grid[3]), shared, options)
     batch = side.method.collect(side.windows, 1)
     for parameter in side.model.parameters():
@@ -278,7 +287,10 @@ def _facts(
         **rates,
     }
     if options.peak and options.device == "cpu":
-        facts |= {f"update_peak_mib_{side}": peak_mib(name, grid, side == "shared") for side in ("shared", "naive")}
+        facts |= {
+            f"update_peak_mib_{side}": peak_mib(name, grid, side == "shared", options.chunk)
+            for side in ("shared", "naive")
+        }
     return facts
 
 
@@ -313,9 +325,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--peers", default="naive,trl-fair,trl-defaults", help="comma-separated; '' for none")
     parser.add_argument("--clock", default="wall", choices=harness.CLOCKS, help="cpu: the process's own seconds")
+    parser.add_argument("--chunk", type=int, default=0, help="update.tokens_per_chunk; 0: automatic")
     parser.add_argument("--peak", action="store_true", help="also the memory that an update takes")
     if sys.argv[1:2] == ["--peak-of"]:
-        report_peak(sys.argv[2], [int(word) for word in sys.argv[3:7]], sys.argv[7] == "1")
+        report_peak(sys.argv[2], [int(word) for word in sys.argv[3:7]], sys.argv[7] == "1", int(sys.argv[8]))
         return
     options = parser.parse_args()
     warnings.simplefilter("ignore")

@@ -59,7 +59,7 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, changes: dict[st
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["tarin"], "unknown command 'tarin': must be train, evaluate, questions, compare, report or plan"),
+        (["tarin"], "unknown command 'tarin': must be train, evaluate, questions, compare, posttrain, plan or report"),
         (["train"], "train takes a config file"),
         (["train", "--seed", "1"], "train takes a config file"),
         (["train", "nothing.toml"], "config 'nothing.toml' is no file; shipped configs are "),
@@ -124,7 +124,7 @@ def test_a_wrong_corpus_is_one_line(
     ("changes", "message"),
     [
         ({"corpus": {"path": "missing.jsonl"}}, "corpus.path = 'missing.jsonl': no such file or folder"),
-        ({"corpus": {"path": "world:cups/nowhere"}}, "corpus.path = 'world:cups/nowhere': split is"),
+        ({"corpus": {"path": "world:cups/nowhere"}}, "corpus.path = 'world:cups/nowhere': split must be"),
         ({"evaluate": {"path": "missing.txt"}}, "evaluate.path = 'missing.txt': no such file or folder"),
         ({"corpus": {"window": 250}}, "corpus.window = 250: with 6 tokens for a thought that makes 256"),
         ({"method": {"open": "<zork>"}}, "method.open = '<zork>': the tokenizer cannot encode it"),

@@ -23,6 +23,7 @@ method.horizon method.discount method.temperature method.top_p method.reward met
 method.clamp_gain method.min_gain method.clip_low method.clip_high method.inner_steps method.ema
 method.teacher_every method.freeze_teacher method.kl_weight method.unclosed method.unclosed_penalty method.open
 method.close method.prompt
+rollout.engine rollout.cache_gb rollout.patience_s rollout.importance_cap
 optim.learning_rate optim.schedule optim.warmup optim.weight_decay optim.beta1 optim.beta2 optim.gradient_clip
 train.steps train.tokens train.flops train.batch train.rollout_batch train.log_every train.log_thoughts
 train.checkpoint_every train.keep_checkpoints train.tracker
@@ -59,6 +60,10 @@ def test_the_options_are_these():
         ("--model.prefix copied", "'shared' or 'replicated'"),
         ("--corpus.window 1", "greater than or equal to 2"),
         ("--corpus.shuffle -1", "greater than or equal to 0"),
+        ("--rollout.engine sglang", "'native' or 'vllm'"),
+        ("--rollout.cache_gb 0", "greater than 0"),
+        ("--rollout.patience_s inf", "finite number"),
+        ("--rollout.importance_cap -1", "greater than or equal to 0"),
         ("--method.group 0", "greater than or equal to 1"),
         ("--method.group 1", "at least 2"),
         ("--method.group 2.5", "integer"),
@@ -77,7 +82,7 @@ def test_the_options_are_these():
         ("--method.min_gain nan", "below infinity"),
         ("--method.clip_low 1.1", "less than or equal to 1"),
         ("--method.clamp_gain perhaps", "boolean"),
-        ("--method.name grpo", "'rlp', 'rpt' or 'cpt'"),
+        ("--method.name grpo", "'rlp', 'rpt', 'cpt' or 'mixed'"),
         ("--optim.learning_rate -1e-6", "greater than 0"),
         ("--optim.learning_rate nan", "finite number"),
         ("--optim.learning_rate inf", "finite number"),
@@ -109,6 +114,8 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(overrides: str, allo
         ("--train.batch 7 --method.positions 2", "train.batch = 7"),
         ("--method.prompt think", "method.prompt = 'think'"),
         ("--method.prompt {context}{context}", "method.prompt = '{context}{context}'"),
+        ("--rollout.engine vllm --method.name rpt", "rollout.engine = 'vllm'"),
+        ("--rollout.engine vllm --method.top_p 0.9", "rollout.engine = 'vllm'"),
         ("--corpus.window 4", "corpus.min_tokens = 8"),
         ("--method.horizon 8", "corpus.min_tokens = 8"),
         ("--method.horizon 8 --method.name cpt", "corpus.min_tokens = 8"),
@@ -197,7 +204,7 @@ def test_every_shipped_config_loads():
     files = list(shipped().glob("*.toml"))
     assert files
     for path in files:
-        if not path.stem.startswith(("compare-", "sweep-")):
+        if not path.stem.startswith(("compare-", "sweep-", "sft-", "rlvr-")):
             assert load(path.stem) == load(path)
         assert find(path.name) == path
 

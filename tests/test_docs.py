@@ -14,6 +14,7 @@ from forethought.config import from_dict, load, options
 from forethought.evaluation import evaluate
 from forethought.experiment.design import read
 from forethought.loop import train
+from forethought.stages.stage import read as read_stage
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "src").rglob("*.py"))
@@ -38,7 +39,7 @@ def metric_names(tmp_path: Path, method: str) -> set[str]:
     return set(json.loads(lines[0])) | flat | {name for name in summary if "/" not in name}
 
 
-@pytest.mark.parametrize("method", ["rlp", "rpt", "cpt"])
+@pytest.mark.parametrize("method", ["rlp", "rpt", "cpt", "mixed"])
 def test_every_metric_has_a_line_in_the_documents(tmp_path: Path, method: str):
     assert metric_names(tmp_path, method) <= backticked("docs/metrics.md")
 
@@ -87,6 +88,8 @@ def test_every_shipped_config_is_valid():
     for file in files:
         if file.stem.startswith(("compare-", "sweep-")):
             assert read(file, {}).jobs
+        elif file.stem.startswith(("sft-", "rlvr-")):
+            assert read_stage(file).stage == file.stem.partition("-")[0]
         else:
             load(file)
 

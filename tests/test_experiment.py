@@ -18,7 +18,10 @@ from forethought.cli import main
 from forethought.config import RunError, UserError
 from forethought.experiment import arms, compare, table
 from forethought.experiment.design import Claim, Experiment, read
+from forethought.experiment.pool import Pool
+from forethought.loop import Silent
 from forethought.report import write_comparison
+from forethought.report.comparison import Row
 
 SMALL = """
 config = "quickstart"
@@ -203,6 +206,29 @@ def test_a_process_that_fails_names_its_arm(tmp_path: Path):
         compare(tmp_path / "small.toml", {"run": str(tmp_path / "run"), "processes": 2, "seeds": 0})
 
 
+def test_a_process_takes_several_jobs_and_one_that_is_killed_is_replaced(tmp_path: Path):
+    whole = dataclasses.replace(experiment(tmp_path, seeds="0"), processes=1)
+    whole.run.mkdir()
+    asked = {"path": str(tmp_path / "small.toml"), "overrides": {"run": str(whole.run), "seeds": "0"}}
+    pool, killed = Pool(whole, list(whole.jobs), asked), []
+
+    def kill(done: int) -> None:
+        """The first process, as soon as it trains; `phase` is called every POLL_S."""
+        if not killed and (whole.run / "rlp" / "seed-0" / "config.json").is_file():
+            killed.append(pool.workers[0].process)
+            killed[0].kill()
+
+    observer = Silent()
+    observer.phase = lambda name, done, total: kill(done)  # type: ignore[method-assign]
+    failed = pool.run(observer)
+    assert failed.keys() == {"rlp/seed-0", "cpt-tokens/seed-0", "cpt-flops/seed-0"}
+    assert failed["rlp/seed-0"].startswith(f"ended with status {-signal.SIGKILL} (see ")
+    assert failed["cpt-flops/seed-0"] == "rlp/seed-0, whose budget it follows, failed"
+    assert pool.done == {"rlp-frozen/seed-0", "group=3/seed-0"}
+    assert len(pool.workers) == 1, "one process made both"
+    assert all(json.loads((whole.run / name / "spent.json").read_text())["cpu_seconds"] > 0 for name in pool.done)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -280,21 +306,21 @@ def test_another_config_makes_it_another_experiment(tmp_path: Path):
 )
 def test_verdicts_by_hand(tmp_path: Path, claim: dict[str, Any], arm: dict[str, float], holds: bool | None):
     made = [
-        {"arm": "base", "seed": "all", "metric": "all/x", "value": 0.4, "low": 0.3, "high": 0.5},
-        {"arm": "base", "seed": "all", "metric": "all/y", "value": 0.7, "low": 0.6, "high": 0.8},
-        {"arm": "a", "seed": "all", "metric": "all/x", "value": arm["low"], **arm},
-        {"arm": "a", "seed": 0, "metric": "all/x", "value": 9.0, "low": 9.0, "high": 9.0},
+        Row(arm="base", seed="all", metric="all/x", value=0.4, low=0.3, high=0.5),
+        Row(arm="base", seed="all", metric="all/y", value=0.7, low=0.6, high=0.8),
+        Row(arm="a", seed="all", metric="all/x", value=arm["low"], **arm),
+        Row(arm="a", seed=0, metric="all/x", value=9.0, low=9.0, high=9.0),
     ]
     whole = dataclasses.replace(experiment(tmp_path), claims=(Claim(arm="a", metrics=["all/x"], **claim),))
-    assert [one.holds for one in table.judge(whole, made)] == [holds]
+    assert [one.holds for one in table.judge(whole, made, [])] == [holds]
 
 
 @pytest.mark.parametrize(("low", "high", "holds"), [(-0.1, 0.02, True), (-0.1, 0.03, False), (-0.2, -0.01, True)])
 def test_not_above_bounds_the_paired_difference(tmp_path: Path, low: float, high: float, holds: bool):
     claim = Claim(arm="a", metrics=["all/x"], not_above=["base"], margin=0.02)
-    made = [{"arm": "a", "seed": "all", "metric": "minus/base/all/x", "value": 0.0, "low": low, "high": high}]
+    made = [Row(arm="a", seed="all", metric="minus/base/all/x", value=0.0, low=low, high=high)]
     whole = dataclasses.replace(experiment(tmp_path), claims=(claim,))
-    assert [one.holds for one in table.judge(whole, made)] == [holds]
+    assert [one.holds for one in table.judge(whole, made, [])] == [holds]
 
 
 def test_the_page_shows_failures_names_as_text_and_every_table(finished: Any):

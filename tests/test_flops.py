@@ -191,6 +191,17 @@ def test_a_step_by_hand(sharing: Any, prefill: int, learned: int | None):
     assert step.rollout + step.training == step.total == sum(dataclasses.asdict(step).values())
 
 
+def test_evidence_that_is_read_again_by_hand():
+    """Each thought with its targets, a token more than an engine reads that sees the logits itself."""
+    again = dataclasses.replace(WORK, reread=True)
+    rows = ((2 + 4, 6), (2 + 7, 6), (2 + 2, 4), (2 + 6, 4), (2 + 3, 3), (2 + 3, 3))
+    shared = linear(9 + sum(n for n, _ in rows), 6, 21 + 6 + sum(pairs(*row) for row in rows))
+    assert rlp_step(TINY, again).score == shared
+    whole = [sum(row) for row in rows]
+    copied = linear(sum(whole), 6, sum(pairs(n, 0) for n in whole))
+    assert rlp_step(TINY, dataclasses.replace(again, sharing="none")).score == copied
+
+
 def test_what_is_not_asked_costs_nothing_and_what_is_repeated_costs_again():
     step = rlp_step(TINY, WORK)
     again = rlp_step(TINY, dataclasses.replace(WORK, teacher=False, kl=True, inner_steps=2))

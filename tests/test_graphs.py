@@ -1,6 +1,8 @@
 """Decoding over static buffers gives the plain engine's thoughts. Graphs themselves need a GPU (benchmarks/gpu.py)."""
 
 import dataclasses
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -108,3 +110,31 @@ def test_what_cannot_be_captured_is_refused_and_told():
     with pytest.raises(UserError, match=r"^model.decoding = 'graphs': there is no GPU; use 'auto' or 'plain'$"):
         native_engine(MODELS["qwen3"](), FORM, settings)
     assert native_engine(MODELS["qwen3"](), FORM, Config()).graphs is None
+
+
+COMPILED = """
+import torch
+from forethought.rollout.graphs import Seats, advance
+
+def full(value, *shape):
+    return torch.full((64, *shape), value)
+
+graphs = []
+run = torch.compile(advance, backend=lambda graph, inputs: graphs.append(graph) or graph)
+whole = Seats(
+    noise=full(0.5, 9), feed=full(0, 3), tail=full(-1), tokens=full(0, 9), logp=full(0.0, 9), length=full(0),
+    closed=full(0), evidence=full(0.0, 1), hit=full(0, 1), logits=torch.zeros(64, 50), next=full(0),
+)
+for rows in (64, 32, 16):
+    some = whole.head(rows)
+    for tensor in some.tensors().values():
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    run(some, torch.tensor([3, 4]), 0.7, 1.0)
+print(len(graphs), whole.length.tolist())
+"""
+
+
+def test_what_follows_the_logits_is_compiled_once_for_all_numbers_of_rows():
+    """In a process of its own: checks of shapes, on in tests, cannot be compiled."""
+    found = subprocess.run([sys.executable, "-c", COMPILED], check=True, capture_output=True, text=True).stdout
+    assert found.split(" ", 1) == ["1", f"{[3] * 16 + [2] * 16 + [1] * 32}\n"]

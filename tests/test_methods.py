@@ -1,4 +1,5 @@
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,6 +54,21 @@ def test_gradient_at_ratio_one_is_length_normalised_reinforce(form, tokens, pref
     assert lengths.min() < lengths.max() == 9 or form is LONG
     assert len(lengths) == 32
     assert_close(update(method, pieces), gradients(model, reinforce(model, pieces, form, 0.7, CLOSE)))
+
+
+@pytest.mark.parametrize(("inner", "cap", "factor"), [(1, 4.0, 2.0), (2, 4.0, 2.0), (1, 1.5, 1.5), (1, 0.0, 1.0)])
+def test_a_sampler_that_is_not_the_policy_is_weighed_up_to_the_cap(inner: int, cap: float, factor: float):
+    """One that gave each token half the policy's probability."""
+    model = qwen3(scale=0.2)
+    settings = config(thought_length=6, inner_steps=inner)
+    pieces = rlp(model, settings).collect(WINDOWS, step=1).pieces
+    half = [dataclasses.replace(piece, logp_sampler=piece.logp_sampler - math.log(2)) for piece in pieces]
+    corrected = dataclasses.replace(settings, rollout=dataclasses.replace(settings.rollout, importance_cap=cap))
+    wanted = [factor * one for one in update(rlp(model, settings), pieces)]
+    method = rlp(model, corrected)
+    assert_close(update(method, half), wanted)
+    value, tokens = method.backward(half[0])[1].get("objective/importance", (0.0, 1))
+    assert value / tokens == pytest.approx(factor if cap else 0.0, rel=1e-5)
 
 
 def test_inner_steps_keep_the_log_probabilities_of_before():

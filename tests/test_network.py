@@ -6,7 +6,7 @@ import dataclasses
 import torch
 from conftest import WINDOWS, config, qwen3, rlp, update
 
-from forethought.network import Network, fuse_norms
+from forethought.network import Network
 
 
 def test_fp32_computes_with_the_weights_themselves():
@@ -66,29 +66,3 @@ def test_an_update_in_bf16_is_near_the_one_in_fp32():
     exact, half = (torch.cat([g.flatten() for g in update(rlp(qwen3(), some), pieces)]) for some in (plain, low))
     assert not torch.equal(exact, half)
     assert float(torch.nn.functional.cosine_similarity(exact, half, dim=0)) > 0.98
-
-
-def test_norms_that_one_kernel_can_compute_are_fused_and_others_left():
-    model, tokens = qwen3(), torch.arange(1, 7)[None]
-    before = model(input_ids=tokens).logits.detach()
-    norms = [m for m in model.modules() if type(m).__name__ == "Qwen3RMSNorm"]
-    assert fuse_norms(model) == len(norms) > 4
-    assert torch.allclose(model(input_ids=tokens).logits, before, atol=1e-5)
-    assert fuse_norms(Odd()) == 0
-
-
-class Odd(torch.nn.Module):
-    """A norm that scales by 1 + weight, as some families do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = OddRMSNorm()
-
-
-class OddRMSNorm(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight, self.variance_epsilon = torch.nn.Parameter(0.1 * torch.ones(8)), 1e-6
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (1 + self.weight) * x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()

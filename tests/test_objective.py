@@ -10,6 +10,7 @@ from forethought.objective import (
     clipped_share,
     clipped_surrogate,
     group_advantages,
+    importance_weight,
     kl_to_reference,
     mean_over_thought,
     next_token_loss,
@@ -93,6 +94,16 @@ def test_clipped_surrogate_in_every_quadrant(ratio, advantage, loss, slope):
     assert ratios.grad is not None
     assert ratios.grad.tolist() == [[pytest.approx(slope)]]
     assert bool(clipped_share(ratios, torch.tensor([advantage]), mask, CLIP)) == (slope == 0)
+
+
+def test_importance_weights_by_hand_and_what_they_multiply():
+    old = torch.tensor([[-1.0, -2.0, -3.0]], requires_grad=True)
+    weight = importance_weight(old, torch.tensor([[-1.0, -2.5, -5.0]]), 2.0)
+    assert weight[0].tolist() == pytest.approx([1.0, math.exp(0.5), 2.0])
+    assert not weight.requires_grad
+    ratio, mask = torch.ones(1, 3), torch.tensor([[True, True, False]])
+    loss = clipped_surrogate(ratio, torch.tensor([4.0]), mask, CLIP, weight)
+    assert float(loss) == pytest.approx(-4.0 * (1 + math.exp(0.5)) / 2)
 
 
 def test_clipped_surrogate_is_a_mean_inside_each_thought():

@@ -98,6 +98,34 @@ def test_the_held_out_side_has_its_share_of_puzzles():
     assert share == pytest.approx(1 / mixture.HELD_OUT, abs=0.02)
 
 
+@pytest.mark.parametrize("world", [cups, notes])
+def test_worked_documents_carry_the_whole_way_right_before_the_answer(world):
+    shares = {}
+    for split in ("worked", "mixed"):
+        thoughtful = 0
+        for index in range(400):
+            row = world.row(split, index)
+            words, thought, place = split_thought(row["text"])
+            plain = " ".join(words)
+            assert row["text"][row["marks"]["answer"][0] :].split(" ")[0] == words[-2]
+            if thought:
+                thoughtful += 1
+                assert place == len(words) - 2
+                right, stated = world.truth(plain, " ".join(thought))
+                assert right == stated > 0
+                assert thought[-1] == words[-2]
+        shares[split] = thoughtful / 400
+    assert shares["worked"] == 1
+    assert shares["mixed"] == pytest.approx(mixture.MIXED, abs=0.1)
+
+
+def test_no_worked_document_holds_a_held_out_puzzle():
+    for split in ("worked", "mixed"):
+        for index in range(500):
+            words = split_thought(cups.row(split, index)["text"])[0]
+            assert not mixture.held_out(cups._read(" ".join(words)))
+
+
 def test_an_unknown_split_is_refused():
     with pytest.raises(ValueError, match="'test'"):
         cups.row("test", 0)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from forethought.rewards import information_gain
     from forethought.rollout import Thoughts
     from forethought.rollout.native import NativeEngine
+    from forethought.stages import posttrain
     from forethought.teacher import Teacher
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ _HOMES = {
     "evaluate": "evaluation",
     "ask": "evaluation.ask",
     "compare": "experiment",
+    "posttrain": "stages",
     "write_report": "report",
     "load_model": "model",
     "load_tokenizer": "model",
@@ -66,6 +68,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "next_token_loss",
+    "posttrain",
     "resume",
     "train",
     "write_report",

@@ -1,6 +1,7 @@
 """The command line: a thin caller of the library, and the only place that prints."""
 
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -25,6 +26,7 @@ usage: forethought train CONFIG [--section.option value ...]   train a config fi
        forethought evaluate MODEL_OR_RUN [--section.option value ...]
        forethought questions MODEL_OR_RUN [--questions.data FOLDER] [--section.option value ...]
        forethought compare EXPERIMENT [--config CONFIG] [--seeds 0,1,2] [--processes N] [--section.option value ...]
+       forethought posttrain STAGE --start MODEL_OR_RUN [--run FOLDER] [--option value ...]
        forethought report RUN [RUN ...] [--out FILE]
        forethought plan CONFIG [--gpus N] [--gpu h100] [--simulate] [--json FILE] [--section.option value ...]
 
@@ -97,10 +99,11 @@ def _command(words: list[str], out: Console, err: Console) -> int:
     if name == "--version":
         out.print(f"forethought {forethought.__version__}", markup=False)
         return 0
-    commands = {"train": _train, "evaluate": _evaluate, "questions": _questions}
-    commands |= {"compare": _compare, "report": _report, "plan": _plan}
+    known = (_train, _evaluate, _questions, _compare, _posttrain, _plan, _report)
+    commands = {command.__name__[1:]: command for command in known}
     if name not in commands:
-        raise UserError(f"unknown command {name!r}: must be train, evaluate, questions, compare, report or plan")
+        *most, last = commands
+        raise UserError(f"unknown command {name!r}: must be {', '.join(most)} or {last}")
     if "--help" in rest or "-h" in rest:
         _help(name, out)
         return 0
@@ -109,7 +112,7 @@ def _command(words: list[str], out: Console, err: Console) -> int:
 
 def _help(name: str, out: Console) -> None:
     out.print(USAGE, markup=False, soft_wrap=True)
-    if name == "report":
+    if name in ("report", "posttrain"):
         return
     if name == "plan":
         from forethought.plan import OPTIONS
@@ -203,7 +206,23 @@ def _compare(words: list[str], out: Console, err: Console) -> int:
         return 128 + stopped.number
     for one in verdicts:
         _line(out, f"{ {True: 'holds', False: 'FAILS', None: '?'}[one.holds]:5}  {one.claim}: {one.evidence}")
+    spent = json.loads(page.with_name("experiment.json").read_bytes())["spent"]
+    _line(out, f"{spent['seconds']:.0f} s in all calls, {spent['cpu_seconds']:.0f} CPU seconds of all finished runs")
     _line(out, f"page: {page}; rows: {page.with_name('compare.json')}")
+    return 0
+
+
+def _posttrain(words: list[str], out: Console, err: Console) -> int:
+    start, words = _take(words, "--start")
+    if start is None or not words or words[0].startswith("--"):
+        raise UserError("posttrain takes a stage's file, or the name of a shipped one, and --start MODEL_OR_RUN")
+    overrides = read_overrides(words[1:])
+    _quiet_libraries()
+    from forethought.stages import posttrain
+
+    with Watcher(err) as watcher:
+        folder = posttrain(words[0], start, overrides, watcher)
+    _line(out, f"trained model: {folder / 'policy'}; measure it with: forethought evaluate {folder}")
     return 0
 
 

@@ -82,8 +82,9 @@ class Corpus:
 class Method:
     """The objective. Defaults are the paper's where it gives a value (arXiv:2510.01265); see docs/paper.md."""
 
-    name: Literal["rlp", "rpt", "cpt"] = "rlp"
-    """`rlp`: reinforcement learning pretraining. Baselines: `rpt` (predictions right or wrong), `cpt` (next token)."""
+    name: Literal["rlp", "rpt", "cpt", "mixed"] = "rlp"
+    """Reinforcement learning pretraining, or a baseline: `rpt` (predictions right or wrong), `cpt` (next token),
+    `mixed` (next token, on text with and without the start's own thoughts that gained)."""
     group: Positive = 16
     """Thoughts per position (G); at least 2 unless the baseline is not the group's."""
     thought_length: Positive = 2048
@@ -153,8 +154,22 @@ class Method:
     @property
     def policy(self) -> str:
         """The policy that picks positions; `auto` is what each method's paper does."""
-        automatic = {"rlp": "uniform", "rpt": "entropy", "cpt": "uniform"}[self.name]
+        automatic = {"rlp": "uniform", "rpt": "entropy", "cpt": "uniform", "mixed": "uniform"}[self.name]
         return automatic if self.position_policy == "auto" else self.position_policy
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Rollout:
+    """Who samples the thoughts, in training and on held-out text."""
+
+    engine: Literal["native", "vllm"] = "native"
+    """`native`: the policy itself. `vllm`: vLLM in the same process, given the new weights after every step."""
+    cache_gb: Above0 = 1.0
+    """Memory of vLLM's key-value cache, in GiB; its weights, a second copy of the policy's, come on top."""
+    patience_s: Above0 = 600.0
+    """A call of vLLM that takes longer than this counts as hung, and the run stops with an error."""
+    importance_cap: NonNegative = 0.0
+    """Weigh each thought token by min(policy / sampler, cap), where the sampler is not quite the policy; 0: do not."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -270,6 +285,7 @@ class Config:
     model: Model = dataclasses.field(default_factory=Model)
     corpus: Corpus = dataclasses.field(default_factory=Corpus)
     method: Method = dataclasses.field(default_factory=Method)
+    rollout: Rollout = dataclasses.field(default_factory=Rollout)
     optim: Optim = dataclasses.field(default_factory=Optim)
     train: Train = dataclasses.field(default_factory=Train)
     update: Update = dataclasses.field(default_factory=Update)
@@ -292,6 +308,8 @@ def load(path: str | Path | None = None, overrides: list[str] | None = None) -> 
     values = {} if path is None else read_toml(find(path))
     if "arms" in values:
         raise UserError(f"config {str(path)!r} is an experiment: forethought compare {path}")
+    if "stage" in values:
+        raise UserError(f"config {str(path)!r} is a stage of post-training: forethought posttrain {path}")
     return from_dict(merge(values, read_overrides(overrides or [])))
 
 
@@ -461,7 +479,7 @@ def _check_together(config: Config) -> None:
         ),
         (not method.min_gain < math.inf, f"method.min_gain = {method.min_gain}: must be below infinity"),
     ]
-    for broken, message in [*rules, *_rules_of_predictions(method)]:
+    for broken, message in [*rules, *_rules_of_predictions(method), *_rules_of_vllm(config)]:
         if broken:
             raise UserError(message)
 
@@ -474,7 +492,27 @@ def _rules_of_predictions(method: Method) -> list[tuple[bool, str]]:
             "method.name = 'rpt': has no gain, so method.clamp_gain and method.min_gain are not for it",
         ),
         (
+            method.name == "mixed" and method.reward != "information_gain",
+            f"method.reward = {method.reward!r}: method.name mixed chooses thoughts by their gain",
+        ),
+        (
             method.proxy != "" and (method.policy != "entropy" or not method.thinks),
             f"method.proxy = {method.proxy!r}: only method.position_policy entropy asks a proxy",
+        ),
+    ]
+
+
+def _rules_of_vllm(config: Config) -> list[tuple[bool, str]]:
+    """What the engine cannot do."""
+    method, asked = config.method, config.rollout.engine == "vllm"
+    return [
+        (
+            asked and method.name == "rpt",
+            "rollout.engine = 'vllm': samples thoughts only, and method.name rpt writes predictions; use native",
+        ),
+        (
+            asked and method.top_p < 1,
+            f"rollout.engine = 'vllm': its log-probabilities would be the nucleus's, so method.top_p = {method.top_p} "
+            "must be 1",
         ),
     ]

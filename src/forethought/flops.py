@@ -29,7 +29,7 @@ class Flops:
 
     prefill: int = 0  # contexts, up to and with the opening delimiter
     decode: int = 0  # thoughts, a token at a time
-    score: int = 0  # what is read behind a thought for its evidence: a forced closing delimiter, targets but the last
+    score: int = 0  # what is read behind a thought for its evidence, or (`Work.reread`) everything again for it
     teacher: int = 0  # log p without a thought, by the teacher
     proxy: int = 0  # entropies that pick positions
     reference: int = 0  # forward passes of the update: old log-probabilities, the KL reference
@@ -70,12 +70,14 @@ class Work:
     thoughts: tuple[tuple[int, ...], ...]  # of each position: sampled tokens of each thought
     tails: tuple[tuple[int, ...], ...]  # of each position and thought: tokens read behind it, see Flops.score
     sharing: Sharing = "document"
+    reread: bool = False  # whether the policy reads all again for the evidence, as behind vLLM
     horizon: int = 1  # targets of each position
     teacher: bool = True  # whether the teacher was asked
     kl: bool = False  # whether a KL reference was
     inner_steps: int = 1
     written: tuple[tuple[int, ...], ...] = ()  # of each thought: tokens of its prediction, which learn too (RPT)
     proxy: int = 0  # FLOPs of the proxy, whose shape is its own
+    supervised: tuple[int, ...] = ()  # rows of so many tokens for next-token training (Mixed, with inner_steps 0)
 
 
 def pairs(tokens: int, past: int, window: int | None = None) -> int:
@@ -142,11 +144,11 @@ def rlp_step(shape: Shape, work: Work, causal: bool = True) -> Flops:
     return Flops(
         prefill=forward_flops(shape, prefill, first, causal),
         decode=decode_flops(shape, thoughts),
-        score=decode_flops(shape, [(tail, at + n) for tail, (n, at) in zip(tails, thoughts, strict=True)]),
+        score=_score(shape, work, [(tail, n, at) for tail, (n, at) in zip(tails, thoughts, strict=True)], causal),
         teacher=teacher if work.teacher else 0,
         proxy=work.proxy,
         reference=passes * once,
-        update=3 * work.inner_steps * once,
+        update=3 * work.inner_steps * once + cpt_step(shape, work.supervised, causal).update,
     )
 
 
@@ -167,6 +169,17 @@ def t_flop(n: int, l_seq: int, bs: int, iters: int, t_inp: int) -> int:
     `n` thoughts a position, sequences of `l_seq` tokens, `bs` positions a step, `iters` steps, `t_inp` tokens of text.
     """
     return n * l_seq * bs * iters + t_inp
+
+
+def _score(shape: Shape, work: Work, thoughts: Sequence[tuple[int, int, int]], causal: bool) -> int:
+    """For the evidence of thoughts: (tokens read behind it, its own, those ahead of it)."""
+    if not work.reread:
+        return decode_flops(shape, [(tail, at + n) for tail, n, at in thoughts])
+    rows = [(at + n + tail + 1, 0) for tail, n, at in thoughts]
+    if work.sharing == "document":
+        own = [(work.opening + n + tail + 1, at - work.opening) for tail, n, at in thoughts]
+        rows = _shared_rows(work) + own
+    return forward_flops(shape, rows, work.horizon * len(thoughts), causal)
 
 
 def _linear_flops(shape: Shape, tokens: int, head_rows: int) -> int:

@@ -19,7 +19,7 @@ from forethought.methods import METHODS, Collected, Method, Sums, add
 from forethought.model import check_length, load_model, load_tokenizer
 from forethought.network import Network
 from forethought.positions import thought_format
-from forethought.rollout.native import native_engine
+from forethought.rollout.engines import engine
 from forethought.runlog import RunLog, check_free, disk_errors, read_lines
 from forethought.shape import Shape
 from forethought.tracking import Tracker, check_tracker
@@ -70,6 +70,8 @@ def resume(run: str | Path, observer: Observer | None = None) -> dict[str, Any]:
     with log.lock():
         if (log.path / "summary.json").is_file():
             raise UserError(f"--resume {run}: this run is finished; its figures are in summary.json")
+        if (log.path / "stage.json").is_file():
+            raise UserError(f"--resume {run}: is a stage of post-training; begin it again with --overwrite True")
         trainer = Trainer(dataclasses.replace(log.config(), run=str(log.path)))
         trainer.restore(log)
         return trainer.run(log, observer or Silent())
@@ -91,7 +93,7 @@ class Trainer:
         self.held_out = text.held_out(config, self.tokenizer) if config.evaluate.path else []
         self.policy = load_model(config.model, config.seed)
         self.network = Network(self.policy, config.model.precision)
-        self.engine = native_engine(self.network.compute, self.form, config)
+        self.engine = engine(self.network.compute, self.form, config)
         build = METHODS[config.method.name]
         self.method: Method = build(self.network, self.engine, self.form, self.tokenizer, config)
         options = config.optim

@@ -71,16 +71,6 @@ def device(options: Model) -> torch.device:
     return torch.device(options.device)
 
 
-def compute(config: Config) -> contextlib.AbstractContextManager[Any]:
-    """Context of every forward pass: bf16 autocast where asked for, over weights that stay fp32.
-
-    Casts are not cached: a context that outlives an optimizer step would go on computing with the old weights.
-    """
-    if config.model.precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device(config.model).type, dtype=torch.bfloat16, cache_enabled=False)
-
-
 def check_length(config: Config, form: ThoughtFormat) -> None:
     """Refuse rows that the model has no positions for: window, template, delimiters and thought together."""
     with _explained("model.path", config.model.path):

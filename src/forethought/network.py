@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from forethought.fused import fuse
+
 
 class Network:
     """The fp32 weights that are trained, and the network that every forward and backward pass goes through.
@@ -20,13 +22,7 @@ class Network:
     def __init__(self, weights: Any, precision: str):
         self.weights, self.compute = weights, weights
         if precision == "bf16":
-            self.compute = copy.deepcopy(weights)
-            kept = getattr(weights, "_keep_in_fp32_modules", None) or ()
-            for name, parameter in self.compute.named_parameters():
-                if not any(part in name for part in kept):
-                    parameter.data = parameter.data.to(torch.bfloat16)  # buffers, such as rotary angles, stay fp32
-            if weights.device.type == "cuda":
-                fuse_norms(self.compute)
+            self.compute = computing(copy.deepcopy(weights), precision)
             for own, low in zip(weights.parameters(), self.compute.parameters(), strict=True):
                 low.register_post_accumulate_grad_hook(_adder(own))
 
@@ -53,26 +49,19 @@ class Network:
             torch._foreach_copy_(list(self.compute.parameters()), [p.detach() for p in source.parameters()])
 
 
-@torch.no_grad()
-def fuse_norms(model: Any) -> int:
-    """Let root-mean-square norms run as one kernel that keeps one tensor for the backward pass, not six; how many do.
+def computing(model: Any, precision: str) -> Any:
+    """An fp32 model, turned into one that computes in this precision and is not trained itself; the same object.
 
-    A norm is changed where the kernel gives what its own code gives on a probe, up to the rounding of its dtype.
+    Buffers, such as rotary angles, stay fp32, and so do weights that the family wants in fp32.
     """
-    changed = 0
-    for module in model.modules():
-        weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
-        if eps is None or not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, Tensor):
-            continue
-        probe = torch.linspace(-3, 5, 2 * weight.numel(), device=weight.device, dtype=weight.dtype).view(2, -1)
-
-        def fused(x: Tensor, weight: Tensor = weight, eps: float = eps) -> Tensor:
-            return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
-
-        if torch.allclose(module(probe), fused(probe), rtol=1e-2, atol=1e-6):
-            module.forward = fused
-            changed += 1
-    return changed
+    if precision == "bf16":
+        kept = getattr(model, "_keep_in_fp32_modules", None) or ()
+        for name, parameter in model.named_parameters():
+            if not any(part in name for part in kept):
+                parameter.data = parameter.data.to(torch.bfloat16)
+        if model.device.type == "cuda":
+            fuse(model)
+    return model
 
 
 def _adder(own: Tensor) -> Any:

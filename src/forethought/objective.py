@@ -50,15 +50,27 @@ def clipped_surrogate(
     advantages: Float[Tensor, "*rows"],
     mask: Bool[Tensor, "*rows thought"],
     clip: tuple[float, float],
+    weight: Float[Tensor, "*rows thought"] | None = None,
 ) -> Float[Tensor, "*rows"]:
     """Loss of each thought (eq. 8): -(1/|c|) sum_u min(rho_u A, clip(rho_u, 1-eps_l, 1+eps_h) A), in nats.
 
     `mask` is True at the tokens that the policy sampled; |c| counts them, at least 1. `clip` is (eps_l, eps_h).
+    `weight` multiplies the tokens' terms, see `importance_weight`; None: 1.
     """
     low, high = clip
     credit = advantages.unsqueeze(-1)
     surrogate = torch.minimum(ratio * credit, ratio.clamp(1 - low, 1 + high) * credit)
-    return -mean_over_thought(surrogate, mask)
+    return -mean_over_thought(surrogate if weight is None else surrogate * weight, mask)
+
+
+def importance_weight(
+    logp_old: Float[Tensor, "*rows thought"], logp_sampler: Float[Tensor, "*rows thought"], cap: float
+) -> Float[Tensor, "*rows thought"]:
+    """Truncated importance ratio of each token, min(pi_old / pi_sampler, cap), without a gradient. Not in the paper.
+
+    Corrects for a sampler that is not quite the policy, such as another engine's kernels; the cap bounds the variance.
+    """
+    return (logp_old - logp_sampler).detach().exp().clamp(max=cap)
 
 
 def clipped_share(

@@ -14,6 +14,7 @@ from forethought.prefix import Fork, Prefix, backbone, read, vocabulary
 _ROWS = 4096  # rows of vocabulary size that are normalised at once
 _LOGITS = {"cpu": 2**26, "cuda": 2**28}  # logits that are held at once, with their gradients
 _ACTIVATIONS_BYTES = 2**30  # what a chunk's activations may take where update.tokens_per_chunk is automatic
+_WITHOUT_GRADIENTS = 4  # on a GPU, a pass that keeps nothing for a backward pass reads this many times the tokens
 _BUCKET = 8  # thoughts whose lengths differ by less than this many tokens go together
 
 
@@ -236,6 +237,7 @@ def _plain_logits(
 ) -> Iterator[tuple[Float[Tensor, "part horizon vocab"], Int[Tensor, "part horizon"]]]:
     """The logits that predict the targets of each position, a bounded number of positions at a time; the targets."""
     longest = max(len(window.tokens) for window in positions.windows)
+    tokens *= _WITHOUT_GRADIENTS if model.device.type == "cuda" else 1
     windows = max(1, tokens // longest) * max(1, len(positions) // len(positions.windows))
     for chunk in positions.chunks(windows):
         targets = chunk.targets().to(model.device)
@@ -277,6 +279,28 @@ def thought_evidence(
         tokens, mask = pad_rows(copies, form.pad, left=True)
         logits = forward(model, tokens.to(model.device), mask.to(model.device), keep=1)[:, -1]
     return logits.float().log_softmax(dim=-1).view(len(positions), -1, logits.shape[-1])
+
+
+@torch.no_grad()
+def tail_evidence(
+    model: Any, form: ThoughtFormat, rows: Continuations, horizon: int, reading: Reading
+) -> tuple[Float[Tensor, "row horizon"], Bool[Tensor, "row horizon"]]:
+    """log p of each row's last `horizon` tokens at temperature 1 (eq. 3), nats, and whether each was the likeliest.
+
+    `rows` hold thoughts, closing delimiters and targets. What an engine needs that does not see the policy's logits.
+    """
+    evidence = torch.zeros(len(rows.place), horizon, device=rows.tokens.device)
+    hit = torch.zeros_like(evidence, dtype=torch.bool)
+    prefix = read(model, rows.documents, rows.stops) if reading.shared else None
+    for chunk, width in _chunks(rows, form, reading):
+        hidden = _hidden(model, form, rows, (chunk, width), prefix)
+        last = torch.arange(-horizon, 0, device=chunk.device)
+        columns = rows.mask[chunk].sum(dim=-1)[:, None] + last  # (row, horizon)
+        logits = vocabulary(model, hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1])))
+        targets = rows.tokens[chunk].gather(1, columns)
+        evidence[chunk] = log_probabilities(logits, targets)
+        hit[chunk] = logits.argmax(dim=-1) == targets
+    return evidence, hit
 
 
 def forward(

@@ -8,9 +8,10 @@ from typing import Any
 from forethought import checkpoint, corpus
 from forethought.config import Config, UserError, from_dict, load, merge, to_dict
 from forethought.evaluation import controls, text, view
-from forethought.model import check_length, compute, load_model, load_tokenizer
+from forethought.model import check_length, load_model, load_tokenizer
+from forethought.network import computing
 from forethought.positions import thought_format
-from forethought.rollout.native import native_engine
+from forethought.rollout import engines
 from forethought.runlog import RunLog, check_free
 
 
@@ -37,12 +38,11 @@ def evaluate(
     else:
         subject, start = trained_subject(config, log.path), subject_of(config)
         windows = text.held_out(config, subject.tokenizer)
-    with compute(config):
-        records = base = controls.measure(subject, windows, progress)
-        if subject is not start:
-            base = text.measure(start, windows, lambda done, total: progress("evaluating the base", done, total))
-        reference = start.model if subject.teacher is None else subject.teacher
-        shown = view.documents(subject, reference, windows, str(target), progress)
+    records = base = controls.measure(subject, windows, progress)
+    if subject is not start:
+        base = text.measure(start, windows, lambda done, total: progress("evaluating the base", done, total))
+    reference = start.model if subject.teacher is None else subject.teacher
+    shown = view.documents(subject, reference, windows, str(target), progress)
     figures: dict[str, Any] = {"seed": config.seed, **text.summarise(records, base)}
     figures["seconds"] = round(time.perf_counter() - began, 2)
     log.write_json("documents.json", shown)
@@ -83,7 +83,7 @@ def trained_subject(config: Config, run: Path) -> text.Subject:
         return subject
     teacher = load_model(config.model, config.seed)
     teacher.load_state_dict({name.partition("/")[2]: tensor for name, tensor in weights.items()}, strict=False)
-    return dataclasses.replace(subject, teacher=teacher)
+    return dataclasses.replace(subject, teacher=computing(teacher, config.model.precision))
 
 
 def subject_of(config: Config) -> text.Subject:
@@ -91,6 +91,6 @@ def subject_of(config: Config) -> text.Subject:
     tokenizer = load_tokenizer(config.model)
     form = thought_format(tokenizer, config.method)
     check_length(config, form)
-    model = load_model(config.model, config.seed)
-    engine = native_engine(model, form, config)
+    model = computing(load_model(config.model, config.seed), config.model.precision)
+    engine = engines.engine(model, form, config)
     return text.Subject(model=model, engine=engine, form=form, tokenizer=tokenizer, config=config)

@@ -9,7 +9,8 @@ from typing import Any
 from forethought.config import Config
 from forethought.evaluation import answers, questions, started, trained
 from forethought.evaluation.tasks import TASKS, Exam, exams
-from forethought.model import compute, load_model, load_tokenizer
+from forethought.model import load_model, load_tokenizer
+from forethought.network import computing
 from forethought.positions import thought_format
 from forethought.runlog import RunLog, check_free
 
@@ -28,12 +29,12 @@ def ask(
     asked = exams(config.questions)
     if log is None:
         check_free(Path(config.run), config.overwrite)
-        measure = _prepared(config, asked, progress)
+        measure = prepared(config, asked, progress)
         log = RunLog.create(config)
         records = {"model": measure()}
     else:
         mine = trained(config, log.path)
-        records = {"model": _prepared(mine, asked, progress)(), "base": _prepared(config, asked, progress)()}
+        records = {"model": prepared(mine, asked, progress)(), "base": prepared(config, asked, progress)()}
     figures: dict[str, Any] = {"seed": config.seed, "checker": answers.checker()}
     figures |= {f"version/{exam.task.name}": exam.task.version for exam in asked}
     for who, some in records.items():
@@ -42,28 +43,27 @@ def ask(
         difference = questions.over_base(records["model"], records["base"])
         figures |= {f"over_base/{name}": value for name, value in difference.items()}
     figures["seconds"] = round(time.perf_counter() - began, 2)
-    log.write_lines("questions.jsonl", [_row(who, one) for who, some in records.items() for one in some])
+    log.write_lines("questions.jsonl", [row(who, one) for who, some in records.items() for one in some])
     log.write_json("questions.json", figures)
     return figures, log.path / "questions.json"
 
 
-def _prepared(
+def prepared(
     config: Config, asked: Sequence[Exam], progress: questions.Progress | None
 ) -> Callable[[], list[questions.Record]]:
-    """Load all that a measurement takes, so that what is wrong with it is known before a folder is made."""
+    """Load all that asking takes, so that what is wrong with it is known before a folder is made."""
     tokenizer = load_tokenizer(config.model)
     form = thought_format(tokenizer, config.method)
-    model = load_model(config.model, config.seed)
+    model = computing(load_model(config.model, config.seed), config.model.precision)
     questions.check_room(model, form, tokenizer, asked, config)
 
     def measure() -> list[questions.Record]:
-        with compute(config):
-            return questions.measure(model, form, tokenizer, asked, config, progress or (lambda done, total: None))
+        return questions.measure(model, form, tokenizer, asked, config, progress or (lambda done, total: None))
 
     return measure
 
 
-def _row(who: str, record: questions.Record) -> dict[str, Any]:
+def row(who: str, record: questions.Record) -> dict[str, Any]:
     """A line of questions.jsonl."""
     return {
         "model": who,

@@ -248,19 +248,20 @@ def _before(text: str, strings: Sequence[str]) -> str:
 
 def summarise(records: Sequence[Record]) -> Figures:
     """Flat figures MODE/TASK/METRIC, each with /se, and MODE/{math,science,overall}/ACCURACY (docs/metrics.md)."""
-    return _figures(columns(records))
+    return figures(columns(records))
 
 
 def over_base(records: Sequence[Record], base: Sequence[Record]) -> Figures:
     """The same of the difference to a base that was asked the same: accuracies only, errors over paired questions."""
     assert [(one.mode, one.prompt) for one in records] == [(one.mode, one.prompt) for one in base]
-    theirs = columns(base)
-    return _figures(
-        {
-            key: {name: some[name] - theirs[key][name] for name in ACCURACIES if name in some}
-            for key, some in columns(records).items()
-        }
-    )
+    return figures(difference(columns(records), columns(base)))
+
+
+def difference(mine: Columns, theirs: Columns) -> dict[tuple[str, str], dict[str, np.ndarray]]:
+    """Accuracies of one model minus those of another that was asked the same, question by question."""
+    return {
+        key: {name: some[name] - theirs[key][name] for name in ACCURACIES if name in some} for key, some in mine.items()
+    }
 
 
 def columns(records: Sequence[Record]) -> dict[tuple[str, str], dict[str, np.ndarray]]:
@@ -291,21 +292,22 @@ def _columns(records: Sequence[Record]) -> dict[str, np.ndarray]:
     return result
 
 
-def _figures(table: Columns) -> Figures:
-    figures: Figures = {}
+def figures(table: Columns) -> Figures:
+    """Flat figures of columns, as `summarise`."""
+    found: Figures = {}
     for (mode, task), metrics in table.items():
         for metric, values in metrics.items():
-            figures[f"{mode}/{task}/{metric}"] = float(values.mean())
+            found[f"{mode}/{task}/{metric}"] = float(values.mean())
             if len(values) > 1:
-                figures[f"{mode}/{task}/{metric}/se"] = float(values.std(ddof=1) / math.sqrt(len(values)))
-        figures[f"{mode}/{task}/questions"] = len(next(iter(metrics.values())))
+                found[f"{mode}/{task}/{metric}/se"] = float(values.std(ddof=1) / math.sqrt(len(values)))
+        found[f"{mode}/{task}/questions"] = len(next(iter(metrics.values())))
     for mode in dict.fromkeys(mode for mode, _ in table):
         for area in ("math", "science"):
             names = [task for other, task in table if other == mode and TASKS[task].area == area]
-            figures |= _average(figures, mode, area, names)
-        if f"{mode}/math/tasks" in figures and f"{mode}/science/tasks" in figures:
-            figures |= _average(figures, mode, "overall", ["math", "science"])
-    return figures
+            found |= _average(found, mode, area, names)
+        if f"{mode}/math/tasks" in found and f"{mode}/science/tasks" in found:
+            found |= _average(found, mode, "overall", ["math", "science"])
+    return found
 
 
 def _average(figures: Figures, mode: str, name: str, parts: Sequence[str]) -> Figures:

@@ -1,24 +1,22 @@
 """Arms from one start under matched budgets, measured at the same positions, put beside each other by one command."""
 
-import json
-import os
-import signal
-import subprocess
-import sys
+import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from forethought import report
-from forethought.config import RunError, UserError
-from forethought.experiment import arms, table, worker
-from forethought.experiment.design import Experiment, Job, read
-from forethought.interrupts import Gate, SignalArrived, Stopped
+from forethought.config import RunError
+from forethought.experiment import arms, asked, table
+from forethought.experiment.design import BASE, Experiment, Job, read
+from forethought.experiment.pool import Pool
+from forethought.interrupts import SignalArrived, Stopped
 from forethought.loop import Observer, Silent
 from forethought.report.comparison import Verdict
 from forethought.runlog import RunLog
 
-POLL_S = 0.2
+DESCRIBED = "experiment.json"
 
 
 def compare(
@@ -36,51 +34,65 @@ def compare(
         RunError: arms that cannot go on; the others were finished first.
         Stopped: SIGINT or SIGTERM; the same call goes on.
     """
+    began, meter = time.perf_counter(), arms.Meter()
     experiment, observer = read(path, overrides or {}), observer or Silent()
     todo = [job for job in experiment.jobs if not arms.finished(experiment, job)]
-    arms.measure_base(experiment, observer)
+    asked.check(experiment)
+    arms.measure_base(experiment, observer, meter)
     failed: dict[str, str] = {}
     try:
         if experiment.processes == 1:
-            failed = _one_by_one(experiment, todo, observer)
+            failed = _one_by_one(experiment, todo, observer, meter)
         else:
-            failed = _Pool(experiment, todo, {"path": str(path), "overrides": overrides or {}}).run(observer)
+            failed = Pool(experiment, todo, {"path": str(path), "overrides": overrides or {}}).run(observer)
     except (SignalArrived, Stopped) as stopped:
-        _publish(experiment, failed)
+        _publish(experiment, failed, began)
         kept = f"finished arms are kept in {experiment.run}; go on with the same command"
         raise Stopped(stopped.number, kept) from None
-    verdicts, page = _publish(experiment, failed)
+    verdicts, page = _publish(experiment, failed, began)
     if failed:
         name, why = next(iter(failed.items()))
         raise RunError(f"{len(failed)} of {len(experiment.jobs)} arms failed, first {name}: {why}; the others: {page}")
     return verdicts, page
 
 
-def _one_by_one(experiment: Experiment, todo: list[Job], observer: Observer) -> dict[str, str]:
+def _one_by_one(experiment: Experiment, todo: list[Job], observer: Observer, meter: arms.Meter) -> dict[str, str]:
     """All jobs in this process. Returns what failed, and why; whatever follows a failed arm's budget fails too."""
     failed: dict[str, str] = {}
     for job in todo:
         try:
             if job.needs in failed:
                 raise RunError(f"{job.needs}, whose budget it follows, failed")
-            arms.run_job(experiment, job, observer)
+            arms.run_job(experiment, job, observer, meter)
         except RunError as error:
             failed[job.name] = str(error)
     return failed
 
 
-def _publish(experiment: Experiment, failed: dict[str, str]) -> tuple[list[Verdict], Path]:
-    rows = table.rows(experiment)
-    verdicts = table.judge(experiment, rows)
+def _publish(experiment: Experiment, failed: dict[str, str], began: float) -> tuple[list[Verdict], Path]:
+    done = [job for job in experiment.jobs if arms.finished(experiment, job)]
+    rows = table.rows(experiment, done)
+    verdicts = table.judge(experiment, rows, done)
     log = RunLog(experiment.run)
-    log.write_json("compare.json", rows)
-    log.write_json("experiment.json", _described(experiment, verdicts, failed))
+    log.write_json("compare.json", [dataclasses.asdict(row) for row in rows])
+    described = _described(experiment, verdicts, done, failed)
+    log.write_json(DESCRIBED, {**described, "spent": _spent(log, done, time.perf_counter() - began)})
     return verdicts, report.write_comparison(experiment.run)
 
 
-def _described(experiment: Experiment, verdicts: list[Verdict], failed: dict[str, str]) -> dict[str, Any]:
+def _spent(log: RunLog, done: Sequence[Job], seconds: float) -> dict[str, float]:
+    """Seconds of this call and of those before it that came to their end, and CPU seconds of all finished runs."""
+    before = log.read_json(DESCRIBED).get("spent", {}) if (log.path / DESCRIBED).is_file() else {}
+    files = [log.path / name / arms.SPENT for name in (BASE, *(job.name for job in done))]
+    spent = [RunLog(file.parent).read_json(file.name)["cpu_seconds"] for file in files if file.is_file()]
+    return {"seconds": round(before.get("seconds", 0.0) + seconds, 1), "cpu_seconds": round(sum(spent), 1)}
+
+
+def _described(
+    experiment: Experiment, verdicts: list[Verdict], done: Sequence[Job], failed: dict[str, str]
+) -> dict[str, Any]:
     """What the page says besides the rows."""
-    done = {job.name for job in experiment.jobs if arms.finished(experiment, job)}
+    names = {job.name for job in done}
     return {
         "name": experiment.name,
         "model": experiment.start.model.path,
@@ -88,7 +100,7 @@ def _described(experiment: Experiment, verdicts: list[Verdict], failed: dict[str
         "held_out": experiment.start.evaluate.path,
         "arms": {
             name: {
-                "seeds": [job.seed for job in experiment.of(name) if job.name in done],
+                "seeds": [job.seed for job in experiment.of(name) if job.name in names],
                 "options": experiment.arms[name].options,
                 "budget": experiment.arms[name].budget,
             }
@@ -100,80 +112,10 @@ def _described(experiment: Experiment, verdicts: list[Verdict], failed: dict[str
                 "option": curve.option,
                 "points": [[value, curve.label(value, arm)] for value, arm in curve.points],
                 "seeds": list(curve.seeds),
+                "published": dataclasses.asdict(curve.published) if curve.published else None,
             }
             for curve in experiment.curves
         ],
-        "claims": table.plain(verdicts),
-        "missing": {job.name: failed.get(job.name, "") for job in experiment.jobs if job.name not in done},
+        "claims": [dataclasses.asdict(one) for one in verdicts],
+        "missing": {job.name: failed.get(job.name, "") for job in experiment.jobs if job.name not in names},
     }
-
-
-class _Pool:
-    """Jobs in processes of their own, a few at a time. Each has its share of the cores."""
-
-    def __init__(self, experiment: Experiment, todo: list[Job], asked: dict[str, Any]):
-        self.experiment, self.asked = experiment, asked
-        self.waiting = list(todo)
-        self.running: list[tuple[Job, subprocess.Popen[bytes]]] = []
-        self.done = {job.name for job in experiment.jobs} - {job.name for job in todo}
-        self.failed: dict[str, str] = {}
-
-    def run(self, observer: Observer) -> dict[str, str]:
-        """All jobs. Returns what failed. When a signal comes, the others are told to save and leave, and waited for.
-
-        Raises UserError for a user's mistake in an arm, SignalArrived.
-        """
-        gate = Gate()
-        try:
-            with gate.installed():
-                while self.waiting or self.running:
-                    self._start()
-                    observer.phase("comparing", len(self.done), len(self.experiment.jobs))
-                    with gate.passing():
-                        time.sleep(POLL_S)
-                    for entry in [one for one in self.running if one[1].poll() is not None]:
-                        self._finish(*entry)
-            observer.phase("comparing", len(self.done), len(self.experiment.jobs))
-        finally:
-            for _, process in self.running:
-                process.send_signal(signal.SIGTERM)
-            for _, process in self.running:
-                process.wait()
-        return self.failed
-
-    def _start(self) -> None:
-        threads = str(max(1, len(os.sched_getaffinity(0)) // self.experiment.processes))
-        for job in [one for one in self.waiting if one.needs in self.failed]:
-            self.waiting.remove(job)
-            self.failed[job.name] = f"{job.needs}, whose budget it follows, failed"
-        for job in [one for one in self.waiting if one.needs is None or one.needs in self.done]:
-            if len(self.running) == self.experiment.processes:
-                return
-            self.waiting.remove(job)
-            asked = json.dumps({**self.asked, "job": job.name})
-            with self._log(job).open("wb") as log:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "forethought.experiment.worker", asked],
-                    env={**os.environ, "OMP_NUM_THREADS": threads, "TQDM_DISABLE": "1"},
-                    stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                    start_new_session=True,  # Ctrl-C reaches this process, which tells the others
-                )  # fmt: skip
-            self.running.append((job, process))
-
-    def _finish(self, job: Job, process: subprocess.Popen[bytes]) -> None:
-        self.running.remove((job, process))
-        if process.returncode == 0:
-            self.done.add(job.name)
-            return
-        log = self._log(job)
-        lines = log.read_text(errors="replace").strip().splitlines()
-        if process.returncode == worker.USER_ERROR:
-            raise UserError(f"{job.name}: {lines[-1]}")
-        said = lines[-1] if process.returncode == worker.RUN_ERROR else f"ended with status {process.returncode}"
-        self.failed[job.name] = f"{said} (see {log})"
-
-    def _log(self, job: Job) -> Path:
-        """Where a job's process writes its messages."""
-        folder = self.experiment.run / "logs"
-        folder.mkdir(exist_ok=True)
-        return folder / f"{job.arm}-seed-{job.seed}.log"

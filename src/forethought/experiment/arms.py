@@ -3,35 +3,65 @@
 RUN/base/records.json              the start, measured
 RUN/ARM/seed-N/                    the arm's run folder, and its records.json
 RUN/ARM/seed-N/documents.json      for the thought viewer, with the first seed
+RUN/ARM/seed-N/answers.json        what it answered to the experiment's questions (asked.py), and base/answers.json
+RUN/ARM/seed-N/spent.json          seconds and CPU seconds that all this took
+RUN/ARM/seed-N/post/               of post-training: a run folder for each stage, and records.json after the last
+RUN/base/seed-N/post/              the same of the start
 """
 
 import dataclasses
 import hashlib
+import time
 from pathlib import Path
 from typing import Any
 
 from forethought import evaluation
 from forethought.config import Config, UserError, difference
 from forethought.evaluation import controls, text, view
+from forethought.experiment import asked
 from forethought.experiment.design import BASE, Experiment, Job
 from forethought.loop import Observer, resume, train
-from forethought.model import compute
 from forethought.runlog import RunLog
+from forethought.stages import chain
 
-RECORDS = "records.json"
+RECORDS, SPENT, POST = "records.json", "spent.json", "post"
 Recorded = dict[str, text.Records]
 """Held-out records by group of positions."""
 
 
-def measure_base(experiment: Experiment, observer: Observer) -> None:
-    """Measure the start, unless that is done."""
+class Meter:
+    """Seconds and CPU seconds of this process: of each job, and what the process itself took to begin, of its first."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter() - time.process_time(), 0.0
+
+    def lap(self, folder: Path) -> None:
+        """Add what passed since the last lap to a job's spent.json."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        log = RunLog(folder)
+        before = log.read_json(SPENT) if (folder / SPENT).is_file() else {"seconds": 0.0, "cpu_seconds": 0.0}
+        spent = {"seconds": wall - self._wall, "cpu_seconds": cpu - self._cpu}
+        self._wall, self._cpu = wall, cpu
+        log.write_json(SPENT, {name: round(before[name] + value, 2) for name, value in spent.items()})
+
+
+def measure_base(experiment: Experiment, observer: Observer, meter: Meter) -> None:
+    """Measure the start, and post-train it with every seed where arms are, unless that is done."""
     folder = experiment.run / BASE
-    if (folder / RECORDS).is_file():
+    known, seeds = (folder / RECORDS).is_file(), sorted({job.seed for job in experiment.jobs})
+    if known:
         _check_same(RunLog.open(folder).config(), experiment.start, BASE)
-        return
-    start = dataclasses.replace(experiment.start, overwrite=True)
-    subject = evaluation.subject_of(start)
-    _measure(RunLog.create(start), subject, observer)
+        trained = [(folder / f"seed-{seed}" / POST / RECORDS).is_file() for seed in seeds if experiment.post]
+        if asked.done(experiment, folder) and all(trained):
+            return
+    if not known:
+        start = dataclasses.replace(experiment.start, overwrite=True)
+        subject = evaluation.subject_of(start)
+        _measure(RunLog.create(start), subject, observer)
+    asked.ask(experiment, experiment.start, folder, observer)
+    for seed in seeds:
+        _posttrain(experiment, dataclasses.replace(experiment.start, seed=seed), folder / f"seed-{seed}", observer)
+    meter.lap(folder)
 
 
 def finished(experiment: Experiment, job: Job) -> bool:
@@ -42,36 +72,61 @@ def finished(experiment: Experiment, job: Job) -> bool:
     known = job.needs is None or (experiment.run / job.needs / "summary.json").is_file()
     if known:
         _check_same(RunLog.open(folder).config(), _with_budget(experiment, job), job.name)
-    return known and (folder / RECORDS).is_file()
+    last = folder / POST if experiment.post else folder
+    recorded = (folder / RECORDS).is_file() and (last / RECORDS).is_file()
+    return known and recorded and asked.done(experiment, folder)
 
 
-def run_job(experiment: Experiment, job: Job, observer: Observer) -> None:
-    """Train and measure, or what of it is not done yet.
+def run_job(experiment: Experiment, job: Job, observer: Observer, meter: Meter) -> None:
+    """Train, measure, post-train and measure again, or what of it is not done yet.
 
     Raises:
         UserError: the folder holds a run with other options; the job whose budget it follows is not finished.
         RunError, Stopped: as in training; the same call goes on.
     """
     config = _with_budget(experiment, job)
-    folder = Path(config.run)
-    if (folder / "config.json").is_file():
+    folder, begun = Path(config.run), (Path(config.run) / "config.json").is_file()
+    if begun:
         _check_same(RunLog.open(folder).config(), config, job.name)
-        if not (folder / "summary.json").is_file():
+    try:
+        if not begun:
+            train(config, observer)
+        elif not (folder / "summary.json").is_file():
             resume(folder, observer)
-    else:
-        train(config, observer)
+        _measure_job(experiment, job, config, observer)
+    finally:
+        if (folder / "config.json").is_file():
+            meter.lap(folder)
+
+
+def _measure_job(experiment: Experiment, job: Job, config: Config, observer: Observer) -> None:
+    """What a trained arm is worth, unless that is known."""
+    folder, shared = Path(config.run), experiment.start
+    method = dataclasses.replace(config.method, horizon=shared.method.horizon)  # the same positions for all
+    config = dataclasses.replace(config, evaluate=shared.evaluate, method=method)
     if not (folder / RECORDS).is_file():
-        shared = experiment.start
-        method = dataclasses.replace(config.method, horizon=shared.method.horizon)  # the same positions for all
-        config = dataclasses.replace(config, evaluate=shared.evaluate, method=method)
         subject = evaluation.trained_subject(config, folder)
         first = job.seed == experiment.of(job.arm)[0].seed
         _measure(RunLog.open(folder), subject, observer, view_as=job.name if first else "")
+    trained = evaluation.trained(config, folder)
+    asked.ask(experiment, trained, folder, observer)
+    _posttrain(experiment, trained, folder, observer)
 
 
 def records(folder: Path) -> Recorded:
     """What was measured of an arm's run, or of the base."""
-    return {name: text.Records(**fields) for name, fields in RunLog.open(folder).read_json(RECORDS).items()}
+    RunLog.open(folder)
+    return _read(folder)
+
+
+def post_records(experiment: Experiment, folder: Path) -> Recorded:
+    """What was measured after post-training, as groups `post:NAME`; nothing where there is none."""
+    found = _read(folder / POST) if experiment.post else {}
+    return {f"post:{name}": one for name, one in found.items()}
+
+
+def _read(folder: Path) -> Recorded:
+    return {name: text.Records(**fields) for name, fields in RunLog(folder).read_json(RECORDS).items()}
 
 
 def weights(folder: Path) -> str:
@@ -86,12 +141,20 @@ def weights(folder: Path) -> str:
 
 def _measure(log: RunLog, subject: text.Subject, observer: Observer, view_as: str = "") -> None:
     windows = text.held_out(subject.config, subject.tokenizer)
-    with compute(subject.config):
-        found = controls.measure(subject, windows, observer.phase)
-        if view_as and subject.config.evaluate.view:
-            reference = subject.model if subject.teacher is None else subject.teacher
-            log.write_json("documents.json", view.documents(subject, reference, windows, view_as, observer.phase))
+    found = controls.measure(subject, windows, observer.phase)
+    if view_as and subject.config.evaluate.view:
+        reference = subject.model if subject.teacher is None else subject.teacher
+        log.write_json("documents.json", view.documents(subject, reference, windows, view_as, observer.phase))
     log.write_json(RECORDS, {name: dataclasses.asdict(fields) for name, fields in found.items()})
+
+
+def _posttrain(experiment: Experiment, start: Config, folder: Path, observer: Observer) -> None:
+    """Take a start through all stages, then measure it as it was measured before."""
+    if not experiment.post:
+        return
+    last = chain(experiment.post, start, folder / POST, observer)
+    if not (folder / POST / RECORDS).is_file():
+        _measure(RunLog(folder / POST), evaluation.trained_subject(start, last), observer)
 
 
 def _with_budget(experiment: Experiment, job: Job) -> Config:
@@ -112,6 +175,7 @@ def _with_budget(experiment: Experiment, job: Job) -> Config:
 
 def _check_same(saved: Config, wanted: Config, name: str) -> None:
     """What was done with other options is not mixed with this experiment."""
+    saved = dataclasses.replace(saved, questions=wanted.questions)  # answers know what they were asked with
     if found := difference(saved, wanted):
         option, before, now = found
         raise UserError(

@@ -3,6 +3,7 @@
 config = "quickstart"                     # what all arms share; a path or the name of a shipped config
 seeds = [0, 1, 2]
 options.train.steps = 60                  # over the config, in every arm
+ask = true                                # benchmark questions too: options.questions.data, .tasks, ...
 
 [arms.rlp]                                # as it is
 [arms.cpt-flops]
@@ -18,6 +19,9 @@ values = [2, 4, 8]
 arm = "rlp"
 above = ["base", "cpt-flops"]
 metrics = ["answer/accuracy_think"]
+
+`post = ["sft-cups", "rlvr-cups"]` at the top: every arm and the base, once measured, go through the same stages of
+post-training and are measured again, as the groups `post:all`, `post:answer`, ...
 """
 
 import dataclasses
@@ -29,6 +33,8 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from forethought.config import Config, UserError, find, from_dict, load, merge, read_toml, to_dict
+from forethought.stages.stage import Stage
+from forethought.stages.stage import read as read_stage
 
 BASE = "base"
 """The arm that is not trained: the start itself."""
@@ -53,6 +59,16 @@ class Arm:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Published:
+    """Somebody else's figures over the same option, drawn beside a sweep as they are."""
+
+    said: Annotated[str, Field(min_length=1)]
+    """Whose, and of what."""
+    points: Annotated[list[tuple[int | float | str, float]], Field(min_length=2, strict=False)]
+    """(value of the option, figure)"""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Sweep:
     """One option of an arm over several values; an arm NAME=VALUE for each value that the arm itself has not."""
 
@@ -60,6 +76,7 @@ class Sweep:
     option: Annotated[str, Field(pattern=r"^[a-z0-9_]+\.[a-z0-9_]+$")]
     values: Annotated[list[int | float | str], Field(min_length=2)]
     seeds: list[int] | None = None
+    published: Published | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -88,7 +105,9 @@ class _File:
     run: str = ""
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(default_factory=lambda: [0, 1, 2])
     processes: Annotated[int, Field(ge=1)] = 1
+    ask: bool = False
     options: dict[str, Any] = Field(default_factory=dict)
+    post: list[str] = Field(default_factory=list)
     arms: Annotated[dict[_ArmName, Arm], Field(min_length=1)]
     sweeps: dict[_ArmName, Sweep] = Field(default_factory=dict)
     claims: list[Claim] = Field(default_factory=list)
@@ -117,6 +136,7 @@ class Curve:
     option: str
     points: tuple[tuple[Any, str], ...]
     seeds: tuple[int, ...]
+    published: Published | None = None
 
     def label(self, value: Any, arm: str) -> str:
         """What the point is called in the table: NAME=VALUE, also where the arm goes by a name of its own."""
@@ -130,12 +150,14 @@ class Experiment:
     name: str
     run: Path
     processes: int
+    ask: bool  # whether every arm is asked the questions of start.questions
     start: Config  # the options that all share; its model is the base
     arms: dict[str, Arm]  # in the order of the file, those of sweeps at the end
     named: tuple[str, ...]  # those of the file
     jobs: tuple[Job, ...]
     curves: tuple[Curve, ...]
     claims: tuple[Claim, ...]
+    post: tuple[Stage, ...] = ()  # post-training that every arm and the base go through after they are measured
 
     def of(self, arm: str) -> list[Job]:
         """An arm's jobs, by seed."""
@@ -145,7 +167,7 @@ class Experiment:
 def read(path: str | Path, overrides: dict[str, Any]) -> Experiment:
     """Read an experiment file (a path, or the name of a shipped one).
 
-    `overrides` may set config, run, seeds and processes; other options in it hold for every arm, over the file's.
+    `overrides` may set config, run, seeds, processes and ask; other options in it hold for every arm, over the file's.
 
     Raises:
         UserError: unknown file, broken TOML, an unknown key, an option that no run would take, a budget, sweep or
@@ -155,7 +177,7 @@ def read(path: str | Path, overrides: dict[str, Any]) -> Experiment:
     values = read_toml(file)
     if "arms" not in values:
         raise UserError(f"experiment {str(path)!r}: names no arms, so it is no experiment file (docs/comparing.md)")
-    own = {name: overrides[name] for name in ("config", "run", "seeds", "processes") if name in overrides}
+    own = {name: overrides[name] for name in ("config", "run", "seeds", "processes", "ask") if name in overrides}
     if "seeds" in own:
         own["seeds"] = _numbers(own["seeds"])
     rest = {name: value for name, value in overrides.items() if name not in own}
@@ -181,8 +203,9 @@ def read(path: str | Path, overrides: dict[str, Any]) -> Experiment:
         _job(name, arm, seed, start, run) for name, arm in arms.items() for seed in _seeds(name, arm.seeds, given)
     )
     return Experiment(
-        name=named, run=run, processes=given.processes, start=start, arms=arms, named=tuple(given.arms),
-        jobs=_ordered(jobs), curves=curves, claims=tuple(given.claims),
+        name=named, run=run, processes=given.processes, ask=given.ask, start=start, arms=arms,
+        named=tuple(given.arms), jobs=_ordered(jobs), curves=curves, claims=tuple(given.claims),
+        post=tuple(map(read_stage, given.post)),
     )  # fmt: skip
 
 
@@ -227,7 +250,8 @@ def _expand(given: _File, start: Config) -> tuple[dict[str, Arm], tuple[Curve, .
                 arms[arm] = Arm(options=more, budget=owner.budget, seeds=seeds)
             points.append((value, arm))
         shared = tuple(_seeds(f"sweeps.{name}", seeds, given))
-        curves.append(Curve(name=name, option=sweep.option, points=tuple(points), seeds=shared))
+        curve = Curve(name=name, option=sweep.option, points=tuple(points), seeds=shared, published=sweep.published)
+        curves.append(curve)
     return arms, tuple(curves)
 
 
@@ -259,7 +283,7 @@ def _check_claims(arms: dict[str, Arm], claims: list[Claim]) -> None:
 
 def _config(name: str, start: Config, options: dict[str, Any], fixed: dict[str, Any] | None = None) -> Config:
     """An arm's options over those that all share. What makes arms comparable is not an arm's to choose."""
-    for section in ("model", "evaluate", "seed", "run", "overwrite"):
+    for section in ("model", "evaluate", "questions", "seed", "run", "overwrite"):
         if section in options:
             raise UserError(f"arms.{name}: cannot set {section}, which all arms share")
     try:

@@ -3,9 +3,11 @@
 from forethought.methods.base import Collected, Method, Sums, add
 from forethought.methods.cpt import CPT
 from forethought.methods.learning import Experience
+from forethought.methods.mixed import Mixed
 from forethought.methods.rlp import RLP
 from forethought.methods.rpt import RPT
 
-__all__ = ["CPT", "METHODS", "RLP", "RPT", "Collected", "Experience", "Method", "Sums", "add"]
+__all__ = ["CPT", "METHODS", "RLP", "RPT", "Collected", "Experience", "Method", "Mixed", "Sums", "add"]
 
-METHODS: dict[str, type[RLP] | type[RPT] | type[CPT]] = {"rlp": RLP, "rpt": RPT, "cpt": CPT}
+Named = type[RLP] | type[RPT] | type[CPT] | type[Mixed]
+METHODS: dict[str, Named] = {"rlp": RLP, "rpt": RPT, "cpt": CPT, "mixed": Mixed}

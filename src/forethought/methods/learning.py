@@ -16,6 +16,7 @@ from forethought.objective import (
     clipped_share,
     clipped_surrogate,
     group_advantages,
+    importance_weight,
     kl_to_reference,
     scale_by_std,
 )
@@ -111,9 +112,13 @@ class Learner:
         old = logp.detach() if piece.logp_old is None else piece.logp_old[rows, :width]
         ratio = (logp - old).exp()
         clip = (options.clip_low, options.clip_high)
-        losses = clipped_surrogate(ratio, advantage, mask, clip)
         tokens = float(mask.sum())
         sums: Sums = {}
+        weight = None
+        if cap := self.config.rollout.importance_cap:
+            weight = importance_weight(old, piece.logp_sampler[rows, :width], cap)
+            sums["objective/importance"] = (float(weight[mask].sum()), tokens)
+        losses = clipped_surrogate(ratio, advantage, mask, clip, weight)
         if piece.logp_reference is not None:
             kl = kl_to_reference(logp, piece.logp_reference[rows, :width], mask)
             losses = losses + options.kl_weight * kl

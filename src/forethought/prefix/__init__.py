@@ -84,7 +84,7 @@ def _attend(
     if odd := [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]:
         raise ValueError(f"its attention uses {', '.join(odd)}, which a shared prefix does not take")
     scale = options.get("scaling") or query.shape[-1] ** -0.5
-    attention = held_attention if isinstance(key, Held) else merged_attention
+    attention: Any = held_attention if isinstance(key, Held) else merged_attention
     out = attention(query, key, value, scale, options.get("sliding_window"))
     return out.transpose(1, 2), None
 

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 HIDDEN = -1e30  # added to the score of a key that a row must not see; finite, so that a row may see none
+_SPARSE = 1.5  # slots for each row above which each position is attended on its own instead of in one call for all
 _BIAS = 2**22  # entries of an additive mask above which each position is attended on its own instead
 
 
@@ -98,11 +99,6 @@ def merged_attention(query: Tensor, key: Split, value: Split, scale: float, wind
         scale: factor of the scores.
         window: a query sees only the last `window` tokens, itself included; None: all.
     """
-    kind = query.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        query = query.to(dtype)
-        key, value = (Split(x.prefix.to(dtype), x.suffix.to(dtype), x.layout, x.start) for x in (key, value))
     parts = [*_prefix_parts(query, key, window), _suffix_part(query, key, window)]
     keys = (key.prefix, value.prefix, key.suffix, value.suffix)
     if query.shape[2] == 1 and not torch.is_grad_enabled():
@@ -120,7 +116,8 @@ def _prefix_parts(query: Tensor, key: Split, window: int | None) -> list[_Part]:
     documents, slots = layout.slots.shape
     whole = window is None and all(seen == length for _, seen, _, _ in layout.spans)
     large = documents * slots * fan * width * length > _BIAS
-    if window is None and width > 1 and (large or query.is_cuda) and not whole:
+    sparse = documents * slots > _SPARSE * len(layout.place)
+    if window is None and width > 1 and (sparse or ((large or query.is_cuda) and not whole)):
         return [_span_part(span, heads, fan) for span in layout.spans]
 
     def fold(x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Rows that continue documents: a cache with the documents once and each row's own suffix."""
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -121,7 +122,7 @@ class _SuffixAttention(CacheLayerMixin):
 
     def __init__(self, fork: Fork, state: State):
         super().__init__()
-        self.fork, self.state = fork, state
+        self.fork, self.state = weakref.proxy(fork), state  # a cycle would keep masks and buffers until collected
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Buffers of the fork's room."""
@@ -183,7 +184,7 @@ class _SuffixRecurrent(Recurrent):
 
     def __init__(self, fork: Fork, state: State, places: Tensor):
         super().__init__(max(len(state.conv), len(state.recurrent), 1))
-        self.fork, self.state = fork, state
+        self.fork, self.state = weakref.proxy(fork), state
         for i, tensor in state.conv.items():
             self._put_conv(i, tensor[places], state.kernels[i])
         for i, tensor in state.recurrent.items():

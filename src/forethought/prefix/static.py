@@ -87,8 +87,8 @@ class Static(Cache):
     """The cache of rows that read one token each, all at the same column."""
 
     def __init__(self, table: Table, layers: Sequence["_Layer"]):
-        self.table = table
-        super().__init__(layers=list(layers))
+        self.table, self.own = table, list(layers)
+        super().__init__(layers=[*self.own])
 
     @classmethod
     def like(cls, fork: Fork, room: Room) -> "Static":
@@ -110,13 +110,12 @@ class Static(Cache):
         part = Table(
             stop=table.stop[:rows], owner=table.owner[:rows], slots=table.slots, seen=table.seen, column=table.column
         )
-        own: list[Any] = self.layers
-        layers = [_Layer(part, (x.keys[0], x.keys[1][:rows]), (x.values[0], x.values[1][:rows])) for x in own]
+        layers = [_Layer(part, (x.keys[0], x.keys[1][:rows]), (x.values[0], x.values[1][:rows])) for x in self.own]
         return Static(part, layers)
 
     def load(self, fork: Fork) -> None:
         """Take over the documents and rows of a fork, the tokens that it has read included."""
-        for mine, theirs in zip(self.layers, fork.rows, strict=True):
+        for mine, theirs in zip(self.own, fork.rows, strict=True):
             for (prefix, suffix), shared, own in (
                 (mine.keys, theirs.state.keys, theirs.keys),
                 (mine.values, theirs.state.values, theirs.values),
@@ -129,7 +128,7 @@ class Static(Cache):
     def pick(self, rows: Int[Tensor, " row"], known: int) -> None:
         """Put some rows first, in this order; the first `known` of them continue a document."""
         count, table = len(rows), self.table
-        for layer in self.layers:
+        for layer in self.own:
             for _, suffix in (layer.keys, layer.values):
                 suffix[:count] = suffix[rows]
         table.fill(table.owner[rows[:known]].tolist(), table.stop[rows[:known]].tolist())

@@ -11,6 +11,8 @@ from forethought.report.svg import COLOURS, INK, styled
 from forethought.report.text import MINUS, visible
 
 WIDTH = 5.0
+_HEIGHT_PT, _LINE_PT = 170.0, 11.0
+"""Height of what a drawing of costs shows, about, and of a name in it; typographic points."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,16 +51,34 @@ def costs(points: Sequence[Point], axis: str, cost: str, unit: str) -> str:
         for point in points:
             axes.plot([point.x, point.x], [point.low, point.high], color=_colour(point), linewidth=2.0)
             axes.plot([point.x], [point.value], marker="o", markersize=6, color=_colour(point))
-            axes.annotate(
-                visible(point.name), (point.x, point.value), xytext=(7, 0), textcoords="offset points", va="center",
-                fontsize=9.5,
-            )  # fmt: skip
         axes.set_xlim(0, 1.35 * max(point.x for point in points))
+        for point, lift in zip(points, _lifts(points), strict=True):
+            axes.annotate(
+                visible(point.name), (point.x, point.value), xytext=(7, lift), textcoords="offset points", va="center",
+                fontsize=9.5, color=_colour(point),
+            )  # fmt: skip
         axes.set_xlabel(cost, loc="right")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
         _frame(axes, axis, unit, "y")
         return save(figure)
+
+
+def _lifts(points: Sequence[Point]) -> list[float]:
+    """How far each name moves up, in typographic points, so that none lies on another: names of neighbours in cost."""
+    bottom, top = min(point.low for point in points), max(point.high for point in points)
+    scale = _HEIGHT_PT / ((top - bottom) or 1.0)
+    reach = 0.3 * max(point.x for point in points)
+    placed: list[tuple[float, float]] = []
+    lifts = [0.0] * len(points)
+    for i in sorted(range(len(points)), key=lambda i: points[i].value):
+        natural = place = (points[i].value - bottom) * scale
+        for x, other in sorted(placed, key=lambda one: one[1]):
+            if abs(x - points[i].x) < reach and abs(place - other) < _LINE_PT:
+                place = other + _LINE_PT
+        placed.append((points[i].x, place))
+        lifts[i] = place - natural
+    return lifts
 
 
 def sweep(points: Sequence[Point], option: str, axis: str, unit: str) -> str:

@@ -6,7 +6,7 @@ RUN/experiment.json    names, arms, sweeps, verdicts
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from forethought.report import charts, evaluation, svg
 from forethought.report.charts import Point
 from forethought.report.text import figure, signed
 
-BASE, ALL = "base", "all"
+BASE, ALL, QUESTIONS = "base", "all", "questions"
 MAIN = (
     "accuracy_think",
     "accuracy_nothink",
@@ -35,6 +35,7 @@ SWEPT = ("accuracy_think", "gain_over_base")
 COSTS = (
     ("flops", "FLOPs"), ("flops_rollout", "of them sampling and scoring"), ("flops_update", "of them the update"),
     ("tokens", "tokens of text"), ("t_flop_tokens", "T_flop, tokens"), ("steps", "steps"), ("seconds", "seconds"),
+    ("cpu_seconds", "CPU seconds, with measuring"),
 )  # fmt: skip
 _EXTRA = (
     evaluation.Metric(name="gain_empty", label="Gain of an empty thought", explanation="delimiters alone"),
@@ -45,6 +46,7 @@ _EXTRA = (
         explanation="gain of another's thought divided by the own one's; near 0, or below, what is said matters",
     ),
 )  # fmt: skip
+_OTHERS = ("minus/", "cost/", f"{QUESTIONS}/")
 METRICS = {one.name: one for one in (*evaluation.METRICS, *_EXTRA)}
 
 
@@ -55,9 +57,9 @@ class Row:
     arm: str
     seed: int | str
     metric: str
-    value: float
-    low: float
-    high: float
+    value: int | float
+    low: int | float
+    high: int | float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +72,14 @@ class Arm:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """Figures of others over an option."""
+
+    said: str
+    points: list[tuple[int | float | str, float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
     """An option, and for each value the arm that was trained with it."""
 
@@ -77,6 +87,7 @@ class Sweep:
     option: str
     points: list[tuple[int | float | str, str]]
     seeds: list[int]
+    published: Published | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +112,8 @@ class Described:
     claims: list[Verdict]
     missing: dict[str, str]
     """Jobs that are not finished, and why, where it is known."""
+    spent: dict[str, float] = field(default_factory=dict)
+    """`seconds` of all calls, and `cpu_seconds` of all runs, both with loading and measuring."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,9 +133,11 @@ class Figures:
         self._rows = {(row.arm, row.seed, row.metric): row for row in rows}
         self.described = described
         self.arms = [BASE, *described.arms]
-        names = dict.fromkeys(row.metric for row in rows if not row.metric.startswith(("minus/", "cost/")))
+        names = dict.fromkeys(row.metric for row in rows if not row.metric.startswith(_OTHERS))
         self.groups = sorted({name.partition("/")[0] for name in names}, key=lambda group: (group == ALL, group))
         self._metrics = [name.partition("/")[2] for name in names]
+        answered = [row.metric.split("/") for row in rows if row.metric.startswith(f"{QUESTIONS}/")]
+        self.asked = list(dict.fromkeys(parts[2] for parts in answered))  # tasks, and averages of them
 
     def row(self, arm: str, metric: str, seed: int | str = ALL) -> Row | None:
         """The row, where it was measured."""
@@ -206,11 +221,13 @@ def _paired(figures: Figures, group: str) -> list[Table]:
     rivals = [name for name in figures.arms if name == BASE or figures.described.arms[name].seeds]
     tables = []
     for metric in map(_label, PAIRED):
+        name = f"{group}/{metric.name}"
+        shown = [one for one in rivals if any(figures.row(arm, f"minus/{one}/{name}") for arm in figures.arms)]
         rows = []
         for arm in figures.arms[1:]:
-            names = [f"minus/{rival}/{group}/{metric.name}" for rival in rivals]
-            rows.append((arm, [figures.cell(arm, name, metric.unit, plus=True) for name in names]))
-        columns = [(f"minus {rival}", "") for rival in rivals]
+            cells = [figures.cell(arm, f"minus/{rival}/{name}", metric.unit, plus=True) for rival in shown]
+            rows.append((arm, cells))
+        columns = [(f"minus {rival}", "") for rival in shown]
         tables.append(Table(caption=f"{group}: {metric.label}", columns=columns, rows=rows))
     return tables
 
@@ -265,7 +282,7 @@ def _cost_drawings(figures: Figures) -> list[tuple[str, Markup]]:
 
 
 def _sweeps(figures: Figures) -> list[tuple[str, str, Markup]]:
-    """(option and seeds, group, drawing)"""
+    """(option and seeds, group or whose figures, drawing)"""
     found = []
     for one in figures.described.sweeps:
         for group in figures.groups:
@@ -277,6 +294,10 @@ def _sweeps(figures: Figures) -> list[tuple[str, str, Markup]]:
                     drawn = charts.sweep(points, one.option, label.label, label.unit)
                     said = f"{group}: {label.label} over {one.option}"
                     found.append((_swept(one), group, _inline(drawn, f"s-{one.name}-{group}-{metric}", said, points)))
+        if one.published is not None:
+            points = [Point(name=f"{x}", value=y, low=y, high=y) for x, y in one.published.points]
+            drawn = charts.sweep(points, one.option, "", "")
+            found.append((one.option, one.published.said, _inline(drawn, f"p-{one.name}", one.published.said, points)))
     return found
 
 

@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from forethought.config import flatten
-from forethought.report import comparison, evaluation, plots, svg, viewer
+from forethought.report import answers, comparison, evaluation, plots, svg, viewer
 from forethought.report.runs import Position, Run, number
 from forethought.report.text import duration, figure, signed, visible
 
@@ -23,6 +23,7 @@ CONTEXT_SHOWN, THOUGHT_SHOWN = 400, 600
 _METHODS = {
     "rlp": "RLP, reinforcement learning pretraining: it practised thinking before it predicts the next token",
     "rpt": "RPT, reinforcement pre-training: it practised thinking before it writes a prediction, right or wrong",
+    "mixed": "Mixed SFT: it went on predicting the next token, with and without thoughts of its start that gained",
     "cpt": "CPT, continued pretraining: it went on predicting the next token, without thoughts",
 }
 _GLANCE = (
@@ -92,6 +93,7 @@ def environment() -> Environment:
         "visible": visible,
         "figure": figure,
         "signed": signed,
+        "duration": duration,
         "chance": _chance,
         "strength": strength,
     }
@@ -100,7 +102,11 @@ def environment() -> Environment:
 
 def render_comparison(figures: comparison.Figures) -> str:
     """The HTML of an experiment's page."""
-    return environment().get_template("comparison.html.j2").render(comparison.content(figures))
+    return (
+        environment()
+        .get_template("comparison.html.j2")
+        .render({**comparison.content(figures), **answers.content(figures)})
+    )
 
 
 def passage(text: str) -> Markup:

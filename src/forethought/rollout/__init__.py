@@ -96,6 +96,7 @@ def work_of(positions: Positions, thoughts: Thoughts, form: ThoughtFormat, confi
             tuple((0 if done else len(form.close)) + positions.horizon - 1 for done in group) for group in closed
         ),
         sharing="document" if config.model.prefix == "shared" else "rollout",
+        reread=config.rollout.engine == "vllm",
         horizon=positions.horizon,
         teacher=teacher,
         kl=options.kl_weight > 0,

@@ -22,7 +22,7 @@ from forethought.prefix import Fork, Room, Static, backbone, read, vocabulary
 from forethought.rollout import Thoughts
 from forethought.rollout.decoding import Rows, sample
 
-_LOOK = 16  # steps between two looks of the host at which rows are done
+_LOOK = 8  # steps between two looks of the host at which rows are done
 _FEWEST = 16  # rows below which nothing is moved together any more
 _GRAIN = 256  # documents' room is a multiple of this many tokens, so that few shapes occur
 _WINDOWS = 4  # documents kept at once: this many times those that a step's groups would fill
@@ -127,8 +127,8 @@ def _score(
 class Graphs:
     """Samples with a model that `prefix.enable` prepared, step by captured step.
 
-    Buffers and graphs are made for the first positions, and again only where later ones need more room. `compiled`
-    fuses the small operations of a step (torch.compile). On a CPU a step runs as it is, for tests.
+    Buffers and graphs are made for the first positions, and again only where later ones need more room. What follows
+    the logits is compiled (torch.compile), with `compiled` the model too. On a CPU a step runs as it is, for tests.
     """
 
     def __init__(self, model: Any, form: ThoughtFormat, options: Method, rows: int, compiled: bool):
@@ -266,10 +266,14 @@ class Graphs:
 
     def _captured(self, seats: Seats, cache: Static) -> Callable[[], None]:
         options, model = self.options, self.model
-        column = cache.table.column
+        column, choose = cache.table.column, advance
+        if seats.tail.is_cuda and not self.compiled:
+            choose = torch.compile(advance)
+            for tensor in seats.tensors().values():  # or every number of rows would be compiled for itself
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
         def step() -> None:
-            advance(seats, self.close, options.temperature, options.top_p)
+            choose(seats, self.close, options.temperature, options.top_p)
             at = (cache.table.stop + column)[:, None]
             output = model(
                 input_ids=seats.next[:, None], position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=1
@@ -278,8 +282,8 @@ class Graphs:
             column.add_(1)
 
         run: Callable[[], None] = step
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _SHAPES)
         if self.compiled:
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _SHAPES)
             run = torch.compile(step, fullgraph=True, dynamic=False)
         if not seats.tail.is_cuda:
             return run

@@ -53,7 +53,7 @@ class Puzzle:
 
 
 def row(split: str, index: int, seed: int = 0) -> dict:
-    """The document at `index` of an endless split: "pretrain" (with thoughts), "train" or "heldout" (without).
+    """The document at `index` of an endless split, one of `mixture.SPLITS`: "train" and "heldout" hold no thoughts.
 
     Returns `{"id", "text", "marks": {"answer": [offset]}}`, the offset in characters of the answer's first letter.
     """

@@ -21,6 +21,10 @@ AT_ANSWER = 0.35
 """Share of those whose thought stands right before the answer; the others' place is drawn among all words."""
 WORKED = 0.5
 """Share of the thoughts that are worked, always right, where there is something to work on; the others are musings."""
+MIXED = 0.5
+"""Share of the documents of `mixed` that carry a worked thought."""
+SPLITS = ("pretrain", "train", "heldout", "worked", "mixed")
+"""Thoughts of all kinds; none; none, held-out puzzles; a worked one right before the answer; that in some documents."""
 
 
 @runtime_checkable
@@ -39,21 +43,27 @@ class Puzzle(Protocol):
 def row(
     name: str, draw: Callable[[random.Random], Puzzle], names: Sequence[str], split: str, index: int, seed: int
 ) -> dict:
-    """The document of world `name` at `index` of an endless split: "pretrain" (with thoughts), "train" or "heldout".
+    """The document of world `name` at `index` of an endless split, one of SPLITS.
 
     Returns `{"id", "text", "marks": {"answer": [offset]}}`, the offset in characters of the answer's first letter.
     """
-    if split not in ("pretrain", "train", "heldout"):
-        raise ValueError(f'split is "pretrain", "train" or "heldout", got {split!r}')
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     rng = random.Random(_hash(f"{seed} {split} {index}"))
     puzzle = draw(rng)
     while held_out(puzzle) != (split == "heldout"):
         puzzle = draw(rng)
     words = puzzle.words()
     answer = len(words) - 2
-    if split == "pretrain" and rng.random() < THOUGHTFUL:
-        place = answer if rng.random() < AT_ANSWER else rng.randrange(len(words))
-        thought = [OPEN, *_thought(puzzle, words[:place], names, rng), CLOSE]
+    thoughtful = {"pretrain": THOUGHTFUL, "worked": 1.0, "mixed": MIXED}.get(split, 0.0)
+    if thoughtful and rng.random() < thoughtful:
+        place = answer
+        if split == "pretrain":
+            place = answer if rng.random() < AT_ANSWER else rng.randrange(len(words))
+            inside = _thought(puzzle, words[:place], names, rng)
+        else:
+            inside = puzzle.worked(words[:place])
+        thought = [OPEN, *inside, CLOSE]
         words[place:place] = thought
         answer += len(thought) if place <= answer else 0
     offset = len(" ".join(words[:answer])) + 1
