@@ -96,13 +96,14 @@ def _decode(job: Job) -> dict[str, float]:
     reading = documents * (job.longest + job.template) * _one_layer(job)
     if captured(job):  # documents are read into a cache of their own, then put into the buffers
         return {"documents being read": prefix + reading}
-    more = 2 if job.windows_here > documents else 1  # while the next documents join
+    several = job.windows_here > documents  # the next documents are read while those before are still there
     width = job.longest + job.template + job.behind + job.limit
     scores = 16 * max((one.heads for one in shape.attention), default=0) * rows * width
+    sampling = _SAMPLING[job.config.model.precision] * rows * shape.vocab + scores
     return {
-        "documents' keys, values and states": more * prefix,
+        "documents' keys, values and states": (1 + several) * prefix,
         "thoughts' keys, values and states": own,
-        "reading, sampling": float(max(reading, _SAMPLING[job.config.model.precision] * rows * shape.vocab + scores)),
+        "reading, sampling": float(max(reading - own * (not several), sampling)),
     }
 
 
