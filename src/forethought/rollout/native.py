@@ -183,7 +183,7 @@ def _graphs(model: Any, form: ThoughtFormat, config: Config) -> Graphs | None:
     hindrance = None
     if config.model.prefix != "shared":
         hindrance = "model.prefix must be 'shared'"
-    elif model.device.type != "cuda":
+    elif model.device.type != "cuda" and asked != "compiled":
         hindrance = "there is no GPU"
     elif not capturable(model):
         hindrance = f"{type(model).__name__} has layers (Mamba, experts) that a graph cannot hold"
