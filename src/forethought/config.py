@@ -53,7 +53,7 @@ class Model:
     prefix: Literal["shared", "replicated"] = "shared"
     """Read a document once for all its thoughts, or (for families that cannot share) a copy for each; same result."""
     decoding: Literal["auto", "plain", "graphs", "compiled"] = "auto"
-    """Thoughts step by step, as captured CUDA graphs, or by a compiled model; `auto`: graphs where GPU and model allow."""
+    """Thoughts step by step, as captured CUDA graphs, or by a compiled model; `auto`: graphs on a GPU if they can."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
