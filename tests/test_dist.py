@@ -122,10 +122,10 @@ def hybrid(folder: Path) -> Path:
     return folder
 
 
-def settings(tmp_path: Path, name: str, model: str, **changes: Any) -> dict[str, Any]:
+def settings(tmp_path: Path, name: str, kind: str, **changes: Any) -> dict[str, Any]:
     common = merge(SLOW, {"train": {"steps": 4, "batch": 8, "keep_checkpoints": 9, "log_thoughts": 3}})
     common = merge(common, {"evaluate": {"path": "world:cups/heldout", "documents": 6}})
-    if model == "hybrid":
+    if kind == "hybrid":
         common["model"] = {"path": str(hybrid(tmp_path / "hybrid"))}
     return merge(options(tmp_path, name), merge(common, changes))
 

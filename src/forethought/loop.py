@@ -94,7 +94,8 @@ def _trainer(config: Config) -> "Trainer":
     """The trainer of each process. Raises UserError where one cannot be made, or they would not train the same."""
     trainer = dist.together(lambda: Trainer(config))
     assert trainer is not None
-    start = sum(float(parameter.detach().sum(dtype=torch.float64)) for parameter in trainer.policy.parameters())
+    weights = trainer.network.compute.parameters()
+    start = sum(float(parameter.detach().sum(dtype=torch.float64)) for parameter in weights)
     found = dist.gather((start, config))
     if any(other != found[0] for other in found):
         raise dist.once(UserError("the processes do not see the same model and options; give each the same files"))
