@@ -25,7 +25,7 @@ test-wheel:  ## build a wheel, install it into an empty environment, run a short
 
 docs: env  ## the documentation as a site, in site/; any warning is an error
 	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[docs]'
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 check: env  ## format, lint, types, import directions
 	$(BIN)/ruff format --check --quiet .
