@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from test_survival import options, words
 
 import forethought
-from forethought.cli import main, printable
+from forethought.cli import main
 from forethought.config import Config, from_dict
 from forethought.config import options as option_names
 from forethought.model import load_model, load_tokenizer
 from forethought.runlog import RunLog
+from forethought.terminal import printable
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 
@@ -17,45 +17,16 @@ from forethought.diagnostics import Diagnosis, Watch, of_evaluation
 from forethought.evaluation import text
 from forethought.flops import Flops, step_flops, t_flop
 from forethought.interrupts import Gate, SignalArrived, Stopped
-from forethought.methods import METHODS, Collected, Method, Sums, add
+from forethought.methods import METHODS, Collected, Method, Sums, add, means
 from forethought.model import carry, check_length, load_model, load_tokenizer
 from forethought.network import Network
+from forethought.observer import Observer, Silent
 from forethought.positions import thought_format
 from forethought.report import card
 from forethought.rollout.engines import engine
 from forethought.runlog import RunLog, check_free, disk_errors, read_lines
 from forethought.shape import Shape
 from forethought.tracking import Tracker, check_tracker
-
-
-@runtime_checkable
-class Observer(Protocol):
-    """Who watches a run: the command line draws a bar, a library user may pass nothing."""
-
-    def phase(self, name: str, done: int, total: int) -> None:
-        """Progress of a part of the run other than training itself."""
-        ...
-
-    def step(self, step: int, total: int, metrics: dict[str, float]) -> None:
-        """A training step is over."""
-        ...
-
-    def warning(self, found: Diagnosis) -> None:
-        """Something goes wrong; the run goes on."""
-        ...
-
-
-class Silent:
-    """An observer that does not look."""
-
-    def phase(self, name: str, done: int, total: int) -> None:
-        """Nothing."""
-
-    def step(self, step: int, total: int, metrics: dict[str, float]) -> None:
-        """Nothing."""
-
-    def warning(self, found: Diagnosis) -> None:
-        """Nothing."""
 
 
 def train(config: Config, observer: Observer | None = None) -> dict[str, Any]:
@@ -220,7 +191,7 @@ class Trainer:
             metrics, sums = metrics | self._update(), sums | first
         self.step, spent = number, self.cost
         sums, thoughts = self._exchange(batch, batch.sums | sums, gate)
-        metrics |= _means(sums) | self._rates(sums, time.perf_counter() - started) | self._costs(spent)
+        metrics |= means(sums) | self._rates(sums, time.perf_counter() - started) | self._costs(spent)
         if dist.first() and (self.config.train.logs(number) or self.over):
             log.metrics(number, metrics)
             log.thoughts(thoughts)
@@ -425,7 +396,3 @@ def learning_rate(config: Config, step: int, spent: float = 0.0) -> float:
     done = max((step - options.warmup) / max(last - options.warmup + 1, 1), min(spent, 1.0))
     factor = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[options.schedule]
     return options.learning_rate * factor
-
-
-def _means(sums: Sums) -> dict[str, float]:
-    return {name: value / count for name, (value, count) in sums.items() if count}

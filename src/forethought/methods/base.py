@@ -19,6 +19,11 @@ def add(sums: Sums, more: Sums) -> None:
         sums[name] = (before[0] + value, before[1] + count)
 
 
+def means(sums: Sums) -> dict[str, float]:
+    """The mean of each metric that was counted."""
+    return {name: value / count for name, (value, count) in sums.items() if count}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collected:
     """One step's material: pieces that fit into memory, figures, and the rows of thoughts.jsonl."""

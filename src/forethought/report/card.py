@@ -19,6 +19,7 @@ from forethought.report.text import UNBROKEN, duration, figure, visible
 _METHODS = {
     "rlp": "RLP, reinforcement learning pretraining ([arXiv:2510.01265](https://arxiv.org/abs/2510.01265))",
     "rpt": "RPT, reinforcement pre-training ([arXiv:2506.08007](https://arxiv.org/abs/2506.08007))",
+    "mixed": "mixed supervised training, with and without thoughts of its start that gained",
     "cpt": "continued next-token pretraining, which samples no thoughts",
 }
 _CONTROLS = ("gain_self", "gain_empty", "gain_random", "gain_shuffled", "kept_shuffled", "drift", "leakage", "truth")
