@@ -6,13 +6,26 @@ BIN := .venv/bin
 READY := .venv/.ready
 VLLM := .venv-vllm/bin
 
-.PHONY: test-vllm bench-vllm env-vllm quickstart test env check base smollm2 clean
+.PHONY: quickstart test test-kills test-vllm bench-vllm env-vllm test-lm-eval test-wheel env check docs base smollm2 clean
 
 quickstart: env  ## train RLP on the embedded world, evaluate before and after, write a report
 	$(BIN)/forethought train quickstart --run $(RUN) --seed $(SEED) --overwrite True
 
 test: check  ## everything that CI checks
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q
+
+test-kills: env  ## ten kills of one of two processes at random moments, which the default run of the tests leaves out
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 0 -s -m slow tests/test_dist.py
+test-lm-eval: env  ## the adapter to lm-evaluation-harness, which brings 40 packages that the environment lacks otherwise
+	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[lm-eval]'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/test_lm_eval.py
+
+test-wheel:  ## build a wheel, install it into an empty environment, run a short quickstart there
+	PYTHON=$(PYTHON) OMP_NUM_THREADS=1 tools/try_wheel.sh
+
+docs: env  ## the documentation as a site, in site/; any warning is an error
+	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 check: env  ## format, lint, types, import directions
 	$(BIN)/ruff format --check --quiet .
@@ -57,5 +70,5 @@ env-vllm: .venv-vllm/.ready  ## vLLM's CPU build in an environment of its own, w
 	touch .venv-vllm/.ready
 
 clean:  ## remove the environment and caches; runs/ stays
-	rm -rf .venv .venv-vllm build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache src/*.egg-info
+	rm -rf .venv .venv-vllm build dist site .pytest_cache .ruff_cache .hypothesis .import_linter_cache src/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

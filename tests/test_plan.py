@@ -291,7 +291,7 @@ def test_measured_ceilings_take_the_place_of_peaks(tmp_path: Path):
 
 def test_benchmark_results_are_ceilings():
     folder = Path(__file__).parents[1] / "benchmarks" / "results"
-    found = machine("cpu", str(folder / "step-short.json"))
+    found = machine("cpu", str(folder / "step-512-64.json"))
     assert 1e9 < found.matmul("fp32") < 1e12
     assert 0.1 < found.update_share < 1
 

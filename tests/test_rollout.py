@@ -3,7 +3,20 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CLOSE, FORM, LONG, WINDOWS, closed_by_force, config, plain_targets, plain_thought, qwen3, rlp
+from conftest import (
+    CLOSE,
+    FORM,
+    LONG,
+    WINDOWS,
+    closed_by_force,
+    config,
+    engine,
+    plain_targets,
+    plain_thought,
+    qwen3,
+    rlp,
+    window,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -169,6 +182,23 @@ def test_positions_that_take_the_place_of_finished_ones_disturb_nobody(monkeypat
     monkeypatch.setattr("forethought.rollout.native._REFILL", share)
     for rows in (8, 24, 40):
         same(think(model, group=8, length=10, way=(rows, True), horizon=2), whole)
+
+
+@pytest.mark.parametrize(("rows", "group", "length"), [(4, 1, 6), (8, 2, 8)])
+def test_finished_rows_that_stay_in_the_cache_take_no_room_from_the_others(rows: int, group: int, length: int):
+    """Many rows end at once, so that younger ones take their place and outnumber the last old ones."""
+    model = qwen3(scale=0.05)
+    windows = [window(5, 6 + i % 5, 7) for i in range(40)]
+    positions = at_places(windows, [[2]] * len(windows), 1)
+    for seed in range(3):
+        coarse = draw_noise((group, length), [stream(seed, i) for i in range(40)])
+        noise = (coarse * 5).round() / 5 * 0.99
+        few, many = (
+            engine(model, config(rows=size, thought_length=length, temperature=1.5)).sample(positions, noise)
+            for size in (rows, 1000)
+        )
+        assert torch.equal(few.tokens, many.tokens)
+        assert torch.allclose(few.evidence, many.evidence, atol=1e-5)
 
 
 def test_top_p_keeps_to_the_nucleus_and_reports_untruncated_log_probabilities():

@@ -38,12 +38,13 @@ from transformers import PreTrainedTokenizerFast
 from forethought.cli import main
 from forethought.config import Method, UserError, from_dict
 from forethought.flops import Work, forward_flops, rlp_step
-from forethought.loop import Silent, Trainer, resume, train
+from forethought.loop import Trainer, resume, train
 from forethought.methods import RPT
 from forethought.methods.places import Places
 from forethought.methods.rpt import joined, read
 from forethought.model import EMBEDDED
 from forethought.network import Network
+from forethought.observer import Silent
 from forethought.positions import ThoughtFormat, at_places, draw, stream, uncertain
 from forethought.rewards import prefix_match
 from forethought.rollout import Responses, Thoughts, draw_noise

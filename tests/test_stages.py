@@ -14,8 +14,9 @@ from forethought import load, load_tokenizer
 from forethought.cli import main
 from forethought.config import Config, UserError
 from forethought.experiment import compare
-from forethought.loop import Silent, resume
+from forethought.loop import resume
 from forethought.model import EMBEDDED
+from forethought.observer import Silent
 from forethought.positions import ThoughtFormat, thought_format
 from forethought.runlog import RunLog
 from forethought.stages import chain, posttrain

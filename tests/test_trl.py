@@ -102,7 +102,7 @@ def test_reward_advantages_loss_and_gradient_are_those_of_our_trainer(settings, 
 
     method = rlp(ours, settings)
     sampled = Sampled(tokens=tokens, mask=mask, logp=torch.zeros(mask.shape))
-    (piece,) = method.learner.pieces(positions, sampled, advantages)
+    (piece,) = method.learner.pieces(positions, sampled, advantages, len(positions))
     loss, _ = method.backward(piece)
     theirs = trainer.compute_loss(trainer.model, inputs)
     theirs.backward()

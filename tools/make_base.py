@@ -5,16 +5,18 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
-from forethought.model import EMBEDDED
+from forethought.config import load
+from forethought.model import EMBEDDED, carry
 from forethought.worlds import WORLDS
 
 PAD, BEGIN, UNKNOWN = "<pad>", "<s>", "<unk>"
-BASES = {"embedded": "cups", "embedded:notes": "notes"}
+BASES = {"embedded": ("cups", "quickstart"), "embedded:notes": ("notes", "quickstart-notes")}
 
 
 def main() -> None:
-    for name, world in BASES.items():
+    for name, (world, config) in BASES.items():
         write(WORLDS[world].vocabulary(), EMBEDDED[name])
+        carry(EMBEDDED[name], load(config))
 
 
 def write(vocabulary: list[str], folder: Path) -> None:

@@ -6,6 +6,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from forethought._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from forethought.config import Config, RunError, UserError, load
     from forethought.evaluation import evaluate
@@ -21,8 +23,7 @@ if TYPE_CHECKING:
     from forethought.rollout.native import NativeEngine
     from forethought.stages import posttrain
     from forethought.teacher import Teacher
-
-__version__ = "0.1.0"
+    from forethought.thinking import ThinkingModel
 
 _HOMES = {
     "Config": "config",
@@ -47,6 +48,7 @@ _HOMES = {
     "kl_to_reference": "objective",
     "next_token_loss": "objective",
     "Teacher": "teacher",
+    "ThinkingModel": "thinking",
 }
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "RunError",
     "Stopped",
     "Teacher",
+    "ThinkingModel",
     "Thoughts",
     "UserError",
     "ask",

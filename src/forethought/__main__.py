@@ -1,4 +1,4 @@
-"""`python -m forethought`, where the command itself is not installed."""
+"""`python -m forethought`, which launchers such as torchrun start: the command line."""
 
 import sys
 

@@ -2,7 +2,8 @@
 
     RUN/checkpoints/step-00000020/policy.safetensors, teacher.safetensors, ..., state.json
 
-No pickle: tensors are safetensors files, one per first part of their names; everything else is JSON.
+No pickle: tensors are safetensors files, one per first part of their names; everything else is JSON. Of several
+processes each writes the rows that it keeps, such as policy.1-of-4.safetensors; any number of them can read that back.
 """
 
 import json
@@ -17,9 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from forethought import dist
 from forethought.config import UserError
 from forethought.runlog import checkpoints, disk_errors, sync
 
@@ -29,7 +33,8 @@ class Snapshot:
     """All that a run needs to go on as if it had never stopped.
 
     `tensors` has names of at least two parts, such as `policy/model.norm.weight` or `optimizer/exp_avg/lm_head.weight`;
-    the first is the file they go to. `state` holds what JSON can: text keys, lists and no tuples.
+    the first is the file they go to. Of several processes each holds its rows of tensors that are dealt over them, in
+    their order, and the first one all others. `state` holds what JSON can: text keys, lists and no tuples.
     """
 
     tensors: dict[str, Tensor]
@@ -38,6 +43,8 @@ class Snapshot:
 
 def save(run: Path, step: int, snapshot: Snapshot, keep: int) -> Path:
     """Write the checkpoint of a step, then remove all but the `keep` newest; the one just written always stays.
+
+    Several processes save together, into a folder that all of them see.
 
     A kill at any moment leaves every earlier checkpoint whole; what it left half done is removed by the next save.
     The disk needs room for keep + 1 checkpoints. Tensors may share memory: each name is written out by itself.
@@ -49,20 +56,16 @@ def save(run: Path, step: int, snapshot: Snapshot, keep: int) -> Path:
     final = folder / f"step-{step:08}"
     partial = folder / f".partial-{final.name}"
     with disk_errors(run, final):
-        folder.mkdir(exist_ok=True)
-        sync(run)
-        _tidy(run)
-        partial.mkdir()
+        dist.together(lambda: _begin(run, partial), everywhere=False)
         try:
-            _write(partial, snapshot)
+            alone = sum(dist.gather(bool(snapshot.tensors))) < 2
+            files = dist.together(lambda: _write(run, partial, snapshot.tensors, alone))
+            every = {stem: print for some in dist.gather(files) for stem, print in (some or {}).items()}
+            dist.together(lambda: _seal(run, partial, {"state": snapshot.state, "files": every}), everywhere=False)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        _put(partial, final)
-        stale = [path for path in list(checkpoints(run).values())[:-keep] if path != final]
-        for path in stale:
-            path.rename(folder / f".old-{path.name}")
-        _tidy(run)
+        dist.together(lambda: _finish(run, partial, final, keep), everywhere=False)
     return final
 
 
@@ -79,42 +82,117 @@ def load(path: Path, only: str = "") -> Snapshot:
     Raises:
         UserError: a file is missing, cut off or altered; the message names it.
     """
-    record = _read_record(path / "state.json")
-    tensors = {}
-    for group, expected in record["files"].items():
-        if only and group != only:
-            continue
-        file = path / f"{group}.safetensors"
-        try:
-            found = _fingerprint(file)
-        except OSError as error:
-            raise _broken(file, f"cannot be read: {error.strerror}") from None
-        if found["bytes"] != expected["bytes"]:
-            raise _broken(file, f"holds {found['bytes']} bytes instead of {expected['bytes']}")
-        if found["crc32"] != expected["crc32"]:
-            raise _broken(file, "its checksum is wrong")
-        tensors |= {f"{group}/{name}": tensor for name, tensor in load_file(file).items()}
-    return Snapshot(tensors=tensors, state=record["state"])
+    saved = Saved(path, only)
+    return Snapshot(tensors={name: saved.tensor(name) for name in saved.names}, state=saved.state)
 
 
-def _write(folder: Path, snapshot: Snapshot) -> None:
+class Saved:
+    """A checkpoint on disk, of which tensors are read one by one, whole or some rows of them."""
+
+    def __init__(self, path: Path, only: str = "", check: bool = True):
+        """Open it; with `check` all files are read through. Raises UserError as `load` does."""
+        record = _read_record(path / "state.json")
+        self.state: dict[str, Any] = record["state"]
+        self._pieces: dict[str, list[tuple[Any, str]]] = defaultdict(list)  # files that hold a tensor, in row order
+        for stem in sorted(record["files"], key=_turn):
+            group, file = stem.partition(".")[0], path / f"{stem}.safetensors"
+            if only and group != only:
+                continue
+            if check:
+                _check(file, record["files"][stem])
+            opened = safe_open(file, framework="pt")
+            for name in opened.keys():  # noqa: SIM118
+                self._pieces[f"{group}/{name}"].append((opened, name))
+
+    @property
+    def names(self) -> list[str]:
+        """Of all tensors."""
+        return list(self._pieces)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        shapes = [opened.get_slice(inner).get_shape() for opened, inner in self._pieces[name]]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes[0] else ()
+
+    def tensor(self, name: str, rows: slice | None = None) -> Tensor:
+        """A tensor, on the CPU, or some of its rows."""
+        pieces = self._pieces[name]
+        if rows is None:
+            parts = [opened.get_tensor(inner) for opened, inner in pieces]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+        parts, start = [], 0
+        for opened, inner in pieces:
+            piece = opened.get_slice(inner)
+            end = start + piece.get_shape()[0]
+            if rows.start < end and start < rows.stop:
+                parts.append(piece[max(rows.start, start) - start : min(rows.stop, end) - start])
+            start = end
+        return torch.cat(parts) if parts else pieces[0][0].get_tensor(pieces[0][1])[:0]
+
+
+def _turn(stem: str) -> tuple[str, int]:
+    """Files in the order of their rows: policy.10-of-16 comes after policy.9-of-16."""
+    group, _, which = stem.partition(".")
+    return group, int(which.partition("-")[0] or 0)
+
+
+def _check(file: Path, expected: dict[str, int]) -> None:
+    try:
+        found = _fingerprint(file)
+    except OSError as error:
+        raise _broken(file, f"cannot be read: {error.strerror}") from None
+    if found["bytes"] != expected["bytes"]:
+        raise _broken(file, f"holds {found['bytes']} bytes instead of {expected['bytes']}")
+    if found["crc32"] != expected["crc32"]:
+        raise _broken(file, "its checksum is wrong")
+
+
+def _begin(run: Path, partial: Path) -> None:
+    """An empty folder beside the checkpoints."""
+    with disk_errors(run, partial):
+        partial.parent.mkdir(exist_ok=True)
+        sync(run)
+        _tidy(run)
+        partial.mkdir()
+
+
+def _write(run: Path, folder: Path, named: dict[str, Tensor], alone: bool) -> dict[str, dict[str, int]]:
+    """This process's files, and what they must be found to hold; `alone`: no other process writes."""
     groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for name, tensor in snapshot.tensors.items():
+    for name, tensor in named.items():
         group, slash, rest = name.partition("/")
         assert slash, f"the name of a tensor is GROUP/NAME, got {name!r}"
         groups[group][rest] = tensor
     files = {}
     for group, tensors in groups.items():
-        file = folder / f"{group}.safetensors"
-        _save_tensors(file, tensors)
-        files[group] = _fingerprint(file)
-    record = {"state": snapshot.state, "files": files}
+        stem = group if alone else f"{group}.{dist.rank()}-of-{dist.size()}"
+        file = folder / f"{stem}.safetensors"
+        with disk_errors(run, file):
+            _save_tensors(file, tensors)
+            sync(file)
+            files[stem] = _fingerprint(file)
+    return files
+
+
+def _seal(run: Path, folder: Path, record: dict[str, Any]) -> None:
+    """Write state.json, which makes the folder a checkpoint."""
     state = folder / "state.json"
-    state.write_text(json.dumps({"crc32": _checksum(record), **record}), encoding="utf-8")
-    for file in folder.iterdir():
-        shutil.copymode(state, file)  # safetensors lets nobody but the owner read its files
-        sync(file)
-    sync(folder)
+    with disk_errors(run, state):
+        state.write_text(json.dumps({"crc32": _checksum(record), **record}), encoding="utf-8")
+        for file in folder.iterdir():
+            shutil.copymode(state, file)  # safetensors lets nobody but the owner read its files
+        sync(state)
+        sync(folder)
+
+
+def _finish(run: Path, partial: Path, final: Path, keep: int) -> None:
+    """Put the folder in its place, and remove older ones."""
+    with disk_errors(run, final):
+        _put(partial, final)
+        stale = [path for path in list(checkpoints(run).values())[:-keep] if path != final]
+        for path in stale:
+            path.rename(final.with_name(f".old-{path.name}"))
+        _tidy(run)
 
 
 def _save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:

@@ -53,7 +53,7 @@ class Model:
     prefix: Literal["shared", "replicated"] = "shared"
     """Read a document once for all its thoughts, or (for families that cannot share) a copy for each; same result."""
     decoding: Literal["auto", "plain", "graphs", "compiled"] = "auto"
-    """Thoughts step by step, as captured CUDA graphs, or these compiled; `auto`: graphs where GPU and model allow."""
+    """Thoughts step by step, as captured CUDA graphs, or by a compiled model; `auto`: graphs on a GPU if they can."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -231,6 +231,16 @@ class Update:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Parallel:
+    """Several processes, started by torchrun or `accelerate launch`."""
+
+    shard: Literal["none", "fsdp2"] = "none"
+    """`fsdp2`: each process keeps only its part of masters, optimizer and teacher; `none`: all of them (DDP)."""
+    timeout_s: Positive = 1800
+    """Seconds that a process waits for the others before it gives up; more than the longest step or evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Evaluate:
     """Held-out text, before and after training and in `forethought evaluate`."""
 
@@ -289,6 +299,7 @@ class Config:
     optim: Optim = dataclasses.field(default_factory=Optim)
     train: Train = dataclasses.field(default_factory=Train)
     update: Update = dataclasses.field(default_factory=Update)
+    parallel: Parallel = dataclasses.field(default_factory=Parallel)
     evaluate: Evaluate = dataclasses.field(default_factory=Evaluate)
     questions: Questions = dataclasses.field(default_factory=Questions)
 
@@ -346,10 +357,13 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def difference(saved: Config, wanted: Config) -> tuple[str, Any, Any] | None:
-    """The first option, apart from where the run lies, that two configs disagree on: its name and both values."""
+    """The first option that two configs disagree on: its name and both values.
+
+    Where the run lies, and how processes share the work, makes no difference.
+    """
     old = flatten(to_dict(saved))
     for option, value in flatten(to_dict(wanted)).items():
-        if option not in ("run", "overwrite") and old[option] != value:
+        if option not in ("run", "overwrite") and not option.startswith("parallel.") and old[option] != value:
             return option, old[option], value
     return None
 

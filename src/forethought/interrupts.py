@@ -22,10 +22,19 @@ class SignalArrived(BaseException):
 
 
 class Gate:
-    """A signal handler that interrupts only code inside `passing`; elsewhere the signal waits for the next one."""
+    """A signal handler that interrupts only code inside `passing`; elsewhere the signal waits for the next one.
 
-    def __init__(self) -> None:
-        self._open, self._pending = False, 0
+    With `held` it interrupts nothing: where several processes work together, none may leave by itself, and `pending`
+    says what they have to agree on.
+    """
+
+    def __init__(self, held: bool = False) -> None:
+        self._open, self._pending, self._held = False, 0, held
+
+    @property
+    def pending(self) -> int:
+        """The number of a signal that has come; 0 where none has."""
+        return self._pending
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal."""
@@ -50,9 +59,9 @@ class Gate:
     @contextlib.contextmanager
     def passing(self) -> Iterator[None]:
         """Code that may be abandoned at any point."""
-        self._open = True
+        self._open = not self._held
         try:
-            if self._pending:
+            if self._pending and not self._held:
                 raise SignalArrived(self._pending)
             yield
         finally:

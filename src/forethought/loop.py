@@ -1,80 +1,84 @@
 """The loop: batches, backward, clip, step, sync, checkpoint. Lines 14 and 15 of Algorithm 1 live here."""
 
+import contextlib
 import dataclasses
 import math
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 
-from forethought import checkpoint, corpus
-from forethought.config import Config, RunError, UserError
+from forethought import checkpoint, corpus, dist, sharding
+from forethought.config import Config, Parallel, RunError, UserError
 from forethought.diagnostics import Diagnosis, Watch, of_evaluation
 from forethought.evaluation import text
 from forethought.flops import Flops, step_flops, t_flop
 from forethought.interrupts import Gate, SignalArrived, Stopped
-from forethought.methods import METHODS, Collected, Method, Sums, add
-from forethought.model import check_length, load_model, load_tokenizer
+from forethought.methods import METHODS, Collected, Method, Sums, add, means
+from forethought.model import carry, check_length, load_model, load_tokenizer
 from forethought.network import Network
+from forethought.observer import Observer, Silent
 from forethought.positions import thought_format
+from forethought.report import card
 from forethought.rollout.engines import engine
 from forethought.runlog import RunLog, check_free, disk_errors, read_lines
 from forethought.shape import Shape
 from forethought.tracking import Tracker, check_tracker
 
 
-@runtime_checkable
-class Observer(Protocol):
-    """Who watches a run: the command line draws a bar, a library user may pass nothing."""
-
-    def phase(self, name: str, done: int, total: int) -> None:
-        """Progress of a part of the run other than training itself."""
-        ...
-
-    def step(self, step: int, total: int, metrics: dict[str, float]) -> None:
-        """A training step is over."""
-        ...
-
-    def warning(self, found: Diagnosis) -> None:
-        """Something goes wrong; the run goes on."""
-        ...
-
-
-class Silent:
-    """An observer that does not look."""
-
-    def phase(self, name: str, done: int, total: int) -> None:
-        """Nothing."""
-
-    def step(self, step: int, total: int, metrics: dict[str, float]) -> None:
-        """Nothing."""
-
-    def warning(self, found: Diagnosis) -> None:
-        """Nothing."""
-
-
 def train(config: Config, observer: Observer | None = None) -> dict[str, Any]:
     """Run a config from its start. Returns what summary.json holds. Raises UserError, RunError, Stopped."""
-    check_free(Path(config.run), config.overwrite)
-    trainer = Trainer(config)
-    log = RunLog.create(config)
-    with log.lock():
-        return trainer.run(log, observer or Silent())
+    with dist.processes(config):
+        log = RunLog(Path(config.run))
+        dist.together(lambda: check_free(log.path, config.overwrite), everywhere=False)
+        trainer = _trainer(config)
+        dist.together(lambda: RunLog.create(config), everywhere=False)
+        with _held(log):
+            return trainer.run(log, observer or Silent())
 
 
-def resume(run: str | Path, observer: Observer | None = None) -> dict[str, Any]:
-    """Continue a run from its last checkpoint, bit for bit. Raises UserError for a run that is finished or none."""
+def resume(run: str | Path, observer: Observer | None = None, parallel: Parallel | None = None) -> dict[str, Any]:
+    """Continue a run from its last checkpoint, bit for bit. Raises UserError for a run that is finished or none.
+
+    Any number of processes may do that, whatever it was before, and share the weights (`parallel`) in another way; with
+    another number it goes on up to rounding.
+    """
     log = RunLog.open(run)
-    with log.lock():
-        if (log.path / "summary.json").is_file():
-            raise UserError(f"--resume {run}: this run is finished; its figures are in summary.json")
-        if (log.path / "stage.json").is_file():
-            raise UserError(f"--resume {run}: is a stage of post-training; begin it again with --overwrite True")
-        trainer = Trainer(dataclasses.replace(log.config(), run=str(log.path)))
+    config = dataclasses.replace(log.config(), run=str(log.path))
+    config = dataclasses.replace(config, parallel=parallel or config.parallel)
+    with dist.processes(config), _held(log):
+        finished, stage = ((log.path / name).is_file() for name in ("summary.json", "stage.json"))
+        if dist.gather(finished)[0]:
+            raise dist.once(UserError(f"--resume {run}: this run is finished; its figures are in summary.json"))
+        if dist.gather(stage)[0]:
+            again = "begin it again with --overwrite True"
+            raise dist.once(UserError(f"--resume {run}: is a stage of post-training; {again}"))
+        trainer = _trainer(config)
         trainer.restore(log)
         return trainer.run(log, observer or Silent())
+
+
+def _trainer(config: Config) -> "Trainer":
+    """The trainer of each process. Raises UserError where one cannot be made, or they would not train the same."""
+    trainer = dist.together(lambda: Trainer(config))
+    assert trainer is not None
+    weights = trainer.network.compute.parameters()
+    start = sum(float(parameter.detach().sum(dtype=torch.float64)) for parameter in weights)
+    found = dist.gather((start, config))
+    if any(other != found[0] for other in found):
+        raise dist.once(UserError("the processes do not see the same model and options; give each the same files"))
+    return trainer
+
+
+@contextlib.contextmanager
+def _held(log: RunLog) -> Iterator[None]:
+    """The lock of the run folder, which the first process holds for all."""
+    with contextlib.ExitStack() as stack:
+        dist.together(lambda: stack.enter_context(log.lock()), everywhere=False)
+        yield
 
 
 class Trainer:
@@ -86,6 +90,8 @@ class Trainer:
         corpus.check(config.corpus)
         if config.evaluate.path:
             corpus.check(dataclasses.replace(config.corpus, path=config.evaluate.path), "evaluate.path")
+        if self._windows_per_step() < dist.size():
+            raise UserError(f"train.batch = {config.train.batch}: fewer documents a step than {dist.size()} processes")
         self.tokenizer = load_tokenizer(config.model)
         self.form = thought_format(self.tokenizer, config.method)
         check_length(config, self.form)
@@ -96,9 +102,11 @@ class Trainer:
         self.engine = engine(self.network.compute, self.form, config)
         build = METHODS[config.method.name]
         self.method: Method = build(self.network, self.engine, self.form, self.tokenizer, config)
+        if config.parallel.shard == "fsdp2" and dist.size() > 1:
+            self.network.shard([one for name, one in self.method.state().items() if name == "teacher"])
         options = config.optim
         self.optimizer = torch.optim.AdamW(
-            self.policy.parameters(),
+            self.network.weights.parameters(),
             lr=options.learning_rate,
             betas=(options.beta1, options.beta2),
             weight_decay=options.weight_decay,
@@ -107,6 +115,7 @@ class Trainer:
         self.stream = corpus.Windows(config.corpus, self.tokenizer, config.seed)
         self.watch = Watch(config.method.inner_steps)
         self.step, self.saved = 0, -1
+        self.asked = 0  # the signal on which several processes have agreed to stop
         self.shape, self.cost = Shape.known(self.policy.config), Flops()
         if config.train.flops and self.shape is None:
             kind = self.policy.config.model_type
@@ -133,7 +142,7 @@ class Trainer:
 
     def run(self, log: RunLog, observer: Observer) -> dict[str, Any]:
         """Evaluate, train, evaluate; leave a finished run folder."""
-        gate, train = Gate(), self.config.train
+        gate, train = Gate(held=dist.size() > 1), self.config.train
         with Tracker(self.config, log.path) as tracker, gate.installed():
             try:
                 before = self._evaluate(log, observer, gate, "before")
@@ -141,18 +150,25 @@ class Trainer:
                     self._step(log, observer, gate, tracker)
                     if self.step % train.checkpoint_every == 0 or self.over:
                         self._save(log)
+                    if self.asked:
+                        raise SignalArrived(self.asked)
                 after = self._evaluate(log, observer, gate, "after")
             except (SignalArrived, UserError, RunError) as error:
-                if self.whole:
-                    self._save(log)
+                if self.whole and (dist.size() == 1 or isinstance(error, SignalArrived)):
+                    self._save(log)  # several processes that did not agree to stop cannot save together
                 if isinstance(error, SignalArrived):
                     again = f"forethought train --resume {log.path}"
                     raise Stopped(error.number, f"saved after step {self.step}; go on with: {again}") from None
                 raise
-            self._export(log)
-        summary = self._summary(before, after)
-        self._warn(log, observer, of_evaluation(summary, self.step))
-        log.write_json("summary.json", summary)
+            summary = dist.together(lambda: self._summary(before, after), everywhere=False)
+            network, to = self.network, {"device": "cpu", "dtype": torch.float32}
+            with sharding.whole(network.weights, network.compute, **to) as policy:
+                dist.together(lambda: self._export(log, policy, summary or {}), everywhere=False)
+        summary = dist.gather(summary)[0]
+        assert summary is not None
+        if dist.first():
+            self._warn(log, observer, of_evaluation(summary, self.step))
+            log.write_json("summary.json", summary)
         return summary
 
     def _step(self, log: RunLog, observer: Observer, gate: Gate, tracker: Tracker) -> None:
@@ -161,27 +177,47 @@ class Trainer:
         self._set_rate(number)
         try:
             with gate.passing():
-                windows = [next(self.stream) for _ in range(self._windows_per_step())]
+                windows = self._read()
                 batch = self.method.collect(windows, number)
-                metrics = self._backward(batch, windows, number)
+                metrics, sums = self._backward(batch, windows, number)
         except BaseException:
             self.stream.seek(cursor)
             raise
         self.whole = False
         metrics |= self._update()
-        first = {name: metrics[name] for name in ("objective/mismatch",) if name in metrics}  # before any update
+        first = {name: sums[name] for name in ("objective/mismatch",) if name in sums}  # before any update
         for _ in range(1, self.config.method.inner_steps):
-            metrics = self._backward(batch, windows, number) | self._update() | first
-        self.step = number
-        metrics |= _means(batch.sums) | self._rates(batch, time.perf_counter() - started) | self._costs(batch)
-        if self.config.train.logs(number) or self.over:
+            metrics, sums = self._backward(batch, windows, number)
+            metrics, sums = metrics | self._update(), sums | first
+        self.step, spent = number, self.cost
+        sums, thoughts = self._exchange(batch, batch.sums | sums, gate)
+        metrics |= means(sums) | self._rates(sums, time.perf_counter() - started) | self._costs(spent)
+        if dist.first() and (self.config.train.logs(number) or self.over):
             log.metrics(number, metrics)
-            log.thoughts(batch.thoughts)
+            log.thoughts(thoughts)
             self._warn(log, observer, self.watch.see(number, metrics))
             tracker.log(number, metrics)
         self.whole = True
         done = max(self.spent, number / self.config.train.steps)
         observer.step(number, max(number, round(number / done)), metrics)
+
+    def _read(self) -> list[corpus.Window]:
+        """The windows of the next step: all of them in every process, which then takes its share."""
+        windows = dist.together(lambda: [next(self.stream) for _ in range(self._windows_per_step())])
+        assert windows is not None
+        return windows
+
+    def _exchange(self, batch: Collected, sums: Sums, gate: Gate) -> tuple[Sums, list[dict[str, Any]]]:
+        """Sums and thoughts of all processes; what all of them cost is added up, and a signal to one is one to all."""
+        cost = None if self.shape is None else step_flops(self.shape, batch.work)
+        told = dist.gather((sums, batch.thoughts, cost, gate.pending))
+        whole: Sums = {}
+        for theirs, _, cost, _ in told:
+            add(whole, theirs)
+            self.cost += cost or Flops()
+        self.asked = max(pending for *_, pending in told) if dist.size() > 1 else 0
+        rows = sorted((row for _, thoughts, _, _ in told for row in thoughts), key=lambda row: row["number"])
+        return whole, rows
 
     def _warn(self, log: RunLog, observer: Observer, found: list[Diagnosis]) -> None:
         """Log and tell what is new; a run that was killed after its evaluation finds the same again."""
@@ -196,7 +232,7 @@ class Trainer:
         method = self.config.method
         return self.config.train.batch // (method.positions if method.thinks else 1)
 
-    def _backward(self, batch: Collected, windows: list[corpus.Window], number: int) -> dict[str, float]:
+    def _backward(self, batch: Collected, windows: list[corpus.Window], number: int) -> tuple[dict[str, float], Sums]:
         """Gradients of one pass over the batch. A loss or gradient that is no number stops the run (RunError)."""
         self.optimizer.zero_grad(set_to_none=True)
         total, sums = 0.0, Sums()
@@ -204,16 +240,20 @@ class Trainer:
             value, more = self.method.backward(piece)
             total += value
             add(sums, more)
-        limit = self.config.optim.gradient_clip or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), limit))
+        ready = time.perf_counter()
+        total = sum(dist.gather(total))
+        if dist.size() > 1:
+            sums["time/wait_s"] = (time.perf_counter() - ready, 1)
+        norm = self.network.gather_gradients(self.config.optim.gradient_clip or math.inf)
         if not (math.isfinite(total) and math.isfinite(norm)):
             names = ", ".join(dict.fromkeys(window.document for window in windows[:3]))
             good = self.step if self.whole else self.saved
-            raise RunError(
+            what = (
                 f"step {number}: the loss is {total} and the gradient norm {norm}; its batch began with documents "
                 f"{names}; " + (f"the last good state is that of step {good}" if good >= 0 else "no state was saved")
             )
-        return {"objective/loss": total, "optim/gradient_norm": norm} | _means(sums)
+            raise dist.once(RunError(what))
+        return {"objective/loss": total, "optim/gradient_norm": norm}, sums
 
     def _set_rate(self, number: int) -> None:
         rate = learning_rate(self.config, number, self.spent)
@@ -227,11 +267,12 @@ class Trainer:
         self.method.after_step()
         return {"optim/learning_rate": self.optimizer.param_groups[0]["lr"]}
 
-    def _rates(self, batch: Collected, seconds: float) -> dict[str, float]:
-        collect = sum(batch.sums.get(f"time/{phase}_s", (0.0, 1))[0] for phase in ("rollout", "score"))
+    def _rates(self, sums: Sums, seconds: float) -> dict[str, float]:
+        phases = [sums.get(f"time/{phase}_s", (0.0, 1)) for phase in ("rollout", "score")]
+        collect = sum(value / count for value, count in phases)
         figures = {"time/step_s": seconds, "time/update_s": seconds - collect}
-        if "rollout/tokens" in batch.sums:
-            figures["time/thought_tokens_per_s"] = batch.sums["rollout/tokens"][0] / seconds
+        if "rollout/tokens" in sums:
+            figures["time/thought_tokens_per_s"] = sums["rollout/tokens"][0] / seconds
             figures["time/positions_per_s"] = self.config.train.batch / seconds
         else:
             figures["time/windows_per_s"] = self.config.train.batch / seconds
@@ -242,86 +283,74 @@ class Trainer:
             "corpus/epoch": self.stream.epoch,
         }
 
-    def _costs(self, batch: Collected) -> dict[str, float]:
+    def _costs(self, before: Flops) -> dict[str, float]:
         if self.shape is None:
             return {}
-        cost = step_flops(self.shape, batch.work)
-        self.cost += cost
-        return {"cost/flops": float(cost.total), "cost/flops_total": float(self.cost.total)}
+        return {"cost/flops": float(self.cost.total - before.total), "cost/flops_total": float(self.cost.total)}
 
     def _evaluate(self, log: RunLog, observer: Observer, gate: Gate, when: str) -> dict[str, text.Records] | None:
         """Held-out records; those of before training are kept in the run folder, so a resumed run has them too."""
         if not self.config.evaluate.path:
             return None
         name = f"evaluation-{when}.json"
-        if (log.path / name).is_file():
+        if dist.gather((log.path / name).is_file())[0]:
             return {group: text.Records(**fields) for group, fields in log.read_json(name).items()}
         subject = text.Subject(
-            model=self.network.compute,
-            engine=self.engine,
-            form=self.form,
-            tokenizer=self.tokenizer,
-            config=self.config,
-            teacher=self.method.state().get("teacher"),
+            model=self.network.compute, engine=self.engine, form=self.form, tokenizer=self.tokenizer, config=self.config
         )
-        with gate.passing():
+        with gate.passing(), contextlib.ExitStack() as stack:
+            if (teacher := self.method.state().get("teacher")) is not None:
+                teacher = stack.enter_context(sharding.whole(teacher, self.network.compute))
+                subject = dataclasses.replace(subject, teacher=teacher)
             records = text.measure(
                 subject, self.held_out, lambda done, total: observer.phase(f"evaluating {when} training", done, total)
             )
-        log.write_json(name, {group: dataclasses.asdict(fields) for group, fields in records.items()})
+        rows = {group: dataclasses.asdict(fields) for group, fields in records.items()}
+        dist.together(lambda: log.write_json(name, rows), everywhere=False)
         return records
 
     def _save(self, log: RunLog) -> None:
         """A checkpoint of this moment, unless there is one."""
         if self.saved == self.step:
             return
-        tensors = {
-            f"{network}/{name}": tensor
-            for network, module in {"policy": self.policy, **self.method.state()}.items()
-            for name, tensor in _own_tensors(module).items()
-        }
-        for index, values in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{index}/{name}": value for name, value in values.items()}
+        tensors = sharding.kept(self._networks(), self.optimizer)
         state = {"step": self.step, "seconds": self.seconds, "cursor": self.stream.cursor()}
         state["cost"] = dataclasses.asdict(self.cost)
         snapshot = checkpoint.Snapshot(tensors=tensors, state=state)
         checkpoint.save(log.path, self.step, snapshot, self.config.train.keep_checkpoints)
         self.saved = self.step
 
+    def _networks(self) -> dict[str, torch.nn.Module]:
+        """Whose weights a checkpoint must hold."""
+        return {"policy": self.network.weights, **self.method.state()}
+
     def restore(self, log: RunLog) -> None:
         """Take up the run's newest checkpoint (or its start, where it has none) and drop what was logged after it."""
-        path = checkpoint.latest(log.path)
+        path = dist.gather(checkpoint.latest(log.path))[0]
         if path is None:
-            log.rewind(0)
+            dist.together(lambda: log.rewind(0), everywhere=False)
             return
-        snapshot = checkpoint.load(path)
-        parts: dict[str, dict[str, torch.Tensor]] = {}
-        for name, tensor in snapshot.tensors.items():
-            part, _, rest = name.partition("/")
-            parts.setdefault(part, {})[rest] = tensor
-        for network, module in {"policy": self.policy, **self.method.state()}.items():
-            module.load_state_dict(parts[network], strict=False)
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for name, tensor in parts.get("optimizer", {}).items():
-            index, _, rest = name.partition("/")
-            state.setdefault(int(index), {})[rest] = tensor
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        self.step = self.saved = snapshot.state["step"]
-        self._seconds = snapshot.state["seconds"]
-        self.cost = Flops(**snapshot.state["cost"])
-        self.stream.seek(snapshot.state["cursor"])
+        saved = dist.together(lambda: checkpoint.Saved(path, check=dist.first()))
+        assert saved is not None
+        sharding.put_back(saved, self._networks(), self.optimizer)
+        self.step = self.saved = saved.state["step"]
+        self._seconds = saved.state["seconds"]
+        self.cost = Flops(**saved.state["cost"])
+        self.stream.seek(saved.state["cursor"])
         self.network.sync()
         self.engine.sync()
-        log.rewind(self.step)
+        dist.together(lambda: log.rewind(self.step), everywhere=False)
         self.watch.replay(read_lines(log.path / "metrics.jsonl"))
 
-    def _export(self, log: RunLog) -> None:
-        """The trained model as a Hugging Face folder, RUN/policy."""
+    def _export(self, log: RunLog, policy: Any, summary: dict[str, Any]) -> None:
+        """The trained model as a Hugging Face folder, RUN/policy, with how it thinks and a card."""
         partial, final = log.path / ".policy-partial", log.path / "policy"
         shutil.rmtree(partial, ignore_errors=True)
         with disk_errors(log.path, partial), checkpoint.tensor_errors(partial):
-            self.policy.save_pretrained(partial)
+            policy.save_pretrained(partial)
             self.tokenizer.save_pretrained(partial)
+            carry(partial, self.config)
+            (partial / "README.md").write_text(card.text(self.config, summary), encoding="utf-8")
             for file in partial.glob("*.safetensors"):
                 shutil.copymode(partial / "config.json", file)  # safetensors lets nobody but the owner read its files
             shutil.rmtree(final, ignore_errors=True)
@@ -367,15 +396,3 @@ def learning_rate(config: Config, step: int, spent: float = 0.0) -> float:
     done = max((step - options.warmup) / max(last - options.warmup + 1, 1), min(spent, 1.0))
     factor = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[options.schedule]
     return options.learning_rate * factor
-
-
-def _own_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict without second names of tied tensors."""
-    seen: dict[int, str] = {}
-    return {
-        name: tensor for name, tensor in module.state_dict().items() if seen.setdefault(tensor.data_ptr(), name) == name
-    }
-
-
-def _means(sums: Sums) -> dict[str, float]:
-    return {name: value / count for name, (value, count) in sums.items() if count}

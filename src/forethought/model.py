@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import inspect
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,22 @@ from typing import Any
 import huggingface_hub as hub
 import torch
 import transformers
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from forethought.config import Config, Model, UserError
+from forethought.config import Config, Model, UserError, to_dict
 from forethought.positions import ThoughtFormat
 from forethought.shape import Shape
 
 _ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = {"embedded": _ASSETS / "base", "embedded:notes": _ASSETS / "notes"}
 HUB_PATIENCE_S = 5.0
+CARRIED = "forethought.json"
+"""The file in which a model that was trained to think carries how: delimiters, template, length and sampling."""
+_HABITS = {
+    "model": ("prefix",),
+    "method": ("open", "close", "prompt", "thought_length", "temperature", "top_p"),
+}
 
 
 def load_tokenizer(options: Model) -> PreTrainedTokenizerBase:
@@ -60,6 +67,38 @@ def load_shape(options: Model) -> Shape:
         folder, extra = _locate(options.path)
         source = str(folder) if folder.exists() else options.path
         return Shape.of(AutoConfig.from_pretrained(source, **extra).get_text_config())
+
+
+def carry(folder: Path, config: Config) -> None:
+    """Write into an exported model's folder how it was trained to think. Raises OSError."""
+    options = to_dict(config)
+    habits = {section: {name: options[section][name] for name in names} for section, names in _HABITS.items()}
+    (folder / CARRIED).write_text(json.dumps({"version": 1, **habits}, indent=2) + "\n", encoding="utf-8")
+
+
+def carried(source: str) -> dict[str, Any]:
+    """Nested options that a model carries (model.path, as load_model takes it); empty where it carries none.
+
+    Raises UserError for a forethought.json that is broken or of a later version.
+    """
+    with _explained("model.path", source):
+        folder, extra = _locate(source)
+        file = folder / CARRIED
+        if not folder.exists():
+            try:
+                offline = extra["local_files_only"]
+                file = Path(hub.hf_hub_download(source, CARRIED, local_files_only=offline))
+            except EntryNotFoundError:
+                return {}
+        if not file.is_file():
+            return {}
+        habits = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(habits, dict) or habits.get("version") != 1:
+            raise ValueError(f"{CARRIED} must hold version 1; this Forethought knows no other")
+        return {
+            section: {name: habits[section][name] for name in names if name in habits.get(section, {})}
+            for section, names in _HABITS.items()
+        }
 
 
 def device(options: Model) -> torch.device:

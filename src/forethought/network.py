@@ -1,13 +1,15 @@
-"""A policy's fp32 weights and what computes with them: the same network, or a bf16 copy whose gradients come back."""
+"""A policy's fp32 weights and what computes with them: the same network, or a whole or bf16 copy of them."""
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from forethought import dist, sharding
 from forethought.fused import fuse
 
 
@@ -17,14 +19,47 @@ class Network:
     In bf16 that is a copy of the weights, made anew by `sync` after each optimizer step. Its gradients are added to
     those of the fp32 weights in fp32, as soon as a backward pass has them, so they may be summed over many chunks.
     An optimizer step of 1e-6 would be lost on bf16 weights; here it is not.
+
+    Where the weights are dealt over processes (`shard`), the network that computes is a whole copy, in each process, of
+    what all of them keep. It is filled once a step, so that rollouts decode without a word between processes, and each
+    process may take as many passes as its documents need; its gradients go back to the shards once a step.
     """
 
     def __init__(self, weights: Any, precision: str):
         self.weights, self.compute = weights, weights
+        self._sums: list[Any] = []  # who holds the sum of the gradients of all passes, for each parameter
+        self._hooks: list[Any] = []
         if precision == "bf16":
             self.compute = computing(copy.deepcopy(weights), precision)
-            for own, low in zip(weights.parameters(), self.compute.parameters(), strict=True):
-                low.register_post_accumulate_grad_hook(_adder(own))
+            self._add_up(list(weights.parameters()))
+
+    def shard(self, others: Sequence[Any]) -> None:
+        """Deal the fp32 weights over the processes, and those of other networks, such as the teacher, in place."""
+        if self.compute is self.weights:
+            self.weights = copy.deepcopy(self.weights)
+            self._sums = list(self.compute.parameters())
+        else:
+            self._add_up([_Sum(parameter.dtype) for parameter in self.weights.parameters()])
+        for network in (self.weights, *others):
+            sharding.shard(network)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process keeps only its part of the weights."""
+        return sharding.is_sharded(self.weights)
+
+    def gather_gradients(self, limit: float) -> float:
+        """Add up the gradients of all processes, once all passes are done, and clip them; their norm before that."""
+        masters = list(self.weights.parameters())
+        if not self.sharded:
+            dist.sum_gradients(masters)
+            return float(torch.nn.utils.clip_grad_norm_(masters, limit))
+        known = dist.have_gradients(self._sums)
+        for master, own, held in zip(masters, self.compute.parameters(), self._sums, strict=True):
+            if known.pop(0):
+                sharding.scatter(torch.zeros_like(own, dtype=master.dtype) if held.grad is None else held.grad, master)
+            held.grad = None
+        return sharding.clip(masters, limit)
 
     @torch.no_grad()
     def sync(self) -> None:
@@ -33,20 +68,39 @@ class Network:
 
     @contextlib.contextmanager
     def holding(self, other: Any) -> Iterator[Any]:
-        """Compute with another network's fp32 weights, such as the teacher's, for a while; no copy is kept of them."""
-        if self.compute is self.weights:
+        """Compute with another network's fp32 weights, such as the teacher's, for a while; no copy is kept of them.
+
+        Where the other is sharded, all processes must ask together.
+        """
+        low = any(parameter.dtype != torch.float32 for parameter in self.compute.parameters())
+        if not low and not sharding.is_sharded(other):
             yield other
             return
+        kept = [parameter.detach().clone() for parameter in self.compute.parameters()] if self.sharded else None
         self._copy(other)
         try:
             yield self.compute
         finally:
-            self._copy(self.weights)
+            self._copy(self.weights) if kept is None else self._put(kept)
 
     @torch.no_grad()
     def _copy(self, source: Any) -> None:
-        if self.compute is not self.weights:
-            torch._foreach_copy_(list(self.compute.parameters()), [p.detach() for p in source.parameters()])
+        if sharding.is_sharded(source):
+            sharding.fill(self.compute, source)
+        elif self.compute is not self.weights:
+            self._put([parameter.detach() for parameter in source.parameters()])
+
+    @torch.no_grad()
+    def _put(self, values: list[Tensor]) -> None:
+        torch._foreach_copy_(list(self.compute.parameters()), values)
+
+    def _add_up(self, sums: list[Any]) -> None:
+        """Let gradients of the copy move to `sums`, in fp32, after each pass."""
+        for hook in self._hooks:
+            hook.remove()
+        self._sums = sums
+        pairs = zip(self.compute.parameters(), sums, strict=True)
+        self._hooks = [low.register_post_accumulate_grad_hook(_adder(held)) for low, held in pairs]
 
 
 def computing(model: Any, precision: str) -> Any:
@@ -64,7 +118,15 @@ def computing(model: Any, precision: str) -> Any:
     return model
 
 
-def _adder(own: Tensor) -> Any:
+@dataclass(slots=True)
+class _Sum:
+    """A gradient whose weights are elsewhere."""
+
+    dtype: torch.dtype
+    grad: Tensor | None = None
+
+
+def _adder(own: Any) -> Any:
     """A hook that moves a gradient to `own`, in fp32."""
 
     def add(low: Tensor) -> None:

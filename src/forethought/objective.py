@@ -3,6 +3,8 @@
 Equation numbers are those of arXiv:2510.01265v1. Everything is float32; log-probabilities are in nats.
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -29,12 +31,17 @@ def group_advantages(
 
 
 def batch_advantages(
-    rewards: Float[Tensor, "batch group"], kept: Bool[Tensor, "batch group"] | None = None
+    rewards: Float[Tensor, "batch group"],
+    kept: Bool[Tensor, "batch group"] | None = None,
+    everywhere: Callable[[float], float] = lambda here: here,
 ) -> Float[Tensor, "batch group"]:
-    """Compare with the mean reward of all kept thoughts of the step: A_i = r_i - mean(all r). Not in the paper."""
+    """Compare with the mean reward of all kept thoughts of the step: A_i = r_i - mean(all r). Not in the paper.
+
+    `everywhere` makes a sum over these thoughts one over the whole step, where several processes share it.
+    """
     rewards = rewards.detach()
     kept = torch.ones_like(rewards, dtype=torch.bool) if kept is None else kept
-    mean = rewards.masked_fill(~kept, 0).sum() / kept.sum().clamp(min=1)
+    mean = everywhere(float(rewards.masked_fill(~kept, 0).sum())) / max(everywhere(float(kept.sum())), 1.0)
     return (rewards - mean).masked_fill(~kept, 0)
 
 

@@ -37,6 +37,19 @@ class Positions:
         pairs = zip(self.window.tolist(), self.at.tolist(), strict=True)
         return torch.tensor([self.windows[w].tokens[t : t + self.horizon] for w, t in pairs])
 
+    def of_windows(self, chosen: Sequence[int]) -> "tuple[Positions, list[int]]":
+        """The positions in some of the windows (indices, ascending), and which ones of all these they are."""
+        owners = self.window.tolist()
+        places = {window: place for place, window in enumerate(chosen)}
+        numbers = [i for i, owner in enumerate(owners) if owner in places]
+        some = Positions(
+            windows=tuple(self.windows[window] for window in chosen),
+            window=torch.tensor([places[owners[i]] for i in numbers], dtype=torch.long),
+            at=self.at[numbers],
+            horizon=self.horizon,
+        )
+        return some, numbers
+
     def chunks(self, size: int) -> "Iterator[Positions]":
         """Pieces of whole windows with about `size` positions each (at least one window)."""
         start = 0

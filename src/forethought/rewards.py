@@ -27,11 +27,18 @@ class Rewards:
         return None if self.shift is None else self.value - self.shift[:, None]
 
 
-Reward = Callable[[Thoughts, Float[Tensor, "batch horizon"] | None, Method, torch.Generator], Rewards]
+Reward = Callable[
+    [Thoughts, Float[Tensor, "batch horizon"] | None, Method, torch.Generator, Sequence[int] | None], Rewards
+]
+"""The last argument: which positions of the step these are, where several processes share it; None: all of them."""
 
 
 def information_gain(
-    thoughts: Thoughts, nothink: Float[Tensor, "batch horizon"] | None, options: Method, generator: torch.Generator
+    thoughts: Thoughts,
+    nothink: Float[Tensor, "batch horizon"] | None,
+    options: Method,
+    generator: torch.Generator,
+    numbers: Sequence[int] | None = None,
 ) -> Rewards:
     """The paper's reward (eq. 5): r(c) = log p_theta(x_t | x_<t, c) - log p_phi(x_t | x_<t), in nats.
 
@@ -42,12 +49,18 @@ def information_gain(
 
 
 def random_control(
-    thoughts: Thoughts, nothink: Float[Tensor, "batch horizon"] | None, options: Method, generator: torch.Generator
+    thoughts: Thoughts,
+    nothink: Float[Tensor, "batch horizon"] | None,
+    options: Method,
+    generator: torch.Generator,
+    numbers: Sequence[int] | None = None,
 ) -> Rewards:
     """The control: standard normal numbers. Whatever a run gains with these is not the method."""
     batch, group = thoughts.closed.shape
-    rows = [torch.randn(group, generator=generator) for _ in range(batch)]  # one draw would depend on the batch's size
-    value = torch.stack(rows).to(thoughts.evidence.device)
+    numbers = range(batch) if numbers is None else numbers
+    # One draw for all would depend on their number. Positions of other processes are drawn too, and left out.
+    rows = [torch.randn(group, generator=generator) for _ in range(max(numbers, default=-1) + 1)]
+    value = torch.stack([rows[number] for number in numbers]).to(thoughts.evidence.device)
     return Rewards(value=value, shift=torch.zeros_like(value[:, 0]))
 
 

@@ -6,7 +6,7 @@
     RUN/warnings.jsonl   one line per warning of the diagnostics; missing where there was none
     RUN/summary.json     what the run came to
     RUN/checkpoints/     see checkpoint.py
-    RUN/policy/          the trained model, as a Hugging Face folder
+    RUN/policy/          the trained model, as a Hugging Face folder; README.md is its card
     RUN/report.html
     RUN/.lock            held while a process trains in the folder
 
@@ -123,6 +123,10 @@ class RunLog:
     def write_lines(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Write RUN/name as write_json does, one row a line. Raises RunError."""
         _replace(self.path, self.path / name, "".join(_dump(row) for row in rows))
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write RUN/name as write_json does. Raises RunError."""
+        _replace(self.path, self.path / name, text)
 
     def read_json(self, name: str) -> dict[str, Any]:
         """What RUN/name holds. Raises UserError where it is missing or is no JSON object."""

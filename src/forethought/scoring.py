@@ -265,20 +265,37 @@ def thought_evidence(
     tokens is the empty thought. At x_t this is the evidence that an engine reports for a thought that it sampled. With
     `shared` (a model that `prefix.enable` prepared) each window is read once for all of them.
     """
-    rows = [[*form.after, *form.open, *thought, *form.close] for group in thoughts for thought in group]
-    places = [place for place, group in enumerate(thoughts) for _ in group]
+    rows = [[[*form.after, *form.open, *thought, *form.close] for thought in group] for group in thoughts]
+    logits = suffix_logits(model, positions, form, rows, 1, shared)
+    return logits.float().log_softmax(dim=-1).view(len(positions), -1, logits.shape[-1])
+
+
+def suffix_logits(
+    model: Any,
+    positions: Positions,
+    form: ThoughtFormat,
+    suffixes: Sequence[Sequence[Sequence[int]]],
+    keep: int,
+    shared: bool = False,
+) -> Float[Tensor, "row kept vocab"]:
+    """Logits that follow the last `keep` tokens of suffixes, a row each, position by position.
+
+    Suffixes continue what the thinking model reads up to x_<t, `form.ahead`; a position may have any number of them.
+    Columns ahead of a suffix shorter than `keep` mean nothing. `shared` as in `thought_evidence`, where no suffix may
+    be empty.
+    """
+    rows = [suffix for group in suffixes for suffix in group]
+    places = [place for place, group in enumerate(suffixes) for _ in group]
     if shared:
         tokens, mask = pad_rows(rows, form.pad, left=False)
         fork = Fork(read(model, *form.documents(positions)), places)
         hidden = backbone(model, tokens.to(model.device), fork, fork.position_ids(tokens.shape[1]))
-        last = (mask.sum(dim=1) - 1).to(model.device)
-        logits = vocabulary(model, hidden[torch.arange(len(rows), device=model.device), last])
-    else:
-        ahead = [form.ahead(context) for context in positions.contexts()]
-        copies = [[*ahead[place], *row] for place, row in zip(places, rows, strict=True)]
-        tokens, mask = pad_rows(copies, form.pad, left=True)
-        logits = forward(model, tokens.to(model.device), mask.to(model.device), keep=1)[:, -1]
-    return logits.float().log_softmax(dim=-1).view(len(positions), -1, logits.shape[-1])
+        columns = (mask.sum(dim=1, keepdim=True) + torch.arange(-keep, 0)).clamp(min=0).to(model.device)
+        return vocabulary(model, hidden[torch.arange(len(rows), device=model.device)[:, None], columns])
+    ahead = [form.ahead(context) for context in positions.contexts()]
+    copies = [[*ahead[place], *row] for place, row in zip(places, rows, strict=True)]
+    tokens, mask = pad_rows(copies, form.pad, left=True)
+    return forward(model, tokens.to(model.device), mask.to(model.device), keep)
 
 
 @torch.no_grad()

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from forethought.sharding import local
+
 
 class Teacher:
     """phi <- tau * phi + (1 - tau) * theta after every optimizer step; phi = theta at the start.
@@ -20,6 +22,6 @@ class Teacher:
 
     @torch.no_grad()
     def update(self, policy: Any) -> None:
-        """Move towards the policy by 1 - tau."""
-        ours, theirs = list(self.model.parameters()), [parameter.detach() for parameter in policy.parameters()]
+        """Move towards the policy by 1 - tau, each process the rows that it keeps."""
+        ours, theirs = ([local(parameter) for parameter in one.parameters()] for one in (self.model, policy))
         torch._foreach_lerp_(ours, theirs, 1 - self.decay)

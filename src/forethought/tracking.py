@@ -4,6 +4,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from forethought import dist
 from forethought.config import Config, UserError, to_dict
 
 
@@ -23,7 +24,7 @@ class Tracker:
     def __init__(self, config: Config, folder: Path):
         self._accelerator: Any = None
         name = config.train.tracker
-        if name == "none":
+        if name == "none" or not dist.first():
             return
         from accelerate import Accelerator
 
@@ -48,5 +49,6 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Flush and close."""
-        if self._accelerator is not None:
-            self._accelerator.end_training()
+        # Not end_training: it would wait for the other processes, and part from them.
+        for tracker in [] if self._accelerator is None else self._accelerator.trackers:
+            tracker.finish()

@@ -1,1 +1,1 @@
-"""Outside systems that Forethought works inside of: one file each, the only one that imports that system."""
+"""One file for each outside system; nothing else imports that system."""

@@ -8,9 +8,10 @@ from typing import Any
 from forethought import checkpoint, corpus
 from forethought.config import Config, UserError, from_dict, load, merge, to_dict
 from forethought.evaluation import controls, text, view
-from forethought.model import check_length, load_model, load_tokenizer
+from forethought.model import carried, check_length, load_model, load_tokenizer
 from forethought.network import computing
 from forethought.positions import thought_format
+from forethought.report import card
 from forethought.rollout import engines
 from forethought.runlog import RunLog, check_free
 
@@ -47,7 +48,13 @@ def evaluate(
     figures["seconds"] = round(time.perf_counter() - began, 2)
     log.write_json("documents.json", shown)
     log.write_json("evaluate.json", figures)
+    if (log.path / "summary.json").is_file():
+        log.write_text("policy/README.md", _card(log, config.evaluate.path, figures))
     return figures, log.path / "evaluate.json"
+
+
+def _card(log: RunLog, held_out: str, figures: dict[str, Any]) -> str:
+    return card.text(log.config(), log.read_json("summary.json"), (held_out, figures))
 
 
 def started(target: str | Path, overrides: dict[str, Any], command: str) -> tuple[RunLog | None, Config]:
@@ -59,9 +66,10 @@ def started(target: str | Path, overrides: dict[str, Any], command: str) -> tupl
 
 
 def _model_options(model: str, command: str) -> dict[str, Any]:
-    """Options for measuring a model that no run made: the defaults, for an embedded base those of its quickstart."""
+    """Options for measuring a model that no run made: the defaults (an embedded base: its quickstart), and its own."""
     start = to_dict(load({"embedded": "quickstart", "embedded:notes": "quickstart-notes"}.get(model)))
-    return merge(start, {"run": f"runs/{command}-{Path(model).name}", "model": {"path": model}})
+    own = merge(carried(model), {"run": f"runs/{command}-{Path(model).name}", "model": {"path": model}})
+    return merge(start, own)
 
 
 def trained(config: Config, run: Path) -> Config:

@@ -144,12 +144,12 @@ def _answer(
     read, thoughts = [contexts[i] for i, _ in turns], [("", 0, False)] * len(turns)
     if mode == "think":
         thoughts, read = _think(asked, exam, read, turns)
-    stop = stop_at(asked.tokenizer, STOPS, _ends(asked.model, asked.tokenizer))
+    stop = stop_at(asked.tokenizer, STOPS, ends(asked.model, asked.tokenizer))
     sampling = _sampling(asked, turns, asked.config.questions.max_tokens)
     found = generate(asked.model, read, sampling, stop, _streams(asked, exam, turns, "answer"), asked.step)
     result = []
     for (i, sample), tokens, (thought, thought_length, closed) in zip(turns, found, thoughts, strict=True):
-        text = _before(asked.tokenizer.decode(tokens, skip_special_tokens=True), STOPS)
+        text = before(asked.tokenizer.decode(tokens, skip_special_tokens=True), STOPS)
         verdict = judge(exam.task, exam.questions[i], text)
         result.append(
             Answer(
@@ -226,7 +226,7 @@ def _pick(
 
 def stop_at(tokenizer: Any, strings: Sequence[str], ends: frozenset[int]) -> Stop:
     """Stops a row at an end token, or where the text of its last tokens holds one of the strings."""
-    tail = max(map(len, strings)) + 8  # tokens; one may be less than a character
+    tail = max(map(len, strings), default=0) + 8  # tokens; one may be less than a character
 
     def stop(tokens: Sequence[int]) -> bool:
         text = tokenizer.decode(tokens[-tail:])
@@ -235,14 +235,15 @@ def stop_at(tokenizer: Any, strings: Sequence[str], ends: frozenset[int]) -> Sto
     return stop
 
 
-def _ends(model: Any, tokenizer: Any) -> frozenset[int]:
+def ends(model: Any, tokenizer: Any) -> frozenset[int]:
     """The tokens after which a model has no more to say."""
     own = getattr(model.generation_config, "eos_token_id", None)
     several = own if isinstance(own, list) else [own]
     return frozenset(token for token in (*several, tokenizer.eos_token_id) if token is not None)
 
 
-def _before(text: str, strings: Sequence[str]) -> str:
+def before(text: str, strings: Sequence[str]) -> str:
+    """The text up to the first of the strings in it."""
     return text[: min((text.find(string) for string in strings if string in text), default=len(text))]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from forethought import dist
 from forethought.config import Config
 from forethought.corpus import Window, spread
 from forethought.evaluation.intervals import Estimate, Ratio, estimate, resample
@@ -94,13 +95,15 @@ def think(subject: Subject, windows: Sequence[Window], progress: Progress) -> di
     result = {}
     for name, chosen in places.items():
         positions = at_places(windows, chosen, config.method.horizon)
-        parts, thoughts = [], []
-        for chunk in positions.chunks(max(1, config.train.rollout_batch // config.evaluate.thoughts)):
-            part, more = _measure_chunk(subject, chunk, (name, done))
-            parts.append(part)
-            thoughts += more
+        found = {}
+        for turn, chunk in enumerate(positions.chunks(max(1, config.train.rollout_batch // config.evaluate.thoughts))):
+            if turn % dist.size() == dist.rank():
+                found[turn] = _measure_chunk(subject, chunk, (name, done))
             done += len(chunk)
             progress(done, total)
+        found = {turn: one for some in dist.gather(found) for turn, one in some.items()}
+        parts = [found[turn][0] for turn in sorted(found)]
+        thoughts = [group for turn in sorted(found) for group in found[turn][1]]
         owners = positions.window.tolist()
         at = [windows[owner].start + t for owner, t in zip(owners, positions.at.tolist(), strict=True)]
         columns = {field: [value for part in parts for value in part[field]] for field in parts[0]}

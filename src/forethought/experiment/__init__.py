@@ -12,7 +12,7 @@ from forethought.experiment import arms, asked, table
 from forethought.experiment.design import BASE, Experiment, Job, read
 from forethought.experiment.pool import Pool
 from forethought.interrupts import SignalArrived, Stopped
-from forethought.loop import Observer, Silent
+from forethought.observer import Observer, Silent
 from forethought.report.comparison import Verdict
 from forethought.runlog import RunLog
 

@@ -20,7 +20,8 @@ from forethought.config import Config, UserError, difference
 from forethought.evaluation import controls, text, view
 from forethought.experiment import asked
 from forethought.experiment.design import BASE, Experiment, Job
-from forethought.loop import Observer, resume, train
+from forethought.loop import resume, train
+from forethought.observer import Observer
 from forethought.runlog import RunLog
 from forethought.stages import chain
 

@@ -18,7 +18,7 @@ from forethought.evaluation import answers, questions
 from forethought.evaluation import ask as asking
 from forethought.evaluation.tasks import exams
 from forethought.experiment.design import Experiment
-from forethought.loop import Observer
+from forethought.observer import Observer
 from forethought.runlog import RunLog
 
 ANSWERS = "answers.json"

@@ -15,7 +15,7 @@ from typing import IO, Any
 from forethought.config import UserError
 from forethought.experiment.design import Experiment, Job
 from forethought.interrupts import Gate
-from forethought.loop import Observer
+from forethought.observer import Observer
 
 POLL_S = 0.2
 

@@ -17,7 +17,7 @@ from typing import IO, Any
 from forethought.config import RunError, UserError
 from forethought.experiment import arms, design
 from forethought.interrupts import Stopped
-from forethought.loop import Silent
+from forethought.observer import Silent
 
 WATCH_S = 1.0
 

@@ -9,7 +9,7 @@ import torch
 from forethought.corpus import Window
 from forethought.flops import Work
 
-Sums = dict[str, tuple[float, float | int]]  # metric -> (sum, count), reduced once per logged step
+Sums = dict[str, tuple[float, float | int]]  # metric -> (sum, count), added up over processes once a step
 
 
 def add(sums: Sums, more: Sums) -> None:
@@ -19,13 +19,18 @@ def add(sums: Sums, more: Sums) -> None:
         sums[name] = (before[0] + value, before[1] + count)
 
 
+def means(sums: Sums) -> dict[str, float]:
+    """The mean of each metric that was counted."""
+    return {name: value / count for name, (value, count) in sums.items() if count}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collected:
     """One step's material: pieces that fit into memory, figures, and the rows of thoughts.jsonl."""
 
     pieces: Sequence[Any]
     sums: Sums
-    thoughts: list[dict[str, Any]]
+    thoughts: list[dict[str, Any]]  # each with its "step" and the "number" of its position in the step
     work: Work | tuple[int, ...]  # what was and will be read, for `forethought.flops`: thoughts, or rows of plain text
 
 

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from forethought import dist
 from forethought.config import Config
 from forethought.corpus import Window
 from forethought.methods.base import Collected, Sums
@@ -38,7 +39,9 @@ class CPT:
 
     def collect(self, windows: list[Window], step: int) -> Collected:
         """Pad the windows into pieces."""
-        device, pieces, count = self.policy.device, [], 0
+        device, pieces = self.policy.device, []
+        count = sum(int((~self._opens(torch.tensor([window.tokens]))[:, 1:]).sum()) for window in windows)
+        windows = [windows[i] for i in dist.share([len(window.tokens) for window in windows])]
         longest = max(len(window.tokens) for window in windows)
         size = max(1, chunk_tokens(self.policy, self.config.update.tokens_per_chunk) // longest)
         for start in range(0, len(windows), size):
@@ -46,7 +49,6 @@ class CPT:
                 [window.tokens for window in windows[start : start + size]], self.form.pad, left=False
             )
             learned = mask[:, 1:] & ~self._opens(tokens)[:, 1:]
-            count += int(learned.sum())
             pieces.append((tokens.to(device), mask.to(device), learned.to(device)))
         rows = [Rows(tokens=t, mask=m, learned=x, share=1 / max(count, 1)) for t, m, x in pieces]
         work = tuple(len(window.tokens) for window in windows)

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from forethought.config import Config
+from forethought import dist
+from forethought.config import Config, Method
 from forethought.methods.base import Sums, add
 from forethought.network import Network
 from forethought.objective import (
@@ -62,9 +63,12 @@ class Learner:
         )
 
     def pieces(
-        self, positions: Positions, sampled: Sampled, advantages: Float[Tensor, "batch group"]
+        self, positions: Positions, sampled: Sampled, advantages: Float[Tensor, "batch group"], whole: int
     ) -> list[Experience]:
-        """The thoughts of the step, whole documents together, as many as update.tokens_per_chunk lets one read."""
+        """The thoughts, whole documents together, as many as update.tokens_per_chunk lets one read.
+
+        `whole` is how many positions the step has in all processes.
+        """
         reading, group = self.reading, advantages.shape[1]
         longest = max(len(window.tokens) for window in positions.windows)
         pieces, start = [], 0
@@ -78,7 +82,7 @@ class Learner:
                 logp_old=None,
                 logp_reference=None,
                 advantage=advantages[some].flatten(),
-                share=1 / (len(positions) * group),
+                share=1 / (whole * group),
             )
             if self.config.method.inner_steps > 1:
                 piece = replace(piece, logp_old=thought_logp(self.policy, self.form, continuations, reading))
@@ -133,6 +137,21 @@ class Learner:
         return losses.sum() * piece.share, sums
 
 
+def own(everywhere: Positions, form: ThoughtFormat, options: Method) -> tuple[Positions, list[int]]:
+    """The positions of a step that this process works on, whole documents, and their numbers in the step.
+
+    Documents are dealt by what they take at most: their tokens up to the last place, and the thoughts at all places.
+    """
+    thoughts = options.group * (form.overhead + options.thought_length)
+    weights = [0] * len(everywhere.windows)
+    for window in everywhere.window.tolist():
+        weights[window] += thoughts
+    texts, _ = form.documents(everywhere)
+    for window, text in zip(dict.fromkeys(everywhere.window.tolist()), texts, strict=True):
+        weights[window] += len(text)
+    return everywhere.of_windows(dist.share(weights))
+
+
 def compare(
     rewards: Rewards, closed: Bool[Tensor, "batch group"], config: Config
 ) -> tuple[Float[Tensor, "batch group"], Bool[Tensor, "batch group"]]:
@@ -153,7 +172,7 @@ def compare(
     if options.baseline == "group":
         advantages = group_advantages(compared, None if bool(kept.all()) else kept)
     elif options.baseline == "batch":
-        advantages = batch_advantages(compared, kept)
+        advantages = batch_advantages(compared, kept, lambda here: sum(dist.gather(here)))
     else:
         advantages = compared.masked_fill(~kept, 0)
     return scale_by_std(advantages, compared) if options.scale == "std" else advantages, kept
@@ -174,7 +193,7 @@ def figures(thoughts: Thoughts, rewards: Rewards, kept: Bool[Tensor, "batch grou
         "rollout/length": (float(thoughts.lengths.sum()), count),
         "rollout/closed": (float(thoughts.closed.sum()), count),
         "rollout/kept": (float(kept.sum()), count),
-        "rollout/tokens": (float(thoughts.mask.sum()), 1),
+        "rollout/tokens": (float(thoughts.mask.sum()), 1 / dist.size()),  # of the step, not of a process
         "reward/evidence": (float(thoughts.evidence[..., 0].sum()), count),
     }
     if rewards.value.shape[1] > 1:

@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
+from forethought import dist
 from forethought.config import Config, Model, UserError
 from forethought.corpus import Window
 from forethought.flops import forward_flops
@@ -34,11 +36,14 @@ class Places:
         if self.proxy is None:
             return draw(windows, options, generator)
         everywhere = at_places(windows, [self._choices(window) for window in windows], 1)
-        entropy = plain_entropy(self.proxy, everywhere, chunk_tokens(self.proxy, self.config.update.tokens_per_chunk))
-        sizes = [len(self._choices(window)) for window in windows]
-        return draw(windows, options, generator, entropy.split(sizes))
+        mine = dist.share([len(window.tokens) for window in windows])
+        places, _ = everywhere.of_windows(mine)
+        entropy = plain_entropy(self.proxy, places, chunk_tokens(self.proxy, self.config.update.tokens_per_chunk))
+        found = dict(zip(mine, entropy.split([len(self._choices(windows[i])) for i in mine]), strict=True))
+        known = {i: one for some in dist.gather(found) for i, one in some.items()}
+        return draw(windows, options, generator, [known[i] for i in range(len(windows))])
 
-    def flops(self, windows: list[Window]) -> int:
+    def flops(self, windows: Sequence[Window]) -> int:
         """What the proxy takes for a step; 0 where none is asked, or its architecture is not known."""
         if self.shape is None:
             return 0

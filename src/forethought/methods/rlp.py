@@ -20,6 +20,7 @@ from forethought.methods.learning import (
     describe,
     figures,
     leakage,
+    own,
     penalised,
 )
 from forethought.methods.places import Places
@@ -46,29 +47,32 @@ class RLP:
         """Sample G thoughts at each position, score them, compare them."""
         started = time.perf_counter()
         options, seed = self.config.method, self.config.seed
-        positions = self.places.draw(windows, step)
+        everywhere = self.places.draw(windows, step)
+        positions, numbers = own(everywhere, self.form, options)
         shape = (options.group, options.thought_length)
-        noise = draw_noise(shape, [stream(seed, "thoughts", step, i) for i in range(len(positions))])
+        noise = draw_noise(shape, [stream(seed, "thoughts", step, i) for i in numbers])
         thoughts = self.engine.sample(positions, noise)
         sampled = time.perf_counter()
         nothink = self._nothink(positions, step)
-        rewards = self._rewards(thoughts, nothink, step)
+        rewards = self._rewards(thoughts, nothink, step, numbers)
         advantages, kept = compare(rewards, thoughts.closed, self.config)
         tokens = Sampled(tokens=thoughts.tokens, mask=thoughts.mask, logp=thoughts.logp)
-        pieces = self.learner.pieces(positions, tokens, advantages)
+        pieces = self.learner.pieces(positions, tokens, advantages, len(everywhere))
         sums = figures(thoughts, rewards, kept) | _gain(thoughts, nothink)
         sums["time/rollout_s"] = (sampled - started, 1)
         sums["time/score_s"] = (time.perf_counter() - sampled, 1)
         rows = []
         if self.config.train.logs(step):
+            logged = sum(number < self.config.train.log_thoughts for number in numbers)
             sums["rollout/leakage"] = leakage(self.tokenizer, positions, thoughts, self.form)
             columns = {"reward": rewards.value if rewards.total is None else rewards.total, "advantage": advantages}
-            rows = describe(self.tokenizer, positions, thoughts, columns, self.config.train.log_thoughts)
+            rows = describe(self.tokenizer, positions, thoughts, columns, logged)
             if nothink is not None:
                 rows = [{**row, "nothink": float(plain)} for row, plain in zip(rows, nothink[:, 0], strict=False)]
         work = work_of(positions, thoughts, self.form, self.config, teacher=nothink is not None)
-        work = replace(work, proxy=self.places.flops(windows))
-        return Collected(pieces=pieces, sums=sums, thoughts=[{"step": step, **row} for row in rows], work=work)
+        work = replace(work, proxy=self.places.flops(positions.windows))
+        rows = [{"step": step, "number": number, **row} for number, row in zip(numbers, rows, strict=False)]
+        return Collected(pieces=pieces, sums=sums, thoughts=rows, work=work)
 
     def backward(self, piece: Experience) -> tuple[float, Sums]:
         """The clipped surrogate on thought tokens (eq. 8), plus KL where asked for: loss of the piece, its figures."""
@@ -92,9 +96,15 @@ class RLP:
         with torch.no_grad(), self.network.holding(self.teacher.model) as teacher:
             return plain_evidence(teacher, positions, self.learner.reading.tokens)[0]
 
-    def _rewards(self, thoughts: Thoughts, nothink: Float[Tensor, "batch horizon"] | None, step: int) -> Rewards:
+    def _rewards(
+        self,
+        thoughts: Thoughts,
+        nothink: Float[Tensor, "batch horizon"] | None,
+        step: int,
+        numbers: list[int] | None = None,
+    ) -> Rewards:
         generator = stream(self.config.seed, "rewards", step)
-        rewards = REWARDS[self.config.method.reward](thoughts, nothink, self.config.method, generator)
+        rewards = REWARDS[self.config.method.reward](thoughts, nothink, self.config.method, generator, numbers)
         return penalised(rewards, thoughts.closed, self.config)
 
 

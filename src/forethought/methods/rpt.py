@@ -10,11 +10,22 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from forethought import dist
 from forethought.config import Config, UserError
 from forethought.corpus import Window
 from forethought.flops import Work
 from forethought.methods.base import Collected, Sums
-from forethought.methods.learning import Experience, Learner, Sampled, compare, describe, figures, leakage, penalised
+from forethought.methods.learning import (
+    Experience,
+    Learner,
+    Sampled,
+    compare,
+    describe,
+    figures,
+    leakage,
+    own,
+    penalised,
+)
 from forethought.methods.places import Places
 from forethought.network import Network
 from forethought.positions import Positions, ThoughtFormat, stream
@@ -50,33 +61,36 @@ class RPT:
     def collect(self, windows: list[Window], step: int) -> Collected:
         """Sample G thoughts with their predictions at each position, check them, compare them."""
         started = time.perf_counter()
-        positions = self.places.draw(windows, step)
-        responses = self._respond(positions, step)
+        everywhere = self.places.draw(windows, step)
+        positions, numbers = own(everywhere, self.form, self.config.method)
+        responses = self._respond(positions, step, numbers)
         sampled, thoughts = time.perf_counter(), responses.thoughts
         predictions = read(responses, self.form)
         match = self._match(positions, predictions).to(thoughts.evidence.device)
-        rewards = self._rewards(responses, match, step)
+        rewards = self._rewards(responses, match, step, numbers)
         advantages, kept = compare(rewards, thoughts.closed, self.config)
         tokens = joined(responses, predictions, self.form)
-        pieces = self.learner.pieces(positions, tokens, advantages)
+        pieces = self.learner.pieces(positions, tokens, advantages, len(everywhere))
         sums = figures(thoughts, rewards, kept)
         sums["reward/match"] = (float(match.sum()), match.numel())
         sums["rollout/predicted"] = (
             float(sum(bool(one) for some in predictions.tokens for one in some)),
             match.numel(),
         )
-        sums["rollout/tokens"] = (float(tokens.mask.sum()), 1)
+        sums["rollout/tokens"] = (float(tokens.mask.sum()), 1 / dist.size())
         sums["time/rollout_s"] = (sampled - started, 1)
         sums["time/score_s"] = (time.perf_counter() - sampled, 1)
         rows = []
         if self.config.train.logs(step):
+            logged = sum(number < self.config.train.log_thoughts for number in numbers)
             sums["rollout/leakage"] = leakage(self.tokenizer, positions, thoughts, self.form)
             written = [[self.tokenizer.decode(one) for one in some] for some in predictions.tokens]
             assert rewards.total is not None
             columns = {"prediction": written, "reward": rewards.total, "advantage": advantages}
-            rows = describe(self.tokenizer, positions, thoughts, columns, self.config.train.log_thoughts)
-        work = replace(self._work(positions, responses, predictions), proxy=self.places.flops(windows))
-        return Collected(pieces=pieces, sums=sums, thoughts=[{"step": step, **row} for row in rows], work=work)
+            rows = describe(self.tokenizer, positions, thoughts, columns, logged)
+        work = replace(self._work(positions, responses, predictions), proxy=self.places.flops(positions.windows))
+        rows = [{"step": step, "number": number, **row} for number, row in zip(numbers, rows, strict=False)]
+        return Collected(pieces=pieces, sums=sums, thoughts=rows, work=work)
 
     def backward(self, piece: Experience) -> tuple[float, Sums]:
         """The clipped surrogate on thought and prediction, plus KL where asked for: loss of the piece, its figures."""
@@ -90,10 +104,10 @@ class RPT:
         """The KL reference, where there is one. No teacher: the reward is the text itself."""
         return {} if self.reference is None else {"reference": self.reference}
 
-    def _respond(self, positions: Positions, step: int) -> Responses:
-        options, count = self.config.method, range(len(positions))
+    def _respond(self, positions: Positions, step: int, numbers: list[int]) -> Responses:
+        options = self.config.method
         noise, writing = (
-            draw_noise((options.group, length), [stream(self.config.seed, name, step, i) for i in count])
+            draw_noise((options.group, length), [stream(self.config.seed, name, step, i) for i in numbers])
             for name, length in (("thoughts", options.thought_length), ("predictions", options.prediction_length))
         )
         return self.engine.respond(positions, noise, writing)
@@ -106,11 +120,11 @@ class RPT:
             rows.append([prefix_match([spell(token) for token in one], map(spell, truth)) for one in group])
         return torch.tensor(rows, dtype=torch.float32)
 
-    def _rewards(self, responses: Responses, match: Tensor, step: int) -> Rewards:
+    def _rewards(self, responses: Responses, match: Tensor, step: int, numbers: list[int]) -> Rewards:
         thoughts, options = responses.thoughts, self.config.method
         rewards = Rewards(value=match, shift=torch.zeros_like(match[:, 0]))
         if options.reward == "random":
-            rewards = REWARDS["random"](thoughts, None, options, stream(self.config.seed, "rewards", step))
+            rewards = REWARDS["random"](thoughts, None, options, stream(self.config.seed, "rewards", step), numbers)
         return penalised(rewards, thoughts.closed, self.config)
 
     def _work(self, positions: Positions, responses: Responses, predictions: Predictions) -> Work:

@@ -176,7 +176,15 @@ def machine(name: str, ceilings: str | None = None, price: float | None = None) 
         memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
         # one process a machine, and no links: --ceilings may say otherwise
         known = Machine(
-            name="cpu", memory=memory, bf16=0, fp32=0, bandwidth=0, launch=0, inside=1e9, across=1e9, source=ASSUMED
+            name="cpu",
+            memory=memory,
+            bf16=0.0,
+            fp32=0.0,
+            bandwidth=0.0,
+            launch=0.0,
+            inside=1e9,
+            across=1e9,
+            source=ASSUMED,
         )
     elif name in MACHINES:
         known = MACHINES[name]

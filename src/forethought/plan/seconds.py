@@ -77,7 +77,7 @@ def decode_steps(job: Job, tokens: float, longest: float) -> float:
     return max(longest, tokens / job.rows_at_once)
 
 
-def decode_step(job: Job, rows: float) -> tuple[float, str]:
+def decode_step(job: Job, rows: int | float) -> tuple[float, str]:
     """Seconds of one step of so many rows in the middle of their thoughts, and what bounds them."""
     shape, precision = job.shape, job.config.model.precision
     keys, states = cache_numbers(job)
@@ -104,7 +104,7 @@ def rate(job: Job, update: bool = False) -> float:
     return share * job.machine.matmul(job.config.model.precision)
 
 
-def ring(job: Job, nbytes: float, passes: int, gpus: int | None = None) -> float:
+def ring(job: Job, nbytes: int | float, passes: int, gpus: int | None = None) -> float:
     """Seconds of a ring over the GPUs: an all-reduce passes the bytes around twice, a gather or a scatter once.
 
     Within a node the ring goes over its links; across nodes all GPUs of a node send at once, each over its own card.

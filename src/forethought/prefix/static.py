@@ -39,6 +39,7 @@ class Table:
 
     stop: Int[Tensor, " row"]  # the row sees keys 0 .. stop-1 of its document
     owner: Int[Tensor, " row"]  # its document
+    place: Int[Tensor, " row"]  # where it stands in `slots`, read as one list
     slots: Int[Tensor, "document slot"]  # the rows of each document; -1 where there is none
     seen: Int[Tensor, " document"]  # the largest stop of its rows
     column: Int[Tensor, "1"]  # column of the newest token of all suffixes; earlier columns are seen
@@ -51,9 +52,13 @@ class Table:
             return torch.zeros(shape, dtype=torch.long, device=device)
 
         slots = zeros(room.documents, room.slots) - 1
-        return cls(
-            stop=zeros(room.rows), owner=zeros(room.rows), slots=slots, seen=zeros(room.documents), column=zeros(1)
-        )
+        stop, owner, place = (zeros(room.rows) for _ in range(3))
+        return cls(stop=stop, owner=owner, place=place, slots=slots, seen=zeros(room.documents), column=zeros(1))
+
+    def head(self, rows: int) -> "Table":
+        """The same numbers, of the first rows only."""
+        own = {name: getattr(self, name)[:rows] for name in ("stop", "owner", "place")}
+        return Table(**own, slots=self.slots, seen=self.seen, column=self.column)
 
     def fill(self, owner: Sequence[int], stop: Sequence[int]) -> None:
         """Let row i continue `stop[i]` tokens of document `owner[i]`; rows beyond these keep what they had."""
@@ -61,10 +66,13 @@ class Table:
         members: list[list[int]] = [[] for _ in range(documents)]
         for row, document in enumerate(owner):
             members[document].append(row)
+        places = [document * slots + i for document, some in enumerate(members) for i in range(len(some))]
+        rows = [row for some in members for row in some]
         table = [some + [-1] * (slots - len(some)) for some in members]
         seen = [max((stop[row] for row in some), default=0) for some in members]
         self.slots.copy_(torch.tensor(table))
         self.seen.copy_(torch.tensor(seen))
+        self.place[torch.tensor(rows, device=self.place.device)] = torch.tensor(places, device=self.place.device)
         self.stop[: len(stop)] = torch.tensor(list(stop), device=self.stop.device)
         self.owner[: len(owner)] = torch.tensor(list(owner), device=self.owner.device)
 
@@ -106,10 +114,7 @@ class Static(Cache):
 
     def head(self, rows: int) -> "Static":
         """The same buffers, of which only the first rows take part."""
-        table = self.table
-        part = Table(
-            stop=table.stop[:rows], owner=table.owner[:rows], slots=table.slots, seen=table.seen, column=table.column
-        )
+        part = self.table.head(rows)
         layers = [_Layer(part, (x.keys[0], x.keys[1][:rows]), (x.values[0], x.values[1][:rows])) for x in self.own]
         return Static(part, layers)
 
@@ -199,18 +204,29 @@ def held_attention(query: Tensor, key: Held, value: Held, scale: float, window: 
 
 
 def _plain(query: Tensor, key: Held, value: Held, scale: float, window: int | None) -> Tensor:
-    """The same in plain matrix products, with a copy of the document for each row."""
-    table, fan = key.table, query.shape[1] // key.suffix.shape[1]
-    keys, values = (
-        torch.cat([x.prefix[table.owner], x.suffix], dim=2).repeat_interleave(fan, dim=1) for x in (key, value)
-    )
-    prefix, suffix = key.prefix.shape[2], key.suffix.shape[2]
+    """The same in plain matrix products: queries of all rows of a document are rows of one matrix a key head."""
+    table, (rows, total, _, size) = key.table, query.shape
+    heads, (documents, slots) = key.suffix.shape[1], table.slots.shape
+    prefix, suffix, fan = key.prefix.shape[2], key.suffix.shape[2], total // heads
+    members = table.slots.clamp(min=0).flatten()
+
+    def fold(x: Tensor) -> Tensor:  # (row, key head, fan, *) -> (document, key head, slot * fan, *)
+        grid = x.index_select(0, members).view(documents, slots, heads, fan, -1)
+        return grid.transpose(1, 2).reshape(documents, heads, slots * fan, -1)
+
+    def unfold(y: Tensor) -> Tensor:
+        grid = y.view(documents, heads, slots, fan, -1).transpose(1, 2)
+        return grid.reshape(documents * slots, heads, fan, -1).index_select(0, table.place)
+
+    query = query.view(rows, heads, fan, size) * scale
     before = torch.arange(prefix, device=query.device) < table.stop[:, None]
-    own = torch.arange(suffix, device=query.device).expand(len(table.stop), -1) <= table.column
+    own = (torch.arange(suffix, device=query.device) <= table.column).expand(rows, -1)
     if window is not None:
-        oldest = table.stop[:, None] + table.column - window
-        before = before & (torch.arange(prefix, device=query.device) > oldest)
+        before = before & (torch.arange(prefix, device=query.device) > table.stop[:, None] + table.column - window)
         own = own & (torch.arange(suffix, device=query.device) > table.column - window)
-    score = torch.matmul(query, keys.transpose(-1, -2)).float() * scale
+    shared = unfold(torch.matmul(fold(query), key.prefix.transpose(-1, -2)))
+    score = torch.cat([shared, torch.matmul(query, key.suffix.transpose(-1, -2))], dim=-1).float()
     score = score.masked_fill(~torch.cat([before, own], dim=1)[:, None, None], HIDDEN)
-    return torch.matmul(score.softmax(dim=-1).to(values.dtype), values)
+    weight = score.softmax(dim=-1).to(value.prefix.dtype)
+    out = unfold(torch.matmul(fold(weight[..., :prefix]), value.prefix))
+    return (out + torch.matmul(weight[..., prefix:], value.suffix)).view(rows, total, 1, -1)

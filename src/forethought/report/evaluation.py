@@ -131,16 +131,17 @@ def _cell(run: Run, group: str, metric: Metric) -> Cell:
     difference = None if before is None or after is None else after - before
     return Cell(
         before=figure(before, metric.unit),
-        before_interval=_interval(before_ends, metric.unit),
+        before_interval=interval(before_ends, metric.unit),
         after=figure(after, metric.unit),
-        after_interval=_interval(after_ends, metric.unit),
+        after_interval=interval(after_ends, metric.unit),
         difference=signed(difference, metric.unit).replace(f"{UNBROKEN}%", " points"),
         verdict=_verdict(before_ends, after_ends, metric.better),
         missing=before is None and after is None,
     )
 
 
-def _interval(ends: list[float | None], unit: str) -> str:
+def interval(ends: list[float | None], unit: str) -> str:
+    """The ends of an interval as text; empty where one is not known."""
     low, high = ends
     return "" if low is None or high is None else f"{figure(low, unit)} to {figure(high, unit)}"
 

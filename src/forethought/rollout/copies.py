@@ -17,6 +17,8 @@ COMPACT = 0.75  # finished rows are dropped from a cache when fewer than this sh
 class Copies:
     """Rows that decode together; equal prompts are read once and then copied."""
 
+    full = False  # a cache that grows
+
     def __init__(self, model: Any, mask: Bool[Tensor, "row width"]):
         self.model, self.mask, self.cache = model, mask, DynamicCache(config=model.config)
 

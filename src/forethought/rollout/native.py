@@ -21,6 +21,11 @@ _REFILL = 0.5  # the next positions are read when fewer than this share of the r
 class _Batch(Protocol):
     """Rows that decode together."""
 
+    @property
+    def full(self) -> bool:
+        """Whether the next token finds room only if finished rows are dropped."""
+        ...
+
     def step(self, tokens: Int[Tensor, " row"]) -> Float[Tensor, "row vocab"]:
         """Read one token a row; the logits that follow."""
         ...
@@ -93,7 +98,7 @@ class NativeEngine:
             assert batch is not None and logits is not None
             tokens = rows.advance(logits, self.options)
             keep = rows.alive_rows()
-            if keep.numel() < COMPACT * len(rows.alive) or not keep.numel():
+            if keep.numel() < COMPACT * len(rows.alive) or not keep.numel() or batch.full:
                 rows.drop(keep)
                 tokens = tokens[keep]
                 batch.select(keep) if keep.numel() else None
@@ -119,6 +124,11 @@ class _Shared:
 
     def __init__(self, model: Any, fork: Fork):
         self.model, self.fork = model, fork
+
+    @property
+    def full(self) -> bool:
+        """Whether every column is in use; what finished rows hold of them is then given free."""
+        return self.fork.length == self.fork.room
 
     def read(self, tokens: Int[Tensor, "row width"]) -> Float[Tensor, "row vocab"]:
         """Read some tokens a row; the logits that follow the last."""
@@ -173,7 +183,7 @@ def _graphs(model: Any, form: ThoughtFormat, config: Config) -> Graphs | None:
     hindrance = None
     if config.model.prefix != "shared":
         hindrance = "model.prefix must be 'shared'"
-    elif model.device.type != "cuda":
+    elif model.device.type != "cuda" and asked != "compiled":
         hindrance = "there is no GPU"
     elif not capturable(model):
         hindrance = f"{type(model).__name__} has layers (Mamba, experts) that a graph cannot hold"

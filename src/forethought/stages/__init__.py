@@ -16,8 +16,8 @@ from typing import Any
 from forethought.checkpoint import tensor_errors
 from forethought.config import Config, UserError
 from forethought.evaluation import started, trained
-from forethought.loop import Observer, Silent
 from forethought.model import load_model, load_tokenizer
+from forethought.observer import Observer, Silent
 from forethought.positions import thought_format
 from forethought.runlog import RunLog, check_free, disk_errors
 from forethought.stages.examples import Example, Verified, examples

@@ -1,0 +1,35 @@
+"""Who watches a run."""
+
+from typing import Protocol, runtime_checkable
+
+from forethought.diagnostics import Diagnosis
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """Who watches a run: the command line draws a bar, a library user may pass nothing."""
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        """Progress of a part of the run other than training itself."""
+        ...
+
+    def step(self, step: int, total: int, metrics: dict[str, float]) -> None:
+        """A training step is over."""
+        ...
+
+    def warning(self, found: Diagnosis) -> None:
+        """Something goes wrong; the run goes on."""
+        ...
+
+
+class Silent:
+    """An observer that does not look."""
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        """Nothing."""
+
+    def step(self, step: int, total: int, metrics: dict[str, float]) -> None:
+        """Nothing."""
+
+    def warning(self, found: Diagnosis) -> None:
+        """Nothing."""

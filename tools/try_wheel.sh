@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Build source archive and wheel, install the wheel into an empty environment and run a short quickstart there, in an
+# empty folder: what a person does who has only `pip install`. Leaves both files in dist/.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+root=$PWD python=${PYTHON:-python3}
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+"$python" -m venv "$work/build"
+"$work/build/bin/pip" install --quiet hatchling
+rm -rf dist
+"$work/build/bin/python" -m hatchling build -t sdist
+"$work/build/bin/pip" wheel --quiet --no-deps --wheel-dir dist dist/*.tar.gz  # of the archive, not of the checkout
+
+"$python" -m venv "$work/venv"
+bin=$work/venv/bin
+"$bin/pip" install --quiet --constraint requirements.lock torch==2.13.0
+"$bin/pip" install --quiet --constraint requirements.lock dist/*.whl
+"$bin/pip" check
+mkdir "$work/empty" && cd "$work/empty"
+"$bin/forethought" train quickstart --train.steps 3 --train.batch 8 --evaluate.documents 20 --evaluate.positions 2
+"$bin/forethought" evaluate runs/quickstart --evaluate.view 1
+"$bin/python" - <<'END'
+import pathlib
+
+import forethought
+
+assert "site-packages" in forethought.__file__, forethought.__file__
+assert (pathlib.Path(forethought.__file__).parent / "py.typed").is_file()
+model = forethought.ThinkingModel.load("runs/quickstart/policy")
+text = "".join(place.text for place in model.generate("ball under red . swap 1", max_tokens=3, thoughts=2))
+for name in ("report.html", "policy/README.md", "policy/forethought.json", "evaluate.json"):
+    assert (pathlib.Path("runs/quickstart") / name).is_file(), name
+print(f"forethought {forethought.__version__} from a wheel writes:{text}")
+END
+ls -l "$root/dist"
