@@ -4,7 +4,9 @@ Peaks are those of torch's allocator, as its profiler reports them: no noise fro
 """
 
 import dataclasses
+import runpy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -191,3 +193,16 @@ def test_what_a_token_keeps_is_what_autograd_saves(name: str, half: bool):
     planned = sum(one.bf16 if half else one.fp32 for one in kept)
     assert planned == pytest.approx(document / 24, rel=0.15)
     assert planned == pytest.approx(chunk / 24, rel=0.15)
+
+
+def test_peaks_of_one_gpu_are_within_15_percent():
+    """What benchmarks/gpu.py measured on an H100, while sampling and in the update, at three lengths of thoughts."""
+    folder = Path(__file__).parents[1] / "benchmarks"
+    names = runpy.run_path(str(folder / "plan.py"))
+    rows = [row for file in sorted(folder.glob("results/gpu-steps-*.json")) for row in names["measured"](file)]
+    assert {row["L"] for row in rows} == {64, 256, 1024}
+    for row in rows:
+        planned = names["expected"](row)
+        assert planned["peak_gib"] == pytest.approx(row["peak_gib"], rel=0.15)
+        assert planned["collect_peak_gib"] == pytest.approx(row["collect_peak_gib"], rel=0.15)
+        assert 0.5 < planned["step_s"] / row["step_s"] < 2  # an estimate
