@@ -31,8 +31,8 @@ from forethought.shape import Attention, Kept, Shape
 CPU = Machine(name="cpu", memory=8e9, bf16=1e9, fp32=1e9, bandwidth=1e9, launch=0.0)
 GPU = Machine(
     name="gpu", memory=100e9, bf16=100e12, fp32=10e12, bandwidth=1e12, inside=100e9, across=10e9,
-    matmul_share=0.5, copy_share=0.5, link_share=0.5, read_share=0.5, decode_share=0.5, latency=0.0, launch=0.0,
-    replay=0.0,
+    matmul_share=0.5, copy_share=0.5, link_share=0.5, read_share=0.5, update_share=0.5, decode_share=0.5,
+    latency=0.0, launch=0.0, replay=0.0,
 )  # fmt: skip
 TINY = Shape(
     model_type="llama", hidden=8, vocab=10, parameters=1000, multiplied=600, layers=2, intermediate=16,
@@ -276,12 +276,12 @@ def test_measured_ceilings_take_the_place_of_peaks(tmp_path: Path):
     file = tmp_path / "step.json"
     file.write_text(json.dumps(rows))
     found = machine("cpu", str(file))
-    assert (found.matmul("fp32"), found.matmul("bf16"), found.copy, found.read_share) == (80e9, 80e9, 9e9, 0.6)
+    assert (found.matmul("fp32"), found.matmul("bf16"), found.copy, found.update_share) == (80e9, 80e9, 9e9, 0.6)
     assert found.memory > 1e9
     card = {"card": "x", "matmul_tflops": 700.0, "copy_tb_s": 3.0}
     file.write_text(json.dumps([card, {"rollout_of_ceiling": 0.4, "update_of_matmul": 0.45}]))
     found = machine("h100", str(file))
-    assert (found.matmul("bf16"), found.copy, found.decode_share, found.read_share) == (700e12, 3e12, 0.4, 0.45)
+    assert (found.matmul("bf16"), found.copy, found.decode_share, found.update_share) == (700e12, 3e12, 0.4, 0.45)
     assert found.matmul("fp32") == pytest.approx(0.803 * 67e12)
     file.write_text(json.dumps({"matmul_tflops": 700, "inside_gb_s": 400, "launch_us": 0, "memory_gb": 70}))
     found = machine("h100", str(file))
@@ -293,7 +293,7 @@ def test_benchmark_results_are_ceilings():
     folder = Path(__file__).parents[1] / "benchmarks" / "results"
     found = machine("cpu", str(folder / "step-512-64.json"))
     assert 1e9 < found.matmul("fp32") < 1e12
-    assert 0.1 < found.read_share < 1
+    assert 0.1 < found.update_share < 1
 
 
 def test_waiting_by_hand():

@@ -28,8 +28,9 @@ class Machine:
     matmul_share: float = 0.8  # of the peak, by large square products
     copy_share: float = 0.9  # of the bandwidth, by large copies
     link_share: float = 0.8  # of the links, by large messages
-    read_share: float = 0.57  # of the matmul rate, by reading many tokens at once: prefill, score, update
-    decode_share: float = 0.6  # of the bound (memory or matmul rate), by decoding
+    read_share: float = 0.57  # of the matmul rate, by reading many tokens at once: prefill, score
+    update_share: float = 0.31  # the same of the update
+    decode_share: float = 0.4  # of the bound (memory or matmul rate), by decoding
     launch: float = 5e-6  # seconds to start one kernel from Python
     replay: float = 1.5e-6  # seconds that one small kernel of a captured step takes at least
     latency: float = 1e-5  # seconds for one message of a ring
@@ -54,7 +55,10 @@ SOURCES = (
     "peaks: vendors' data sheets, dense; matmul share: best bf16 product in the accelerator table of "
     "github.com/stas00/ml-engineering (torch 2.6 to 2.7)"
 )
-ASSUMED = "copy, link, decode and launch: assumed; read: median of benchmarks/README.md, on a CPU"
+ASSUMED = (
+    "update and decode shares: one H100 (benchmarks/results/gpu-steps-graphs.json), 0.24 to 0.37 and 0.27 to 0.52; "
+    "copy, link, read, launch: assumed"
+)
 _BUILT_IN = f"{SOURCES}; {ASSUMED}"
 _UNMEASURED = f"peaks: vendors' data sheets, dense; all shares assumed, matmul too; {ASSUMED}"
 
@@ -219,7 +223,7 @@ def measured(known: Machine, file: str) -> Machine:
         "launch_us": "launch",
         "replay_us": "replay",
         "latency_us": "latency",
-        "update_of_matmul": "read_share",
+        "update_of_matmul": "update_share",
         "read_of_matmul": "read_share",
         "rollout_of_ceiling": "decode_share",
         "decode_of_bound": "decode_share",

@@ -98,9 +98,10 @@ def decode_step(job: Job, rows: int | float) -> tuple[float, str]:
     return times[bound], bound
 
 
-def rate(job: Job) -> float:
+def rate(job: Job, update: bool = False) -> float:
     """FLOP/s of phases that read many tokens at once."""
-    return job.machine.read_share * job.machine.matmul(job.config.model.precision)
+    share = job.machine.update_share if update else job.machine.read_share
+    return share * job.machine.matmul(job.config.model.precision)
 
 
 def ring(job: Job, nbytes: int | float, passes: int, gpus: int | None = None) -> float:
@@ -140,7 +141,7 @@ def _scoring(job: Job, one: Flops) -> Phase:
 def _reading(job: Job, name: str, window_flops: int, passes: int) -> Phase:
     """Phases of few large products; `passes` through the layers, each of which starts its kernels."""
     flops = float(window_flops * job.windows)
-    by_flops = window_flops * job.windows_here / rate(job)
+    by_flops = window_flops * job.windows_here / rate(job, name == "update")
     launches = KERNELS[job.config.model.precision] * job.shape.layers * passes * job.machine.launch
     slowest = max(by_flops, launches if flops else 0.0)
     return Phase(

@@ -118,18 +118,19 @@ class _Costs:
     @classmethod
     def of(cls, job: Job) -> "_Costs":
         """Fitted through exact counts; sliding windows and scans make them nearly, not quite, quadratic."""
-        shape, passes = job.shape, 3 * job.config.method.inner_steps + 1
+        shape, passes = job.shape, 3 * job.config.method.inner_steps
+        each = (1 + job.teacher) / rate(job) + passes / rate(job, update=True)  # seconds a FLOP of reading a document
         top, longest = max(job.longest, 4), max(job.limit, 4)
         places = np.array([1, top // 2, top])
-        reading = [forward_flops(shape, [(int(n), 0)], 0) * (passes + job.teacher) for n in places]
+        reading = [forward_flops(shape, [(int(n), 0)], 0) * each for n in places]
         document = np.linalg.solve(np.stack([places**0, places, places**2], 1).astype(float), np.array(reading, float))
         grid = [(n, p) for n in (1, longest // 2, longest) for p in (1, top)]
         terms = np.array([[1, n, n * n, n * p] for n, p in grid], float)
-        update = [(passes - 1) * forward_flops(shape, [(n + job.behind, p)], n) for n, p in grid]
+        update = [passes * forward_flops(shape, [(n + job.behind, p)], n) for n, p in grid]
         thought = np.linalg.lstsq(terms, np.array(update, float), rcond=None)[0]
         streams = sum(one.seconds for one in step(job).phases if one.name in ("optimizer", "ema"))
         streams *= job.gpus if job.layout == "fsdp2" else 1
-        return cls(document=document / rate(job), thought=thought / rate(job), streams=streams)
+        return cls(document=document, thought=thought / rate(job, update=True), streams=streams)
 
     def fixed(self, job: Job, gpus: int) -> float:
         """Seconds of a GPU whatever it sampled."""
