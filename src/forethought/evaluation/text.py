@@ -217,14 +217,33 @@ def paired(ours: dict[str, Records], theirs: dict[str, Records]) -> dict[str, fl
 
 def pooled_paired(ours: Sequence[dict[str, Records]], theirs: Sequence[dict[str, Records]]) -> dict[str, float]:
     """`paired`, mean over seeds: the n-th of ours against the n-th of theirs, drawn together."""
+    return differences(drawn_together(ours), drawn_together(theirs))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """A group of positions of several runs: where it was measured, and each metric with its value in every resample."""
+
+    first: Records
+    estimates: dict[str, Estimate]
+
+
+def drawn_together(seeds: Sequence[dict[str, Records]]) -> dict[str, Drawn]:
+    """What `differences` takes of each side, by group; apart from it, for one arm that is held against many."""
+    names = [name for name in seeds[0] if all(name in one for one in seeds)]
+    return {
+        name: Drawn(first=seeds[0][name], estimates=_estimates([one[name] for one in seeds], None)) for name in names
+    }
+
+
+def differences(mine: Mapping[str, Drawn], theirs: Mapping[str, Drawn]) -> dict[str, float]:
+    """Figures of the groups and metrics that both sides have. Raises ValueError where their positions differ."""
     figures: dict[str, float] = {}
-    for name, first in ours[0].items():
-        if any(name not in other for other in theirs):
-            continue
-        mine, others = [one[name] for one in ours], [one[name] for one in theirs]
-        _check_same(first, [*mine, *others])
-        left, right = _estimates(mine, None), _estimates(others, None)
-        figures |= _flat(name, {metric: left[metric] - right[metric] for metric in left if metric in right})
+    for name in [name for name in mine if name in theirs]:
+        left, right = mine[name], theirs[name]
+        _check_same(left.first, [right.first])
+        shared = [metric for metric in left.estimates if metric in right.estimates]
+        figures |= _flat(name, {metric: left.estimates[metric] - right.estimates[metric] for metric in shared})
     return figures
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from forethought.evaluation.text import pooled, pooled_paired
+from forethought.evaluation.text import Drawn, differences, drawn_together, pooled
 from forethought.experiment import asked
 from forethought.experiment.arms import SPENT, Recorded, post_records, records, weights
 from forethought.experiment.design import BASE, Claim, Experiment, Job
@@ -30,11 +30,7 @@ def rows(experiment: Experiment, done: Sequence[Job]) -> list[Row]:
     for name, seeds in measured.items():
         if seeds:
             table += _of_arm(name, seeds, base) + _costs(experiment, name, list(seeds))
-        if seeds and name in experiment.named:
-            rivals = {BASE: base} | {other: measured[other] for other in experiment.named}
-            for rival, theirs in rivals.items():
-                if rival != name and seeds.keys() <= theirs.keys():
-                    table += _differences(name, seeds, rival, theirs)
+    table += _differences({BASE: base} | {name: measured[name] for name in experiment.named})
     return table + _own_points(experiment, measured, base) + _answers(experiment, done)
 
 
@@ -90,9 +86,22 @@ def _own_points(
     return table
 
 
-def _differences(arm: str, seeds: dict[int, Recorded], other: str, theirs: dict[int, Recorded]) -> list[Row]:
-    figures = pooled_paired(list(seeds.values()), [theirs[seed] for seed in seeds])
-    return _rows(arm, ALL, {f"minus/{other}/{name}": value for name, value in figures.items()})
+def _differences(measured: dict[str, dict[int, Recorded]]) -> list[Row]:
+    """Each arm with the base and with every arm that has its seeds too; what is drawn of an arm is drawn once."""
+    table: list[Row] = []
+    known: dict[tuple[str, tuple[int, ...]], dict[str, Drawn]] = {}
+
+    def drawn(arm: str, seeds: tuple[int, ...]) -> dict[str, Drawn]:
+        if (arm, seeds) not in known:
+            known[arm, seeds] = drawn_together([measured[arm][seed] for seed in seeds])
+        return known[arm, seeds]
+
+    for arm, seeds in measured.items():
+        for other, theirs in measured.items():
+            if arm not in (BASE, other) and seeds and seeds.keys() <= theirs.keys():
+                figures = differences(drawn(arm, tuple(seeds)), drawn(other, tuple(seeds)))
+                table += _rows(arm, ALL, {f"minus/{other}/{name}": value for name, value in figures.items()})
+    return table
 
 
 def _costs(experiment: Experiment, arm: str, seeds: Sequence[int]) -> list[Row]:
