@@ -131,7 +131,8 @@ class ForethoughtLM(TemplateLM):
         """What the model writes behind each context, up to the first of the strings that end it."""
         answers = [""] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm, desc="Running generate_until requests") as bar:
-            for batch, sampling, until in self._batches([one.args for one in requests]):
+            asked: list[Any] = [one.args for one in requests]
+            for batch, sampling, until in self._batches(asked):
                 contexts = [
                     self.tok_encode(requests[i].args[0])[-(self.max_length - sampling.limit) :] for i, _ in batch
                 ]
@@ -155,7 +156,7 @@ class ForethoughtLM(TemplateLM):
             seen[context] += 1
         size = self.thinker.config.train.rollout_batch
         for members in groups.values():
-            options = dict(normalize_gen_kwargs(asked[members[0][0]][1], self.max_gen_toks))
+            options: dict[str, Any] = dict(normalize_gen_kwargs(asked[members[0][0]][1], self.max_gen_toks))
             if odd := sorted(options.keys() - _KNOWN):
                 raise UserError(f"generation options {', '.join(odd)}: must be among {', '.join(sorted(_KNOWN))}")
             limit = options["max_gen_toks"]
