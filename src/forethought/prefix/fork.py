@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, roll
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin
 
 from forethought.prefix.attention import Layout, Split
-from forethought.prefix.states import Prefix, Recurrent, State, together
+from forethought.prefix.states import Prefix, Recurrent, State, Unmasked, UnmaskedLayer, together
 
 
-class Fork(Cache):
+class Fork(Unmasked):
     """A cache in which each row continues one of a prefix's places (indices that do not decrease).
 
     With `room`, suffix keys and values live in buffers of that many tokens, for decoding; without, one forward pass
@@ -106,19 +106,9 @@ class Fork(Cache):
         """First column of each row's suffix; None where it is 0 for all."""
         return self.start if self.ragged else None
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """0: masks are the attention's own business, and positions are always given."""
-        return 0
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """As if the queries stood alone, for which no mask is made."""
-        return query_length, 0
-
-
-class _SuffixAttention(CacheLayerMixin):
+class _SuffixAttention(UnmaskedLayer):
     """A layer's suffix keys and values; returns them together with the documents'."""
-
-    is_sliding = False
 
     def __init__(self, fork: Fork, state: State):
         super().__init__()
@@ -147,18 +137,6 @@ class _SuffixAttention(CacheLayerMixin):
             Split(state.keys, key_states, fork.layout, fork.begun),
             Split(state.values, value_states, fork.layout, fork.begun),
         )
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """As the fork says."""
-        return query_length, 0
-
-    def get_seq_length(self) -> int:
-        """As the fork says."""
-        return 0
-
-    def get_max_length(self) -> int:
-        """No limit of its own."""
-        return -1
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Keep rows."""

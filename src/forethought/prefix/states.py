@@ -1,4 +1,4 @@
-"""What is kept of documents that were read, and the Mamba layer that keeps it without writing into it."""
+"""What is kept of documents that were read; the bases of the caches and layers that keep it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.cache_utils import LinearAttentionLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,3 +114,33 @@ class Recurrent(LinearAttentionLayer):
         self.recurrent_states[state_idx] = recurrent_states
         self.is_recurrent_states_initialized[state_idx] = True
         return recurrent_states
+
+
+class Unmasked(Cache):
+    """A cache for which models make no mask."""
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """0: masks are the attention's own business, and positions are always given."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """As if the queries stood alone, for which no mask is made."""
+        return query_length, 0
+
+
+class UnmaskedLayer(CacheLayerMixin):
+    """A layer of attention in such a cache."""
+
+    is_sliding = False
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As the cache says."""
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        """As the cache says."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """No limit of its own."""
+        return -1

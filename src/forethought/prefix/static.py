@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
 
 from forethought.prefix.attention import HIDDEN
 from forethought.prefix.fork import Fork
+from forethought.prefix.states import Unmasked, UnmaskedLayer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +91,7 @@ class Held:
         return self.suffix.shape
 
 
-class Static(Cache):
+class Static(Unmasked):
     """The cache of rows that read one token each, all at the same column."""
 
     def __init__(self, table: Table, layers: Sequence["_Layer"]):
@@ -138,19 +138,9 @@ class Static(Cache):
                 suffix[:count] = suffix[rows]
         table.fill(table.owner[rows[:known]].tolist(), table.stop[rows[:known]].tolist())
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """0: masks are the attention's own business, and positions are always given."""
-        return 0
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """As if the queries stood alone, for which no mask is made."""
-        return query_length, 0
-
-
-class _Layer(CacheLayerMixin):
+class _Layer(UnmaskedLayer):
     """A layer's prefix and suffix, keys and values."""
-
-    is_sliding = False
 
     def __init__(self, table: Table, keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor]):
         super().__init__()
@@ -169,18 +159,6 @@ class _Layer(CacheLayerMixin):
             suffix.index_copy_(2, self.table.column, new)
             held.append(Held(prefix, suffix, self.table))
         return tuple(held)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """As the cache says."""
-        return query_length, 0
-
-    def get_seq_length(self) -> int:
-        """As the cache says."""
-        return 0
-
-    def get_max_length(self) -> int:
-        """No limit of its own."""
-        return -1
 
 
 def _buffers(like: Tensor, room: Room) -> tuple[Tensor, Tensor]:

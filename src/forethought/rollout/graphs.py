@@ -18,9 +18,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from forethought.config import Method
 from forethought.positions import Positions, ThoughtFormat
-from forethought.prefix import Fork, Room, Static, backbone, read, vocabulary
+from forethought.prefix import Fork, Room, Static
 from forethought.rollout import Thoughts
 from forethought.rollout.decoding import Rows, sample
+from forethought.rollout.shared import read_shared
 
 _LOOK = 8  # steps between two looks of the host at which rows are done
 _FEWEST = 16  # rows below which nothing is moved together any more
@@ -161,7 +162,9 @@ class Graphs:
     def _take(self, positions: Positions, rows: Rows, first: int, last: int) -> None:
         """All steps of the rows first .. last-1, whose places these are."""
         group = (last - first) // len(positions)
-        fork, logits = self._begin(positions, group)
+        lead = len(self.form.after) + len(self.form.open)
+        batch, logits = read_shared(self.model, self.form, positions, group, lead)
+        fork = batch.fork
         self._make_room(fork, rows, logits)
         assert self.room is not None and self.seats is not None and self.cache is not None
         self.cache.load(fork)
@@ -182,16 +185,6 @@ class Graphs:
             count //= 2
             order = (~going).to(torch.int8).argsort(stable=True)[:count]
             ids = self._move(order, ids)
-
-    def _begin(self, positions: Positions, group: int) -> tuple[Fork, Float[Tensor, "row vocab"]]:
-        """Read the documents, and what stands between a context and a thought."""
-        model, lead = self.model, [*self.form.after, *self.form.open]
-        places = [place for place in range(len(positions)) for _ in range(group)]
-        fork = Fork(read(model, *self.form.documents(positions)), places, len(lead))
-        tokens = torch.tensor(lead, device=model.device).expand(len(places), -1)
-        hidden = backbone(model, tokens, fork, fork.position_ids(len(lead)))
-        fork.length = len(lead)
-        return fork, vocabulary(model, hidden[:, -1])
 
     def _make_room(self, fork: Fork, rows: Rows, logits: Float[Tensor, "row vocab"]) -> None:
         """Buffers that hold a fork's rows to their ends; those at hand, where these are large enough."""
@@ -287,7 +280,8 @@ class Graphs:
             run = torch.compile(step, fullgraph=True, dynamic=False)
         if not seats.tail.is_cuda:
             return run
-        kept = {name: tensor.clone() for name, tensor in [*seats.tensors().items(), ("column", column)]}
+        state = [*seats.tensors().values(), column]
+        kept = [tensor.clone() for tensor in state]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -297,6 +291,6 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             run()
-        for name, tensor in [*seats.tensors().items(), ("column", column)]:
-            tensor.copy_(kept[name])
+        for tensor, value in zip(state, kept, strict=True):
+            tensor.copy_(value)
         return graph.replay

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from forethought.config import Config, Method, UserError
 from forethought.positions import Positions, ThoughtFormat
-from forethought.prefix import Fork, backbone, enable, read, vocabulary
+from forethought.prefix import enable
 from forethought.rollout import Responses, Thoughts
 from forethought.rollout.copies import COMPACT, read_copies
 from forethought.rollout.decoding import Rows
 from forethought.rollout.graphs import Graphs, capturable
+from forethought.rollout.shared import read_shared
 
 _REFILL = 0.5  # the next positions are read when fewer than this share of the rows that fit is still decoding
 
@@ -112,49 +113,11 @@ class NativeEngine:
         if not self.shared:
             contexts = [self.form.wrap(context) for context in positions.contexts() for _ in range(group)]
             return read_copies(self.model, contexts, self.form.pad)
-        batch, logits = _shared(self.model, self.form, positions, group, room)
+        batch, logits = read_shared(self.model, self.form, positions, group, room)
         if running is None:
             return batch, logits
         running[0].fork.join(batch.fork)
         return running[0], torch.cat([running[1], logits])
-
-
-class _Shared:
-    """Rows over documents that are kept once."""
-
-    def __init__(self, model: Any, fork: Fork):
-        self.model, self.fork = model, fork
-
-    @property
-    def full(self) -> bool:
-        """Whether every column is in use; what finished rows hold of them is then given free."""
-        return self.fork.length == self.fork.room
-
-    def read(self, tokens: Int[Tensor, "row width"]) -> Float[Tensor, "row vocab"]:
-        """Read some tokens a row; the logits that follow the last."""
-        width = tokens.shape[1]
-        self.fork.make_room(width)
-        hidden = backbone(self.model, tokens, self.fork, self.fork.position_ids(width))
-        self.fork.length += width
-        return vocabulary(self.model, hidden[:, -1])
-
-    def step(self, tokens: Int[Tensor, " row"]) -> Float[Tensor, "row vocab"]:
-        """Read one token a row; the logits that follow."""
-        return self.read(tokens[:, None])
-
-    def select(self, rows: Int[Tensor, " row"]) -> None:
-        """Keep only some rows."""
-        self.fork.select(rows)
-
-
-def _shared(
-    model: Any, form: ThoughtFormat, positions: Positions, group: int, room: int
-) -> tuple[_Shared, Float[Tensor, "row vocab"]]:
-    documents, stops = form.documents(positions)
-    fork = Fork(read(model, documents, stops), [place for place in range(len(positions)) for _ in range(group)], room)
-    batch = _Shared(model, fork)
-    lead = torch.tensor([*form.after, *form.open], device=model.device)
-    return batch, batch.read(lead.expand(len(positions) * group, -1))
 
 
 def native_engine(model: Any, form: ThoughtFormat, config: Config) -> NativeEngine:
