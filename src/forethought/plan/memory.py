@@ -17,6 +17,9 @@ ELEMENT = {"fp32": 4, "bf16": 2}  # bytes of a number in compute precision, so o
 _THOUGHTS = 29  # bytes of a thought's token while it is sampled: noise, tokens and log-probabilities, and their copies
 _SAMPLING = {"fp32": 28, "bf16": 26}  # bytes of a logit from which a token is drawn, float64 sums included
 _CAPTURED = 48  # the same in captured steps, which keep what they need, for as many rows, half as many, and so on
+ORDERED = (
+    1_000_000  # weights of linear layers from which a CPU decodes over ordered copies of them (forethought.packed)
+)
 _LOOK = 32  # tokens that a captured step may run on before the host looks (forethought.rollout.graphs)
 
 
@@ -100,11 +103,15 @@ def _decode(job: Job) -> dict[str, float]:
     width = job.longest + job.template + job.behind + job.limit
     scores = 16 * max((one.heads for one in shape.attention), default=0) * rows * width
     sampling = _SAMPLING[job.config.model.precision] * rows * shape.vocab + scores
-    return {
+    parts = {
         "documents' keys, values and states": (1 + several) * prefix,
         "thoughts' keys, values and states": own,
         "reading, sampling": float(max(reading - own * (not several), sampling)),
     }
+    linear, model = shape.multiplied + shape.vocab * shape.hidden, job.config.model
+    if job.machine.name == "cpu" and model.precision == "fp32" and model.decoding != "plain" and linear >= ORDERED:
+        parts["weights in order"] = 4.0 * linear
+    return parts
 
 
 def _score(job: Job) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Thoughts from any Hugging Face causal LM: a document is read once, the thoughts at all its places decode together."""
 
+import contextlib
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -7,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from forethought.config import Config, Method, UserError
+from forethought.packed import packed
 from forethought.positions import Positions, ThoughtFormat
 from forethought.prefix import enable
 from forethought.rollout import Responses, Thoughts
@@ -42,6 +44,7 @@ class NativeEngine:
     `rows` bounds how many thoughts decode at once. With `shared` (a model that `prefix.enable` prepared) a document is
     kept once for all its thoughts, and as thoughts finish the next positions take their place; without, each thought
     has a copy of its prefix. With `graphs` thoughts decode without the host; what is written behind them does not.
+    With `ordered`, a CPU multiplies with weights that are put into order once for each batch of thoughts (`packed`).
     """
 
     def __init__(
@@ -51,10 +54,12 @@ class NativeEngine:
         options: Method,
         rows: int = 128,
         shared: bool = True,
+        *,
         graphs: Graphs | None = None,
+        ordered: bool = True,
     ):
         self.model, self.form, self.options, self.capacity, self.shared = model, form, options, rows, shared
-        self.graphs = graphs
+        self.graphs, self.ordered = graphs, ordered
 
     def sync(self) -> None:
         """Nothing to do: the engine reads the policy's own weights."""
@@ -65,7 +70,8 @@ class NativeEngine:
         if self.graphs is not None:
             return self.graphs.sample(positions, noise)
         rows = Rows(positions.targets(), self.form, noise, self.model.device)
-        self._decode(positions, noise, rows)
+        with packed(self.model, self.capacity) if self.ordered else contextlib.nullcontext():
+            self._decode(positions, noise, rows)
         return rows.thoughts(len(positions), noise.shape[1])
 
     @torch.no_grad()
@@ -78,7 +84,8 @@ class NativeEngine:
         """Sample a thought, read log p of the target off the logits that follow, and go on to write from them."""
         targets = positions.targets()[:, :1].expand(-1, writing.shape[2])
         rows = Rows(targets, self.form, noise, self.model.device, writing)
-        self._decode(positions, noise, rows)
+        with packed(self.model, self.capacity) if self.ordered else contextlib.nullcontext():
+            self._decode(positions, noise, rows)
         return rows.responses(len(positions), noise.shape[1])
 
     def _decode(self, positions: Positions, noise: Float[Tensor, "batch group thought"], rows: Rows) -> None:
@@ -132,7 +139,8 @@ def native_engine(model: Any, form: ThoughtFormat, config: Config) -> NativeEngi
                 f"({error}); set model.prefix to 'replicated'"
             ) from error
     rows = config.train.rollout_batch
-    return NativeEngine(model, form, config.method, rows, shared, _graphs(model, form, config))
+    graphs, ordered = _graphs(model, form, config), config.model.decoding != "plain"
+    return NativeEngine(model, form, config.method, rows, shared, graphs=graphs, ordered=ordered)
 
 
 def _graphs(model: Any, form: ThoughtFormat, config: Config) -> Graphs | None:
