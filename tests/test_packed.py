@@ -72,7 +72,7 @@ def test_what_is_left_as_it_is(small):
         pass
 
     changed = nn.Linear(8, 8)
-    changed.forward = lambda x: x
+    changed.forward = lambda input: input
     with packed(nn.Sequential(nn.Linear(8, 8).bfloat16(), Other(8, 8), changed), 4) as count:
         assert count == 0
     assert "forward" in vars(changed)
