@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from forethought.config import Config, UserError
-from forethought.plan.advice import Change, advice, fits, largest
+from forethought.plan.advice import Change, adapters, advice, fits, largest
 from forethought.plan.job import Job, job, shipped_shape, with_option
 from forethought.plan.machines import MACHINES, Machine
 from forethought.plan.memory import Bytes, chunk_tokens, memory
@@ -45,6 +45,7 @@ class Plan:
     layouts: dict[str, Bytes]  # in every layout
     step: Step
     changes: list[Change]  # what to change so that it fits
+    adapters: Change | None  # or, where it does not fit: adapters alone, and nothing else changed
     largest: dict[str, int] | None
     faster: float | None  # seconds of a step at the largest rollout_batch that fits
     lengths: Lengths | None = None
@@ -106,6 +107,7 @@ def plan(config: Config, shape: Shape, options: dict[str, str] | None = None) ->
         layouts={layout: memory(one, layout) for layout in ("one", "ddp", "fsdp2")},
         step=step(one),
         changes=advice(one),
+        adapters=adapters(one),
         largest=most,
         faster=None if most is None else step(with_option(one, "train", rollout_batch=most["rollout_batch"])).seconds,
     )
@@ -127,6 +129,7 @@ def as_dict(result: Plan) -> dict[str, Any]:
         "model": config.model.path,
         "precision": config.model.precision,
         "parameters": one.shape.parameters,
+        "trained": one.trained,
         "gpus": one.gpus,
         "layout": one.layout,
         "P": one.prefix,
@@ -142,6 +145,7 @@ def as_dict(result: Plan) -> dict[str, Any]:
         "usable": one.machine.usable,
         "fits": result.fits,
         "changes": [dataclasses.asdict(change) for change in result.changes],
+        "adapters": None if result.adapters is None else dataclasses.asdict(result.adapters),
         "largest": result.largest,
         "step": {
             "seconds": result.step.seconds,

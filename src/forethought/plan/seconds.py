@@ -120,10 +120,9 @@ def ring(job: Job, nbytes: int | float, passes: int, gpus: int | None = None) ->
 
 def sync(job: Job, gpus: int | None = None) -> Phase:
     """Gradients added up once a step; under FSDP2 in parts, and the weights gathered once. No overlap is assumed."""
-    count = job.shape.parameters
-    gradients = job.gradient * count
+    gradients = job.gradient * job.trained
     if job.layout == "fsdp2":
-        weights = ELEMENT[job.config.model.precision] * count
+        weights = ELEMENT[job.config.model.precision] * job.shape.parameters
         seconds = ring(job, gradients, 1, gpus) + ring(job, weights, 1, gpus)
     else:
         seconds = ring(job, gradients, 2, gpus)
@@ -153,7 +152,7 @@ def _reading(job: Job, name: str, window_flops: int, passes: int) -> Phase:
 
 
 def _streaming(job: Job, name: str, per_parameter: int) -> Phase:
-    count = job.shape.parameters / (job.gpus if job.layout == "fsdp2" else 1)
+    count = job.trained / (job.gpus if job.layout == "fsdp2" else 1)
     seconds = per_parameter * count / job.machine.copy
     seconds *= job.config.method.inner_steps if name == "optimizer" else 1
     return Phase(name=name, flops=0.0, seconds=seconds, bound="memory" if seconds else "")
