@@ -9,7 +9,7 @@ from typing import Any
 
 from forethought.config import Config, UserError
 from forethought.plan.advice import Change, adapters, advice, fits, largest
-from forethought.plan.job import Job, job, shipped_shape, with_option
+from forethought.plan.job import Job, Layout, job, shipped_shape, with_option
 from forethought.plan.machines import MACHINES, Machine
 from forethought.plan.memory import Bytes, chunk_tokens, memory
 from forethought.plan.seconds import Step, step
@@ -18,6 +18,7 @@ from forethought.shape import Shape
 
 __all__ = ["MACHINES", "OPTIONS", "Machine", "Plan", "as_dict", "plan", "shipped_shape", "words_of", "write"]
 
+LAYOUTS: tuple[Layout, ...] = ("one", "ddp", "fsdp2")
 OPTIONS = {
     "--gpus": "N: GPUs to train on (1)",
     "--gpu": f"NAME: {', '.join(MACHINES)} or cpu (h100)",
@@ -104,7 +105,7 @@ def plan(config: Config, shape: Shape, options: dict[str, str] | None = None) ->
     result = Plan(
         job=one,
         memory=memory(one),
-        layouts={layout: memory(one, layout) for layout in ("one", "ddp", "fsdp2")},
+        layouts={layout: memory(one, layout) for layout in LAYOUTS[: 2 if one.shape.adapter else 3]},
         step=step(one),
         changes=advice(one),
         adapters=adapters(one),

@@ -37,16 +37,16 @@ def advice(job: Job) -> list[Change]:
 
 
 def adapters(job: Job) -> Change | None:
-    """What training adapters alone would save, with none of the other changes; None where that is what is planned."""
+    """Training adapters alone, and what must change with it; None where the run fits, or does that already."""
     if job.shape.adapter or not job.shape.linears or fits(job):
         return None
     options = from_dict(merge(to_dict(job.config), {"lora": {"r": _RANK}, "parallel": {"shard": "none"}}))
     layout = "ddp" if job.layout == "fsdp2" else job.layout
-    before, peak = (
-        memory(job).peak,
-        memory(replace(job, config=options, shape=job.shape.adapted(options.lora), layout=layout)).peak,
-    )
-    return Change(what=f"--lora.r {_RANK}", costs="adapters alone are trained", saved=before - peak, peak=peak)
+    other = replace(job, config=options, shape=job.shape.adapted(options.lora), layout=layout)
+    more, before = advice(other), memory(job).peak
+    peak = more[-1].peak if more else memory(other).peak
+    words = " ".join([f"--lora.r {_RANK}", *(change.what for change in more)])
+    return Change(what=words, costs="adapters alone are trained", saved=before - peak, peak=peak)
 
 
 def largest(job: Job) -> dict[str, int] | None:
@@ -112,7 +112,7 @@ def _smaller_chunks(job: Job) -> Options:
 
 
 def _in_parts(job: Job) -> Options:
-    if job.layout == "ddp":
+    if job.layout == "ddp" and not job.shape.adapter:
         yield str(job.gpus), replace(job, layout="fsdp2")
 
 
@@ -155,7 +155,7 @@ def _shorter_windows(job: Job) -> Options:
 
 def _more_gpus(job: Job) -> Options:
     """Twice as many in parts, up to 1,024."""
-    gpus = max(job.gpus, 1)
+    gpus = job.gpus if not job.shape.adapter else 1024  # each GPU has all of frozen weights
     while gpus < 1024:
         gpus *= 2
         more = replace(job, gpus=gpus, layout="fsdp2")

@@ -155,7 +155,8 @@ def _update(job: Job) -> dict[str, float]:
             pairs = rows * width * (prefix + width)
             parts["attention's scores (no fused kernel)"] = float((10 if half else 8) * heads * pairs)
     if job.config.update.checkpointing:
-        parts["a layer, computed again"] = max(_again(job, rows, width), _again(job, documents, prefix) * job.shared)
+        again = max(_again(job, rows, width), _again(job, documents, prefix) * job.shared)
+        parts["logits, or gradients on their way"] = float(max(copies * logits, backward + again))
     return parts | {SCANS: scan}
 
 
@@ -165,11 +166,14 @@ def _inputs(job: Job, tokens: int) -> float:
 
 
 def _again(job: Job, rows: int, width: int) -> float:
-    """Bytes that the largest layer leaves behind when it is computed again; layers without Mamba are taken as equal."""
+    """Bytes that the largest layer leaves behind when it is computed again; layers without Mamba are taken as equal.
+
+    What passes in a scan adds two fifths, as in reading.
+    """
     one, mixers = replace(job.shape, mamba=()), set(job.shape.mamba)
     plain = kept(replace(job, shape=one), rows, width)[0]
     mixed = [sum(kept(replace(job, shape=replace(one, mamba=(mixer,))), rows, width)) - plain for mixer in mixers]
-    return plain / job.shape.layers + max(mixed, default=0.0)
+    return plain / job.shape.layers + 1.4 * max(mixed, default=0.0)
 
 
 def kept(job: Job, rows: int, width: int) -> tuple[float, float]:
@@ -194,6 +198,7 @@ def cache_numbers(job: Job) -> tuple[int, int]:
 def _one_layer(job: Job) -> float:
     """Bytes a token of what a layer holds while it reads without gradients; what passes in a scan adds two fifths."""
     shape, half = job.shape, job.config.model.precision == "bf16"
-    plain = ELEMENT[job.config.model.precision] * (3 * shape.intermediate + 4 * shape.hidden) + 4 * shape.hidden * half
+    inner = (4 if shape.adapter else 3) * shape.intermediate  # an adapter's output
+    plain = ELEMENT[job.config.model.precision] * (inner + 4 * shape.hidden) + 4 * shape.hidden * half
     mixers = [tokens + scanned for tokens, scanned in map(mixer_kept, shape.mamba)]
     return float(max([plain, *(1.4 * (one.bf16 if half else one.fp32) for one in mixers)]))

@@ -51,7 +51,7 @@ def _head(result: Plan) -> list[Table | str]:
 def _memory(result: Plan) -> Table:
     names, layouts = ["one"], result.layouts
     if result.job.gpus > 1:
-        names += ["ddp", "fsdp2"]
+        names = list(layouts)
     rows: list[Sequence[str]] = []
     for group, title in (
         ("held", "held throughout"),
@@ -117,8 +117,8 @@ def _changes(result: Plan) -> list[Table | str]:
     if result.memory.update.get(SCANS, 0) > 0.2 * result.memory.phases["update"]:
         lines.append("Mamba's kernels (mamba_ssm) keep less than the plain scan counted here; how much is not measured")
     if (other := result.adapters) is not None:
-        fits = "fits" if other.peak <= usable else "does not fit either by itself"
-        lines.append(f"with {other.what} and nothing else changed it {fits}: peak {_gb(other.peak)} GB ({other.costs})")
+        fits = "it fits" if other.peak <= usable else "it does not fit either"
+        lines.append(f"or: with {other.what} {fits}, peak {_gb(other.peak)} GB ({other.costs})")
     columns = ("it does not fit; change, in this order", "price", "saves, GB", "peak, GB", "fits")
     return [_table(columns, rows), *lines]
 
