@@ -18,11 +18,9 @@ from forethought.evaluation import text
 from forethought.flops import Flops, step_flops, t_flop
 from forethought.interrupts import Gate, SignalArrived, Stopped
 from forethought.methods import METHODS, Collected, Method, Sums, add, means
-from forethought.model import carry, check_length, load_model, load_tokenizer
-from forethought.network import Network
+from forethought.model import carry, check_length, load_tokenizer
 from forethought.observer import Observer, Silent
 from forethought.positions import thought_format
-from forethought.prefix import layers_of
 from forethought.report import card
 from forethought.rollout.engines import engine
 from forethought.runlog import RunLog, check_free, disk_errors, read_lines
@@ -98,14 +96,8 @@ class Trainer:
         check_length(config, self.form)
         next(corpus.Windows(config.corpus, self.tokenizer, config.seed))  # a corpus of short texts fails now
         self.held_out = text.held_out(config, self.tokenizer) if config.evaluate.path else []
-        if config.lora.r:
-            self.network = lora.load(config)
-        else:
-            self.network = Network(load_model(config.model, config.seed), config.model.precision)
+        self.network = lora.network(config)
         self.policy = self.network.compute
-        if config.update.checkpointing and not layers_of(self.policy):
-            kind = type(self.policy).__name__
-            raise UserError(f"update.checkpointing = True: {kind} has no layers that can be computed again")
         self.engine = engine(self.network.compute, self.form, config)
         build = METHODS[config.method.name]
         self.method: Method = build(self.network, self.engine, self.form, self.tokenizer, config)
@@ -356,10 +348,7 @@ class Trainer:
         partial, final = log.path / ".policy-partial", log.path / "policy"
         shutil.rmtree(partial, ignore_errors=True)
         with disk_errors(log.path, partial), checkpoint.tensor_errors(partial):
-            if self.network.adapted:
-                lora.export(self.network, self.config.lora, partial)
-            else:
-                policy.save_pretrained(partial)
+            lora.export(policy, partial, self.network, self.config.lora)
             self.tokenizer.save_pretrained(partial)
             carry(partial, self.config)
             (partial / "README.md").write_text(card.text(self.config, summary), encoding="utf-8")

@@ -19,9 +19,19 @@ from transformers.pytorch_utils import Conv1D
 from forethought.config import Config, Lora, UserError
 from forethought.model import device, load_model
 from forethought.network import Network, computing
+from forethought.prefix import layers_of
 
 ALL = "all-linear"
 ADAPTER = "default"  # peft's name for a model's first adapter
+
+
+def network(config: Config) -> Network:
+    """What a config trains: all weights of its model, or adapters. Raises UserError."""
+    made = load(config) if config.lora.r else Network(load_model(config.model, config.seed), config.model.precision)
+    if config.update.checkpointing and not layers_of(made.compute):
+        kind = type(made.compute).__name__
+        raise UserError(f"update.checkpointing = True: {kind} has no layers that can be computed again")
+    return made
 
 
 def load(config: Config) -> Network:
@@ -119,8 +129,14 @@ def merged(model: Any, factors: Mapping[str, Tensor], options: Lora, **to: Any) 
     return found
 
 
-def export(network: Network, options: Lora, folder: Path) -> None:
-    """Into FOLDER the plain network in fp32, which needs no peft; into FOLDER/adapter the adapter as peft has it."""
+def export(whole: Any, folder: Path, network: Network, options: Lora) -> None:
+    """The trained network into a folder. `whole`: its weights in one piece; adapters go with the network instead.
+
+    Of adapters: into FOLDER the plain network in fp32, which needs no peft, into FOLDER/adapter they as peft has them.
+    """
+    if not network.adapted:
+        whole.save_pretrained(folder)
+        return
     factors = {name.replace("/", "."): one.detach() for name, one in network.weights.named_parameters()}
     weights = merged(network.compute, factors, options, device="cpu", dtype=torch.float32)
     network.compute.save_pretrained(folder, state_dict=weights)

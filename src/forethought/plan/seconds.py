@@ -53,7 +53,7 @@ def step(job: Job) -> Step:
             _reading(job, "prefill", one.prefill, -(-job.windows_here // job.windows_at_once)),
             decoding(job, one),
             _scoring(job, one),
-            _reading(job, "update", one.training, 3 * _update_passes(job)),
+            _updating(job, one),
             _streaming(job, "optimizer", _OPTIMIZER),
             _streaming(job, "ema", _EMA * job.teacher * (not method.freeze_teacher)),
             _streaming(job, "bf16 copy", _COPY * (job.config.model.precision == "bf16")),
@@ -135,6 +135,13 @@ def _scoring(job: Job, one: Flops) -> Phase:
     found = _reading(job, "score", one.teacher + one.score + one.proxy, passes)
     swap = _streaming(job, "", 2 * _COPY * job.teacher * (job.config.model.precision == "bf16"))
     return replace(found, seconds=found.seconds + swap.seconds)
+
+
+def _updating(job: Job, one: Flops) -> Phase:
+    """Checkpointing reads once more, where the step's FLOPs count three such passes, or two with frozen weights."""
+    found = _reading(job, "update", one.training, 3 * _update_passes(job))
+    counted = 2 if job.shape.adapter else 3
+    return replace(found, seconds=found.seconds * (1 + job.config.update.checkpointing / counted))
 
 
 def _reading(job: Job, name: str, window_flops: int, passes: int) -> Phase:
