@@ -507,13 +507,8 @@ def _check_together(config: Config) -> None:
             f"corpus.min_tokens = {config.corpus.min_tokens}: must be above method.horizon = {method.horizon}",
         ),
         (not method.min_gain < math.inf, f"method.min_gain = {method.min_gain}: must be below infinity"),
-        (
-            config.lora.r > 0 and config.parallel.shard == "fsdp2",
-            f"parallel.shard = 'fsdp2': with lora.r = {config.lora.r} what is trained is small, and whole in each "
-            "process; use 'none'",
-        ),
     ]
-    for broken, message in [*rules, *_rules_of_predictions(method), *_rules_of_vllm(config)]:
+    for broken, message in [*rules, *_rules_of_predictions(method), *_rules_of_extras(config)]:
         if broken:
             raise UserError(message)
 
@@ -536,8 +531,8 @@ def _rules_of_predictions(method: Method) -> list[tuple[bool, str]]:
     ]
 
 
-def _rules_of_vllm(config: Config) -> list[tuple[bool, str]]:
-    """What the engine cannot do."""
+def _rules_of_extras(config: Config) -> list[tuple[bool, str]]:
+    """What vLLM and adapters cannot do."""
     method, asked = config.method, config.rollout.engine == "vllm"
     return [
         (

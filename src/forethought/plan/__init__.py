@@ -155,15 +155,7 @@ def as_dict(result: Plan) -> dict[str, Any]:
             "thought_tokens": result.step.thought,
             "phases": {phase.name: dataclasses.asdict(phase) for phase in result.step.phases},
         },
-        "total": {
-            "flops": result.step.flops * config.train.steps,
-            "text_tokens": result.step.text * config.train.steps,
-            "thought_tokens": result.step.thought * config.train.steps,
-            "t_flop_tokens": result.step.t_flop,
-            "hours": result.hours,
-            "gpu_hours": result.hours * one.gpus,
-            "dollars": result.dollars if one.machine.price else None,
-        },
+        "total": _total(result),
     }
     if result.lengths is not None:
         found["simulation"] = {
@@ -183,6 +175,20 @@ def write(result: Plan, file: str | None) -> None:
         Path(file).write_text(json.dumps(as_dict(result), indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--json {file}: cannot be written: {error.strerror}") from None
+
+
+def _total(result: Plan) -> dict[str, Any]:
+    """Of all steps."""
+    steps = result.job.config.train.steps
+    return {
+        "flops": result.step.flops * steps,
+        "text_tokens": result.step.text * steps,
+        "thought_tokens": result.step.thought * steps,
+        "t_flop_tokens": result.step.t_flop,
+        "hours": result.hours,
+        "gpu_hours": result.hours * result.job.gpus,
+        "dollars": result.dollars if result.job.machine.price else None,
+    }
 
 
 def _bytes(some: Bytes) -> dict[str, Any]:
