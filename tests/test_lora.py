@@ -28,6 +28,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from test_dist import assert_same_trajectory, cut, settings, together
 from test_flops import counts
+from test_graphs import assert_same, both
 from test_survival import assert_same_run, options, processes
 from tiny import CONFIGS
 from tiny import model as tiny_model
@@ -193,6 +194,13 @@ def test_the_teacher_is_an_average_of_factors_on_the_same_model():
     assert_close([got], [plain_evidence(twin.compute, positions, 64)[0].detach()])
     assert not torch.allclose(got, policy, atol=1e-3)
     assert not torch.allclose(got, moved, atol=1e-3)
+
+
+def test_thoughts_decode_over_static_buffers_as_without():
+    """What a GPU captures, and where adapters are switched in place between two replays."""
+    options = with_adapters(config(group=8, thought_length=12, positions=2, temperature=1.2))
+    network = shaken(adapted(qwen3(), options), scale=0.1)
+    assert_same(*both(network.compute, FORM, options, 64))
 
 
 @pytest.mark.parametrize(
