@@ -89,7 +89,7 @@ class Network:
             self._copy(self.weights) if kept is None else self._put(kept)
 
     def calling(self, other: Any) -> contextlib.AbstractContextManager[Any]:
-        """Another network, to be called as it is: itself in fp32, or where weights are adapters `holding` them."""
+        """A network of other weights, to be called as it is: that network itself, or `holding` them, if adapters."""
         return self.holding(other) if self.adapted else contextlib.nullcontext(other)
 
     @torch.no_grad()
