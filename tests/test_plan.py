@@ -86,6 +86,54 @@ def test_held_bytes_by_hand():
     assert half.held["weights that compute"] == half.update["gradients"] == 2000
 
 
+def test_adapters_by_hand():
+    """Rank 2 on layers of 20 + 30 inputs and outputs: 100 weights, which alone are 20 bytes; 1,100 compute."""
+    shape = dataclasses.replace(TINY, linears=(("q_proj", 20), ("up_proj", 30)))
+    options = config(lora={"r": 2})
+    one = job(options, shape.adapted(options.lora), gpus=4, layout="ddp")
+    found = memory(one)
+    assert list(found.held.values())[:3] == [400, 800, 400]
+    assert (found.held["weights that compute"], found.update["gradients"]) == (4400, 400)
+    assert memory(dataclasses.replace(one, config=config(lora={"r": 2}, model={"precision": "bf16"}))).held[
+        "weights that compute"
+    ] == (2200)
+    assert sync(one).seconds == pytest.approx(ring(one, 400, 2))
+    part = config(lora={"r": 3, "target_modules": ["mlp.up_proj"]})
+    assert shape.adapted(part.lora).adapter == 90
+    with pytest.raises(UserError, match=r"^lora.target_modules = 'gate': .* q_proj, up_proj, or all-linear$"):
+        shape.adapted(config(lora={"r": 3, "target_modules": ["gate"]}).lora)
+    with pytest.raises(UserError, match=r"^--layout fsdp2: with lora.r = 2 "):
+        read_job(options, shape, {"gpus": "4", "layout": "fsdp2"})
+
+
+def test_layers_computed_again_by_hand():
+    """Of each token two layers' inputs of 8, of a document 16 keys and values too; a layer's 500 of each once more."""
+    options = config(update={"tokens_per_chunk": 10, "checkpointing": True})
+    found = memory(job(options, machine=CPU))
+    assert found.update["thoughts' activations"] == 2 * 5 * 2 * 8 * 4
+    assert found.update["documents' activations"] == 8 * (2 * 8 + 16) * 4 / 2
+    gradients = 4 * 10 * (32 + 32)
+    assert found.update["logits, or gradients on their way"] == gradients + 10 * 500
+    plain, again = (step(job(config(update={"checkpointing": asked}))).phases for asked in (False, True))
+    assert again[3].seconds == pytest.approx(plain[3].seconds * 4 / 3)
+
+
+def test_the_papers_12b_fits_with_adapters_alone():
+    """Not with all weights on any number of these GPUs; adapters fit one."""
+    whole, adapted = load("nemotron-nano-12b-v2"), load("nemotron-nano-12b-v2-lora")
+    shape = shipped_shape(whole.model.path)
+    assert shape is not None
+    for gpus in ("1", "32"):
+        assert plan(adapted, shape, {"gpus": gpus, "gpu": "h100"}).fits
+        found = plan(whole, shape, {"gpus": gpus, "gpu": "h100"})
+        assert not found.fits
+        assert found.adapters is not None
+        assert found.adapters.what.startswith("--lora.r 16")
+        assert found.adapters.peak <= found.job.machine.usable
+    assert list(plan(adapted, shape, {"gpus": "32"}).layouts) == ["one", "ddp"]
+    assert plan(adapted, shape, {"gpus": "32"}).adapters is None
+
+
 def test_bytes_of_decoding_and_update_by_hand():
     """Keys and values: 2 layers x 2 x 2 x 2 = 16 numbers a token. Chunks of 10 tokens hold two thoughts of 5."""
     options = config(update={"tokens_per_chunk": 10})

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, NemotronHConfig, Pre
 
 from forethought.config import Config, from_dict
 from forethought.corpus import Window
+from forethought.lora import adapted
 from forethought.methods import RLP
 from forethought.network import Network
 from forethought.plan.memory import chunk_tokens, memory
@@ -88,6 +89,22 @@ CASES: dict[str, Case] = {
     "qwen3": (qwen3, "fp32", {"P": 448, "L": 64, "K": 1, "G": 8, "windows": 3, "chunk": 300}),
     "qwen3, places": (qwen3, "fp32", {"P": 256, "L": 48, "K": 2, "G": 4, "windows": 4, "chunk": 0}),
     "qwen3, bf16": (qwen3, "bf16", {"P": 448, "L": 64, "K": 1, "G": 8, "windows": 3, "chunk": 300}),
+    "qwen3, adapters": (qwen3, "fp32", {"P": 448, "L": 64, "K": 1, "G": 8, "windows": 3, "chunk": 300, "r": 4}),
+    "qwen3, adapters, bf16, computed again": (
+        qwen3,
+        "bf16",
+        {"P": 448, "L": 64, "K": 1, "G": 8, "windows": 3, "chunk": 300, "r": 4, "again": 1},
+    ),
+    "qwen3, computed again": (
+        qwen3,
+        "fp32",
+        {"P": 448, "L": 64, "K": 1, "G": 8, "windows": 3, "chunk": 600, "again": 1},
+    ),
+    "nemotron_h, adapters, computed again": (
+        nemotron_h,
+        "fp32",
+        {"P": 256, "L": 64, "K": 1, "G": 8, "windows": 1, "chunk": 0, "r": 4, "again": 1},
+    ),
     "llama": (llama, "fp32", {"P": 128, "L": 32, "K": 1, "G": 8, "windows": 1, "chunk": 0}),
     "nemotron_h": (nemotron_h, "fp32", {"P": 256, "L": 64, "K": 1, "G": 8, "windows": 1, "chunk": 0}),
 }
@@ -103,7 +120,8 @@ def settings(precision: str, n: dict[str, int]) -> Config:
                 "marked_share": 1.0, "temperature": 0.7,
             },
             "train": {"batch": n["windows"] * n["K"], "rollout_batch": rows, "log_every": 9, "steps": 9},
-            "update": {"tokens_per_chunk": n["chunk"]},
+            "update": {"tokens_per_chunk": n["chunk"], "checkpointing": "again" in n},
+            "lora": {"r": n.get("r", 0)},
         }
     )  # fmt: skip
 
@@ -123,8 +141,9 @@ def test_peaks_are_within_15_percent(name: str):
     """Of sampling where caches matter, and of the update, on models in which activations outweigh all else."""
     build, precision, n = CASES[name]
     torch.manual_seed(0)
-    network = Network(AutoModelForCausalLM.from_config(build(), dtype=torch.float32).eval(), precision)
-    options, vocab = settings(precision, n), network.weights.config.vocab_size
+    plain, options = AutoModelForCausalLM.from_config(build(), dtype=torch.float32).eval(), settings(precision, n)
+    network = adapted(plain, options) if options.lora.r else Network(plain, precision)
+    vocab = network.compute.config.vocab_size
     engine = native_engine(network.compute, LONG, options)
     method = RLP(network, engine, LONG, PreTrainedTokenizerFast, options)
     marked = engine.sample
@@ -144,7 +163,7 @@ def test_peaks_are_within_15_percent(name: str):
         for piece in batch.pieces:
             method.backward(piece)
         peaks.mark("end")
-    shape = Shape.of(network.weights.config)
+    shape = Shape.of(network.compute.config).adapted(options.lora)
     one = job(options, shape, prefix=n["P"], longest=n["P"], document=n["P"], length=n["L"], machine=CPU)
     one = dataclasses.replace(one, opening=len(LONG.after) + len(LONG.open), closing=len(LONG.close))
     planned = memory(one)

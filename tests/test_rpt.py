@@ -324,7 +324,7 @@ def test_positions_are_those_where_the_proxy_is_unsure(tokens):
     model = qwen3(scale=0.5)
     least = float(torch.cat([plain_entropy(model, one.tokens) for one in WINDOWS]).median())
     options = settings(position_policy="entropy", min_entropy=least, positions=2, tokens=tokens)
-    places = Places(model, None, word_tokenizer(), options)
+    places = Places(Network(model, "fp32"), None, word_tokenizer(), options)
     chosen: list[set[int]] = [set() for _ in WINDOWS]
     for step in range(60):
         positions = places.draw(WINDOWS, step)
@@ -365,7 +365,12 @@ def test_high_entropy_positions_are_equally_likely():
 
 def test_the_proxy_stays_what_the_start_was():
     model = qwen3(scale=0.5)
-    places = Places(model, None, word_tokenizer(), settings(position_policy="entropy", min_entropy=1.0, positions=2))
+    places = Places(
+        Network(model, "fp32"),
+        None,
+        word_tokenizer(),
+        settings(position_policy="entropy", min_entropy=1.0, positions=2),
+    )
     before = places.draw(WINDOWS, 1).at
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,5 +1,6 @@
 """The vLLM engine for real, where vLLM is installed: `make test-vllm`."""
 
+import copy
 import dataclasses
 import importlib.util
 import itertools
@@ -17,9 +18,11 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed", allow_module_level=True)
 
-from forethought.config import Config, Corpus, Method, Rollout, RunError, Train, UserError, from_dict
+from forethought.config import Config, Corpus, Lora, Method, Rollout, RunError, Train, UserError, from_dict
 from forethought.loop import train
+from forethought.lora import adapted
 from forethought.positions import Positions, ThoughtFormat, at_places, stream
+from forethought.prefix import enable
 from forethought.rollout import Thoughts, draw_noise
 from forethought.rollout.native import NativeEngine
 from forethought.rollout.vllm import VLLMEngine, start
@@ -93,6 +96,23 @@ def test_log_probabilities_and_evidence_are_the_policys(engine: VLLMEngine, poli
         assert thoughts.closed[i, g] == (tuple(own[-len(form.close) :]) == form.close and len(own) > len(form.close))
         assert own[0] != CLOSE
         assert thoughts.closed[i, g] or len(own) == 4
+
+
+def test_adapters_come_merged(engine: VLLMEngine, policy: Any):
+    options = dataclasses.replace(engine.config, lora=Lora(r=3, alpha=6))
+    network = adapted(copy.deepcopy(policy), options)
+    enable(network.compute)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for factor in network.weights.parameters():
+            factor.add_(torch.randn(factor.shape, generator=generator), alpha=0.1)
+    network.sync()
+    other = with_form(engine, ONE)
+    other.policy, other.config = network.compute, options
+    other.sync()
+    test_log_probabilities_and_evidence_are_the_policys(other, network.compute, ONE)
+    other.policy, other.config = policy, engine.config
+    other.sync()
 
 
 @pytest.mark.parametrize("form", [ONE, TWO], ids=["one", "two"])

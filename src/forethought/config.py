@@ -194,6 +194,18 @@ class Optim:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Lora:
+    """Low-rank adapters (arXiv:2106.09685, extra `lora`): the model's weights stay, W + alpha / r * B A computes."""
+
+    r: Count = 0
+    """Rank of the adapters, which alone are trained; 0: all weights are."""
+    alpha: Positive = 32
+    """Adapters are multiplied by alpha / r."""
+    target_modules: Annotated[tuple[Name, ...], _SPLIT, Field(min_length=1, strict=False)] = ("all-linear",)
+    """Linear layers that get one, by the ends of their names, separated by commas; `all-linear`: all but the head."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Train:
     """The loop."""
 
@@ -229,6 +241,8 @@ class Update:
 
     tokens_per_chunk: Count = 0
     """Tokens in one forward and backward pass; 0: as many as fit about 1 GiB. Changes speed and memory, not results."""
+    checkpointing: bool = False
+    """Keep only what goes into each layer for the backward pass, and compute the rest again: less memory, more time."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -298,6 +312,7 @@ class Config:
     method: Method = dataclasses.field(default_factory=Method)
     rollout: Rollout = dataclasses.field(default_factory=Rollout)
     optim: Optim = dataclasses.field(default_factory=Optim)
+    lora: Lora = dataclasses.field(default_factory=Lora)
     train: Train = dataclasses.field(default_factory=Train)
     update: Update = dataclasses.field(default_factory=Update)
     parallel: Parallel = dataclasses.field(default_factory=Parallel)
@@ -494,7 +509,7 @@ def _check_together(config: Config) -> None:
         ),
         (not method.min_gain < math.inf, f"method.min_gain = {method.min_gain}: must be below infinity"),
     ]
-    for broken, message in [*rules, *_rules_of_predictions(method), *_rules_of_vllm(config)]:
+    for broken, message in [*rules, *_rules_of_predictions(method), *_rules_of_extras(config)]:
         if broken:
             raise UserError(message)
 
@@ -517,8 +532,8 @@ def _rules_of_predictions(method: Method) -> list[tuple[bool, str]]:
     ]
 
 
-def _rules_of_vllm(config: Config) -> list[tuple[bool, str]]:
-    """What the engine cannot do."""
+def _rules_of_extras(config: Config) -> list[tuple[bool, str]]:
+    """What vLLM and adapters cannot do."""
     method, asked = config.method, config.rollout.engine == "vllm"
     return [
         (

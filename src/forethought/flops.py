@@ -3,7 +3,8 @@
 A multiply-add is 2 FLOPs. Counted are matrix products (projections, MLPs, experts, the vocabulary head where a row asks
 for it), attention's scores and values, and Mamba-2's convolution and scan; a backward pass is twice its forward pass.
 Not counted: elementwise work, norms, softmax, the optimizer, the teacher's average, padding, anything computed a second
-time to save memory, and evaluation. docs/flops.md has the formulas.
+time to save memory, and evaluation. A frozen weight (`Shape.adapter`) takes no gradient of its own: its
+backward pass counts once. docs/flops.md has the formulas.
 """
 
 from collections import Counter
@@ -104,6 +105,20 @@ def forward_flops(shape: Shape, rows: Iterable[Row], head_rows: int, causal: boo
     return total
 
 
+def backward_flops(shape: Shape, rows: Sequence[Row], head_rows: int, causal: bool = True) -> int:
+    """FLOPs of the backward pass: twice those of `forward_flops`, less the gradients of frozen weights."""
+    forward = forward_flops(shape, rows, head_rows, causal)
+    if not shape.adapter:
+        return 2 * forward
+    tokens = sum(count for count, _ in rows)
+    convolved = sum(
+        2 * one.kernel * one.channels * (count + (0 if causal else one.kernel - 1))
+        for one in shape.mamba
+        for count, _ in rows
+    )
+    return 2 * forward - (_linear_flops(shape, tokens, head_rows) - 2 * tokens * shape.adapter + convolved)
+
+
 def decode_flops(shape: Shape, rows: Iterable[Row]) -> int:
     """FLOPs of reading rows token by token, each token with its logits: keys are cached, Mamba steps its state."""
     rows = list(rows)
@@ -138,7 +153,8 @@ def rlp_step(shape: Shape, work: Work, causal: bool = True) -> Flops:
     if work.sharing == "document":
         learned = shared + [(n + work.opening, at - work.opening) for n, at in responses]
     first = len(contexts) if work.sharing == "rollout" else len(thoughts)
-    once = forward_flops(shape, learned, sum(n for n, _ in responses), causal)
+    scored = sum(n for n, _ in responses)
+    once = forward_flops(shape, learned, scored, causal)
     passes = work.kl + (work.inner_steps > 1)
     teacher = forward_flops(shape, [(n, 0) for n in work.windows], work.horizon * len(contexts), causal)
     return Flops(
@@ -148,14 +164,17 @@ def rlp_step(shape: Shape, work: Work, causal: bool = True) -> Flops:
         teacher=teacher if work.teacher else 0,
         proxy=work.proxy,
         reference=passes * once,
-        update=3 * work.inner_steps * once + cpt_step(shape, work.supervised, causal).update,
+        update=work.inner_steps * (once + backward_flops(shape, learned, scored, causal))
+        + cpt_step(shape, work.supervised, causal).update,
     )
 
 
 def cpt_step(shape: Shape, rows: Sequence[int], causal: bool = True) -> Flops:
     """FLOPs of a step of next-token training (eq. 1) on rows of so many tokens, all but each row's first predicted."""
-    once = forward_flops(shape, [(n, 0) for n in rows], sum(n - 1 for n in rows), causal)
-    return Flops(update=3 * once)
+    read, scored = [(n, 0) for n in rows], sum(n - 1 for n in rows)
+    return Flops(
+        update=forward_flops(shape, read, scored, causal) + backward_flops(shape, read, scored, causal),
+    )
 
 
 def equal_flops_steps(shape: Shape, flops: int, rows: Sequence[int]) -> int:

@@ -34,7 +34,9 @@ def _norm(module: Any) -> Callable[[Tensor], Tensor] | None:
 def _gated(module: Any) -> Callable[[Tensor], Tensor] | None:
     """down(silu(gate(x)) * up(x)), of which the two factors are kept and their product's parts computed again."""
     parts: list[Any] = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    if not all(isinstance(part, nn.Linear) for part in parts):
+    if not all(
+        isinstance(getattr(part, "base_layer", part), nn.Linear) for part in parts
+    ):  # with an adapter or without
         return None
     gate, up, down = parts
 

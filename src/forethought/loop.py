@@ -11,15 +11,14 @@ from typing import Any
 
 import torch
 
-from forethought import checkpoint, corpus, dist, sharding
-from forethought.config import Config, Parallel, RunError, UserError
+from forethought import checkpoint, corpus, dist, lora, sharding
+from forethought.config import Config, Parallel, RunError, UserError, from_dict, to_dict
 from forethought.diagnostics import Diagnosis, Watch, of_evaluation
 from forethought.evaluation import text
 from forethought.flops import Flops, step_flops, t_flop
 from forethought.interrupts import Gate, SignalArrived, Stopped
 from forethought.methods import METHODS, Collected, Method, Sums, add, means
-from forethought.model import carry, check_length, load_model, load_tokenizer
-from forethought.network import Network
+from forethought.model import carry, check_length, load_tokenizer
 from forethought.observer import Observer, Silent
 from forethought.positions import thought_format
 from forethought.report import card
@@ -48,7 +47,7 @@ def resume(run: str | Path, observer: Observer | None = None, parallel: Parallel
     """
     log = RunLog.open(run)
     config = dataclasses.replace(log.config(), run=str(log.path))
-    config = dataclasses.replace(config, parallel=parallel or config.parallel)
+    config = from_dict(to_dict(dataclasses.replace(config, parallel=parallel or config.parallel)))
     with dist.processes(config), _held(log):
         finished, stage = ((log.path / name).is_file() for name in ("summary.json", "stage.json"))
         if dist.gather(finished)[0]:
@@ -97,8 +96,8 @@ class Trainer:
         check_length(config, self.form)
         next(corpus.Windows(config.corpus, self.tokenizer, config.seed))  # a corpus of short texts fails now
         self.held_out = text.held_out(config, self.tokenizer) if config.evaluate.path else []
-        self.policy = load_model(config.model, config.seed)
-        self.network = Network(self.policy, config.model.precision)
+        self.network = lora.network(config)
+        self.policy = self.network.compute
         self.engine = engine(self.network.compute, self.form, config)
         build = METHODS[config.method.name]
         self.method: Method = build(self.network, self.engine, self.form, self.tokenizer, config)
@@ -117,6 +116,8 @@ class Trainer:
         self.step, self.saved = 0, -1
         self.asked = 0  # the signal on which several processes have agreed to stop
         self.shape, self.cost = Shape.known(self.policy.config), Flops()
+        if self.shape is not None and self.network.adapted:
+            self.shape = self.shape.with_adapter(sum(one.numel() for one in self.network.weights.parameters()))
         if config.train.flops and self.shape is None:
             kind = self.policy.config.model_type
             raise UserError(f"train.flops = {config.train.flops}: the FLOPs of a {kind} model are not known; use steps")
@@ -301,7 +302,7 @@ class Trainer:
         with gate.passing(), contextlib.ExitStack() as stack:
             if (teacher := self.method.state().get("teacher")) is not None:
                 teacher = stack.enter_context(sharding.whole(teacher, self.network.compute))
-                subject = dataclasses.replace(subject, teacher=teacher)
+                subject = dataclasses.replace(subject, teacher=teacher, calling=self.network.calling)
             records = text.measure(
                 subject, self.held_out, lambda done, total: observer.phase(f"evaluating {when} training", done, total)
             )
@@ -347,11 +348,11 @@ class Trainer:
         partial, final = log.path / ".policy-partial", log.path / "policy"
         shutil.rmtree(partial, ignore_errors=True)
         with disk_errors(log.path, partial), checkpoint.tensor_errors(partial):
-            policy.save_pretrained(partial)
+            lora.export(policy, partial, self.network, self.config.lora)
             self.tokenizer.save_pretrained(partial)
             carry(partial, self.config)
             (partial / "README.md").write_text(card.text(self.config, summary), encoding="utf-8")
-            for file in partial.glob("*.safetensors"):
+            for file in partial.rglob("*.safetensors"):
                 shutil.copymode(partial / "config.json", file)  # safetensors lets nobody but the owner read its files
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
@@ -362,6 +363,7 @@ class Trainer:
             "seed": self.config.seed,
             "steps": self.step,
             "seconds": round(self.seconds, 2),
+            "trained_parameters": sum(parameter.numel() for parameter in self.network.weights.parameters()),
             "documents": self.stream.documents,
             "tokens": self.stream.tokens,
             "skipped": self.stream.skipped,

@@ -23,21 +23,26 @@ class Network:
     Where the weights are dealt over processes (`shard`), the network that computes is a whole copy, in each process, of
     what all of them keep. It is filled once a step, so that rollouts decode without a word between processes, and each
     process may take as many passes as its documents need; its gradients go back to the shards once a step.
+
+    Where only adapters are trained (`compute`, see forethought.lora), the weights are their factors alone, and the
+    network that computes repeats them as its trainable parameters, in the same order. To compute with others', such as
+    the teacher's, is to switch adapters.
     """
 
-    def __init__(self, weights: Any, precision: str):
-        self.weights, self.compute = weights, weights
+    def __init__(self, weights: Any, precision: str, compute: Any = None):
+        self.weights, self.adapted = weights, compute is not None
+        self.compute = compute or (weights if precision == "fp32" else computing(copy.deepcopy(weights), precision))
+        self._repeated = [one for one in self.compute.parameters() if one.requires_grad or not self.adapted]
         self._sums: list[Any] = []  # who holds the sum of the gradients of all passes, for each parameter
         self._hooks: list[Any] = []
-        if precision == "bf16":
-            self.compute = computing(copy.deepcopy(weights), precision)
+        if self.compute is not weights:
             self._add_up(list(weights.parameters()))
 
     def shard(self, others: Sequence[Any]) -> None:
         """Deal the fp32 weights over the processes, and those of other networks, such as the teacher, in place."""
         if self.compute is self.weights:
             self.weights = copy.deepcopy(self.weights)
-            self._sums = list(self.compute.parameters())
+            self._sums = list(self._repeated)
         else:
             self._add_up([_Sum(parameter.dtype) for parameter in self.weights.parameters()])
         for network in (self.weights, *others):
@@ -55,7 +60,7 @@ class Network:
             dist.sum_gradients(masters)
             return float(torch.nn.utils.clip_grad_norm_(masters, limit))
         known = dist.have_gradients(self._sums)
-        for master, own, held in zip(masters, self.compute.parameters(), self._sums, strict=True):
+        for master, own, held in zip(masters, self._repeated, self._sums, strict=True):
             if known.pop(0):
                 sharding.scatter(torch.zeros_like(own, dtype=master.dtype) if held.grad is None else held.grad, master)
             held.grad = None
@@ -72,16 +77,20 @@ class Network:
 
         Where the other is sharded, all processes must ask together.
         """
-        low = any(parameter.dtype != torch.float32 for parameter in self.compute.parameters())
-        if not low and not sharding.is_sharded(other):
+        low = any(parameter.dtype != torch.float32 for parameter in self._repeated)
+        if not low and not self.adapted and not sharding.is_sharded(other):
             yield other
             return
-        kept = [parameter.detach().clone() for parameter in self.compute.parameters()] if self.sharded else None
+        kept = [parameter.detach().clone() for parameter in self._repeated] if self.sharded else None
         self._copy(other)
         try:
             yield self.compute
         finally:
             self._copy(self.weights) if kept is None else self._put(kept)
+
+    def calling(self, other: Any) -> contextlib.AbstractContextManager[Any]:
+        """A network of other weights, to be called as it is: that network itself, or `holding` them, if adapters."""
+        return self.holding(other) if self.adapted else contextlib.nullcontext(other)
 
     @torch.no_grad()
     def _copy(self, source: Any) -> None:
@@ -92,29 +101,32 @@ class Network:
 
     @torch.no_grad()
     def _put(self, values: list[Tensor]) -> None:
-        torch._foreach_copy_(list(self.compute.parameters()), values)
+        torch._foreach_copy_(self._repeated, values)
 
     def _add_up(self, sums: list[Any]) -> None:
         """Let gradients of the copy move to `sums`, in fp32, after each pass."""
         for hook in self._hooks:
             hook.remove()
         self._sums = sums
-        pairs = zip(self.compute.parameters(), sums, strict=True)
+        pairs = zip(self._repeated, sums, strict=True)
         self._hooks = [low.register_post_accumulate_grad_hook(_adder(held)) for low, held in pairs]
 
 
-def computing(model: Any, precision: str) -> Any:
+def computing(model: Any, precision: str, device: torch.device | None = None) -> Any:
     """An fp32 model, turned into one that computes in this precision and is not trained itself; the same object.
 
-    Buffers, such as rotary angles, stay fp32, and so do weights that the family wants in fp32.
+    Buffers, such as rotary angles, stay fp32, and so do weights that the family wants in fp32. With a device it is
+    moved there once its precision is right, so that fp32 weights need no room there.
     """
     if precision == "bf16":
         kept = getattr(model, "_keep_in_fp32_modules", None) or ()
         for name, parameter in model.named_parameters():
             if not any(part in name for part in kept):
                 parameter.data = parameter.data.to(torch.bfloat16)
-        if model.device.type == "cuda":
-            fuse(model)
+    if device is not None:
+        model.to(device)
+    if precision == "bf16" and model.device.type == "cuda":
+        fuse(model)
     return model
 
 

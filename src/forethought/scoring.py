@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from forethought.positions import Positions, ThoughtFormat, pad_rows
-from forethought.prefix import Fork, Prefix, backbone, read, vocabulary
+from forethought.prefix import Fork, Prefix, backbone, read, recomputing, vocabulary
 
 _ROWS = 4096  # rows of vocabulary size that are normalised at once
 _LOGITS = {"cpu": 2**26, "cuda": 2**28}  # logits that are held at once, with their gradients
@@ -58,6 +58,7 @@ class Reading:
     temperature: float  # of the log-probabilities
     tokens: int  # at most so many in one forward and backward pass
     shared: bool  # read a document once for all its thoughts, or a copy for each
+    checkpointing: bool = False  # keep only what goes into each layer for the backward pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,10 +152,12 @@ def continue_with_gradients(model: Any, form: ThoughtFormat, rows: Continuations
     Exact, in phases that each end at detached leaves: documents once, rows chunk by chunk over them, and the vocabulary
     head on bounded numbers of scored tokens. `loss` sees whole thoughts, and its values must add up to the whole.
     """
-    prefix = read(model, rows.documents, rows.stops) if reading.shared else None
+    with recomputing(model, reading.checkpointing):
+        prefix = read(model, rows.documents, rows.stops) if reading.shared else None
     leaves = None if prefix is None else prefix.detached()
     for chunk, width in _chunks(rows, form, reading):
-        hidden = _hidden(model, form, rows, (chunk, width), leaves)
+        with recomputing(model, reading.checkpointing):
+            hidden = _hidden(model, form, rows, (chunk, width), leaves)
         leaf = hidden.detach().requires_grad_()
         size = max(1, _LOGITS[model.device.type] // (width * model.get_output_embeddings().weight.shape[0]))
         for part, piece in zip(chunk.split(size), leaf.split(size), strict=True):

@@ -3,11 +3,12 @@
 Arithmetic on the config alone: no weights, no torch. `forethought.flops` and `forethought.plan` count with it.
 """
 
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from forethought.config import UserError
+from forethought.config import Lora, UserError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +75,8 @@ class Shape:
     layers: int = 0
     intermediate: int = 0  # width of the widest MLP, as the config says
     kept: Kept = field(default_factory=Kept)  # of a token, Mamba layers apart: see `mixer_kept`
+    linears: tuple[tuple[str, int], ...] = ()  # inputs and outputs of linear layers by name, those that adapters go to
+    adapter: int = 0  # weights of adapters, counted in `multiplied`; above 0 all other weights are frozen
 
     @classmethod
     def of(cls, config: Any) -> "Shape":
@@ -82,6 +85,9 @@ class Shape:
         if kind not in FAMILIES:
             raise UserError(f"model_type = {kind!r}: its FLOPs are not known; known are {', '.join(sorted(FAMILIES))}")
         layers = FAMILIES[kind](config)
+        linears: Counter[str] = Counter()
+        for name, width in (one for layer in layers for one in layer.linears):
+            linears[name] += width
         embedding = config.vocab_size * config.hidden_size
         ends = embedding * (1 if config.tie_word_embeddings else 2) + config.hidden_size
         return cls(
@@ -95,7 +101,23 @@ class Shape:
             layers=config.num_hidden_layers,
             intermediate=_widest(config),
             kept=sum((layer.kept for layer in layers), _norms(config, 1).kept),
+            linears=tuple(linears.items()),
         )
+
+    def adapted(self, options: Lora) -> "Shape":
+        """The same, frozen and with adapters (none where r is 0). Raises UserError for a layer that it has not."""
+        if not options.r:
+            return self
+        widths, wanted = dict(self.linears), {name.rpartition(".")[2] for name in options.target_modules}
+        wanted = set(widths) if options.target_modules == ("all-linear",) else wanted
+        if odd := sorted(wanted - set(widths)):
+            known = ", ".join(sorted(widths))
+            raise UserError(f"lora.target_modules = {odd[0]!r}: the model's linear layers are {known}, or all-linear")
+        return self.with_adapter(options.r * sum(widths[name] for name in wanted))
+
+    def with_adapter(self, weights: int) -> "Shape":
+        """The same, frozen, with adapters of so many weights."""
+        return replace(self, multiplied=self.multiplied + weights, adapter=weights)
 
     @classmethod
     def known(cls, config: Any) -> "Shape | None":
@@ -148,6 +170,13 @@ def mixer_kept(one: Mamba) -> tuple[Kept, Kept]:
     return token, scanned
 
 
+_GATED, _JOINED, _PLAIN = (
+    ("gate_proj", "up_proj", "down_proj"),
+    ("input_linear", "output_linear"),
+    ("up_proj", "down_proj"),
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
     """A layer, or a part of one that is yet to be added to the others."""
@@ -157,6 +186,7 @@ class _Part:
     attention: Attention | None = None
     mamba: Mamba | None = None
     kept: Kept = field(default_factory=Kept)
+    linears: tuple[tuple[str, int], ...] = ()
 
     def __add__(self, more: "_Part") -> "_Part":
         return _Part(
@@ -165,6 +195,7 @@ class _Part:
             attention=self.attention or more.attention,
             mamba=self.mamba or more.mamba,
             kept=self.kept + more.kept,
+            linears=self.linears + more.linears,
         )
 
 
@@ -181,8 +212,10 @@ def _norms(config: Any, count: int) -> _Part:
     return _Part(other=count * config.hidden_size, kept=kept * count)
 
 
-def _linear(inputs: int, outputs: int, bias: bool = False) -> _Part:
-    return _Part(multiplied=inputs * outputs, other=outputs if bias else 0)
+def _linear(inputs: int, outputs: int, bias: bool = False, name: str = "") -> _Part:
+    """`name`: of a layer that adapters go to."""
+    named = ((name, inputs + outputs),) if name else ()
+    return _Part(multiplied=inputs * outputs, other=outputs if bias else 0, linears=named)
 
 
 def _attention(config: Any, window: int | None, biases: tuple[bool, bool], query_norm: bool = False) -> _Part:
@@ -198,21 +231,29 @@ def _attention(config: Any, window: int | None, biases: tuple[bool, bool], query
     )
     return (
         _Part(attention=Attention(heads=heads, kv_heads=pairs, head_dim=size, window=window), kept=kept)
-        + _linear(hidden, (heads + 2 * pairs) * size, biases[0])
-        + _linear(heads * size, hidden, biases[1])
+        + _linear(hidden, heads * size, biases[0], "q_proj")
+        + _linear(hidden, pairs * size, biases[0], "k_proj")
+        + _linear(hidden, pairs * size, biases[0], "v_proj")
+        + _linear(heads * size, hidden, biases[1], "o_proj")
         + _Part(other=2 * size if query_norm else 0)
     )
 
 
-def _mlp(inputs: int, inner: int, bias: bool = False, gated: bool = True) -> _Part:
+def _mlp(inputs: int, inner: int, bias: bool = False, names: tuple[str, ...] = _GATED) -> _Part:
+    gated = names != _PLAIN
     numbers = (4 if gated else 2) * inner
     kept = Kept(fp32=4 * numbers, bf16=2 * numbers, fused=2 * (numbers - inner * gated))  # silu is computed again
-    return _linear(inputs, (2 if gated else 1) * inner, bias) + _linear(inner, inputs, bias) + _Part(kept=kept)
+    *first, last = names
+    wide = (2 if gated else 1) * inner // len(first)
+    return sum(
+        (_linear(inputs, wide, bias, name) for name in first),
+        _linear(inner, inputs, bias, last) + _Part(kept=kept),
+    )
 
 
 def _experts(expert: _Part, config: Any) -> _Part:
     """A router and num_local_experts experts, num_experts_per_tok of which see each token."""
-    asked, count = config.num_experts_per_tok, config.num_local_experts
+    asked, count, expert = config.num_experts_per_tok, config.num_local_experts, replace(expert, linears=())
     resting = _Part(other=(count - asked) * expert.multiplied)
     each = 3 * config.hidden_size  # an expert's own inputs and outputs
     gathered = Kept(fp32=4 * each, bf16=2 * each, fused=2 * each)
@@ -224,7 +265,7 @@ def _mamba(config: Any, sizes: Mamba, biases: tuple[bool, bool, bool], norm: boo
     """A Mamba-2 mixer. `biases`: of the input projection, the convolution, the output projection."""
     return (
         _Part(mamba=sizes)
-        + _linear(config.hidden_size, sizes.inner + sizes.channels + sizes.heads, biases[0])
+        + _linear(config.hidden_size, sizes.inner + sizes.channels + sizes.heads, biases[0], "in_proj")
         + _Part(other=sizes.channels * (sizes.kernel + biases[1]))
         + _Part(other=3 * sizes.heads + (sizes.inner if norm else 0))
         + _linear(sizes.inner, config.hidden_size, biases[2])
@@ -273,13 +314,15 @@ def _nemotron_h(config: Any) -> list[_Part]:
         kernel=config.conv_kernel,
         chunk=config.chunk_size,
     )
-    expert = _mlp(latent or hidden, config.moe_intermediate_size, gated=False)
-    shared = _mlp(hidden, config.moe_shared_expert_intermediate_size, bias, gated=False)
-    narrowing = _linear(hidden, latent, bias) + _linear(latent, hidden, bias) if latent else _Part()
+    expert = _mlp(latent or hidden, config.moe_intermediate_size, names=_PLAIN)
+    shared = _mlp(hidden, config.moe_shared_expert_intermediate_size, bias, names=_PLAIN)
+    narrowing = _Part()
+    if latent:
+        narrowing = _linear(hidden, latent, bias, "fc1_latent_proj") + _linear(latent, hidden, bias, "fc2_latent_proj")
     mixers = {
         "linear_attention": _mamba(config, sizes, (config.use_bias, config.use_conv_bias, config.use_bias)),
         "full_attention": _attention(config, None, (False, False)),
-        "mlp": _mlp(hidden, config.intermediate_size, bias, gated=False),
+        "mlp": _mlp(hidden, config.intermediate_size, bias, names=_PLAIN),
         "moe": _experts(expert, config) + shared + narrowing,
     }
     return [mixers[kind] + _norms(config, 1) for kind in config.layers_block_type]
@@ -303,7 +346,7 @@ def _granite_hybrid(config: Any) -> list[_Part]:
         "linear_attention": _mamba(config, _mamba_sizes(config), (proj, config.mamba_conv_bias, proj)),
         "full_attention": _attention(config, None, (bias, bias)),
     }
-    rest = _mlp(config.hidden_size, config.shared_intermediate_size) + _norms(config, 2)
+    rest = _mlp(config.hidden_size, config.shared_intermediate_size, names=_JOINED) + _norms(config, 2)
     if config.num_local_experts:
         rest += _experts(_mlp(config.hidden_size, config.intermediate_size), config)
     return [mixers[kind] + rest for kind in config.layer_types]

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from forethought import checkpoint, corpus
+from forethought import checkpoint, corpus, lora
 from forethought.config import Config, UserError, from_dict, load, merge, to_dict
 from forethought.evaluation import controls, text, view
 from forethought.model import carried, check_length, load_model, load_tokenizer
@@ -84,13 +84,18 @@ def trained(config: Config, run: Path) -> Config:
 
 def trained_subject(config: Config, run: Path) -> text.Subject:
     """The run's trained model, with the teacher of its last checkpoint where that is still there."""
-    config, last = trained(config, run), checkpoint.latest(run)
-    subject = subject_of(config)
-    weights = checkpoint.load(last, only="teacher").tensors if last else {}
-    if not weights:
+    last, subject = checkpoint.latest(run), subject_of(trained(config, run))
+    saved = checkpoint.load(last, only="teacher").tensors if last else {}
+    if not saved:
         return subject
-    teacher = load_model(config.model, config.seed)
-    teacher.load_state_dict({name.partition("/")[2]: tensor for name, tensor in weights.items()}, strict=False)
+    weights = {name.partition("/")[2]: tensor for name, tensor in saved.items()}
+    if config.lora.r:
+        network = lora.load(config)
+        network.weights.load_state_dict(weights)
+        network.sync()
+        return dataclasses.replace(subject, teacher=network.compute)
+    teacher = load_model(subject.config.model, config.seed)
+    teacher.load_state_dict(weights, strict=False)
     return dataclasses.replace(subject, teacher=computing(teacher, config.model.precision))
 
 

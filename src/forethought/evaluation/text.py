@@ -7,6 +7,7 @@ corpus tells them apart, the positions of `all` in each domain (`domain:books`) 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,7 @@ class Subject:
     tokenizer: Any
     config: Config
     teacher: Any | None = None  # the EMA teacher of the run that made the model, where there is one
+    calling: Callable[[Any], AbstractContextManager[Any]] = nullcontext  # makes the teacher a model that can be called
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,7 +180,8 @@ def _measure_chunk(
         "leakage": content.leakage(tokenizer, chunk.targets()[:, 0].tolist(), said),
     }
     if subject.teacher is not None:
-        columns["teacher"] = plain_evidence(subject.teacher, chunk, at_once)[0][:, 0].tolist()
+        with subject.calling(subject.teacher) as teacher:
+            columns["teacher"] = plain_evidence(teacher, chunk, at_once)[0][:, 0].tolist()
     if truth := checker(config.evaluate.path):
         columns["right"], columns["stated"] = statements(truth, tokenizer, chunk, said)
     return columns, tokens

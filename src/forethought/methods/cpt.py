@@ -14,6 +14,7 @@ from forethought.methods.base import Collected, Sums
 from forethought.network import Network
 from forethought.objective import next_token_loss
 from forethought.positions import ThoughtFormat, pad_rows
+from forethought.prefix import recomputing
 from forethought.rollout import Engine
 from forethought.scoring import chunk_tokens, forward, log_probabilities
 
@@ -56,7 +57,8 @@ class CPT:
 
     def backward(self, piece: Rows) -> tuple[float, Sums]:
         """Next-token cross-entropy."""
-        logits = forward(self.policy, piece.tokens, piece.mask, keep=0)[:, :-1]
+        with recomputing(self.policy, self.config.update.checkpointing):
+            logits = forward(self.policy, piece.tokens, piece.mask, keep=0)[:, :-1]
         target = piece.tokens[:, 1:]
         hit = (logits.argmax(dim=-1) == target)[piece.learned]
         loss = next_token_loss(log_probabilities(logits, target), piece.learned) * piece.share

@@ -60,6 +60,7 @@ class Learner:
             temperature=config.method.temperature,
             tokens=chunk_tokens(self.policy, config.update.tokens_per_chunk),
             shared=config.model.prefix == "shared",
+            checkpointing=config.update.checkpointing,
         )
 
     def pieces(

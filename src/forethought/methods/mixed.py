@@ -32,9 +32,11 @@ class Mixed:
 
     def __init__(self, network: Network, engine: Engine, form: ThoughtFormat, tokenizer: Any, config: Config):
         self.network, self.form, self.config = network, form, config
-        self.start = computing(copy.deepcopy(network.weights), config.model.precision).requires_grad_(False)
-        self.engine = native_engine(self.start, form, config)
-        self.places = Places(network.weights, self.start, tokenizer, config)
+        self.start = copy.deepcopy(network.weights).requires_grad_(False)
+        if not network.adapted:
+            computing(self.start, config.model.precision)
+        self.engine = native_engine(network.compute if network.adapted else self.start, form, config)
+        self.places = Places(network, self.start, tokenizer, config)
         self.supervised = CPT(network, engine, form, tokenizer, config)
 
     def collect(self, windows: list[Window], step: int) -> Collected:
@@ -43,10 +45,9 @@ class Mixed:
         positions = self.places.draw(windows, step)
         shape = (options.group, options.thought_length)
         noise = draw_noise(shape, [stream(seed, "thoughts", step, i) for i in range(len(positions))])
-        thoughts = self.engine.sample(positions, noise)
-        with torch.no_grad():
-            at_once = chunk_tokens(self.start, self.config.update.tokens_per_chunk)
-            nothink = plain_evidence(self.start, positions, at_once)[0]
+        with torch.no_grad(), self.network.calling(self.start) as start:
+            thoughts = self.engine.sample(positions, noise)
+            nothink = plain_evidence(start, positions, chunk_tokens(start, self.config.update.tokens_per_chunk))[0]
         rewards = information_gain(thoughts, nothink, options, stream(seed, "rewards", step))
         assert rewards.total is not None
         kept = best(positions, rewards.total, thoughts.closed, options.min_gain)

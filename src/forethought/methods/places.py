@@ -1,5 +1,6 @@
 """Where a method thinks: the configured policy, and the proxy that one of them asks."""
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from forethought.config import Config, Model, UserError
 from forethought.corpus import Window
 from forethought.flops import forward_flops
 from forethought.model import load_model, load_tokenizer
+from forethought.network import Network
 from forethought.positions import Positions, at_places, draw, stream
 from forethought.scoring import chunk_tokens, plain_entropy
 from forethought.shape import Shape
@@ -22,12 +24,16 @@ class Places:
     now. It never changes and is found again where it was, so checkpoints do not hold it.
     """
 
-    def __init__(self, policy: Any, reference: Any, tokenizer: Any, config: Config):
-        self.config, self.proxy = config, None
+    def __init__(self, network: Network, reference: Any, tokenizer: Any, config: Config):
+        self.config, self.proxy, self.calling, kind = config, None, network.calling, network.compute.config
         if config.method.policy == "entropy":
-            known = _named(tokenizer, config) if config.method.proxy else reference
-            self.proxy = copy.deepcopy(policy).requires_grad_(False) if known is None else known
-        self.shape = None if self.proxy is None else Shape.known(self.proxy.config)
+            self.proxy = reference
+            if config.method.proxy:
+                self.proxy, self.calling = _named(tokenizer, config), contextlib.nullcontext
+                kind = self.proxy.config
+            elif reference is None:
+                self.proxy = copy.deepcopy(network.weights).requires_grad_(False)
+        self.shape = None if self.proxy is None else Shape.known(kind)
 
     def draw(self, windows: list[Window], step: int) -> Positions:
         """K positions in each window."""
@@ -38,7 +44,8 @@ class Places:
         everywhere = at_places(windows, [self._choices(window) for window in windows], 1)
         mine = dist.share([len(window.tokens) for window in windows])
         places, _ = everywhere.of_windows(mine)
-        entropy = plain_entropy(self.proxy, places, chunk_tokens(self.proxy, self.config.update.tokens_per_chunk))
+        with self.calling(self.proxy) as proxy:
+            entropy = plain_entropy(proxy, places, chunk_tokens(proxy, self.config.update.tokens_per_chunk))
         found = dict(zip(mine, entropy.split([len(self._choices(windows[i])) for i in mine]), strict=True))
         known = {i: one for some in dist.gather(found) for i, one in some.items()}
         return draw(windows, options, generator, [known[i] for i in range(len(windows))])

@@ -41,7 +41,7 @@ class RLP:
         self.teacher = Teacher(network.weights, options.ema) if options.teacher_every else None
         self.reference = copy.deepcopy(network.weights).requires_grad_(False) if options.kl_weight else None
         self.learner = Learner(network, form, config, self.reference)
-        self.places = Places(network.weights, self.reference, tokenizer, config)
+        self.places = Places(network, self.reference, tokenizer, config)
 
     def collect(self, windows: list[Window], step: int) -> Collected:
         """Sample G thoughts at each position, score them, compare them."""

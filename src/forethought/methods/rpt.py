@@ -56,7 +56,7 @@ class RPT:
         self.spelling = Spelling(tokenizer)
         self.reference = copy.deepcopy(network.weights).requires_grad_(False) if options.kl_weight else None
         self.learner = Learner(network, form, config, self.reference)
-        self.places = Places(network.weights, self.reference, tokenizer, config)
+        self.places = Places(network, self.reference, tokenizer, config)
 
     def collect(self, windows: list[Window], step: int) -> Collected:
         """Sample G thoughts with their predictions at each position, check them, compare them."""

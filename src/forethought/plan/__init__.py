@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from forethought.config import Config, UserError
-from forethought.plan.advice import Change, advice, fits, largest
-from forethought.plan.job import Job, job, shipped_shape, with_option
+from forethought.plan.advice import Change, adapters, advice, fits, largest
+from forethought.plan.job import Job, Layout, job, shipped_shape, with_option
 from forethought.plan.machines import MACHINES, Machine
 from forethought.plan.memory import Bytes, chunk_tokens, memory
 from forethought.plan.seconds import Step, step
@@ -18,6 +18,7 @@ from forethought.shape import Shape
 
 __all__ = ["MACHINES", "OPTIONS", "Machine", "Plan", "as_dict", "plan", "shipped_shape", "words_of", "write"]
 
+LAYOUTS: tuple[Layout, ...] = ("one", "ddp", "fsdp2")
 OPTIONS = {
     "--gpus": "N: GPUs to train on (1)",
     "--gpu": f"NAME: {', '.join(MACHINES)} or cpu (h100)",
@@ -45,6 +46,7 @@ class Plan:
     layouts: dict[str, Bytes]  # in every layout
     step: Step
     changes: list[Change]  # what to change so that it fits
+    adapters: Change | None  # or, where it does not fit: adapters alone, and nothing else changed
     largest: dict[str, int] | None
     faster: float | None  # seconds of a step at the largest rollout_batch that fits
     lengths: Lengths | None = None
@@ -103,9 +105,10 @@ def plan(config: Config, shape: Shape, options: dict[str, str] | None = None) ->
     result = Plan(
         job=one,
         memory=memory(one),
-        layouts={layout: memory(one, layout) for layout in ("one", "ddp", "fsdp2")},
+        layouts={layout: memory(one, layout) for layout in LAYOUTS[: 2 if one.shape.adapter else 3]},
         step=step(one),
         changes=advice(one),
+        adapters=adapters(one),
         largest=most,
         faster=None if most is None else step(with_option(one, "train", rollout_batch=most["rollout_batch"])).seconds,
     )
@@ -127,6 +130,7 @@ def as_dict(result: Plan) -> dict[str, Any]:
         "model": config.model.path,
         "precision": config.model.precision,
         "parameters": one.shape.parameters,
+        "trained": one.trained,
         "gpus": one.gpus,
         "layout": one.layout,
         "P": one.prefix,
@@ -142,6 +146,7 @@ def as_dict(result: Plan) -> dict[str, Any]:
         "usable": one.machine.usable,
         "fits": result.fits,
         "changes": [dataclasses.asdict(change) for change in result.changes],
+        "adapters": None if result.adapters is None else dataclasses.asdict(result.adapters),
         "largest": result.largest,
         "step": {
             "seconds": result.step.seconds,
@@ -150,15 +155,7 @@ def as_dict(result: Plan) -> dict[str, Any]:
             "thought_tokens": result.step.thought,
             "phases": {phase.name: dataclasses.asdict(phase) for phase in result.step.phases},
         },
-        "total": {
-            "flops": result.step.flops * config.train.steps,
-            "text_tokens": result.step.text * config.train.steps,
-            "thought_tokens": result.step.thought * config.train.steps,
-            "t_flop_tokens": result.step.t_flop,
-            "hours": result.hours,
-            "gpu_hours": result.hours * one.gpus,
-            "dollars": result.dollars if one.machine.price else None,
-        },
+        "total": _total(result),
     }
     if result.lengths is not None:
         found["simulation"] = {
@@ -178,6 +175,20 @@ def write(result: Plan, file: str | None) -> None:
         Path(file).write_text(json.dumps(as_dict(result), indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--json {file}: cannot be written: {error.strerror}") from None
+
+
+def _total(result: Plan) -> dict[str, Any]:
+    """Of all steps."""
+    steps = result.job.config.train.steps
+    return {
+        "flops": result.step.flops * steps,
+        "text_tokens": result.step.text * steps,
+        "thought_tokens": result.step.thought * steps,
+        "t_flop_tokens": result.step.t_flop,
+        "hours": result.hours,
+        "gpu_hours": result.hours * result.job.gpus,
+        "dollars": result.dollars if result.job.machine.price else None,
+    }
 
 
 def _bytes(some: Bytes) -> dict[str, Any]:

@@ -3,8 +3,11 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from forethought.config import from_dict, merge, to_dict
 from forethought.plan.job import Job, with_option
 from forethought.plan.memory import chunk_tokens, memory
+
+_RANK = 16  # of adapters, a usual one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +34,19 @@ def advice(job: Job) -> list[Change]:
                 job, before = changed, peak
                 break
     return changes
+
+
+def adapters(job: Job) -> Change | None:
+    """Training adapters alone, and what must change with it; None where the run fits, or does that already."""
+    if job.shape.adapter or not job.shape.linears or fits(job):
+        return None
+    options = from_dict(merge(to_dict(job.config), {"lora": {"r": _RANK}, "parallel": {"shard": "none"}}))
+    layout = "ddp" if job.layout == "fsdp2" else job.layout
+    other = replace(job, config=options, shape=job.shape.adapted(options.lora), layout=layout)
+    more, before = advice(other), memory(job).peak
+    peak = more[-1].peak if more else memory(other).peak
+    words = " ".join([f"--lora.r {_RANK}", *(change.what for change in more)])
+    return Change(what=words, costs="adapters alone are trained", saved=before - peak, peak=peak)
 
 
 def largest(job: Job) -> dict[str, int] | None:
@@ -96,7 +112,7 @@ def _smaller_chunks(job: Job) -> Options:
 
 
 def _in_parts(job: Job) -> Options:
-    if job.layout == "ddp":
+    if job.layout == "ddp" and not job.shape.adapter:
         yield str(job.gpus), replace(job, layout="fsdp2")
 
 
@@ -139,7 +155,7 @@ def _shorter_windows(job: Job) -> Options:
 
 def _more_gpus(job: Job) -> Options:
     """Twice as many in parts, up to 1,024."""
-    gpus = max(job.gpus, 1)
+    gpus = job.gpus if not job.shape.adapter else 1024  # each GPU has all of frozen weights
     while gpus < 1024:
         gpus *= 2
         more = replace(job, gpus=gpus, layout="fsdp2")
@@ -147,10 +163,16 @@ def _more_gpus(job: Job) -> Options:
             yield str(gpus), more
 
 
+def _checkpointed(job: Job) -> Options:
+    if not job.config.update.checkpointing:
+        yield "", with_option(job, "update", checkpointing=True)
+
+
 _KNOWN: tuple[tuple[str, str, Callable[[Job], Options]], ...] = (
     ("--train.rollout_batch {}", "slower decoding", _fewer_rows),
     ("--update.tokens_per_chunk {}", "a slower update", _smaller_chunks),
     ("--layout fsdp2 on {} GPUs", "weights are sent once more a step", _in_parts),
+    ("--update.checkpointing True", "layers are computed once more in the update", _checkpointed),
     ("--method.kl_weight 0", "no KL to the start", _no_reference),
     ("--method.teacher_every 0", "the gain is not logged; the update stays the same", _no_teacher),
     ("--gradients bf16", "gradients are rounded (not an option of train yet)", _half_gradients),

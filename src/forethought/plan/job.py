@@ -60,6 +60,11 @@ class Job:
         return self.config.method.prediction_length if self.config.method.name == "rpt" else 0
 
     @property
+    def trained(self) -> int:
+        """Weights that have gradients: all of them, or those of adapters."""
+        return self.shape.adapter or self.shape.parameters
+
+    @property
     def teacher(self) -> bool:
         """Whether there is a teacher."""
         return self.config.method.name == "rlp" and self.config.method.teacher_every > 0
@@ -141,6 +146,8 @@ def job(config: Config, shape: Shape, words: dict[str, str]) -> Job:
     layout = words.get("layout", "one" if gpus == 1 else "ddp")
     if layout not in get_args(Layout):
         raise UserError(f"--layout {layout}: must be {', '.join(get_args(Layout))}")
+    if config.lora.r and layout == "fsdp2":
+        raise UserError(f"--layout fsdp2: with lora.r = {config.lora.r} what is trained is small; use ddp")
     if (layout == "one") != (gpus == 1):
         raise UserError(f"--layout {layout}: does not go with --gpus {gpus}")
     gradients = words.get("gradients", "fp32")
@@ -160,7 +167,7 @@ def job(config: Config, shape: Shape, words: dict[str, str]) -> Job:
         raise UserError(f"--document {document}: must be from --prefix = {prefix} to corpus.window = {window}")
     return Job(
         config=config,
-        shape=shape,
+        shape=shape.adapted(config.lora),
         machine=machine(words.get("gpu", "h100"), words.get("ceilings"), price),
         gpus=gpus,
         per_node=_whole("nodes-of", words.get("nodes_of", "8")),

@@ -67,17 +67,18 @@ def captured(job: Job) -> bool:
 
 
 def _held(job: Job) -> dict[str, float]:
-    count, precision = job.shape.parameters, job.config.model.precision
-    part = count / job.gpus if job.layout == "fsdp2" else count
+    precision = job.config.model.precision
+    part = job.trained / job.gpus if job.layout == "fsdp2" else job.trained
+    adapter = job.shape.adapter
     held = {
-        "weights, fp32": 4.0 * part,
+        "adapters, fp32" if adapter else "weights, fp32": 4.0 * part,
         "Adam's two moments, fp32": 8.0 * part,
         "teacher (EMA), fp32": 4.0 * part * job.teacher,
         "KL reference, fp32": 4.0 * part * (job.config.method.kl_weight > 0),
         "thoughts and their noise": float(_THOUGHTS * job.rows_here * job.limit),
     }
-    if precision == "bf16" or job.layout == "fsdp2":
-        held["weights that compute"] = float(ELEMENT[precision] * count)
+    if precision == "bf16" or job.layout == "fsdp2" or adapter:
+        held["weights that compute"] = float(ELEMENT[precision] * (job.shape.parameters + adapter))
     if captured(job):
         held["decoding's buffers"] = sum(_caches(job)) + float(_CAPTURED * job.rows_at_once * job.shape.vocab)
     return held
@@ -140,14 +141,18 @@ def _update(job: Job) -> dict[str, float]:
     backward = 4 * rows * width * (2 * shape.intermediate + 4 * shape.hidden)
     copies = 12 if half or method.temperature == 1 else 16  # bytes of a logit: as it is, allowed, scaled, normalised
     thought, scan = kept(job, rows, width)
+    if job.config.update.checkpointing:
+        thought, scan = _inputs(job, rows * width), 0.0
     parts = {
-        "gradients": float(job.gradient * shape.parameters),
+        "gradients": float(job.gradient * job.trained),
         "thoughts' activations": thought + 8.0 * states * rows * job.shared,
         "logits, or gradients on their way": float(max(copies * logits, backward)),
     }
     if job.shared:
         used = 1 - 1 / shape.layers  # of a document's last layer only keys and states are used, the rest is forgotten
         document, more = kept(job, documents, prefix)
+        if job.config.update.checkpointing:
+            document, more = _inputs(job, documents * prefix) + ELEMENT[precision] * documents * prefix * keys, 0.0
         parts["documents' activations"], scan = used * document, scan + used * more
         if rows < documents * job.rows_of_window:  # from the first chunk on
             cached = documents * (prefix * keys + method.positions * states)
@@ -156,7 +161,26 @@ def _update(job: Job) -> dict[str, float]:
             heads = sum(one.heads for one in shape.attention if not half or one.window)
             pairs = rows * width * (prefix + width)
             parts["attention's scores (no fused kernel)"] = float((10 if half else 8) * heads * pairs)
+    if job.config.update.checkpointing:
+        again = max(_again(job, rows, width), _again(job, documents, prefix) * job.shared)
+        parts["logits, or gradients on their way"] = float(max(copies * logits, backward + again))
     return parts | {SCANS: scan}
+
+
+def _inputs(job: Job, tokens: int) -> float:
+    """Bytes of what goes into each layer, all that checkpointing keeps."""
+    return float(ELEMENT[job.config.model.precision] * tokens * job.shape.hidden * job.shape.layers)
+
+
+def _again(job: Job, rows: int, width: int) -> float:
+    """Bytes that the largest layer leaves behind when it is computed again; layers without Mamba are taken as equal.
+
+    What passes in a scan adds two fifths, as in reading.
+    """
+    one, mixers = replace(job.shape, mamba=()), set(job.shape.mamba)
+    plain = kept(replace(job, shape=one), rows, width)[0]
+    mixed = [sum(kept(replace(job, shape=replace(one, mamba=(mixer,))), rows, width)) - plain for mixer in mixers]
+    return plain / job.shape.layers + 1.4 * max(mixed, default=0.0)
 
 
 def kept(job: Job, rows: int, width: int) -> tuple[float, float]:
@@ -181,6 +205,7 @@ def cache_numbers(job: Job) -> tuple[int, int]:
 def _one_layer(job: Job) -> float:
     """Bytes a token of what a layer holds while it reads without gradients; what passes in a scan adds two fifths."""
     shape, half = job.shape, job.config.model.precision == "bf16"
-    plain = ELEMENT[job.config.model.precision] * (3 * shape.intermediate + 4 * shape.hidden) + 4 * shape.hidden * half
+    inner = (4 if shape.adapter else 3) * shape.intermediate  # an adapter's output
+    plain = ELEMENT[job.config.model.precision] * (inner + 4 * shape.hidden) + 4 * shape.hidden * half
     mixers = [tokens + scanned for tokens, scanned in map(mixer_kept, shape.mamba)]
     return float(max([plain, *(1.4 * (one.bf16 if half else one.fp32) for one in mixers)]))

@@ -36,8 +36,9 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
 def _head(result: Plan) -> list[Table | str]:
     job, method, train = result.job, result.job.config.method, result.job.config.train
     where = f"{job.gpus} x {job.machine.name}" + (f" in nodes of {job.per_node}" if job.gpus > 1 else "")
+    trained = f", {_count(job.trained)} of adapters alone trained" if job.shape.adapter else ""
     return [
-        f"{job.config.model.path}: {_count(job.shape.parameters)} parameters, {job.config.model.precision}; "
+        f"{job.config.model.path}: {_count(job.shape.parameters)} parameters{trained}, {job.config.model.precision}; "
         f"{where}, {_LAYOUTS[job.layout]}; {train.steps} steps",
         f"a step: {train.batch} positions (K = {method.positions}), G = {method.group}; typical prefix P = "
         f"{job.prefix} and thought L = {job.length:.0f} tokens, longest {job.longest} and {method.thought_length}",
@@ -50,7 +51,7 @@ def _head(result: Plan) -> list[Table | str]:
 def _memory(result: Plan) -> Table:
     names, layouts = ["one"], result.layouts
     if result.job.gpus > 1:
-        names += ["ddp", "fsdp2"]
+        names = list(layouts)
     rows: list[Sequence[str]] = []
     for group, title in (
         ("held", "held throughout"),
@@ -115,6 +116,9 @@ def _changes(result: Plan) -> list[Table | str]:
     lines = ["with all of these it fits" if enough else "even with all of these it does not fit: take a larger GPU"]
     if result.memory.update.get(SCANS, 0) > 0.2 * result.memory.phases["update"]:
         lines.append("Mamba's kernels (mamba_ssm) keep less than the plain scan counted here; how much is not measured")
+    if (other := result.adapters) is not None:
+        fits = "it fits" if other.peak <= usable else "it does not fit either"
+        lines.append(f"or: with {other.what} {fits}, peak {_gb(other.peak)} GB ({other.costs})")
     columns = ("it does not fit; change, in this order", "price", "saves, GB", "peak, GB", "fits")
     return [_table(columns, rows), *lines]
 

@@ -53,7 +53,7 @@ def step(job: Job) -> Step:
             _reading(job, "prefill", one.prefill, -(-job.windows_here // job.windows_at_once)),
             decoding(job, one),
             _scoring(job, one),
-            _reading(job, "update", one.training, 3 * _update_passes(job)),
+            _updating(job, one),
             _streaming(job, "optimizer", _OPTIMIZER),
             _streaming(job, "ema", _EMA * job.teacher * (not method.freeze_teacher)),
             _streaming(job, "bf16 copy", _COPY * (job.config.model.precision == "bf16")),
@@ -120,10 +120,9 @@ def ring(job: Job, nbytes: int | float, passes: int, gpus: int | None = None) ->
 
 def sync(job: Job, gpus: int | None = None) -> Phase:
     """Gradients added up once a step; under FSDP2 in parts, and the weights gathered once. No overlap is assumed."""
-    count = job.shape.parameters
-    gradients = job.gradient * count
+    gradients = job.gradient * job.trained
     if job.layout == "fsdp2":
-        weights = ELEMENT[job.config.model.precision] * count
+        weights = ELEMENT[job.config.model.precision] * job.shape.parameters
         seconds = ring(job, gradients, 1, gpus) + ring(job, weights, 1, gpus)
     else:
         seconds = ring(job, gradients, 2, gpus)
@@ -136,6 +135,13 @@ def _scoring(job: Job, one: Flops) -> Phase:
     found = _reading(job, "score", one.teacher + one.score + one.proxy, passes)
     swap = _streaming(job, "", 2 * _COPY * job.teacher * (job.config.model.precision == "bf16"))
     return replace(found, seconds=found.seconds + swap.seconds)
+
+
+def _updating(job: Job, one: Flops) -> Phase:
+    """Checkpointing reads once more, where the step's FLOPs count three such passes, or two with frozen weights."""
+    found = _reading(job, "update", one.training, 3 * _update_passes(job))
+    counted = 2 if job.shape.adapter else 3
+    return replace(found, seconds=found.seconds * (1 + job.config.update.checkpointing / counted))
 
 
 def _reading(job: Job, name: str, window_flops: int, passes: int) -> Phase:
@@ -153,7 +159,7 @@ def _reading(job: Job, name: str, window_flops: int, passes: int) -> Phase:
 
 
 def _streaming(job: Job, name: str, per_parameter: int) -> Phase:
-    count = job.shape.parameters / (job.gpus if job.layout == "fsdp2" else 1)
+    count = job.trained / (job.gpus if job.layout == "fsdp2" else 1)
     seconds = per_parameter * count / job.machine.copy
     seconds *= job.config.method.inner_steps if name == "optimizer" else 1
     return Phase(name=name, flops=0.0, seconds=seconds, bound="memory" if seconds else "")

@@ -24,10 +24,11 @@ from forethought.prefix.attention import Split, merged_attention
 from forethought.prefix.fork import Fork
 from forethought.prefix.models import backbone, vocabulary
 from forethought.prefix.reading import read
+from forethought.prefix.recomputing import layers_of, recomputing
 from forethought.prefix.states import Prefix
 from forethought.prefix.static import Held, Room, Static, held_attention
 
-__all__ = ["Fork", "Prefix", "Room", "Static", "backbone", "enable", "read", "vocabulary"]
+__all__ = ["Fork", "Prefix", "Room", "Static", "backbone", "enable", "layers_of", "read", "recomputing", "vocabulary"]
 
 ATTENTION = "shared_prefix"
 _KNOWN = (

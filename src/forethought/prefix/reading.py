@@ -1,6 +1,5 @@
 """Read documents once, on unmodified Hugging Face models, hybrids with Mamba layers included."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -10,7 +9,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 
 from forethought.prefix.models import backbone
-from forethought.prefix.states import Prefix, Recurrent, State, stacked
+from forethought.prefix.states import Prefix, Recurrent, State, duplicate, stacked
 
 
 def read(model: Any, documents: Sequence[Sequence[int]], stops: Sequence[Sequence[int]]) -> Prefix:
@@ -54,7 +53,7 @@ def _in_segments(model: Any, rows: list[list[int]], stops: Sequence[Sequence[int
             if stop == done + 1 and done:
                 layers, done = earlier, before
             if stop > done:
-                earlier, before = [_duplicate(layer) for layer in layers], done
+                earlier, before = [duplicate(layer) for layer in layers], done
                 at = torch.arange(done, stop, device=model.device)[None]
                 backbone(model, torch.tensor([row[done:stop]], device=model.device), Cache(layers=layers), at)
                 done = stop
@@ -64,15 +63,6 @@ def _in_segments(model: Any, rows: list[list[int]], stops: Sequence[Sequence[int
         for end, layer in zip(ends, layers, strict=True):
             end.append(layer)
     return [_noted(note, end) for note, end in zip(notes, ends, strict=True)]
-
-
-def _duplicate(layer: Any) -> Any:
-    """The layer as it is now; reading on replaces tensors and writes into none."""
-    twin = copy.copy(layer)
-    for name, value in vars(layer).items():
-        if isinstance(value, dict):
-            setattr(twin, name, dict(value))
-    return twin
 
 
 def _noted(notes: Sequence[tuple[dict[int, Any], dict[int, Any]]], layers: Sequence[Any]) -> State:

@@ -1,5 +1,6 @@
 """What is kept of documents that were read; the bases of the caches and layers that keep it."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -87,6 +88,15 @@ def stacked(parts: Sequence[Tensor], width: int) -> Tensor:
     if all(part.shape[2] == width for part in parts):
         return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
     return torch.cat([pad(part, (0, 0, 0, width - part.shape[2])) for part in parts])
+
+
+def duplicate(layer: Any) -> Any:
+    """A cache's layer as it is now; reading on replaces tensors and writes into none."""
+    twin = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, dict):
+            setattr(twin, name, dict(value))
+    return twin
 
 
 class Recurrent(LinearAttentionLayer):

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from forethought.config import Config, RunError, UserError
+from forethought.lora import merged
 from forethought.positions import Positions, ThoughtFormat, pad_rows
 from forethought.rollout import Thoughts
 from forethought.rollout.requests import Request, Sample, as_thoughts, read_back, think
@@ -109,7 +110,8 @@ class VLLMEngine:
     @torch.no_grad()
     def sync(self) -> None:
         """Load the policy's weights in place. Raises RunError where a probe then tells of others."""
-        weights = revert_weight_conversion(self.policy, self.policy.state_dict())
+        own = merged(self.policy, dict(self.policy.named_parameters()), self.config.lora)
+        weights = revert_weight_conversion(self.policy, own)
         self.caller.call("loading the new weights", lambda: self._reload(list(weights.items())))
         tokens = torch.tensor(self.probe, device=self.policy.device)
         logits = self.policy(input_ids=tokens[None], use_cache=False).logits[0, :-1]

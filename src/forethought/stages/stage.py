@@ -20,7 +20,20 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from forethought.config import Above0, Config, Method, Name, Optim, Positive, UserError, find, merge, read_toml, to_dict
+from forethought.config import (
+    Above0,
+    Config,
+    Lora,
+    Method,
+    Name,
+    Optim,
+    Positive,
+    UserError,
+    find,
+    merge,
+    read_toml,
+    to_dict,
+)
 from forethought.config import from_dict as config_of
 
 
@@ -74,5 +87,6 @@ def options_of(stage: Stage, start: Config, run: Path, seed: int) -> Config:
     """
     kept = ("open", "close", "prompt", "thought_length", "temperature", "horizon")
     method = dataclasses.replace(Method(), **{name: getattr(start.method, name) for name in kept})
-    whole = dataclasses.replace(start, seed=seed, run=str(run), overwrite=True, method=method, optim=stage.optim)
+    own = {"method": method, "optim": stage.optim, "lora": Lora()}
+    whole = dataclasses.replace(start, seed=seed, run=str(run), overwrite=True, **own)
     return config_of(merge(to_dict(whole), {"train": to_dict(Config())["train"] | stage.train}))
