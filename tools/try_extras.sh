@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Install the wheel with one extra at a time, each into an empty environment, and use what the extra is for.
-# tools/try_extras.sh [eval|trl|trackers|lm-eval|docs ...]
+# tools/try_extras.sh [eval|trl|trackers ...]; make test-lm-eval and make docs use the others
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD python=${PYTHON:-python3}
