@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 VLLM := .venv-vllm/bin
 
-.PHONY: quickstart test test-kills test-vllm bench-vllm env-vllm test-lm-eval test-wheel env check docs base smollm2 clean
+.PHONY: quickstart test test-kills test-vllm bench-vllm env-vllm test-lm-eval test-wheel test-extras env check docs base smollm2 clean
 
 quickstart: env  ## train RLP on the embedded world, evaluate before and after, write a report
 	$(BIN)/forethought train quickstart --run $(RUN) --seed $(SEED) --overwrite True
@@ -22,6 +22,9 @@ test-lm-eval: env  ## the adapter to lm-evaluation-harness, which brings 40 pack
 
 test-wheel:  ## build a wheel, install it into an empty environment, run a short quickstart there
 	PYTHON=$(PYTHON) OMP_NUM_THREADS=1 tools/try_wheel.sh
+
+test-extras:  ## the wheel with the extras eval, trl and trackers, each alone in an empty environment and used there
+	PYTHON=$(PYTHON) OMP_NUM_THREADS=1 tools/try_extras.sh
 
 docs: env  ## the documentation as a site, in site/; any warning is an error
 	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[docs]'

@@ -1,6 +1,7 @@
 """The documents tell the truth about the code: names in tables exist, every figure is explained, rooms stay small."""
 
 import ast
+import dataclasses
 import importlib
 import json
 import re
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from forethought.config import from_dict, load, options
+import forethought
+from forethought.config import Config, from_dict, load, options
 from forethought.evaluation import evaluate
 from forethought.experiment.design import read
 from forethought.loop import train
@@ -112,6 +114,16 @@ def test_every_module_has_a_place_in_the_documents():
     folders = {path.parent.name for path in MODULES if path.parent.name != "forethought"}
     for name in top | folders:
         assert re.search(rf"^    {name}\b", text, re.MULTILINE), name
+
+
+def test_every_section_of_options_and_every_public_name_is_in_the_reference():
+    pages = [(ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("options.md", "api.md")]
+    shown = set(re.findall(r"^::: forethought\.(\S+)", "".join(pages), re.MULTILINE))
+    sections = [field.type for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.type)]
+    assert len(sections) > 5 and {f"config.{section.__name__}" for section in sections} <= shown
+    for name, home in forethought._HOMES.items():
+        known_as = "write" if name == "write_report" else name
+        assert shown & {home, f"{home}.{known_as}"}, name
 
 
 def test_functions_of_the_package_stay_functions():

@@ -15,11 +15,11 @@ from forethought.cli import main
 from forethought.config import Config, UserError
 from forethought.experiment import compare
 from forethought.loop import resume
-from forethought.model import EMBEDDED
+from forethought.model import EMBEDDED, load_model
 from forethought.observer import Silent
 from forethought.positions import ThoughtFormat, thought_format
 from forethought.runlog import RunLog
-from forethought.stages import chain, posttrain
+from forethought.stages import chain, completion_loss, posttrain
 from forethought.stages.examples import Verified, examples
 from forethought.stages.stage import Stage, options_of, read
 
@@ -278,3 +278,74 @@ def test_an_experiment_takes_every_arm_and_the_base_through_the_same_stages(tmp_
     times = [(run / "records.json").stat().st_mtime_ns for run in runs]
     compare(file, {"run": str(tmp_path / "run")})
     assert [(run / "records.json").stat().st_mtime_ns for run in runs] == times
+
+
+@pytest.fixture
+def unlike(tmp_path: Path) -> Path:
+    """Questions that the words of the embedded world can spell."""
+    file = tmp_path / "unlike.jsonl"
+    words = ["red", "blue", "green"]
+    rows = [{"question": f"ball under {one}", "answer": one, "solution": f"{one} {one}"} for one in words]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_held_out_rows_are_measured_before_and_after(unlike, tmp_path, capsys):
+    import torch
+
+    words = ["posttrain", "sft-gsm8k", "--start", "embedded", "--data", str(unlike), "--heldout", str(unlike)]
+    sizes = ["--train.steps", "4", "--train.batch", "3", "--optim.learning_rate", "1e-3", "--optim.warmup", "0"]
+    assert main([*words, *sizes, "--run", str(tmp_path / "run")]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    said = capsys.readouterr().out
+    assert f"{summary['before/heldout_loss']:.3f} before, {summary['after/heldout_loss']:.3f} after" in said
+    assert summary["after/heldout_loss"] < summary["before/heldout_loss"] - 0.1
+
+    stage = Stage(stage="sft", data=str(unlike), train={"steps": 1, "batch": 3})
+    rows, _, _ = made(stage)
+    model = load_model(QUICK.model, 0)
+    total = torch.cat([by_hand(model, row.prompt, row.completion) for row in rows])
+    assert completion_loss(model, rows) == pytest.approx(-float(total.mean()), rel=1e-5)
+    assert summary["before/heldout_loss"] == pytest.approx(-float(total.mean()), rel=1e-5)
+
+    file = ["--heldout", str(tmp_path / "none.jsonl"), "--run", str(tmp_path / "other")]
+    assert main([*words[:6], *file]) == 2
+    assert "heldout: data = " in capsys.readouterr().err
+    assert main(["posttrain", "rlvr-cups", "--start", "embedded", *file]) == 2
+    assert "only of an sft stage" in capsys.readouterr().err
+
+
+def by_hand(model: Any, prompt: list[int], completion: list[int]) -> Any:
+    import torch
+
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + completion])).logits[0].double().log_softmax(-1)
+    return torch.stack([logits[len(prompt) + i - 1, token] for i, token in enumerate(completion)])
+
+
+def test_a_trainer_reads_the_exact_tokens_of_a_prompt(tmp_path):
+    """Tokens that no text is tokenized to reach the reward as they are."""
+    from forethought.adapters.trl_stages import Sampling, reinforce
+
+    tokenizer, seen = load_tokenizer(QUICK.model), []
+    odd = [tokenizer.bos_token_id, tokenizer.bos_token_id, 9, 10]  # as text, TRL would add one more beginning
+    assert tokenizer(tokenizer.decode(odd))["input_ids"] != odd
+
+    def reward(prompts: Any, completion_ids: Any, **_: Any) -> list[float]:
+        return [float(i) for i in range(len(completion_ids))]
+
+    model = load_model(QUICK.model, 0)
+    plain = model.forward
+
+    def forward(*args: Any, **options: Any) -> Any:
+        tokens = options.get("input_ids", args[0] if args else None)
+        seen.append(tokens[0, : len(odd)].tolist())
+        return plain(*args, **options)
+
+    model.forward = forward
+    config = options_of(RLVR, QUICK, tmp_path, 0)
+    sampling = Sampling(group=2, longest=4, temperature=1.0, end=5)
+    reinforce(
+        (model, tokenizer), [{"prompt": odd, "answer": ""}] * 2, reward, sampling, config, lambda done, total: None
+    )
+    assert seen[0] == odd

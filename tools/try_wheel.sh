@@ -8,12 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-"$python" -m venv "$work/build"
-"$work/build/bin/pip" install --quiet hatchling
-rm -rf dist
-"$work/build/bin/python" -m hatchling build -t sdist
-"$work/build/bin/pip" wheel --quiet --no-deps --wheel-dir dist dist/*.tar.gz  # of the archive, not of the checkout
-
+tools/build_wheel.sh
 "$python" -m venv "$work/venv"
 bin=$work/venv/bin
 "$bin/pip" install --quiet --constraint requirements.lock torch==2.13.0

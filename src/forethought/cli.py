@@ -190,11 +190,17 @@ def _posttrain(words: list[str], out: Console, err: Console) -> int:
         raise UserError("posttrain takes a stage's file, or the name of a shipped one, and --start MODEL_OR_RUN")
     overrides = read_overrides(words[1:])
     _quiet_libraries()
+    from forethought.runlog import RunLog
     from forethought.stages import posttrain
 
     with Watcher(err) as watcher:
         folder = posttrain(words[0], start, overrides, watcher)
-    line(out, f"trained model: {folder / 'policy'}; measure it with: forethought evaluate {folder}")
+    log = RunLog.open(folder)
+    figures, measure = log.read_json("summary.json"), "evaluate" if log.config().evaluate.path else "questions"
+    if "after/heldout_loss" in figures:
+        before, after = figures["before/heldout_loss"], figures["after/heldout_loss"]
+        line(out, f"held-out loss, nats a token: {before:.3f} before, {after:.3f} after")
+    line(out, f"trained model: {folder / 'policy'}; measure it with: forethought {measure} {folder}")
     return 0
 
 

@@ -11,10 +11,8 @@ from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from forethought.adapters.trl import as_text, ending_with, machine, optimizer
+from forethought.adapters.trl import ending_with, machine, optimizer
 from forethought.config import Config
-
-__all__ = ["Sampling", "as_text", "reinforce", "supervise"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,11 +65,14 @@ def reinforce(
 ) -> list[dict[str, Any]]:
     """RL with TRL's `GRPOTrainer` and its own defaults, on rows with a `prompt` and what `reward` takes, in order.
 
-    `start`: model and tokenizer. train.batch prompts a step; weights are changed in place. Returns what TRL logged.
+    `start`: model and tokenizer. A prompt is a list of tokens. train.batch prompts a step; weights are changed in
+    place. Returns what TRL logged.
     """
     model, tokenizer = start
     with TemporaryDirectory() as folder, _own_ends(model):
         ending = copy.deepcopy(tokenizer) if sampling.end is None else ending_with(sampling.end, tokenizer, model)
+        texts = [tokenizer.decode(row["prompt"]) for row in rows]
+        _reads(ending, dict(zip(texts, (row["prompt"] for row in rows), strict=True)))
         settings = GRPOConfig(
             **_passing(config, folder),
             per_device_train_batch_size=config.train.batch * sampling.group,
@@ -85,11 +86,23 @@ def reinforce(
             model=model,
             reward_funcs=reward,
             args=settings,
-            train_dataset=Dataset.from_list(list(rows)),
+            train_dataset=Dataset.from_list([row | {"prompt": text} for row, text in zip(rows, texts, strict=True)]),
             processing_class=ending,
             callbacks=[_Progress(seen)],
         )
         return _trained(trainer)
+
+
+def _reads(tokenizer: Any, prompts: dict[str, list[int]]) -> None:
+    """Let a tokenizer read these texts as exactly these tokens, which it might cut otherwise; TRL takes text only."""
+    kind = type(tokenizer)
+
+    def read(self: Any, text: Any = None, **options: Any) -> Any:
+        if isinstance(text, list) and all(one in prompts for one in text):
+            return {"input_ids": [prompts[one] for one in text]}
+        return kind.__call__(self, text, **options)
+
+    tokenizer.__class__ = type(kind.__name__, (kind,), {"__call__": read})
 
 
 class _Progress(TrainerCallback):

@@ -29,7 +29,8 @@ def evaluate(
     began, progress = time.perf_counter(), progress or (lambda name, done, total: None)
     log, config = started(target, overrides or {}, "evaluate")
     if not config.evaluate.path:
-        raise UserError("evaluate.path = '': name the held-out text to evaluate on")
+        unknown = f", and {str(target)!r} is no run that names any" if log is None else ""
+        raise UserError(f"evaluate.path = '': name the held-out text to evaluate on{unknown}")
     corpus.check(dataclasses.replace(config.corpus, path=config.evaluate.path), "evaluate.path")
     if log is None:
         check_free(Path(config.run), config.overwrite)

@@ -1,5 +1,6 @@
 """Run folders in, one self-contained HTML page out, with its plots as SVG files beside it. Never imports torch."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from forethought.config import UserError
@@ -7,7 +8,7 @@ from forethought.report import comparison, page, plots
 from forethought.report import runs as run_folders
 
 
-def write(runs: list[Path], out: Path | None = None) -> Path:
+def write(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
     """Report on one run, or on several side by side, and return the page's path.
 
     One run: the page is RUN/report.html, its plots are RUN/plots/NAME.svg. Several: the page is report.html beside the

@@ -4,24 +4,28 @@ OUT/config.json     options of the run: its model is the start
 OUT/stage.json      the stage, which also tells that the folder is none to resume
 OUT/trl.jsonl       what TRL logged, a line a logged step
 OUT/policy/         the trained model
-OUT/summary.json    written last
+OUT/summary.json    written last; the loss on held-out rows before and after, where the stage names some
 """
 
 import dataclasses
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from forethought.checkpoint import tensor_errors
 from forethought.config import Config, UserError
 from forethought.evaluation import started, trained
 from forethought.model import load_model, load_tokenizer
 from forethought.observer import Observer, Silent
-from forethought.positions import thought_format
+from forethought.positions import ThoughtFormat, thought_format
 from forethought.runlog import RunLog, check_free, disk_errors
+from forethought.scoring import forward, log_probabilities
 from forethought.stages.examples import Example, Verified, examples
-from forethought.stages.stage import Stage, options_of, read
+from forethought.stages.stage import Stage, of, options_of, read
 
 
 def posttrain(
@@ -57,7 +61,7 @@ def chain(stages: Sequence[Stage], start: Config, folder: Path, observer: Observ
     for number, stage in enumerate(stages, start=1):
         last = folder / f"{number}-{stage.stage}"
         if (last / "summary.json").is_file():
-            if RunLog.open(last).read_json("stage.json") != _plain(stage):
+            if of(RunLog.open(last).read_json("stage.json"), last) != stage:
                 raise UserError(f"{last} was made by another {stage.stage} stage; name another run (--run PATH)")
         else:
             run_stage(stage, options_of(stage, start, last, start.seed), observer)
@@ -74,8 +78,10 @@ def run_stage(stage: Stage, config: Config, observer: Observer) -> None:
     form = thought_format(tokenizer, config.method)
     rows = examples(stage, config, tokenizer, form)
     end = _end(stage, tokenizer)
+    kept = _kept_out(stage, config, tokenizer, form)
     model = load_model(config.model, config.seed)
-    _check_room(stage, rows, model)
+    _check_room(stage, [*rows, *kept], model)
+    figures = {"before/heldout_loss": completion_loss(model, kept)} if kept else {}
     log = RunLog.create(config)
 
     def seen(done: int, total: int) -> None:
@@ -86,16 +92,47 @@ def run_stage(stage: Stage, config: Config, observer: Observer) -> None:
         if stage.stage == "sft":
             lines = trl.supervise((model, tokenizer), [(one.prompt, one.completion) for one in rows], config, seen)
         else:
-            asked = [{"prompt": trl.as_text(one.prompt, tokenizer), "answer": one.answer} for one in rows]
-            if lost := sum(row["prompt"] is None for row in asked):
-                raise UserError(f"data = {stage.data!r}: {lost} prompts are tokenized otherwise when TRL reads them")
+            asked = [{"prompt": one.prompt, "answer": one.answer} for one in rows]
             sampling = trl.Sampling(group=stage.group, longest=stage.max_tokens, temperature=stage.temperature, end=end)
             reward = Verified(stage, tokenizer, form)
             lines = trl.reinforce((model, tokenizer), asked, reward, sampling, config, seen)
         log.write_lines("trl.jsonl", lines)
         _export(log.path, model, tokenizer)
+        figures |= {"after/heldout_loss": completion_loss(model, kept)} if kept else {}
         seconds = round(time.perf_counter() - began, 2)
-        log.write_json("summary.json", {"method": stage.stage, "seed": config.seed, "seconds": seconds})
+        log.write_json("summary.json", {"method": stage.stage, "seed": config.seed, "seconds": seconds, **figures})
+
+
+@torch.no_grad()
+def completion_loss(model: Any, rows: Sequence[Example]) -> float:
+    """Mean -log p of the tokens of completions behind their prompts, in nats a token; what `sft` descends."""
+    training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    for one in rows:
+        tokens = torch.tensor([one.prompt + one.completion], device=model.device)
+        keep = len(one.completion) + 1
+        logits = forward(model, tokens, torch.ones_like(tokens, dtype=torch.bool), keep)[:, :-1]
+        total -= log_probabilities(logits, tokens[:, 1 - keep :]).sum().item()
+        count += keep - 1
+    model.train(training)
+    return total / count
+
+
+def _kept_out(stage: Stage, config: Config, tokenizer: Any, form: ThoughtFormat) -> list[Example]:
+    """The rows that are measured before and after. Raises UserError."""
+    if not stage.heldout:
+        return []
+    if stage.stage != "sft":
+        raise UserError(
+            f"heldout = {stage.heldout!r}: only of an sft stage; forethought questions asks after any other"
+        )
+    asked = replace(stage, data=stage.heldout, train={"steps": 1, "batch": stage.heldout_rows})
+    try:
+        rows = examples(asked, options_of(asked, config, Path(config.run), 0), tokenizer, form)
+    except UserError as error:
+        raise UserError(f"heldout: {error}") from None
+    return [one for i, one in enumerate(rows) if one not in rows[:i]]  # a short file comes round again
 
 
 def _check_room(stage: Stage, rows: Sequence[Example], model: Any) -> None:

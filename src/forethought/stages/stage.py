@@ -45,6 +45,10 @@ class Stage:
     """Next-token loss on completions, or GRPO with a reward of 1 for a right answer and 0 for any other."""
     data: Name
     """`world:NAME/SPLIT`, whose documents have an answer, or questions: a .jsonl or .jsonl.gz file."""
+    heldout: str = ""
+    """Rows as in `data` that are only measured (sft): their loss before and after goes to summary.json; empty: none."""
+    heldout_rows: Positive = 64
+    """How many of them, in an order that the seed does not change."""
     think: bool = True
     """Whether a completion begins inside an opened thought; the answer is then what follows the closing delimiter."""
     end: str = ""
@@ -68,6 +72,11 @@ def read(path: str | Path, overrides: dict[str, Any] | None = None) -> Stage:
         raise UserError(
             f"stage {str(path)!r}: says no stage, so it is no stage of post-training (docs/post-training.md)"
         )
+    return of(values, path)
+
+
+def of(values: dict[str, Any], path: str | Path) -> Stage:
+    """The stage of a nested dict; `path` is for messages. Raises UserError."""
     try:
         return TypeAdapter(Stage).validate_json(json.dumps(values, default=str))
     except ValidationError as error:

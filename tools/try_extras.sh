@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Install the wheel with one extra at a time, each into an empty environment, and use what the extra is for.
+# tools/try_extras.sh [eval|trl|trackers ...]; make test-lm-eval and make docs use the others
+set -euo pipefail
+cd "$(dirname "$0")/.."
+root=$PWD python=${PYTHON:-python3}
+export PIP_DISABLE_PIP_VERSION_CHECK=1 TQDM_DISABLE=1
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+try_eval() {  # math-verify accepts an answer that the checker alone does not, and is named in what is written
+  echo '{"question": "Which numbers are below 4?", "answer": "\\{1,2,3\\}"}' > math500.jsonl
+  "$bin/forethought" questions embedded --questions.data . --questions.tasks math500 --questions.shots 0 \
+    --questions.samples 1 --questions.max_tokens 8 --run runs/asked
+  grep -q '"checker": "plain or math-verify' runs/asked/questions.json
+  "$bin/python" -c 'from forethought.evaluation.answers import judge
+assert judge(r"\boxed{\{1,2\} \cup \{3\}}", r"\{1,2,3\}").right and not judge(r"\boxed{\{1,2\}}", r"\{1,2,3\}").right'
+}
+
+try_trl() {  # both stages of post-training, and RLP inside TRL
+  "$bin/forethought" posttrain sft-cups --start embedded --train.steps 2 --train.batch 4 --run runs/sft
+  "$bin/forethought" posttrain rlvr-cups --start runs/sft --train.steps 1 --train.batch 2 --run runs/rlvr
+  "$bin/forethought" evaluate runs/rlvr --evaluate.documents 10 --evaluate.positions 1 --evaluate.view 0
+  "$bin/python" "$root/examples/trl_rlp.py" --train.steps 2
+}
+
+try_trackers() {  # each without a network
+  export WANDB_MODE=offline TRACKIO_DIR=$PWD/trackio
+  for tracker in tensorboard wandb mlflow trackio; do
+    "$bin/forethought" train quickstart --train.steps 2 --train.batch 8 --evaluate.documents 4 --evaluate.positions 1 \
+      --train.tracker "$tracker" --run "runs/$tracker"
+  done
+  find . -name 'events.out.tfevents.*' | grep -q .
+  find . -name 'run-*.wandb' | grep -q .
+  find . -name 'mlflow.db' -o -name mlruns | grep -q .
+  find trackio -name '*.db' | grep -q .
+}
+
+for extra in "${@:-eval trl trackers}"; do
+  names="${names:-} $extra"
+done
+tools/build_wheel.sh
+wheel=$(ls "$PWD"/dist/*.whl)
+for extra in $names; do
+  bin=$work/$extra/bin
+  "$python" -m venv "$work/$extra"
+  "$bin/pip" install --quiet --constraint requirements.lock torch==2.13.0
+  "$bin/pip" install --quiet --constraint requirements.lock "$wheel[$extra]"
+  "$bin/pip" check
+  mkdir "$work/empty-$extra"
+  (cd "$work/empty-$extra" && "try_$extra")
+  echo "the extra $extra installs alone and works"
+  rm -rf "${work:?}/$extra"
+done
