@@ -45,6 +45,20 @@ def test_same_logits_and_gradients(name: str):
     assert all(torch.allclose(a, b, atol=1e-5 * scale) for a, b in zip(slopes, others, strict=True))
 
 
+def test_a_copy_computes_with_its_own_weights():
+    """The teacher under FSDP2 is filled into a copy of the network that computes."""
+    model, tokens = tiny.model("qwen3", "sdpa"), torch.arange(1, 9)[None]
+    fuse(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        before = twin(input_ids=tokens).logits
+        for name, parameter in model.named_parameters():
+            if "mlp" in name or "norm" in name:
+                parameter.zero_()
+        assert torch.equal(twin(input_ids=tokens).logits, before)
+        assert not torch.allclose(model(input_ids=tokens).logits, before)
+
+
 def test_the_gate_keeps_one_tensor_less_for_the_backward_pass():
     kept = []
     for fused in (False, True):

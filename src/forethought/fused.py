@@ -5,6 +5,7 @@ the rounding of its dtype, and left alone where not.
 """
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -23,29 +24,31 @@ def fuse(model: nn.Module) -> int:
     return changed
 
 
+# Methods bound to the module, not closures over its parts: a deep copy of a model then computes with its own weights.
+
+
 def _norm(module: Any) -> Callable[[Tensor], Tensor] | None:
     """A norm in one kernel that keeps its input, where it was six that keep as many."""
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
     if eps is None or not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, Tensor):
         return None
-    return lambda x: rms_norm(x, module.weight.shape, module.weight, eps)
+    return MethodType(_one_norm, module)
+
+
+def _one_norm(module: Any, x: Tensor) -> Tensor:
+    return rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
 
 
 def _gated(module: Any) -> Callable[[Tensor], Tensor] | None:
     """down(silu(gate(x)) * up(x)), of which the two factors are kept and their product's parts computed again."""
     parts: list[Any] = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    if not all(
-        isinstance(getattr(part, "base_layer", part), nn.Linear) for part in parts
-    ):  # with an adapter or without
-        return None
-    gate, up, down = parts
+    linear = (getattr(part, "base_layer", part) for part in parts)  # with an adapter or without
+    return MethodType(_one_gate, module) if all(isinstance(part, nn.Linear) for part in linear) else None
 
-    def forward(x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return down(silu(gate(x)) * up(x))
-        return down(_Gate.apply(gate(x), up(x)))
 
-    return forward
+def _one_gate(module: Any, x: Tensor) -> Tensor:
+    gate, up = module.gate_proj(x), module.up_proj(x)
+    return module.down_proj(_Gate.apply(gate, up) if torch.is_grad_enabled() else silu(gate) * up)
 
 
 def _agree(module: Any, other: Callable[[Tensor], Tensor]) -> bool:
