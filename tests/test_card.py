@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from test_survival import options
 
 from forethought import ThinkingModel, UserError, evaluate
-from forethought.config import Config, Corpus, Method, Model, from_dict, load, to_dict
+from forethought.config import Config, Corpus, Method, Model
 from forethought.loop import train
 from forethought.model import CARRIED, EMBEDDED, carried, carry
 from forethought.report.card import text, toml
+from forethought.settings import from_dict, load, to_dict
 
 SUMMARY: dict[str, Any] = {
     "method": "rlp", "steps": 20, "seconds": 125.0, "documents": 640, "tokens": 25_600, "flops": 3.21e12,

@@ -13,10 +13,11 @@ from test_survival import options, words
 
 import forethought
 from forethought.cli import main
-from forethought.config import Config, from_dict
-from forethought.config import options as option_names
+from forethought.config import Config
 from forethought.model import load_model, load_tokenizer
 from forethought.runlog import RunLog
+from forethought.settings import from_dict
+from forethought.settings import options as option_names
 from forethought.terminal import printable
 
 

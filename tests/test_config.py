@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from forethought.config import Config, Method, UserError, find, from_dict, load, options, shipped, to_dict
+from forethought.config import Config, Method, UserError
 from forethought.runlog import RunLog
+from forethought.settings import find, from_dict, load, options, shipped, to_dict
 
 OPTIONS = """
 seed run overwrite

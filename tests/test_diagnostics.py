@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from test_survival import options
 
-from forethought.config import Config, from_dict
+from forethought.config import Config
 from forethought.diagnostics import CHECKS, WINDOW, Diagnosis, Watch, of_evaluation
 from forethought.loop import resume, train
 from forethought.observer import Silent
 from forethought.runlog import RunLog, read_lines
+from forethought.settings import from_dict
 
 SOUND = {
     "rollout/length": 8.0,

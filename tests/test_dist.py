@@ -24,11 +24,11 @@ from transformers import NemotronHConfig
 
 from forethought import checkpoint
 from forethought.cli import main
-from forethought.config import from_dict, merge
 from forethought.dist import deal, launched
 from forethought.loop import resume, train
 from forethought.model import EMBEDDED
 from forethought.runlog import checkpoints, read_lines
+from forethought.settings import from_dict, merge
 
 __all__ = ["processes"]  # a fixture
 

@@ -12,13 +12,14 @@ from safetensors.torch import load_file
 from test_survival import assert_same_tensors, figures, options
 
 from forethought.cli import main
-from forethought.config import Config, UserError, from_dict, merge
+from forethought.config import Config, UserError
 from forethought.evaluation import evaluate, text
 from forethought.loop import train
 from forethought.model import load_model, load_tokenizer
 from forethought.positions import thought_format
 from forethought.rollout.native import NativeEngine, native_engine
 from forethought.runlog import RunLog
+from forethought.settings import from_dict, merge
 
 EVALUATION = {"path": "world:cups/heldout", "documents": 3, "positions": 2, "thoughts": 2}
 

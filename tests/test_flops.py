@@ -21,7 +21,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import DynamicCache
 
-from forethought.config import from_dict
 from forethought.flops import (
     Flops,
     Work,
@@ -37,6 +36,7 @@ from forethought.flops import (
 from forethought.loop import resume, train
 from forethought.prefix import enable
 from forethought.runlog import RunLog
+from forethought.settings import from_dict
 from forethought.shape import Attention, Mamba, Shape
 
 ATTENTION = Attention(heads=2, kv_heads=1, head_dim=3, window=None)

@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
 
 from forethought import checkpoint
 from forethought.cli import main
-from forethought.config import Optim, RunError, Train, UserError, from_dict, merge
+from forethought.config import Optim, RunError, Train, UserError
 from forethought.corpus import Windows
 from forethought.loop import Config, learning_rate, resume, train
 from forethought.model import EMBEDDED, load_tokenizer
 from forethought.runlog import checkpoints
+from forethought.settings import from_dict, merge
 
 WORDS = "ball under red . swap 1 blue red , 2 green white . now under red ."
 

@@ -36,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from forethought import checkpoint, lora
-from forethought.config import Config, Lora, Model, UserError, from_dict, load
+from forethought.config import Config, Lora, Model, UserError
 from forethought.corpus import Window
 from forethought.evaluation import evaluate
 from forethought.flops import backward_flops, forward_flops
@@ -47,6 +47,7 @@ from forethought.positions import ThoughtFormat
 from forethought.prefix import enable
 from forethought.runlog import read_lines
 from forethought.scoring import plain_evidence
+from forethought.settings import from_dict, load
 from forethought.shape import Shape
 
 __all__ = ["processes"]  # a fixture

@@ -23,13 +23,14 @@ from conftest import (
 )
 
 from forethought import load, train
-from forethought.config import UserError, from_dict
+from forethought.config import UserError
 from forethought.flops import cpt_step, rlp_step
 from forethought.methods import RLP, Mixed
 from forethought.methods.mixed import best
 from forethought.network import Network
 from forethought.positions import at_places
 from forethought.runlog import read_lines
+from forethought.settings import from_dict
 from forethought.shape import Shape
 
 SETTINGS = config(group=4, thought_length=9)

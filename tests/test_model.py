@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from test_survival import options
 from transformers import AutoTokenizer, Mamba2Config
 
-from forethought.config import Config, Model, UserError, from_dict
+from forethought.config import Config, Model, UserError
 from forethought.model import check_length, device, load_model, load_tokenizer
 from forethought.network import computing
 from forethought.positions import ThoughtFormat
+from forethought.settings import from_dict
 
 
 @pytest.fixture

@@ -8,11 +8,12 @@ import pytest
 import torch
 from test_worlds import SPLITS, split_thought
 
-from forethought.config import Model, UserError, from_dict, load, to_dict
+from forethought.config import Model, UserError
 from forethought.corpus import take
 from forethought.evaluation import started
 from forethought.model import EMBEDDED, load_model, load_tokenizer
 from forethought.positions import thought_format
+from forethought.settings import from_dict, load, to_dict
 from forethought.worlds import WORLDS, mixture, notes
 
 TEXT = "oak elm , yew oak , elm ash , ash yew . from yew by oak 2 steps lead to elm ."

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from forethought import plan as planner
 from forethought.cli import main
-from forethought.config import Config, UserError, from_dict, load
+from forethought.config import Config, UserError
 from forethought.flops import rlp_step
 from forethought.plan import advice, as_dict, plan, shipped_shape, words_of
 from forethought.plan.advice import fits, largest
@@ -26,6 +26,7 @@ from forethought.plan.machines import GIB, MACHINES, Machine, machine
 from forethought.plan.memory import captured, chunk_tokens, memory
 from forethought.plan.seconds import decode_step, ring, step, sync
 from forethought.plan.simulate import RANKS, Lengths, lengths_of_run, lognormal, simulate
+from forethought.settings import from_dict, load
 from forethought.shape import Attention, Kept, Shape
 
 CPU = Machine(name="cpu", memory=8e9, bf16=1e9, fp32=1e9, bandwidth=1e9, launch=0.0)

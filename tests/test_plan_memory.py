@@ -17,7 +17,7 @@ from tiny import CONFIGS, model
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoModelForCausalLM, LlamaConfig, NemotronHConfig, PreTrainedTokenizerFast, Qwen3Config
 
-from forethought.config import Config, from_dict
+from forethought.config import Config
 from forethought.corpus import Window
 from forethought.lora import adapted
 from forethought.methods import RLP
@@ -26,6 +26,7 @@ from forethought.plan.memory import chunk_tokens, memory
 from forethought.prefix import Fork, backbone, enable, read
 from forethought.rollout.native import native_engine
 from forethought.scoring import chunk_tokens as real_chunk_tokens
+from forethought.settings import from_dict
 from forethought.shape import Shape, mixer_kept
 
 PARTS = dict[str, float]

@@ -16,7 +16,7 @@ from test_survival import options
 
 import forethought
 from forethought.cli import main
-from forethought.config import Questions, UserError, from_dict, load, merge
+from forethought.config import Questions, UserError
 from forethought.evaluation import prompts, questions, tasks
 from forethought.evaluation.answers import checker, judge, matches
 from forethought.evaluation.ask import ask
@@ -28,6 +28,7 @@ from forethought.loop import train
 from forethought.model import load_model, load_tokenizer
 from forethought.positions import stream, thought_format
 from forethought.rollout.generate import Sampling, generate
+from forethought.settings import from_dict, load, merge
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 5, 6], [7, 7], [5, 6, 7]]
 WRITTEN = {"id": "w-0", "question": "What is 2 + 3?", "answer": "5"}

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from forethought.config import Config, UserError, from_dict, to_dict
+from forethought.config import Config, UserError
 from forethought.report import evaluation, page, plots, svg, write
 from forethought.report import runs as run_folders
 from forethought.report.text import duration, figure, signed, visible
+from forethought.settings import from_dict, to_dict
 
 HOSTILE = '<script>alert("x")</script> <b>bold</b> & "quoted" <img src=http://evil.example/x.png> \x00\x1b[31m \u202e'
 

@@ -36,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerFast
 
 from forethought.cli import main
-from forethought.config import Method, UserError, from_dict
+from forethought.config import Method, UserError
 from forethought.flops import Work, forward_flops, rlp_step
 from forethought.loop import Trainer, resume, train
 from forethought.methods import RPT
@@ -49,6 +49,7 @@ from forethought.positions import ThoughtFormat, at_places, draw, stream, uncert
 from forethought.rewards import prefix_match
 from forethought.rollout import Responses, Thoughts, draw_noise
 from forethought.runlog import RunLog, read_lines
+from forethought.settings import from_dict
 from forethought.shape import Shape
 from forethought.spelling import Spelling
 

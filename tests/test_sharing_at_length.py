@@ -13,11 +13,11 @@ from test_survival import options
 from torch.autograd.graph import saved_tensors_hooks
 
 from forethought import prefix
-from forethought.config import from_dict, merge
 from forethought.corpus import Window
 from forethought.loop import train
 from forethought.positions import ThoughtFormat, at_places
 from forethought.scoring import Continuations, Reading, continue_with_gradients
+from forethought.settings import from_dict, merge
 
 FORM = ThoughtFormat(before=(), after=(), open=(3, 5), close=(4,), bos=None, pad=0)
 HYBRID = hf.NemotronHConfig(

@@ -20,12 +20,13 @@ from safetensors.torch import load_file
 
 from forethought import checkpoint
 from forethought.cli import main
-from forethought.config import RunError, from_dict, merge
+from forethought.config import RunError
 from forethought.interrupts import Gate, SignalArrived, Stopped
 from forethought.loop import Trainer, resume, train
 from forethought.model import EMBEDDED
 from forethought.observer import Silent
 from forethought.runlog import RunLog, checkpoints, read_lines
+from forethought.settings import from_dict, merge
 
 SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
 PATIENCE_S = 60.0

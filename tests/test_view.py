@@ -15,10 +15,11 @@ from test_evaluation import EVALUATION
 from test_survival import options
 
 from forethought import checkpoint
-from forethought.config import Model, from_dict
+from forethought.config import Model
 from forethought.evaluation import evaluate, view
 from forethought.loop import train
 from forethought.model import load_model, load_tokenizer
+from forethought.settings import from_dict
 
 WORDS = word_tokenizer().get_vocab()
 

@@ -18,7 +18,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed", allow_module_level=True)
 
-from forethought.config import Config, Corpus, Lora, Method, Rollout, RunError, Train, UserError, from_dict
+from forethought.config import Config, Corpus, Lora, Method, Rollout, RunError, Train, UserError
 from forethought.loop import train
 from forethought.lora import adapted
 from forethought.positions import Positions, ThoughtFormat, at_places, stream
@@ -26,6 +26,7 @@ from forethought.prefix import enable
 from forethought.rollout import Thoughts, draw_noise
 from forethought.rollout.native import NativeEngine
 from forethought.rollout.vllm import VLLMEngine, start
+from forethought.settings import from_dict
 
 ONE = ThoughtFormat(before=(), after=(), open=(3,), close=(CLOSE,), bos=None, pad=0)
 TWO = ThoughtFormat(before=(6,), after=(8,), open=(3, 5), close=(CLOSE, 7), bos=None, pad=0)

@@ -5,8 +5,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
-from forethought.config import load
 from forethought.model import EMBEDDED, carry
+from forethought.settings import load
 from forethought.worlds import WORLDS
 
 PAD, BEGIN, UNKNOWN = "<pad>", "<s>", "<unk>"

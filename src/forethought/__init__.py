@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from forethought._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from forethought.config import Config, RunError, UserError, load
+    from forethought.config import Config, RunError, UserError
     from forethought.evaluation import evaluate
     from forethought.evaluation.ask import ask
     from forethought.experiment import compare
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from forethought.rewards import information_gain
     from forethought.rollout import Thoughts
     from forethought.rollout.native import NativeEngine
+    from forethought.settings import load
     from forethought.stages import posttrain
     from forethought.teacher import Teacher
     from forethought.thinking import ThinkingModel
@@ -30,7 +31,7 @@ _HOMES = {
     "UserError": "config",
     "RunError": "config",
     "Stopped": "interrupts",
-    "load": "config",
+    "load": "settings",
     "train": "loop",
     "resume": "loop",
     "evaluate": "evaluation",

@@ -12,8 +12,9 @@ from pathlib import Path
 from rich.console import Console
 
 import forethought
-from forethought.config import Config, RunError, UserError, difference, from_dict, load, merge, read_overrides, to_dict
+from forethought.config import Config, RunError, UserError
 from forethought.dist import Elsewhere, alone, launched
+from forethought.settings import difference, from_dict, load, merge, read_overrides, to_dict
 from forethought.terminal import CONTROLS, FIGURES, Watcher, answer_table, line, table
 
 USAGE = """\

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from forethought import checkpoint, corpus, dist, lora, sharding
-from forethought.config import Config, Parallel, RunError, UserError, from_dict, to_dict
+from forethought.config import Config, Parallel, RunError, UserError
 from forethought.diagnostics import Diagnosis, Watch, of_evaluation
 from forethought.evaluation import text
 from forethought.flops import Flops, step_flops, t_flop
@@ -24,6 +24,7 @@ from forethought.positions import thought_format
 from forethought.report import card
 from forethought.rollout.engines import engine
 from forethought.runlog import RunLog, check_free, disk_errors, read_lines
+from forethought.settings import from_dict, to_dict
 from forethought.shape import Shape
 from forethought.tracking import Tracker, check_tracker
 
@@ -46,8 +47,8 @@ def resume(run: str | Path, observer: Observer | None = None, parallel: Parallel
     another number it goes on up to rounding.
     """
     log = RunLog.open(run)
-    config = dataclasses.replace(log.config(), run=str(log.path))
-    config = from_dict(to_dict(dataclasses.replace(config, parallel=parallel or config.parallel)))
+    more = {"parallel": dataclasses.asdict(parallel)} if parallel else {}
+    config = from_dict(to_dict(log.config()) | {"run": str(log.path)} | more)
     with dist.processes(config), _held(log):
         finished, stage = ((log.path / name).is_file() for name in ("summary.json", "stage.json"))
         if dist.gather(finished)[0]:
@@ -99,8 +100,7 @@ class Trainer:
         self.network = lora.network(config)
         self.policy = self.network.compute
         self.engine = engine(self.network.compute, self.form, config)
-        build = METHODS[config.method.name]
-        self.method: Method = build(self.network, self.engine, self.form, self.tokenizer, config)
+        self.method: Method = METHODS[config.method.name](self.network, self.engine, self.form, self.tokenizer, config)
         if config.parallel.shard == "fsdp2" and dist.size() > 1:
             self.network.shard([one for name, one in self.method.state().items() if name == "teacher"])
         options = config.optim

@@ -14,8 +14,9 @@ import transformers
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from forethought.config import Config, Model, UserError, to_dict
+from forethought.config import Config, Model, UserError
 from forethought.positions import ThoughtFormat
+from forethought.settings import to_dict
 from forethought.shape import Shape
 
 _ASSETS = Path(__file__).parent / "assets"

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from forethought.config import Config, UserError, from_dict, merge
+from forethought.config import Config, UserError
 from forethought.corpus import Window
 from forethought.evaluation.questions import ends
 from forethought.evaluation.view import texts
@@ -30,6 +30,7 @@ from forethought.rollout.decoding import sample
 from forethought.rollout.generate import Sampling, Stop, generate
 from forethought.rollout.native import native_engine
 from forethought.scoring import chunk_tokens, plain_evidence, suffix_logits
+from forethought.settings import from_dict, merge
 
 _TAIL = 8  # tokens of which a text is decoded to see what the last one adds; a character has at most 4
 _LOGITS = 2**26  # logits that are held at once

@@ -5,7 +5,8 @@ from types import TracebackType
 from typing import Any
 
 from forethought import dist
-from forethought.config import Config, UserError, to_dict
+from forethought.config import Config, UserError
+from forethought.settings import to_dict
 
 
 def check_tracker(config: Config) -> None:

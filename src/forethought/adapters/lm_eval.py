@@ -19,9 +19,10 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from forethought.config import UserError, merge
+from forethought.config import UserError
 from forethought.evaluation.questions import before, stop_at
 from forethought.rollout.generate import Sampling
+from forethought.settings import merge
 from forethought.thinking import Pair, ThinkingModel
 
 _KNOWN = {"until", "do_sample", "temperature", "top_p", "max_gen_toks"}

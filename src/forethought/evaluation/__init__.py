@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from forethought import checkpoint, corpus, lora
-from forethought.config import Config, UserError, from_dict, load, merge, to_dict
+from forethought.config import Config, UserError
 from forethought.evaluation import controls, text, view
 from forethought.model import carried, check_length, load_model, load_tokenizer
 from forethought.network import computing
@@ -14,6 +14,7 @@ from forethought.positions import thought_format
 from forethought.report import card
 from forethought.rollout import engines
 from forethought.runlog import RunLog, check_free
+from forethought.settings import from_dict, load, merge, to_dict
 
 
 def evaluate(

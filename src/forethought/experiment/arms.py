@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from forethought import evaluation
-from forethought.config import Config, UserError, difference
+from forethought.config import Config, UserError
 from forethought.evaluation import controls, text, view
 from forethought.experiment import asked
 from forethought.experiment.design import BASE, Experiment, Job
 from forethought.loop import resume, train
 from forethought.observer import Observer
 from forethought.runlog import RunLog
+from forethought.settings import difference
 from forethought.stages import chain
 
 RECORDS, SPENT, POST = "records.json", "spent.json", "post"

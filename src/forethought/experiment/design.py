@@ -32,7 +32,8 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from forethought.config import Config, UserError, find, from_dict, load, merge, read_toml, to_dict
+from forethought.config import Config, UserError
+from forethought.settings import find, from_dict, load, merge, read_toml, to_dict
 from forethought.stages.stage import Stage
 from forethought.stages.stage import read as read_stage
 

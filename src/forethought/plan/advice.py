@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from forethought.config import from_dict, merge, to_dict
 from forethought.plan.job import Job, with_option
 from forethought.plan.memory import chunk_tokens, memory
+from forethought.settings import from_dict, merge, to_dict
 
 _RANK = 16  # of adapters, a usual one
 

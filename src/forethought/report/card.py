@@ -10,11 +10,12 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from forethought._version import __version__
-from forethought.config import Config, flatten, to_dict
+from forethought.config import Config
 from forethought.report.comparison import COSTS, METRICS
 from forethought.report.evaluation import interval
 from forethought.report.runs import number
 from forethought.report.text import UNBROKEN, duration, figure, visible
+from forethought.settings import flatten, to_dict
 
 _METHODS = {
     "rlp": "RLP, reinforcement learning pretraining ([arXiv:2510.01265](https://arxiv.org/abs/2510.01265))",

@@ -13,10 +13,11 @@ from typing import Any
 from markupsafe import Markup, escape
 from pydantic import TypeAdapter, ValidationError
 
-from forethought.config import UserError, flatten
+from forethought.config import UserError
 from forethought.report import charts, evaluation, svg
 from forethought.report.charts import Point
 from forethought.report.text import figure, signed
+from forethought.settings import flatten
 
 BASE, ALL, QUESTIONS = "base", "all", "questions"
 MAIN = (

@@ -10,10 +10,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from forethought.config import flatten
 from forethought.report import answers, comparison, evaluation, plots, svg, viewer
 from forethought.report.runs import Position, Run, number
 from forethought.report.text import duration, figure, signed, visible
+from forethought.settings import flatten
 
 POSITIONS_SHOWN, THOUGHTS_SHOWN = 4, 8
 """Positions of a step on the page, and thoughts of a position that are not folded away."""

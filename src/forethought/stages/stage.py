@@ -20,21 +20,9 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from forethought.config import (
-    Above0,
-    Config,
-    Lora,
-    Method,
-    Name,
-    Optim,
-    Positive,
-    UserError,
-    find,
-    merge,
-    read_toml,
-    to_dict,
-)
-from forethought.config import from_dict as config_of
+from forethought.config import Above0, Config, Lora, Method, Name, Optim, Positive, UserError
+from forethought.settings import find, merge, read_toml, to_dict
+from forethought.settings import from_dict as config_of
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
