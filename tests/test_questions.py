@@ -333,7 +333,7 @@ def test_malformed_and_empty_files_of_other_kinds_are_named_too(tmp_path: Path):
 @pytest.mark.parametrize(
     ("names", "data", "message"),
     [
-        ("gsm8k", "nothing", "questions.tasks = 'gsm8k': nothing: no such file or folder"),
+        ("gsm8k", "nothing", "questions.data or questions.tasks, for 'gsm8k': nothing: no such file or folder"),
         ("gsm8k", ".", "questions.tasks = 'gsm8k': no file gsm8k or gsm8k_test (.jsonl, .jsonl.gz, .csv) in ."),
         ("gsm8k=some.txt", "", "questions.tasks = 'gsm8k': some.txt: must be one of .jsonl, .jsonl.gz, .csv"),
         ("gpqa", "", "questions.tasks = 'gpqa': comes from a local file only: gpqa=FILE"),
@@ -684,7 +684,10 @@ def test_asking_a_run_asks_its_start_too(tmp_path: Path, capsys: pytest.CaptureF
     [
         ([], "questions takes a run folder or a model"),
         (["--questions.limit", "3"], "questions takes a run folder or a model"),
-        (["embedded", "--questions.data", "nothing"], "questions.tasks = 'gsm8k': nothing: no such file or folder"),
+        (
+            ["embedded", "--questions.data", "nothing"],
+            "questions.data or questions.tasks, for 'gsm8k': nothing: no such file or folder",
+        ),
         (["embedded", "--questions.tasks", "zork"], "questions.tasks.0 = 'zork': string should match pattern"),
         (["embedded", "--questions.tasks", "gpqa"], "questions.tasks = 'gpqa': comes from a local file only"),
         (["embedded", "--questions.batch", "0"], "questions.batch = 0"),

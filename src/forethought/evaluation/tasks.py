@@ -197,7 +197,7 @@ def _locate(task: Task, path: str) -> Path:
             )
         return found
     if not place.is_file():
-        raise UserError(f"questions.tasks = {task.name!r}: {path}: no such file or folder")
+        raise UserError(f"questions.data or questions.tasks, for {task.name!r}: {path}: no such file or folder")
     if not place.name.endswith(_EXTENSIONS):
         raise UserError(f"questions.tasks = {task.name!r}: {path}: must be one of {', '.join(_EXTENSIONS)}")
     return place
