@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Install the wheel with one extra at a time, each into an empty environment, and use what the extra is for.
-# tools/try_extras.sh [eval|trl|trackers ...]; make test-lm-eval and make docs use the others
+# tools/try_extras.sh [eval|trl|lora|trackers ...]; make test-lm-eval and make docs use the others
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD python=${PYTHON:-python3}
 export PIP_DISABLE_PIP_VERSION_CHECK=1 TQDM_DISABLE=1
+export PIP_COMPILE=0  # most of an install is byte code of modules that are never imported
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
@@ -24,6 +25,12 @@ try_trl() {  # both stages of post-training, and RLP inside TRL
   "$bin/python" "$root/examples/trl_rlp.py" --train.steps 2
 }
 
+try_lora() {  # adapters are what is trained and kept; the policy that is written is whole
+  "$bin/forethought" train quickstart --lora.r 4 --train.steps 2 --train.batch 8 --evaluate.documents 4 \
+    --evaluate.positions 1 --run runs/lora
+  "$bin/forethought" evaluate runs/lora --evaluate.documents 10 --evaluate.positions 1 --evaluate.view 0
+}
+
 try_trackers() {  # each without a network
   export WANDB_MODE=offline TRACKIO_DIR=$PWD/trackio
   for tracker in tensorboard wandb mlflow trackio; do
@@ -36,7 +43,7 @@ try_trackers() {  # each without a network
   find trackio -name '*.db' | grep -q .
 }
 
-for extra in "${@:-eval trl trackers}"; do
+for extra in "${@:-eval trl lora trackers}"; do
   names="${names:-} $extra"
 done
 tools/build_wheel.sh

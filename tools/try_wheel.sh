@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD python=${PYTHON:-python3}
-export PIP_DISABLE_PIP_VERSION_CHECK=1
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_COMPILE=0  # most of an install is byte code of modules that are never imported
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
