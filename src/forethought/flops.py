@@ -172,9 +172,7 @@ def rlp_step(shape: Shape, work: Work, causal: bool = True) -> Flops:
 def cpt_step(shape: Shape, rows: Sequence[int], causal: bool = True) -> Flops:
     """FLOPs of a step of next-token training (eq. 1) on rows of so many tokens, all but each row's first predicted."""
     read, scored = [(n, 0) for n in rows], sum(n - 1 for n in rows)
-    return Flops(
-        update=forward_flops(shape, read, scored, causal) + backward_flops(shape, read, scored, causal),
-    )
+    return Flops(update=forward_flops(shape, read, scored, causal) + backward_flops(shape, read, scored, causal))
 
 
 def equal_flops_steps(shape: Shape, flops: int, rows: Sequence[int]) -> int:

@@ -117,7 +117,7 @@ class Trainer:
         self.asked = 0  # the signal on which several processes have agreed to stop
         self.shape, self.cost = Shape.known(self.policy.config), Flops()
         if self.shape is not None and self.network.adapted:
-            self.shape = self.shape.with_adapter(sum(one.numel() for one in self.network.weights.parameters()))
+            self.shape = self.shape.with_adapter(self.network.trained)
         if config.train.flops and self.shape is None:
             kind = self.policy.config.model_type
             raise UserError(f"train.flops = {config.train.flops}: the FLOPs of a {kind} model are not known; use steps")
@@ -363,7 +363,7 @@ class Trainer:
             "seed": self.config.seed,
             "steps": self.step,
             "seconds": round(self.seconds, 2),
-            "trained_parameters": sum(parameter.numel() for parameter in self.network.weights.parameters()),
+            "trained_parameters": self.network.trained,
             "documents": self.stream.documents,
             "tokens": self.stream.tokens,
             "skipped": self.stream.skipped,

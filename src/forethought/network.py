@@ -53,6 +53,11 @@ class Network:
         """Whether each process keeps only its part of the weights."""
         return sharding.is_sharded(self.weights)
 
+    @property
+    def trained(self) -> int:
+        """How many weights are trained, over all processes."""
+        return sum(parameter.numel() for parameter in self.weights.parameters())
+
     def gather_gradients(self, limit: float) -> float:
         """Add up the gradients of all processes, once all passes are done, and clip them; their norm before that."""
         masters = list(self.weights.parameters())

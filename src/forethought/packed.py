@@ -17,8 +17,8 @@ SMALL = 1_000_000  # weights of linear layers that a core's cache holds (4 MB), 
 
 
 @contextlib.contextmanager
-def packed(model: nn.Module, rows: int) -> Iterator[int]:
-    """Let linear layers multiply with ordered copies of their weights for a while; how many layers do.
+def packed(model: nn.Module, rows: int, asked: bool = True) -> Iterator[int]:
+    """Let linear layers multiply with ordered copies of their weights for a while, if `asked`; how many layers do.
 
     The copies take the memory of the linear layers' weights once more. Without gradients only, and only fp32 on an
     x86 CPU; elsewhere, and with small models, everything stays as it is.
@@ -29,7 +29,7 @@ def packed(model: nn.Module, rows: int) -> Iterator[int]:
     """
     changed = []
     try:
-        for layer in _layers(model):
+        for layer in _layers(model) if asked else []:
             layer.forward = _product(layer, rows)
             changed.append(layer)
         yield len(changed)

@@ -124,11 +124,9 @@ def chunk_tokens(model: Any, asked: int) -> int:
     hidden, layers = options.hidden_size, options.num_hidden_layers
     intermediate = getattr(options, "intermediate_size", None) or 4 * hidden
     intermediate = max(intermediate) if isinstance(intermediate, (list, tuple)) else intermediate
-    budget = (
-        _ACTIVATIONS_BYTES
-        if model.device.type == "cpu"
-        else torch.cuda.get_device_properties(model.device).total_memory // 8
-    )
+    budget = _ACTIVATIONS_BYTES
+    if model.device.type != "cpu":
+        budget = torch.cuda.get_device_properties(model.device).total_memory // 8
     vectors = layers * (14 * hidden + 5 * intermediate)
     return int(min(max(budget // (vectors * model.dtype.itemsize), 256), 2**16))
 

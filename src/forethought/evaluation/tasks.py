@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from forethought.config import Questions, UserError
-from forethought.corpus import decode, numbered_lines
 from forethought.evaluation.answers import LETTERS
+from forethought.readers import decode, numbered_lines
 
 _EXTENSIONS = (".jsonl", ".jsonl.gz", ".csv")
 

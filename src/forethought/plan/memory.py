@@ -17,9 +17,7 @@ ELEMENT = {"fp32": 4, "bf16": 2}  # bytes of a number in compute precision, so o
 _THOUGHTS = 29  # bytes of a thought's token while it is sampled: noise, tokens and log-probabilities, and their copies
 _SAMPLING = {"fp32": 28, "bf16": 26}  # bytes of a logit from which a token is drawn, float64 sums included
 _CAPTURED = 48  # the same in captured steps, which keep what they need, for as many rows, half as many, and so on
-ORDERED = (
-    1_000_000  # weights of linear layers from which a CPU decodes over ordered copies of them (forethought.packed)
-)
+ORDERED = 1_000_000  # weights of linear layers from which a CPU decodes over ordered copies (forethought.packed)
 _LOOK = 32  # tokens that a captured step may run on before the host looks (forethought.rollout.graphs)
 
 

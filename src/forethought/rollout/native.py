@@ -1,6 +1,5 @@
 """Thoughts from any Hugging Face causal LM: a document is read once, the thoughts at all its places decode together."""
 
-import contextlib
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -70,7 +69,7 @@ class NativeEngine:
         if self.graphs is not None:
             return self.graphs.sample(positions, noise)
         rows = Rows(positions.targets(), self.form, noise, self.model.device)
-        with packed(self.model, self.capacity) if self.ordered else contextlib.nullcontext():
+        with packed(self.model, self.capacity, self.ordered):
             self._decode(positions, noise, rows)
         return rows.thoughts(len(positions), noise.shape[1])
 
@@ -84,7 +83,7 @@ class NativeEngine:
         """Sample a thought, read log p of the target off the logits that follow, and go on to write from them."""
         targets = positions.targets()[:, :1].expand(-1, writing.shape[2])
         rows = Rows(targets, self.form, noise, self.model.device, writing)
-        with packed(self.model, self.capacity) if self.ordered else contextlib.nullcontext():
+        with packed(self.model, self.capacity, self.ordered):
             self._decode(positions, noise, rows)
         return rows.responses(len(positions), noise.shape[1])
 

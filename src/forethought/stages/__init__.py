@@ -10,7 +10,6 @@ OUT/summary.json    written last; the loss on held-out rows before and after, wh
 import dataclasses
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +126,7 @@ def _kept_out(stage: Stage, config: Config, tokenizer: Any, form: ThoughtFormat)
         raise UserError(
             f"heldout = {stage.heldout!r}: only of an sft stage; forethought questions asks after any other"
         )
-    asked = replace(stage, data=stage.heldout, train={"steps": 1, "batch": stage.heldout_rows})
+    asked = dataclasses.replace(stage, data=stage.heldout, train={"steps": 1, "batch": stage.heldout_rows})
     try:
         rows = examples(asked, options_of(asked, config, Path(config.run), 0), tokenizer, form)
     except UserError as error:

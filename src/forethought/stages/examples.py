@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from forethought.config import Config, UserError
-from forethought.corpus import Windows, check, decode, numbered_lines
+from forethought.corpus import Windows, check
 from forethought.evaluation.answers import judge
 from forethought.evaluation.prompts import prompt as asked
 from forethought.evaluation.tasks import TASKS, Question
 from forethought.positions import ThoughtFormat
+from forethought.readers import decode, numbered_lines
 from forethought.stages.stage import Stage
 
 
