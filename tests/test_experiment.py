@@ -1,6 +1,7 @@
 """Experiments: the file, matched budgets, arms that are never redone, the table and its verdicts, the page."""
 
 import dataclasses
+import io
 import json
 import re
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from test_survival import figures
 from test_viewer import BROWSER
 
@@ -22,6 +24,7 @@ from forethought.experiment.pool import Pool
 from forethought.observer import Silent
 from forethought.report import write_comparison
 from forethought.report.comparison import Row
+from forethought.terminal import Watcher
 
 SMALL = """
 config = "quickstart"
@@ -189,9 +192,12 @@ def test_an_arm_that_fails_does_not_stop_the_others(tmp_path: Path):
         "[arms.rlp]", "[arms.rlp]\noptions = { method.name = 'cpt', optim.learning_rate = 1e30 }\n[arms.sound]"
     )
     (tmp_path / "small.toml").write_text(text)
-    run = tmp_path / "run"
+    run, said = tmp_path / "run", Console(file=io.StringIO())
     with pytest.raises(RunError, match=r"^3 of 4 arms failed, first rlp/seed-0: step 2: the loss is .* nan"):
-        compare(tmp_path / "small.toml", {"run": str(run), "seeds": 0, "train": {"steps": 3}})
+        compare(tmp_path / "small.toml", {"run": str(run), "seeds": 0, "train": {"steps": 3}}, Watcher(said))
+    lines = said.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert lines[0].startswith("base: evaluating ")
+    assert any(line.startswith("sound/seed-0 (2 of 4): training 3/3, gain ") for line in lines)
     assert ("sound", 0, "all/ce_think") in rows(run)
     html = (run / "compare.html").read_text()
     assert "Not finished: <strong>rlp/seed-0</strong> (step 2: the loss is " in html

@@ -9,8 +9,12 @@ from forethought.diagnostics import Diagnosis
 class Observer(Protocol):
     """Who watches a run: the command line draws a bar, a library user may pass nothing."""
 
+    def part(self, name: str) -> None:
+        """What follows belongs to this one of several runs; with "" to all of them."""
+        ...
+
     def phase(self, name: str, done: int, total: int) -> None:
-        """Progress of a part of the run other than training itself."""
+        """Progress of what is not training itself."""
         ...
 
     def step(self, step: int, total: int, metrics: dict[str, float]) -> None:
@@ -24,6 +28,9 @@ class Observer(Protocol):
 
 class Silent:
     """An observer that does not look."""
+
+    def part(self, name: str) -> None:
+        """Nothing."""
 
     def phase(self, name: str, done: int, total: int) -> None:
         """Nothing."""

@@ -67,7 +67,7 @@ class Watcher:
             disable=not console.is_terminal,
         )
         self._task: Any = None
-        self._name = ""
+        self._name = self._part = ""
         self._printed = self._began = 0.0
         self._first = 0
 
@@ -77,6 +77,10 @@ class Watcher:
 
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
+
+    def part(self, name: str) -> None:
+        """The run that what follows belongs to, or "" for all of them."""
+        self._part = f"{name}: " if name else ""
 
     def phase(self, name: str, done: int, total: int) -> None:
         """Progress of an evaluation."""
@@ -101,7 +105,7 @@ class Watcher:
         self._console.print(Text(printable(text), style="yellow"), soft_wrap=True)
 
     def _show(self, name: str, done: int, total: int, figures: str) -> None:
-        now = time.monotonic()
+        now, name = time.monotonic(), self._part + name
         if name != self._name:
             self._name, self._began, self._first, self._printed = name, now, done, 0.0
             if self._task is not None:

@@ -59,7 +59,8 @@ def compare(
 def _one_by_one(experiment: Experiment, todo: list[Job], observer: Observer, meter: arms.Meter) -> dict[str, str]:
     """All jobs in this process. Returns what failed, and why; whatever follows a failed arm's budget fails too."""
     failed: dict[str, str] = {}
-    for job in todo:
+    for number, job in enumerate(todo, 1):
+        observer.part(f"{job.name} ({number} of {len(todo)})")
         try:
             if job.needs in failed:
                 raise RunError(f"{job.needs}, whose budget it follows, failed")

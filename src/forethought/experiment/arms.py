@@ -56,6 +56,7 @@ def measure_base(experiment: Experiment, observer: Observer, meter: Meter) -> No
         trained = [(folder / f"seed-{seed}" / POST / RECORDS).is_file() for seed in seeds if experiment.post]
         if asked.done(experiment, folder) and all(trained):
             return
+    observer.part(BASE)
     if not known:
         start = dataclasses.replace(experiment.start, overwrite=True)
         subject = evaluation.subject_of(start)

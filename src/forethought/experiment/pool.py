@@ -56,6 +56,7 @@ class Pool:
         Raises UserError for a user's mistake in an arm, SignalArrived.
         """
         gate = Gate()
+        observer.part("")
         try:
             with gate.installed():
                 while self.waiting or self._busy():
