@@ -23,7 +23,7 @@ test-lm-eval: env  ## the adapter to lm-evaluation-harness, which brings 40 pack
 test-wheel:  ## build a wheel, install it into an empty environment, run a short quickstart there
 	PYTHON=$(PYTHON) OMP_NUM_THREADS=1 tools/try_wheel.sh
 
-test-extras:  ## the wheel with the extras eval, trl, lora and trackers, each alone in an empty environment and used there
+test-extras:  ## the wheel with the extras eval, trl, lora, lm-eval and trackers, each alone in an empty environment and used there
 	PYTHON=$(PYTHON) OMP_NUM_THREADS=1 tools/try_extras.sh
 
 docs: env  ## the documentation as a site, in site/; any warning is an error

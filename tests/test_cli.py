@@ -134,7 +134,10 @@ def test_a_wrong_corpus_is_one_line(
         ({"corpus": {"window": 250}}, "corpus.window = 250: with 6 tokens for a thought that makes 256"),
         ({"method": {"open": "<zork>"}}, "method.open = '<zork>': the tokenizer cannot encode it"),
         ({"method": {"prompt": "[red] {context}"}}, "method.prompt = '[red] ': the tokenizer cannot encode it"),
-        ({"train": {"tracker": "wandb"}}, "train.tracker = 'wandb': its package is not installed"),
+        (
+            {"train": {"tracker": "wandb"}},
+            "train.tracker = 'wandb': its package cannot be imported (No module named 'wandb')",
+        ),
         ({"model": {"device": "cuda"}}, "model.device = 'cuda': no CUDA device is available here"),
         ({"model": {"tokenizer": "./nothing"}}, "model.tokenizer = './nothing' cannot be loaded: no such folder"),
         ({"model": {"path": "missing.gguf"}}, "model.path = 'missing.gguf' cannot be loaded: no such file"),

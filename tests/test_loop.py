@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -194,12 +195,18 @@ def test_tensorboard_gets_the_figures(tmp_path: Path):
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "mlflow", "trackio"])
-def test_a_tracker_that_is_not_installed_is_refused_before_the_run(tmp_path: Path, tracker: str):
-    from accelerate.tracking import get_available_trackers
-
-    if tracker in [str(name) for name in get_available_trackers()]:
-        pytest.skip(f"{tracker} is installed")
-    with pytest.raises(UserError, match=f"^train.tracker = '{tracker}': its package is not installed$"):
+def test_a_tracker_that_is_not_there_or_broken_is_refused_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracker: str
+):
+    refused = f"^train.tracker = '{tracker}': its package cannot be imported \\({{}}\\); pip install"
+    monkeypatch.setitem(sys.modules, tracker, None)
+    with pytest.raises(UserError, match=refused.format(f"import of {tracker} halted.*")):
+        go(tmp_path, "run", train={"tracker": tracker})
+    monkeypatch.delitem(sys.modules, tracker)
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / f"{tracker}.py").write_text("raise TypeError('Descriptors cannot be created.\\nUse protoc.')")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    with pytest.raises(UserError, match=refused.format("Descriptors cannot be created.")):
         go(tmp_path, "run", train={"tracker": tracker})
     assert not (tmp_path / "run").exists()
 

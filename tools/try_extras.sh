@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Install the wheel with one extra at a time, each into an empty environment, and use what the extra is for.
-# tools/try_extras.sh [eval|trl|lora|trackers ...]; make test-lm-eval and make docs use the others
+# tools/try_extras.sh [eval|trl|lora|lm-eval|trackers ...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD python=${PYTHON:-python3}
@@ -31,6 +31,26 @@ try_lora() {  # adapters are what is trained and kept; the policy that is writte
   "$bin/forethought" evaluate runs/lora --evaluate.documents 10 --evaluate.positions 1 --evaluate.view 0
 }
 
+try_lm-eval() {  # a task of one's own, asked with thoughts and without
+  export HF_HOME=$PWD/cache HF_DATASETS_OFFLINE=1
+  echo '{"text": "ball under red . swap 1 blue red , 2 green white , 3 black blue . now under", "answer": "black"}' > cups.jsonl
+  cat > cups.yaml <<END
+task: cups
+dataset_path: json
+dataset_kwargs: {data_files: {test: $PWD/cups.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{text}}"
+doc_to_choice: ["red", "blue", "green", "white", "black"]
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+END
+  for how in thoughts=4 thinking=False; do
+    "$bin/forethought" lm-eval --model_args "path=embedded,$how" --tasks cups --include_path . --output_path "$how"
+    grep -q '"acc,none"' "$how"/*/results_*.json
+  done
+}
+
 try_trackers() {  # each without a network
   export WANDB_MODE=offline TRACKIO_DIR=$PWD/trackio
   for tracker in tensorboard wandb mlflow trackio; do
@@ -43,7 +63,7 @@ try_trackers() {  # each without a network
   find trackio -name '*.db' | grep -q .
 }
 
-for extra in "${@:-eval trl lora trackers}"; do
+for extra in "${@:-eval trl lora lm-eval trackers}"; do
   names="${names:-} $extra"
 done
 tools/build_wheel.sh

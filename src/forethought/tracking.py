@@ -1,5 +1,6 @@
 """Metrics to TensorBoard, W&B, MLflow or trackio, through accelerate; nothing at all by default."""
 
+import importlib
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -10,13 +11,17 @@ from forethought.settings import to_dict
 
 
 def check_tracker(config: Config) -> None:
-    """Raise UserError where train.tracker is not installed."""
-    if config.train.tracker == "none":
+    """Raise UserError where the package of train.tracker cannot be imported: not there, or a broken install."""
+    name = config.train.tracker
+    if name == "none":
         return
-    from accelerate.tracking import get_available_trackers
-
-    if config.train.tracker not in [str(tracker) for tracker in get_available_trackers()]:
-        raise UserError(f"train.tracker = {config.train.tracker!r}: its package is not installed")
+    try:
+        importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
+    except Exception as error:  # a tracker beside a wrong version of what it needs raises anything
+        why = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(
+            f"train.tracker = {name!r}: its package cannot be imported ({why}); pip install 'forethought[trackers]'"
+        ) from None
 
 
 class Tracker:
