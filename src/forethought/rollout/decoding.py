@@ -1,9 +1,10 @@
 """The decoding state of thoughts: sample, close by force where needed, read the evidence off the logits."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from forethought.config import Method
@@ -17,7 +18,8 @@ class Rows:
 
     `tail` is -1 while a row thinks; afterwards it is the index, in close + targets, of the token it is fed next. Rows
     need not be at the same token of their thoughts. With `writing` (a uniform number for each token) a row goes on to
-    sample: what it writes takes the place of the target that was scored there.
+    sample: what it writes takes the place of the target that was scored there. `drawing` stands
+    for `draw`.
     """
 
     def __init__(
@@ -27,9 +29,11 @@ class Rows:
         noise: Float[Tensor, "batch group thought"],
         device: torch.device,
         writing: Float[Tensor, "batch group horizon"] | None = None,
+        drawing: Callable[[Tensor, Tensor, Method], tuple[Tensor, Tensor]] | None = None,
     ):
         group, limit = noise.shape[1:]
         rows = noise.shape[0] * group
+        self.drawing = drawing or draw
         self.noise = noise.reshape(rows, limit).to(device)
         self.writing = None if writing is None else writing.flatten(0, 1).to(device)
         self.close = torch.tensor(form.close, device=device)
@@ -44,20 +48,30 @@ class Rows:
         self.hit = torch.zeros(rows, targets.shape[1], dtype=torch.bool, device=device)
         self.written_logp = torch.zeros(rows, targets.shape[1], device=device)
         self.alive = torch.zeros(0, dtype=torch.long, device=device)  # rows that are in the cache, in its order
+        self.fresh = False  # whether some of them have not thought a token yet
+        self.behind = torch.arange(
+            1 - len(form.close), 1, device=device
+        )  # where a delimiter's tokens stand that ends here
 
     def begin(self, start: int, end: int) -> None:
         """Rows start .. end-1 stand in the cache now, behind those that already do."""
         self.alive = torch.cat([self.alive, torch.arange(start, end, device=self.alive.device)])
+        self.fresh = True
 
     def advance(self, logits: Float[Tensor, "row vocab"], options: Method) -> Int[Tensor, " row"]:
         """Use the logits of the rows in the cache: sample or score; return the token that each row reads next."""
         tail = self.tail[self.alive]
-        place = tail.clamp(min=0, max=self.feed.shape[1] - 1)
         thinking = tail < 0
-        self._score(logits, tail, self.feed[self.alive, place], options)
-        fed = self.feed[self.alive, place]
-        if thinking.any():
-            fed = torch.where(thinking, self._think(logits, thinking, options), fed)
+        count = int(thinking.sum())
+        if count == len(tail):
+            return self._think(logits, self.alive, options)
+        fed = self.feed[self.alive, tail.clamp(min=0, max=self.feed.shape[1] - 1)]
+        self._score(logits, tail, fed, options)
+        fed = self.feed[
+            self.alive, tail.clamp(min=0, max=self.feed.shape[1] - 1)
+        ]  # what was written there, if a row writes
+        if count:
+            fed[thinking] = self._think(logits[thinking], self.alive[thinking], options)
         return fed
 
     def _score(
@@ -77,25 +91,22 @@ class Rows:
         self.tail[self.alive] = torch.where(tail >= 0, tail + 1, tail)
 
     def _think(
-        self, logits: Float[Tensor, "row vocab"], thinking: Bool[Tensor, " row"], options: Method
-    ) -> Int[Tensor, " row"]:
-        """Sample the next thought token of the rows that think; note which of them are done thinking."""
-        rows = self.alive[thinking]
+        self, logits: Float[Tensor, "thinker vocab"], rows: Int[Tensor, " thinker"], options: Method
+    ) -> Int[Tensor, " thinker"]:
+        """Sample the next thought token of rows that think; note which of them are done thinking."""
         at = self.length[rows]
-        logits = forbid(logits[thinking], int(self.close[0]), at == 0)
-        token = sample(logits, self.noise[rows, at], options.temperature, options.top_p)
+        if self.fresh:
+            logits, self.fresh = forbid(logits, int(self.close[0]), at == 0), False
+        token, logp = self.drawing(logits, self.noise[rows, at], options)
         self.tokens[rows, at] = token
-        self.logp[rows, at] = log_probabilities(logits, token, options.temperature)
-        self.length[rows] = at + 1
-        size = len(self.close)
-        columns = at[:, None] + 1 + torch.arange(-size, 0, device=at.device)
-        ending = self.tokens[rows[:, None], columns.clamp(min=0)]
-        self.closed[rows] = (ending == self.close).all(dim=-1) & (at + 1 > size)
-        forced = torch.where(at + 1 == self.tokens.shape[1], 0, -1)
-        self.tail[rows] = torch.where(self.closed[rows], size, forced)
-        result = torch.zeros_like(self.alive)
-        result[thinking] = token
-        return result
+        self.logp[rows, at] = logp
+        size, limit, length = len(self.close), self.tokens.shape[1], at + 1
+        self.length[rows] = length
+        ending = self.tokens[rows[:, None], (at[:, None] + self.behind).clamp(min=0)]
+        closed = (ending == self.close).all(dim=-1) & (length > size)
+        self.closed[rows] = closed
+        self.tail[rows] = torch.where(closed, size, torch.where(length == limit, 0, -1))
+        return token
 
     def alive_rows(self) -> Int[Tensor, " row"]:
         """Indices, among the rows in the cache, of those that still have a token to think or to score."""
@@ -126,6 +137,14 @@ class Rows:
             written=self.feed[:, len(self.close) :].view(batch, group, -1),
             logp=self.written_logp.view(batch, group, -1),
         )
+
+
+def draw(
+    logits: Float[Tensor, "row vocab"], noise: Float[Tensor, " row"], options: Method
+) -> tuple[Int[Tensor, " row"], Float[Tensor, " row"]]:
+    """A token per row at a uniform number, by `sample`, and its log-probability at the temperature."""
+    token = sample(logits, noise, options.temperature, options.top_p)
+    return token, log_probabilities(logits, token, options.temperature)
 
 
 def sample(

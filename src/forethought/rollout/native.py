@@ -1,5 +1,6 @@
 """Thoughts from any Hugging Face causal LM: a document is read once, the thoughts at all its places decode together."""
 
+import contextlib
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -11,6 +12,7 @@ from forethought.packed import packed
 from forethought.positions import Positions, ThoughtFormat
 from forethought.prefix import enable
 from forethought.rollout import Responses, Thoughts
+from forethought.rollout.compiled import Compiled
 from forethought.rollout.copies import COMPACT, read_copies
 from forethought.rollout.decoding import Rows
 from forethought.rollout.graphs import Graphs, capturable
@@ -43,7 +45,8 @@ class NativeEngine:
     `rows` bounds how many thoughts decode at once. With `shared` (a model that `prefix.enable` prepared) a document is
     kept once for all its thoughts, and as thoughts finish the next positions take their place; without, each thought
     has a copy of its prefix. With `graphs` thoughts decode without the host; what is written behind them does not.
-    With `ordered`, a CPU multiplies with weights that are put into order once for each batch of thoughts (`packed`).
+    With `ordered`, a CPU multiplies with weights that are put into order once for each batch of thoughts (`packed`);
+    with `compiled` (for shared documents) it decodes by compiled functions, one call a token.
     """
 
     def __init__(
@@ -56,9 +59,11 @@ class NativeEngine:
         *,
         graphs: Graphs | None = None,
         ordered: bool = True,
+        compiled: Compiled | None = None,
     ):
         self.model, self.form, self.options, self.capacity, self.shared = model, form, options, rows, shared
-        self.graphs, self.ordered = graphs, ordered
+        self.graphs, self.ordered, self.compiled = graphs, ordered, compiled
+        self._drawing = None if compiled is None else compiled.draw
 
     def sync(self) -> None:
         """Nothing to do: the engine reads the policy's own weights."""
@@ -68,8 +73,8 @@ class NativeEngine:
         """Sample, close by force where needed, and read log p of the targets off the logits that follow."""
         if self.graphs is not None:
             return self.graphs.sample(positions, noise)
-        rows = Rows(positions.targets(), self.form, noise, self.model.device)
-        with packed(self.model, self.capacity, self.ordered):
+        rows = Rows(positions.targets(), self.form, noise, self.model.device, drawing=self._drawing)
+        with self._prepared():
             self._decode(positions, noise, rows)
         return rows.thoughts(len(positions), noise.shape[1])
 
@@ -82,10 +87,16 @@ class NativeEngine:
     ) -> Responses:
         """Sample a thought, read log p of the target off the logits that follow, and go on to write from them."""
         targets = positions.targets()[:, :1].expand(-1, writing.shape[2])
-        rows = Rows(targets, self.form, noise, self.model.device, writing)
-        with packed(self.model, self.capacity, self.ordered):
+        rows = Rows(targets, self.form, noise, self.model.device, writing, self._drawing)
+        with self._prepared():
             self._decode(positions, noise, rows)
         return rows.responses(len(positions), noise.shape[1])
+
+    def _prepared(self) -> contextlib.AbstractContextManager[Any]:
+        """Weights in the order that decoding reads them fastest."""
+        if self.compiled is not None:
+            return self.compiled.ordered()
+        return packed(self.model, self.capacity, self.ordered)
 
     def _decode(self, positions: Positions, noise: Float[Tensor, "batch group thought"], rows: Rows) -> None:
         """Read positions as there is room for their rows, and take all rows to their ends."""
@@ -119,7 +130,7 @@ class NativeEngine:
         if not self.shared:
             contexts = [self.form.wrap(context) for context in positions.contexts() for _ in range(group)]
             return read_copies(self.model, contexts, self.form.pad)
-        batch, logits = read_shared(self.model, self.form, positions, group, room)
+        batch, logits = read_shared(self.model, self.form, positions, group, room, self.compiled)
         if running is None:
             return batch, logits
         running[0].fork.join(batch.fork)
@@ -139,7 +150,8 @@ def native_engine(model: Any, form: ThoughtFormat, config: Config) -> NativeEngi
             ) from error
     rows = config.train.rollout_batch
     graphs, ordered = _graphs(model, form, config), config.model.decoding != "plain"
-    return NativeEngine(model, form, config.method, rows, shared, graphs=graphs, ordered=ordered)
+    compiled = _compiled(model, config)
+    return NativeEngine(model, form, config.method, rows, shared, graphs=graphs, ordered=ordered, compiled=compiled)
 
 
 def _graphs(model: Any, form: ThoughtFormat, config: Config) -> Graphs | None:
@@ -148,15 +160,27 @@ def _graphs(model: Any, form: ThoughtFormat, config: Config) -> Graphs | None:
     Raises UserError where it was asked for and cannot be.
     """
     asked = config.model.decoding
-    if asked == "plain":
+    if asked == "plain" or (asked == "compiled" and model.device.type == "cpu"):
         return None
     hindrance = None
     if config.model.prefix != "shared":
         hindrance = "model.prefix must be 'shared'"
-    elif model.device.type != "cuda" and asked != "compiled":
+    elif model.device.type != "cuda":
         hindrance = "there is no GPU"
     elif not capturable(model):
         hindrance = f"{type(model).__name__} has layers (Mamba, experts) that a graph cannot hold"
     if hindrance and asked != "auto":
         raise UserError(f"model.decoding = {asked!r}: {hindrance}; use 'auto' or 'plain'")
     return None if hindrance else Graphs(model, form, config.method, config.train.rollout_batch, asked == "compiled")
+
+
+def _compiled(model: Any, config: Config) -> Compiled | None:
+    """A step in one function, where it was asked for on a CPU. Raises UserError where it cannot be."""
+    if config.model.decoding != "compiled" or model.device.type != "cpu":
+        return None
+    try:
+        if config.model.prefix != "shared":
+            raise ValueError("model.prefix must be 'shared'")
+        return Compiled(model)
+    except ValueError as error:
+        raise UserError(f"model.decoding = 'compiled': {error}; use 'auto' or 'plain'") from error

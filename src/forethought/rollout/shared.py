@@ -8,13 +8,14 @@ from torch import Tensor
 
 from forethought.positions import Positions, ThoughtFormat
 from forethought.prefix import Fork, backbone, read, vocabulary
+from forethought.rollout.compiled import Compiled
 
 
 class Shared:
-    """Rows over documents that are kept once."""
+    """Rows over documents that are kept once; `compiled`, where given, reads in place of the model's own code."""
 
-    def __init__(self, model: Any, fork: Fork):
-        self.model, self.fork = model, fork
+    def __init__(self, model: Any, fork: Fork, compiled: Compiled | None = None):
+        self.model, self.fork, self.compiled = model, fork, compiled
 
     @property
     def full(self) -> bool:
@@ -24,6 +25,8 @@ class Shared:
     def read(self, tokens: Int[Tensor, "row width"]) -> Float[Tensor, "row vocab"]:
         """Read some tokens a row; the logits that follow the last."""
         width = tokens.shape[1]
+        if self.compiled is not None:
+            return [self.compiled.step(column, self.fork) for column in tokens.T.contiguous()][-1]
         self.fork.make_room(width)
         hidden = backbone(self.model, tokens, self.fork, self.fork.position_ids(width))
         self.fork.length += width
@@ -39,11 +42,14 @@ class Shared:
 
 
 def read_shared(
-    model: Any, form: ThoughtFormat, positions: Positions, group: int, room: int
+    model: Any, form: ThoughtFormat, positions: Positions, group: int, room: int, compiled: Compiled | None = None
 ) -> tuple[Shared, Float[Tensor, "row vocab"]]:
     """A row for each thought, and the logits that follow the opening delimiter; `room`: columns of the suffixes."""
     documents, stops = form.documents(positions)
-    fork = Fork(read(model, documents, stops), [place for place in range(len(positions)) for _ in range(group)], room)
-    batch = Shared(model, fork)
+    reads = read(model, documents, stops) if compiled is None else compiled.read(documents, stops)
+    batch = Shared(model, Fork(reads, range(len(positions)), room), compiled)
     lead = torch.tensor([*form.after, *form.open], device=model.device)
-    return batch, batch.read(lead.expand(len(positions) * group, -1))
+    logits = batch.read(lead.expand(len(positions), -1))  # the same for all thoughts of a place
+    rows = torch.arange(len(positions), device=model.device).repeat_interleave(group)
+    batch.select(rows)
+    return batch, logits[rows]

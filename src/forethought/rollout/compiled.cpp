@@ -1,0 +1,433 @@
+// Reading a document, and a step of decoding, as one function each: rows that read one token each, over documents that
+// are kept once. For decoders of Llama's kind (root-mean-square norms, rotary positions, grouped queries, SiLU-gated
+// networks), fp32, on a CPU.
+//
+// Every product is of few rows with a matrix whose columns stand in panels of NR: panel p holds, for each of the k
+// inputs, its NR columns side by side. Weights, the documents' keys (columns: keys) and values (columns: their entries)
+// are all put into panels once a batch (`pack`), so that the same loop multiplies with all of them.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#if defined(__AVX512F__)
+constexpr int W = 16, MR = 8;  // floats of a vector; rows of a tile, whose sums stay in registers
+#elif defined(__AVX__)
+constexpr int W = 8, MR = 4;
+#else
+constexpr int W = 4, MR = 4;
+#endif
+constexpr int NR = 2 * W;
+
+typedef float Vector __attribute__((vector_size(W * 4)));
+typedef int32_t Integers __attribute__((vector_size(W * 4)));
+
+// The same in compiled.py.
+struct Layer {
+    const float *norm, *qkv, *qkv_bias, *query_norm, *key_norm, *out, *out_bias, *second_norm, *gate_up, *down;
+    float *prefix_keys, *prefix_values;  // (document, key head) panels
+    float *keys, *values;                // (row, key head, room, size)
+};
+struct Call {
+    int64_t rows, hidden, heads, key_heads, size, inner, vocabulary, layers, threads;
+    int64_t spans, column, room, length;  // `length`: keys of a document, the filling included
+    double eps, scale;
+    const float *norm, *head, *cosines, *sines;  // cosines and sines: (row, size)
+    const int64_t *span;                         // (document, visible keys, first row, end of rows)
+    const int64_t *start;                        // first column of each row's suffix
+    float *states, *logits;                      // (row, hidden), overwritten; (row, vocabulary)
+    const Layer *layer;
+};
+
+namespace {
+
+inline Vector load(const float *from) {
+    Vector v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
+inline void store(float *to, Vector v) { std::memcpy(to, &v, sizeof v); }
+
+inline float total(Vector v) {
+    typedef float Half __attribute__((vector_size(W * 2)));
+    typedef float Quarter __attribute__((vector_size(W)));
+    Half low, high;
+    std::memcpy(&low, &v, sizeof low);
+    std::memcpy(&high, reinterpret_cast<char *>(&v) + sizeof low, sizeof high);
+    low += high;
+    Quarter first, second;
+    std::memcpy(&first, &low, sizeof first);
+    std::memcpy(&second, reinterpret_cast<char *>(&low) + sizeof first, sizeof second);
+    first += second;
+    float sum = 0;
+    for (int i = 0; i < W / 4; i++) sum += first[i];
+    return sum;
+}
+
+inline float highest(const float *x, int64_t count) {
+    float top = x[0];
+    int64_t i = 0;
+    if (count >= W) {
+        Vector tops = load(x), others = tops;
+        for (i = W; i + 2 * W <= count; i += 2 * W) {
+            const Vector a = load(x + i), b = load(x + i + W);
+            tops = a > tops ? a : tops;
+            others = b > others ? b : others;
+        }
+        tops = others > tops ? others : tops;
+        for (int j = 0; j < W; j++) top = std::max(top, tops[j]);
+    }
+    for (; i < count; i++) top = std::max(top, x[i]);
+    return top;
+}
+
+// exp by 2^n exp(r), |r| <= ln 2 / 2, and a polynomial (Cephes); two units in the last place, 0 below e^-87
+inline Vector exponential(Vector given) {
+    const Vector zero = {};
+    Vector x = given < -87.0f ? zero - 87.0f : given;
+    x = x > 88.0f ? zero + 88.0f : x;
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+    Vector whole = (x * 1.44269504f + magic) - magic;
+    Vector r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    Vector p = zero + 1.9875691500e-4f;
+    for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) p = p * r + c;
+    Vector y = p * r * r + r + 1.0f;
+    Integers bits = (__builtin_convertvector(whole, Integers) + 127) << 23;
+    Vector power;
+    std::memcpy(&power, &bits, sizeof power);
+    return given < -87.0f ? zero : y * power;
+}
+
+enum Then { SET, ADD, GATE };  // y = xw; y += xw; y = silu(x gate) * (x up), whose panels hold W columns of each
+
+template <int M, Then then>
+void tile(const float *x, int64_t x_row, const float *w, int64_t k, float *y, int64_t y_row, int columns,
+          const float *bias) {
+    Vector low[M], high[M];
+    for (int m = 0; m < M; m++) {
+        low[m] = bias ? load(bias) : Vector{};
+        high[m] = bias ? load(bias + W) : Vector{};
+    }
+    for (int64_t i = 0; i < k; i++, w += NR) {
+        const Vector a = load(w), b = load(w + W);
+        for (int m = 0; m < M; m++) {
+            low[m] += x[m * x_row + i] * a;
+            high[m] += x[m * x_row + i] * b;
+        }
+    }
+    for (int m = 0; m < M; m++) {
+        float *to = y + m * y_row, some[NR];
+        if (then == GATE) {
+            store(some, low[m] / (1.0f + exponential(-low[m])) * high[m]);
+        } else {
+            store(some, low[m]);
+            store(some + W, high[m]);
+        }
+        if (columns == (then == GATE ? W : NR)) {
+            for (int i = 0; i < (then == GATE ? W : NR); i++) to[i] = then == ADD ? to[i] + some[i] : some[i];
+        } else {
+            for (int i = 0; i < columns; i++) to[i] = then == ADD ? to[i] + some[i] : some[i];
+        }
+    }
+}
+
+template <Then then>
+void tiles(int64_t rows, const float *x, int64_t x_row, const float *w, int64_t k, float *y, int64_t y_row, int columns,
+           const float *bias) {
+    for (int64_t row = 0; row < rows; row += MR, x += MR * x_row, y += MR * y_row) {
+        switch (std::min<int64_t>(MR, rows - row)) {
+#define CASE(M) \
+    case M: tile<M, then>(x, x_row, w, k, y, y_row, columns, bias); break;
+            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+#undef CASE
+        }
+    }
+}
+
+// y (rows, n) = x (rows, k) times a matrix in panels
+template <Then then>
+void product(const Call &s, const float *x, int64_t x_row, const float *w, int64_t n, int64_t k, float *y, int64_t y_row,
+             const float *bias = nullptr) {
+    const int64_t width = then == GATE ? W : NR, panels = (n + width - 1) / width;
+#pragma omp parallel for num_threads(s.threads) if (s.threads > 1)
+    for (int64_t p = 0; p < panels; p++)
+        tiles<then>(s.rows, x, x_row, w + p * k * NR, k, y + p * width, y_row, std::min(width, n - p * width),
+                    bias ? bias + p * NR : nullptr);
+}
+
+void normalize(const float *x, const float *weight, int64_t size, double eps, float *y) {
+    Vector squares = {};
+    float rest = 0;
+    int64_t i = 0;
+    for (; i + W <= size; i += W) squares += load(x + i) * load(x + i);
+    for (; i < size; i++) rest += x[i] * x[i];
+    const float factor = 1.0f / std::sqrt((total(squares) + rest) / size + float(eps));
+    for (i = 0; i < size; i++) y[i] = weight[i] * (x[i] * factor);
+}
+
+void rotate(float *x, const float *cosines, const float *sines, int64_t size) {
+    for (int64_t i = 0, half = size / 2; i < half; i++) {
+        const float a = x[i], b = x[i + half];
+        x[i] = a * cosines[i] - b * sines[i];
+        x[i + half] = b * cosines[i + half] + a * sines[i + half];
+    }
+}
+
+// Norms and rotary positions of a row's queries and new key; key and value go to column `column` of `keys` and `values`.
+void place(const Call &s, const Layer &layer, float *row, int64_t r, int64_t column, float *keys, float *values) {
+    const float *cosines = s.cosines + r * s.size, *sines = s.sines + r * s.size;
+    for (int64_t h = 0; h < s.heads + s.key_heads; h++) {
+        float *x = row + h * s.size;
+        const float *weight = h < s.heads ? layer.query_norm : layer.key_norm;
+        if (weight) normalize(x, weight, s.size, s.eps, x);
+        rotate(x, cosines, sines, s.size);
+    }
+    const float *key = row + s.heads * s.size, *value = key + s.key_heads * s.size;
+    for (int64_t h = 0; h < s.key_heads; h++) {
+        const int64_t at = (h * s.room + column) * s.size;
+        std::memcpy(keys + at, key + h * s.size, s.size * sizeof(float));
+        std::memcpy(values + at, value + h * s.size, s.size * sizeof(float));
+    }
+}
+
+// y (C vectors) += the weighted sum of `count` rows of a matrix
+template <int C>
+void blend(const float *weight, const float *rows, int64_t row_size, int64_t count, float *y) {
+    Vector sums[C];
+    for (int c = 0; c < C; c++) sums[c] = load(y + c * W);
+    for (int64_t j = 0; j < count; j++)
+        for (int c = 0; c < C; c++) sums[c] += weight[j] * load(rows + j * row_size + c * W);
+    for (int c = 0; c < C; c++) store(y + c * W, sums[c]);
+}
+
+// One key head, rows `first` to `end`, which continue one document after `stop` tokens each: one softmax over what a row
+// sees of the document's keys and its `own` columns of suffix.
+void attend(const Call &s, const Layer &layer, int64_t document, const int64_t *stop, int64_t first, int64_t end,
+            int64_t head, int64_t own, const float *qkv, int64_t row_size, float *out) {
+    const int64_t fan = s.heads / s.key_heads, size = s.size, queries = (end - first) * fan;
+    const int64_t seen = *std::max_element(stop + first, stop + end);
+    const int64_t key_panels = (s.length + NR - 1) / NR, value_panels = (size + NR - 1) / NR;
+    const int64_t panels = document * s.key_heads + head, width = (seen + NR - 1) / NR * NR;
+    const float *keys = layer.prefix_keys + panels * key_panels * size * NR;
+    const float *values = layer.prefix_values + panels * value_panels * s.length * NR;
+    static thread_local std::vector<float> kept;
+    kept.resize(queries * (2 * size + width + own));
+    float *query = kept.data(), *sum = query + queries * size, *score = sum + queries * size;
+    const int64_t line = width + own;
+    for (int64_t q = 0; q < queries; q++) {
+        const float *from = qkv + (first + q / fan) * row_size + (head * fan + q % fan) * size;
+        for (int64_t i = 0; i < size; i++) query[q * size + i] = from[i] * float(s.scale);
+    }
+    for (int64_t p = 0; p * NR < width; p++)
+        tiles<SET>(queries, query, size, keys + p * size * NR, size, score + p * NR, line, NR, nullptr);
+    for (int64_t q = 0; q < queries; q++) {
+        const int64_t r = first + q / fan, begun = own ? s.start[r] : 0;
+        const float *mine = layer.keys + (r * s.key_heads + head) * s.room * size, *x = query + q * size;
+        float *to = score + q * line;
+        for (int64_t j = stop[r]; j < width; j++) to[j] = -std::numeric_limits<float>::infinity();
+        for (int64_t j = 0; j < begun; j++) to[width + j] = -std::numeric_limits<float>::infinity();
+        for (int64_t j = begun; j < own; j++) {
+            Vector products = {};
+            for (int64_t i = 0; i < size; i += W) products += load(mine + j * size + i) * load(x + i);
+            to[width + j] = total(products);
+        }
+        const float top = highest(to, line);
+        Vector sums = {};
+        float rest = 0;
+        int64_t j = 0;
+        for (; j + W <= line; j += W) {
+            const Vector e = exponential(load(to + j) - top);
+            store(to + j, e);
+            sums += e;
+        }
+        for (; j < line; j++) rest += to[j] = std::exp(to[j] - top);
+        const float inverse = 1.0f / (total(sums) + rest);
+        for (j = 0; j < line; j++) to[j] *= inverse;
+    }
+    for (int64_t p = 0; p < value_panels; p++)
+        tiles<SET>(queries, score, line, values + p * s.length * NR, seen, sum + p * NR, size,
+                   std::min<int64_t>(NR, size - p * NR), nullptr);
+    for (int64_t q = 0; q < queries; q++) {
+        const int64_t r = first + q / fan, begun = own ? s.start[r] : 0;
+        const float *mine = layer.values + ((r * s.key_heads + head) * s.room + begun) * size;
+        const float *weight = score + q * line + width + begun;
+        float *to = sum + q * size;
+        int64_t i = 0;
+        for (; i + 4 * W <= size; i += 4 * W) blend<4>(weight, mine + i, size, own - begun, to + i);
+        for (; i < size; i += W) blend<1>(weight, mine + i, size, own - begun, to + i);
+        std::memcpy(out + (r * s.heads + head * fan + q % fan) * size, to, size * sizeof(float));
+    }
+}
+
+struct Part {  // rows of one document that attend at once
+    int64_t document, first, end;
+};
+
+void cut(const Call &s, int64_t document, int64_t first, int64_t end, std::vector<Part> &parts) {
+    const int64_t rows = std::max<int64_t>(1, 4 * MR * s.key_heads / s.heads);
+    for (; first < end; first += rows) parts.push_back({document, first, std::min(first + rows, end)});
+}
+
+struct Room {  // what a layer computes
+    int64_t row_size;
+    std::vector<float> normed, qkv, out, gated;
+    explicit Room(const Call &s)
+        : row_size((s.heads + 2 * s.key_heads) * s.size), normed(s.rows * s.hidden), qkv(s.rows * row_size),
+          out(s.rows * s.heads * s.size), gated(s.rows * s.inner) {}
+};
+
+void normalize_rows(const Call &s, const float *weight, Room &room) {
+#pragma omp parallel for num_threads(s.threads) if (s.threads > 1 && s.rows > 64)
+    for (int64_t r = 0; r < s.rows; r++)
+        normalize(s.states + r * s.hidden, weight, s.hidden, s.eps, &room.normed[r * s.hidden]);
+}
+
+void project(const Call &s, const Layer &layer, Room &room) {
+    normalize_rows(s, layer.norm, room);
+    product<SET>(s, room.normed.data(), s.hidden, layer.qkv, room.row_size, s.hidden, room.qkv.data(), room.row_size,
+                 layer.qkv_bias);
+}
+
+// A layer from its attention on.
+void finish(const Call &s, const Layer &layer, const std::vector<Part> &parts, const int64_t *stop, int64_t own,
+            Room &room) {
+    const int64_t tasks = parts.size() * s.key_heads, out_size = s.heads * s.size;
+#pragma omp parallel for num_threads(s.threads) schedule(dynamic) if (s.threads > 1)
+    for (int64_t task = 0; task < tasks; task++) {
+        const Part &part = parts[task / s.key_heads];
+        attend(s, layer, part.document, stop, part.first, part.end, task % s.key_heads, own, room.qkv.data(),
+               room.row_size, room.out.data());
+    }
+    product<ADD>(s, room.out.data(), out_size, layer.out, s.hidden, out_size, s.states, s.hidden, layer.out_bias);
+    normalize_rows(s, layer.second_norm, room);
+    product<GATE>(s, room.normed.data(), s.hidden, layer.gate_up, s.inner, s.hidden, room.gated.data(), s.inner);
+    product<ADD>(s, room.gated.data(), s.inner, layer.down, s.hidden, s.inner, s.states, s.hidden);
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t panel_width() { return NR; }
+
+// Ask for large pages before memory is written for the first time: weights that no cache holds are then read a quarter
+// faster.
+void large_pages(void *from, int64_t bytes) {
+#ifdef __linux__
+    constexpr uintptr_t page = 4096;
+    const uintptr_t first = (reinterpret_cast<uintptr_t>(from) + page - 1) / page * page;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(from) + bytes) / page * page;
+    if (end > first) madvise(reinterpret_cast<void *>(first), end - first, MADV_HUGEPAGE);  // a hint: it may be refused
+#endif
+}
+
+// Columns of a matrix w (n, k), whose rows are what a product's columns are, into panels; `share` of each panel's NR
+// columns, from `offset` on, are this matrix's.
+void pack(const float *w, int64_t n, int64_t k, int64_t share, int64_t offset, int64_t threads, float *to) {
+    const int64_t panels = (n + share - 1) / share;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t p = 0; p < panels; p++)
+        for (int64_t j = 0; j < std::min(share, n - p * share); j++)
+            for (int64_t i = 0; i < k; i++) to[(p * k + i) * NR + offset + j] = w[(p * share + j) * k + i];
+}
+
+// The same of w (k, n), whose columns are a product's columns.
+void pack_columns(const float *w, int64_t n, int64_t k, int64_t threads, float *to) {
+    const int64_t panels = (n + NR - 1) / NR;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t p = 0; p < panels; p++)
+        for (int64_t i = 0; i < k; i++)
+            std::memcpy(to + (p * k + i) * NR, w + i * n + p * NR, std::min<int64_t>(NR, n - p * NR) * sizeof(float));
+}
+
+// A token a row by inverting the cumulative distribution of softmax(logits / temperature) at a uniform number, and its
+// log-probability. Sums over CELL tokens are float, over cells double.
+void draw(const float *logits, int64_t rows, int64_t vocabulary, double temperature, const float *noise, int64_t threads,
+          int64_t *tokens, float *logp) {
+    constexpr int64_t CELL = 8 * W;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t r = 0; r < rows; r++) {
+        const float *x = logits + r * vocabulary, factor = float(1 / temperature);
+        std::vector<float> share(vocabulary);
+        std::vector<double> before(1, 0.0);  // what the cells before each one sum to
+        const float top = highest(x, vocabulary);
+        for (int64_t from = 0; from < vocabulary; from += CELL) {
+            const int64_t end = std::min(from + CELL, vocabulary);
+            Vector sums = {};
+            float rest = 0;
+            int64_t i = from;
+            for (; i + W <= end; i += W) {
+                const Vector e = exponential((load(x + i) - top) * factor);
+                store(&share[i], e);
+                sums += e;
+            }
+            for (; i < end; i++) rest += share[i] = std::exp((x[i] - top) * factor);
+            before.push_back(before.back() + double(total(sums) + rest));
+        }
+        const double point = noise[r] * before.back();
+        int64_t cell = std::upper_bound(before.begin() + 1, before.end(), point) - before.begin() - 1;
+        cell = std::min<int64_t>(cell, before.size() - 2);
+        int64_t token = cell * CELL, last = std::min(token + CELL, vocabulary) - 1;
+        for (double sum = before[cell] + share[token]; sum <= point && token < last; sum += share[token]) token++;
+        tokens[r] = token;
+        logp[r] = float((x[token] - top) * factor - std::log(before.back()));
+    }
+}
+
+// Rows that read one token each. Their keys and values go into column `column` of the suffixes.
+void step(const Call *given) {
+    const Call &s = *given;
+    std::vector<int64_t> stop(s.rows);
+    std::vector<Part> parts;
+    for (int64_t i = 0; i < s.spans; i++) {
+        const int64_t *span = s.span + 4 * i;
+        std::fill(stop.begin() + span[2], stop.begin() + span[3], span[1]);
+        cut(s, span[0], span[2], span[3], parts);
+    }
+    Room room(s);
+    for (int64_t l = 0; l < s.layers; l++) {
+        const Layer &layer = s.layer[l];
+        project(s, layer, room);
+        const int64_t row = s.key_heads * s.room * s.size;
+        for (int64_t r = 0; r < s.rows; r++)
+            place(s, layer, &room.qkv[r * room.row_size], r, s.column, layer.keys + r * row, layer.values + r * row);
+        finish(s, layer, parts, stop.data(), s.column + 1, room);
+    }
+    normalize_rows(s, s.norm, room);
+    product<SET>(s, room.normed.data(), s.hidden, s.head, s.vocabulary, s.hidden, s.logits, s.vocabulary);
+}
+
+// A document, whose tokens are the rows, which see those before them and themselves: its keys and values, as they are and
+// in panels. Of the last layer nothing else is needed.
+void read(const Call *given) {
+    const Call &s = *given;
+    std::vector<int64_t> stop(s.rows);
+    for (int64_t r = 0; r < s.rows; r++) stop[r] = r + 1;
+    std::vector<Part> parts;
+    cut(s, 0, 0, s.rows, parts);
+    Room room(s);
+    const int64_t key_panels = (s.length + NR - 1) / NR, value_panels = (s.size + NR - 1) / NR;
+    for (int64_t l = 0; l < s.layers; l++) {
+        const Layer &layer = s.layer[l];
+        project(s, layer, room);
+#pragma omp parallel for num_threads(s.threads) if (s.threads > 1)
+        for (int64_t r = 0; r < s.rows; r++)
+            place(s, layer, &room.qkv[r * room.row_size], r, r, layer.keys, layer.values);
+        for (int64_t h = 0; h < s.key_heads; h++) {
+            const int64_t at = h * s.room * s.size;
+            pack(layer.keys + at, s.length, s.size, NR, 0, s.threads, layer.prefix_keys + h * key_panels * s.size * NR);
+            pack_columns(layer.values + at, s.size, s.length, s.threads,
+                         layer.prefix_values + h * value_panels * s.length * NR);
+        }
+        if (l + 1 < s.layers) finish(s, layer, parts, stop.data(), 0, room);
+    }
+}
+}
