@@ -110,7 +110,7 @@ enum Then { SET, ADD, GATE };  // y = xw; y += xw; y = silu(x gate) * (x up), wh
 
 template <int M, Then then>
 void tile(const float *x, int64_t x_row, const float *w, int64_t k, float *y, int64_t y_row, int columns,
-          const float *bias) {
+          const float *bias, const float *ahead, int64_t ahead_step) {
     Vector low[M], high[M];
     for (int m = 0; m < M; m++) {
         low[m] = bias ? load(bias) : Vector{};
@@ -118,6 +118,8 @@ void tile(const float *x, int64_t x_row, const float *w, int64_t k, float *y, in
     }
     for (int64_t i = 0; i < k; i++, w += NR) {
         const Vector a = load(w), b = load(w + W);
+        __builtin_prefetch(ahead, 0, 2);
+        ahead += ahead_step;
         for (int m = 0; m < M; m++) {
             low[m] += x[m * x_row + i] * a;
             high[m] += x[m * x_row + i] * b;
@@ -139,13 +141,16 @@ void tile(const float *x, int64_t x_row, const float *w, int64_t k, float *y, in
     }
 }
 
+// All rows with one panel. Each MR rows call for a share of the panel behind it, so that memory works all the time.
 template <Then then>
 void tiles(int64_t rows, const float *x, int64_t x_row, const float *w, int64_t k, float *y, int64_t y_row, int columns,
            const float *bias) {
-    for (int64_t row = 0; row < rows; row += MR, x += MR * x_row, y += MR * y_row) {
+    const int64_t turns = (rows + MR - 1) / MR, step = NR / turns;
+    const float *ahead = w + k * NR;
+    for (int64_t row = 0; row < rows; row += MR, x += MR * x_row, y += MR * y_row, ahead += k * step) {
         switch (std::min<int64_t>(MR, rows - row)) {
 #define CASE(M) \
-    case M: tile<M, then>(x, x_row, w, k, y, y_row, columns, bias); break;
+    case M: tile<M, then>(x, x_row, w, k, y, y_row, columns, bias, ahead, step); break;
             CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
 #undef CASE
         }
