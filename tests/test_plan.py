@@ -310,6 +310,15 @@ def test_captured_steps_are_for_attention_on_a_gpu():
     assert "decoding's buffers" not in memory(job(machine=CPU)).held
 
 
+def test_compiled_decoding_holds_weights_and_documents_once_more():
+    plain, compiled = (
+        memory(job(config(model={"decoding": way}), machine=CPU)).decode for way in ("plain", "compiled")
+    )
+    assert set(compiled) - set(plain) == {"weights in order", "documents in order"}
+    assert compiled["weights in order"] == 4 * (job().shape.multiplied + job().shape.vocab * job().shape.hidden)
+    assert 0 < compiled["documents in order"] <= plain["documents' keys, values and states"]
+
+
 def test_usable_memory_leaves_a_share():
     assert GPU.usable == 0.94 * 100e9 - GIB
     assert CPU.usable == 0.94 * 8e9

@@ -44,8 +44,8 @@ class Model:
     prefix: Literal["shared", "replicated"] = "shared"
     """Read a document once for all its thoughts, or (for families that cannot share) a copy for each; same result."""
     decoding: Literal["auto", "plain", "graphs", "compiled"] = "auto"
-    """Thoughts step by step, as captured CUDA graphs, or by a compiled model; `auto`: graphs on a GPU if they can,
-    else step by step, on a CPU over weights that are put into order for each batch of thoughts (a copy)."""
+    """Thoughts step by step, as captured CUDA graphs, or compiled (on a GPU the model, on a CPU by C++ functions, for
+    decoders of Llama's kind); `auto`: graphs on a GPU if they can, else step by step, on a CPU over ordered weights."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
