@@ -50,6 +50,7 @@ def network(name: str, seed: int = 0) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
+        model.lm_head.weight[CLOSE] *= 4  # so that thoughts end at many lengths
     enable(model)
     return model
 
@@ -63,18 +64,19 @@ def places() -> Positions:
 @NEEDS_COMPILER
 @pytest.mark.parametrize("form", [FORM, THREE], ids=["one", "three"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_thoughts_are_those_of_the_plain_way(name: str, form: ThoughtFormat):
+def test_thoughts_are_those_of_the_plain_way(name: str, form: ThoughtFormat, monkeypatch: pytest.MonkeyPatch):
     """With all rows at once, and with few, whose places are taken by others as they end."""
-    model, positions = network(name), places()
+    model, positions, joined, join = network(name), places(), [], Fork.join
+    monkeypatch.setattr(Fork, "join", lambda fork, other: join(fork, other) or joined.append(fork.ragged))
     noise = draw_noise((11, 9), [stream(0, i) for i in range(len(positions))])
     plain = NativeEngine(model, form, Method(temperature=0.8), ordered=False).sample(positions, noise)
     compiled = Compiled(model)
-    for rows in (500, 23):
+    for rows in (500, 60, 23):
         found = NativeEngine(model, form, Method(temperature=0.8), rows, compiled=compiled).sample(positions, noise)
         assert torch.equal(plain.tokens, found.tokens) and torch.equal(plain.closed, found.closed)
         assert torch.allclose(plain.logp, found.logp, atol=2e-5)
         assert torch.allclose(plain.evidence, found.evidence, atol=2e-5)
-    assert 0 < plain.closed.float().mean() < 1 or form is THREE
+    assert form is THREE or (0.1 < plain.closed.float().mean() < 1 and any(joined))
 
 
 @NEEDS_COMPILER
