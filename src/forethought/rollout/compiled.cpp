@@ -4,7 +4,7 @@
 //
 // Every product is of few rows with a matrix whose columns stand in panels of NR: panel p holds, for each of the k
 // inputs, its NR columns side by side. Weights, the documents' keys (columns: keys) and values (columns: their entries)
-// are all put into panels once a batch (`pack`), so that the same loop multiplies with all of them.
+// are all put into panels beforehand (`pack`), so that the same loop multiplies with all of them.
 
 #include <algorithm>
 #include <cmath>
@@ -380,8 +380,12 @@ void draw(const float *logits, int64_t rows, int64_t vocabulary, double temperat
         const double point = noise[r] * before.back();
         int64_t cell = std::upper_bound(before.begin() + 1, before.end(), point) - before.begin() - 1;
         cell = std::min<int64_t>(cell, before.size() - 2);
-        int64_t token = cell * CELL, last = std::min(token + CELL, vocabulary) - 1;
-        for (double sum = before[cell] + share[token]; sum <= point && token < last; sum += share[token]) token++;
+        int64_t token = -1;  // in its cell, the first token behind the point, or the last with any weight
+        double sum = before[cell];
+        for (int64_t i = cell * CELL; i < std::min((cell + 1) * CELL, vocabulary) && (token < 0 || sum <= point); i++) {
+            sum += share[i];
+            if (share[i] > 0) token = i;
+        }
         tokens[r] = token;
         logp[r] = float((x[token] - top) * factor - std::log(before.back()));
     }

@@ -1,8 +1,8 @@
 """Decoding on a CPU by compiled functions (compiled.cpp), for decoders of Llama's kind in fp32.
 
-What a model's modules do in hundreds of small operations a token is one call here, with weights, keys and values of the
-documents put into order once for each batch of thoughts, and norms, rotary positions, attention and gates computed in
-place. The model is read and not changed. Whether a model is of this kind is told by its parts, and by a probe.
+What a model's modules do in hundreds of small operations a token is one call here. Weights are put into order once for
+each batch of thoughts, keys and values of documents when they are read or put together; norms, rotary positions,
+attention and gates are computed in place. The model is read and not changed. Families are named, and a probe compares.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import ctypes
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,11 +25,8 @@ from forethought.prefix.states import State
 from forethought.rollout.decoding import draw
 from forethought.rollout.library import Call, Layer, library
 
-_BASE = {"embed_tokens", "layers", "norm", "rotary_emb"}
-_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
-_HEAD_NORMS = {"q_norm", "k_norm"}
-_NETWORK = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+_BY_LENGTH = ("dynamic", "longrope")  # rotary positions that depend on what else is read
 
 
 class Compiled:
@@ -40,6 +37,7 @@ class Compiled:
         self.library = library()
         self.width = int(self.library.panel_width())
         _check(model)
+        self._sizes: dict[str, Any] = {}
         self._weights: list[dict[str, Tensor]] = []
         self._documents: list[_Documents] = []
         self._table: tuple[Any, ...] = (None, None)
@@ -52,7 +50,9 @@ class Compiled:
         """Hold the model's weights in the order that products of few rows read them, as they are now."""
         layers = self.model.base_model.layers
         products = [*(_products(layer) for layer in layers), {"head": [self.model.lm_head.weight]}]
+        assert not self._weights, "one batch of thoughts at a time"
         try:
+            self._sizes = _sizes(self.model)
             *weights, head = self._panels(products)
             self._head = head["head"]
             self._weights = [{**own, **self._vectors(layer)} for own, layer in zip(weights, layers, strict=True)]
@@ -69,7 +69,7 @@ class Compiled:
             states = base.embed_tokens(torch.tensor(tokens[:end]))
             table = _table({**own, **one.of(number)} for own, one in zip(self._weights, made, strict=True))
             self._call(self.library.read, states, torch.arange(end), table, room=max(ends), length=max(ends))
-        self._documents = made
+        self._documents, self._table = made, (None, None)
         return Prefix(
             states=tuple(State(keys=x.keys, values=x.values, conv={}, recurrent={}, kernels={}) for x in made),
             owner=tuple(number for number, some in enumerate(stops) for _ in some),
@@ -124,25 +124,9 @@ class Compiled:
         )
         return tokens, logp
 
-    @cached_property
-    def _sizes(self) -> dict[str, Any]:
-        """What is the same in every call."""
-        base = self.model.base_model
-        attention, size = base.layers[0].self_attn, base.layers[0].self_attn.head_dim
-        return {
-            "hidden": base.norm.weight.shape[0],
-            "heads": attention.q_proj.out_features // size,
-            "key_heads": attention.k_proj.out_features // size,
-            "size": size,
-            "inner": base.layers[0].mlp.up_proj.out_features,
-            "vocabulary": self.model.lm_head.weight.shape[0],
-            "layers": len(base.layers),
-            "eps": base.norm.variance_epsilon,
-            "scale": attention.scaling,
-        }
-
     def _call(self, function: Any, states: Tensor, at: Int[Tensor, " row"], table: Any, **more: int) -> None:
         """One of the functions over rows that stand `at` these positions; `states` are overwritten."""
+        assert self._weights and len(states) == len(at), "within `ordered`, a position for each row"
         base = self.model.base_model
         turned = base.rotary_emb(states[None], at[None])
         cosines, sines = (some.expand(1, len(at), -1).contiguous() for some in turned)
@@ -205,6 +189,23 @@ class Compiled:
         return nn.functional.pad(whole, (0, _whole(len(whole), self.width) - len(whole)))
 
 
+def _sizes(model: Any) -> dict[str, Any]:
+    """What is the same in every call."""
+    base = model.base_model
+    attention, size = base.layers[0].self_attn, base.layers[0].self_attn.head_dim
+    return {
+        "hidden": base.norm.weight.shape[0],
+        "heads": attention.q_proj.out_features // size,
+        "key_heads": attention.k_proj.out_features // size,
+        "size": size,
+        "inner": base.layers[0].mlp.up_proj.out_features,
+        "vocabulary": model.lm_head.weight.shape[0],
+        "layers": len(base.layers),
+        "eps": base.norm.variance_epsilon,
+        "scale": attention.scaling,
+    }
+
+
 def _products(layer: Any) -> dict[str, list[Tensor]]:
     """The matrices of a layer's products; those of one product have as many outputs, and stand side by side."""
     attention, network = layer.self_attn, layer.mlp
@@ -260,52 +261,29 @@ def _at(tensor: Tensor) -> int:
 
 
 def _check(model: Any) -> None:
-    """Raise ValueError unless a model has the parts, and only those, that the functions compute."""
+    """Raise ValueError unless the functions compute what a model does."""
+    if (family := model.config.model_type) not in _FAMILIES:
+        raise ValueError(f"{type(model).__name__} is of another kind ({family} is none of {', '.join(_FAMILIES)})")
     weight = model.get_input_embeddings().weight
     if (weight.device.type, weight.dtype) != ("cpu", torch.float32):
         raise ValueError("it takes fp32 weights on a CPU")
-    if odd := _other_parts(model):
-        raise ValueError(f"{type(model).__name__} is of another kind ({', '.join(sorted(odd))})")
-    layers, linear = model.base_model.layers, [one for one in model.modules() if isinstance(one, nn.Linear)]
-    biased = [model.lm_head, *(one for layer in layers for one in layer.mlp.children() if isinstance(one, nn.Linear))]
-    same = {
-        "norms": {one.variance_epsilon for one in model.modules() if hasattr(one, "variance_epsilon")},
-        "scales of attention": {layer.self_attn.scaling for layer in layers},
-    }
-    size = layers[0].self_attn.head_dim
+    base, linear = model.base_model, [one for one in model.modules() if isinstance(one, nn.Linear)]
+    networks = [one for layer in base.layers for one in layer.mlp.children() if isinstance(one, nn.Linear)]
+    size = base.layers[0].self_attn.head_dim
     hindrances = {
         "its linear layers are changed, as by adapters": any(
             type(one) is not nn.Linear or "forward" in vars(one) for one in linear
         ),
-        "its head or its gated networks have biases": any(one.bias is not None for one in biased),
+        "its head or its gated networks have biases": any(one.bias is not None for one in (model.lm_head, *networks)),
         "its attention looks through a window": any(
             type(one) is not DynamicLayer for one in DynamicCache(config=model.config).layers
         ),
-        "its layers differ in their " + " and ".join(same): any(len(some) != 1 for some in same.values()),
+        "its rotary positions depend on the length of what is read": base.rotary_emb.rope_type in _BY_LENGTH,
         f"its heads have {size} numbers, no multiple of 16": size % 16 != 0,
     }
     for what, found in hindrances.items():
         if found:
             raise ValueError(what)
-
-
-def _other_parts(model: Any) -> set[str]:
-    """Names of parts that the functions do not know, or do not find."""
-    base = model.base_model
-    odd = _names(model) ^ {"lm_head", "model"} | _names(base) ^ _BASE
-    for layer in [] if odd else base.layers:
-        odd |= _names(layer) ^ _LAYER
-        if odd:
-            break
-        attention = _names(layer.self_attn)
-        norms = attention & _HEAD_NORMS
-        odd |= (attention - _HEAD_NORMS) ^ _ATTENTION | _names(layer.mlp) ^ _NETWORK
-        odd |= norms if len(norms) == 1 else set()
-    return odd
-
-
-def _names(module: nn.Module) -> set[str]:
-    return {name for name, _ in module.named_children()}
 
 
 def _probe(model: Any, compiled: Compiled) -> None:

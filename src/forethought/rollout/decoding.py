@@ -18,8 +18,7 @@ class Rows:
 
     `tail` is -1 while a row thinks; afterwards it is the index, in close + targets, of the token it is fed next. Rows
     need not be at the same token of their thoughts. With `writing` (a uniform number for each token) a row goes on to
-    sample: what it writes takes the place of the target that was scored there. `drawing` stands
-    for `draw`.
+    sample: what it writes takes the place of the target that was scored there. `drawing` stands for `draw`.
     """
 
     def __init__(

@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -35,19 +36,19 @@ class Call(ctypes.Structure):
 @cache
 def library() -> Any:
     """The functions, from the user's cache if they were compiled before. Raises ValueError where that fails."""
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
+    compiler = [*shlex.split(os.environ.get("CXX", "c++")), *_FLAGS]
+    if shutil.which(compiler[0]) is None:
         raise ValueError("there is no C++ compiler (c++, or what CXX names)")
     source = Path(__file__).with_name("compiled.cpp")
-    macros = _run([compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull])  # what the processor can do, among others
-    name = hashlib.sha256(source.read_bytes() + macros.encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "forethought"
+    macros = _run([*compiler, "-dM", "-E", "-x", "c++", os.devnull])  # what the processor can do, among others
+    name = hashlib.sha256(source.read_bytes() + " ".join([*compiler, macros]).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "forethought"
     built = folder / f"compiled-{name}.so"
     try:
         if not built.exists():
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as made:
-                _run([compiler, *_FLAGS, str(source), "-o", f"{made}/compiled.so"])
+                _run([*compiler, str(source), "-o", f"{made}/compiled.so"])
                 Path(made, "compiled.so").replace(built)  # at once, whoever else builds it
         library = ctypes.CDLL(str(built))
     except OSError as error:
