@@ -177,7 +177,7 @@ def _inputs(job: Job, tokens: int) -> float:
 def _again(job: Job, rows: int, width: int) -> float:
     """Bytes that the largest layer leaves behind when it is computed again; layers without Mamba are taken as equal.
 
-    What passes in a scan adds two fifths.
+    What passes in a scan adds two fifths, as in reading.
     """
     one, mixers = replace(job.shape, mamba=()), set(job.shape.mamba)
     plain = kept(replace(job, shape=one), rows, width)[0]
@@ -205,9 +205,9 @@ def cache_numbers(job: Job) -> tuple[int, int]:
 
 
 def _one_layer(job: Job) -> float:
-    """Bytes a token of what a layer holds while it reads without gradients; what passes in a scan adds a tenth."""
+    """Bytes a token of what a layer holds while it reads without gradients; what passes in a scan adds two fifths."""
     shape, half = job.shape, job.config.model.precision == "bf16"
     inner = (4 if shape.adapter else 3) * shape.intermediate  # an adapter's output
     plain = ELEMENT[job.config.model.precision] * (inner + 4 * shape.hidden) + 4 * shape.hidden * half
     mixers = [tokens + scanned for tokens, scanned in map(mixer_kept, shape.mamba)]
-    return float(max([plain, *(1.1 * (one.bf16 if half else one.fp32) for one in mixers)]))
+    return float(max([plain, *(1.4 * (one.bf16 if half else one.fp32) for one in mixers)]))

@@ -41,7 +41,7 @@ class Fork(Unmasked):
         return (self.layout.stop - self.start)[:, None] + steps
 
     def select(self, rows: Int[Tensor, " row"]) -> None:
-        """Keep only some rows, in their order, each as often as it is named; documents without rows are forgotten."""
+        """Keep only some rows, in the order they have; documents without rows are forgotten."""
         self.places = tuple(self.places[row] for row in rows.tolist())
         self.start = self.start[rows]
         for layer in self.rows:

@@ -47,9 +47,7 @@ def read_shared(
     """A row for each thought, and the logits that follow the opening delimiter; `room`: columns of the suffixes."""
     documents, stops = form.documents(positions)
     reads = read(model, documents, stops) if compiled is None else compiled.read(documents, stops)
-    batch = Shared(model, Fork(reads, range(len(positions)), room), compiled)
+    fork = Fork(reads, [place for place in range(len(positions)) for _ in range(group)], room)
+    batch = Shared(model, fork, compiled)
     lead = torch.tensor([*form.after, *form.open], device=model.device)
-    logits = batch.read(lead.expand(len(positions), -1))  # the same for all thoughts of a place
-    rows = torch.arange(len(positions), device=model.device).repeat_interleave(group)
-    batch.select(rows)
-    return batch, logits[rows]
+    return batch, batch.read(lead.expand(len(positions) * group, -1))
