@@ -98,14 +98,17 @@ def main() -> None:
     for name in options.models:
         for word in options.grid:
             grid = tuple(int(n) for n in word.split(","))
-            sides = ["forethought", *options.peers.split(",")]
-            ours = {"forethought": forethought(name, grid, options.device, options.decoding)}
-            jobs = ours | {side: SIDES[side](name, grid, options.device) for side in sides[1:]}
+            peers = options.peers.split(",")
+            jobs = {"forethought": forethought(name, grid, options.device, options.decoding)}
+            jobs |= {peer: SIDES[peer](name, grid, options.device) for peer in peers}
             seconds = harness.alternately(jobs, options.repeats, clock=options.clock)
-            for peer in sides[1:]:
+            for peer in peers:
                 rows.append(row(name, grid, peer, seconds) | {"device": options.device, "clock": options.clock})
-                rows[-1]["decoding"] = options.decoding
-                rows[-1] |= {"threads": torch.get_num_threads(), "repeats": options.repeats}
+                rows[-1] |= {
+                    "decoding": options.decoding,
+                    "threads": torch.get_num_threads(),
+                    "repeats": options.repeats,
+                }
                 show(rows[-1])
             if options.json:
                 options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

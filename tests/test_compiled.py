@@ -181,9 +181,11 @@ def test_what_has_no_weight_is_never_drawn():
     torch.manual_seed(1)
     logits = torch.randn(4000, 512)
     logits[:, 100:128] = logits[:, 200:] = float("-inf")
-    noise = torch.full((4000,), 1.0 - 2**-24)
-    tokens, logp = Compiled(network("llama")).draw(logits, noise, Method(temperature=1.0))
+    noise, compiled, options = torch.full((4000,), 1.0 - 2**-24), Compiled(network("llama")), Method(temperature=1.0)
+    tokens, logp = compiled.draw(logits, noise, options)
     assert logp.isfinite().all() and (tokens < 200).all()
+    lost = torch.full((1, 512), float("nan"))
+    assert compiled.draw(lost, noise[:1], options)[0].tolist() == draw(lost, noise[:1], options)[0].tolist() == [511]
 
 
 @NEEDS_COMPILER

@@ -106,6 +106,20 @@ inline Vector exponential(Vector given) {
     return given < -87.0f ? zero : y * power;
 }
 
+// y = exp((x - top) factor), and its sum
+float exponentials(const float *x, int64_t count, float top, float factor, float *y) {
+    Vector sums = {};
+    float rest = 0;
+    int64_t i = 0;
+    for (; i + W <= count; i += W) {
+        const Vector e = exponential((load(x + i) - top) * factor);
+        store(y + i, e);
+        sums += e;
+    }
+    for (; i < count; i++) rest += y[i] = std::exp((x[i] - top) * factor);
+    return total(sums) + rest;
+}
+
 enum Then { SET, ADD, GATE };  // y = xw; y += xw; y = silu(x gate) * (x up), whose panels hold W columns of each
 
 template <int M, Then then>
@@ -244,18 +258,8 @@ void attend(const Call &s, const Layer &layer, int64_t document, const int64_t *
             for (int64_t i = 0; i < size; i += W) products += load(mine + j * size + i) * load(x + i);
             to[width + j] = total(products);
         }
-        const float top = highest(to, line);
-        Vector sums = {};
-        float rest = 0;
-        int64_t j = 0;
-        for (; j + W <= line; j += W) {
-            const Vector e = exponential(load(to + j) - top);
-            store(to + j, e);
-            sums += e;
-        }
-        for (; j < line; j++) rest += to[j] = std::exp(to[j] - top);
-        const float inverse = 1.0f / (total(sums) + rest);
-        for (j = 0; j < line; j++) to[j] *= inverse;
+        const float inverse = 1.0f / exponentials(to, line, highest(to, line), 1.0f, to);
+        for (int64_t j = 0; j < line; j++) to[j] *= inverse;
     }
     for (int64_t p = 0; p < value_panels; p++)
         tiles<SET>(queries, score, line, values + p * s.length * NR, seen, sum + p * NR, size,
@@ -365,26 +369,18 @@ void draw(const float *logits, int64_t rows, int64_t vocabulary, double temperat
         std::vector<double> before(1, 0.0);  // what the cells before each one sum to
         const float top = highest(x, vocabulary);
         for (int64_t from = 0; from < vocabulary; from += CELL) {
-            const int64_t end = std::min(from + CELL, vocabulary);
-            Vector sums = {};
-            float rest = 0;
-            int64_t i = from;
-            for (; i + W <= end; i += W) {
-                const Vector e = exponential((load(x + i) - top) * factor);
-                store(&share[i], e);
-                sums += e;
-            }
-            for (; i < end; i++) rest += share[i] = std::exp((x[i] - top) * factor);
-            before.push_back(before.back() + double(total(sums) + rest));
+            const int64_t count = std::min(CELL, vocabulary - from);
+            before.push_back(before.back() + double(exponentials(x + from, count, top, factor, &share[from])));
         }
         const double point = noise[r] * before.back();
         int64_t cell = std::upper_bound(before.begin() + 1, before.end(), point) - before.begin() - 1;
         cell = std::min<int64_t>(cell, before.size() - 2);
-        int64_t token = -1;  // in its cell, the first token behind the point, or the last with any weight
+        int64_t token = vocabulary - 1;  // without any weight at all, as of logits that are nan
         double sum = before[cell];
-        for (int64_t i = cell * CELL; i < std::min((cell + 1) * CELL, vocabulary) && (token < 0 || sum <= point); i++) {
+        bool found = false;  // in its cell, the first token behind the point, or the last with any weight
+        for (int64_t i = cell * CELL; i < std::min((cell + 1) * CELL, vocabulary) && !(found && sum > point); i++) {
             sum += share[i];
-            if (share[i] > 0) token = i;
+            if (share[i] > 0) token = i, found = true;
         }
         tokens[r] = token;
         logp[r] = float((x[token] - top) * factor - std::log(before.back()));

@@ -40,7 +40,7 @@ class Compiled:
         self._sizes: dict[str, Any] = {}
         self._weights: list[dict[str, Tensor]] = []
         self._documents: list[_Documents] = []
-        self._table: tuple[Any, ...] = (None, None)
+        self._known: tuple[Any, ...] = ()  # what `_laid_out` found last
         self._head = torch.empty(0)
         with torch.no_grad(), self.ordered():
             _probe(model, self)
@@ -58,7 +58,7 @@ class Compiled:
             self._weights = [{**own, **self._vectors(layer)} for own, layer in zip(weights, layers, strict=True)]
             yield self
         finally:
-            self._weights, self._documents, self._table, self._head = [], [], (None, None), torch.empty(0)
+            self._weights, self._documents, self._known, self._head = [], [], (), torch.empty(0)
 
     def read(self, documents: Sequence[Sequence[int]], stops: Sequence[Sequence[int]]) -> Prefix:
         """As `prefix.read`."""
@@ -69,7 +69,7 @@ class Compiled:
             states = base.embed_tokens(torch.tensor(tokens[:end]))
             table = _table({**own, **one.of(number)} for own, one in zip(self._weights, made, strict=True))
             self._call(self.library.read, states, torch.arange(end), table, room=max(ends), length=max(ends))
-        self._documents, self._table = made, (None, None)
+        self._documents, self._known = made, ()
         return Prefix(
             states=tuple(State(keys=x.keys, values=x.values, conv={}, recurrent={}, kernels={}) for x in made),
             owner=tuple(number for number, some in enumerate(stops) for _ in some),
@@ -93,9 +93,9 @@ class Compiled:
 
     def _laid_out(self, fork: Fork) -> tuple[Any, Tensor, Tensor]:
         """Where everything of a fork lies: a table of its layers, its spans and its first columns."""
-        rows, (layout, keys, *known) = fork.rows, self._table
-        if layout is fork.layout and keys is rows[0].keys:  # rows that are shifted, dropped or joined get new tensors
-            return known[0], known[1], known[2]
+        rows, known = fork.rows, self._known
+        if known and known[0] is fork.layout and known[1] is rows[0].keys:  # shifted, dropped, joined: new tensors
+            return known[2], known[3], known[4]
         for row in rows:
             if not row.is_initialized:
                 some = torch.empty(len(fork.places), self._sizes["key_heads"], 1, self._sizes["size"])
@@ -108,7 +108,7 @@ class Compiled:
             for weights, one, row in zip(self._weights, self._documents, rows, strict=True)
         )
         spans = torch.tensor(fork.layout.spans)
-        self._table = (fork.layout, rows[0].keys, table, spans, fork.start)
+        self._known = (fork.layout, rows[0].keys, table, spans, fork.start)
         return table, spans, fork.start
 
     def draw(

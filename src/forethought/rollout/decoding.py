@@ -48,9 +48,7 @@ class Rows:
         self.written_logp = torch.zeros(rows, targets.shape[1], device=device)
         self.alive = torch.zeros(0, dtype=torch.long, device=device)  # rows that are in the cache, in its order
         self.fresh = False  # whether some of them have not thought a token yet
-        self.behind = torch.arange(
-            1 - len(form.close), 1, device=device
-        )  # where a delimiter's tokens stand that ends here
+        self.behind = torch.arange(1 - len(form.close), 1, device=device)  # tokens of a delimiter, from its last
 
     def begin(self, start: int, end: int) -> None:
         """Rows start .. end-1 stand in the cache now, behind those that already do."""
@@ -64,11 +62,9 @@ class Rows:
         count = int(thinking.sum())
         if count == len(tail):
             return self._think(logits, self.alive, options)
-        fed = self.feed[self.alive, tail.clamp(min=0, max=self.feed.shape[1] - 1)]
-        self._score(logits, tail, fed, options)
-        fed = self.feed[
-            self.alive, tail.clamp(min=0, max=self.feed.shape[1] - 1)
-        ]  # what was written there, if a row writes
+        place = tail.clamp(min=0, max=self.feed.shape[1] - 1)
+        self._score(logits, tail, self.feed[self.alive, place], options)
+        fed = self.feed[self.alive, place]  # read again: rows that write have changed it
         if count:
             fed[thinking] = self._think(logits[thinking], self.alive[thinking], options)
         return fed

@@ -175,7 +175,7 @@ def _graphs(model: Any, form: ThoughtFormat, config: Config) -> Graphs | None:
 
 
 def _compiled(model: Any, config: Config) -> Compiled | None:
-    """A step in one function, where it was asked for on a CPU. Raises UserError where it cannot be."""
+    """Compiled functions, where they were asked for on a CPU. Raises UserError where they cannot be."""
     if config.model.decoding != "compiled" or model.device.type != "cpu":
         return None
     try:
