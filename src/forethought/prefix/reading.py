@@ -23,7 +23,6 @@ def read(model: Any, documents: Sequence[Sequence[int]], stops: Sequence[Sequenc
     if any(list(some) != sorted(some) for some in stops):
         raise ValueError("the places of a document must come in reading order")
     cache = DynamicCache(config=model.config)
-    owner = tuple(n for n, some in enumerate(stops) for _ in some)
     rows = [list(tokens[: some[-1]]) for tokens, some in zip(documents, stops, strict=True)]
     if any(isinstance(layer, LinearAttentionLayer) for layer in cache.layers):
         states = _in_segments(model, rows, stops)
@@ -33,8 +32,7 @@ def read(model: Any, documents: Sequence[Sequence[int]], stops: Sequence[Sequenc
         layers: list[Any] = [DynamicLayer() for _ in cache.layers]
         backbone(model, tokens, Cache(layers=layers))
         states = [State(keys=x.keys, values=x.values, conv={}, recurrent={}, kernels={}) for x in layers]
-    flat = tuple(stop for some in stops for stop in some)
-    return Prefix(states=tuple(states), owner=owner, stop=flat, device=model.device)
+    return Prefix.of(states, stops, model.device)
 
 
 def _in_segments(model: Any, rows: list[list[int]], stops: Sequence[Sequence[int]]) -> list[State]:

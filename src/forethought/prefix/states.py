@@ -1,7 +1,7 @@
 """What is kept of documents that were read; the bases of the caches and layers that keep it."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,6 +41,14 @@ class Prefix:
     owner: tuple[int, ...]  # document of each place
     stop: tuple[int, ...]  # tokens of the document before each place
     device: torch.device
+
+    @classmethod
+    def of(cls, states: Iterable[State], stops: Sequence[Sequence[int]], device: torch.device) -> "Prefix":
+        """Documents with the numbers of tokens before the places of each."""
+        owner = tuple(number for number, some in enumerate(stops) for _ in some)
+        return cls(
+            states=tuple(states), owner=owner, stop=tuple(stop for some in stops for stop in some), device=device
+        )
 
     def tensors(self) -> list[Tensor]:
         """Every tensor, in a fixed order."""

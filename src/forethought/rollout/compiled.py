@@ -66,16 +66,12 @@ class Compiled:
         shape = (len(documents), self._sizes["key_heads"], max(ends), self._sizes["size"])
         made = [_Documents.empty(shape, self.width) for _ in base.layers]
         for number, (tokens, end) in enumerate(zip(documents, ends, strict=True)):
-            states = base.embed_tokens(torch.tensor(tokens[:end]))
+            hidden = base.embed_tokens(torch.tensor(tokens[:end]))
             table = _table({**own, **one.of(number)} for own, one in zip(self._weights, made, strict=True))
-            self._call(self.library.read, states, torch.arange(end), table, room=max(ends), length=max(ends))
+            self._call(self.library.read, hidden, torch.arange(end), table, room=max(ends), length=max(ends))
         self._documents, self._known = made, ()
-        return Prefix(
-            states=tuple(State(keys=x.keys, values=x.values, conv={}, recurrent={}, kernels={}) for x in made),
-            owner=tuple(number for number, some in enumerate(stops) for _ in some),
-            stop=tuple(stop for some in stops for stop in some),
-            device=self.model.device,
-        )
+        states = (State(keys=x.keys, values=x.values, conv={}, recurrent={}, kernels={}) for x in made)
+        return Prefix.of(states, stops, self.model.device)
 
     def step(self, tokens: Int[Tensor, " row"], fork: Fork) -> Float[Tensor, "row vocab"]:
         """The logits that follow one more token of each row, whose keys and values go into the fork."""
