@@ -327,7 +327,7 @@ extern "C" {
 
 int64_t panel_width() { return NR; }
 
-// Ask for large pages before memory is written for the first time: weights that no cache holds are then read a quarter
+// Ask for large pages before memory is written for the first time: weights that no cache holds are then read
 // faster.
 void large_pages(void *from, int64_t bytes) {
 #ifdef __linux__
