@@ -8,7 +8,7 @@ from typing import get_args
 
 from transformers import Qwen3Config
 
-from forethought.flops import (
+from forethought.models.flops import (
     Flops,
     Sharing,
     Work,
@@ -19,7 +19,7 @@ from forethought.flops import (
     rlp_step,
     t_flop,
 )
-from forethought.shape import Shape, memory
+from forethought.models.shape import Shape, memory
 
 SHAPE = Shape.of(
     Qwen3Config(

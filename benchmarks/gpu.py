@@ -24,17 +24,17 @@ import harness
 import torch
 from harness import FORM, OPEN
 
+from forethought.algo import RLP
 from forethought.config import Config, Update
-from forethought.flops import step_flops
-from forethought.methods import RLP
-from forethought.network import Network
-from forethought.positions import at_places, stream
-from forethought.prefix import Fork, backbone, enable, read
+from forethought.data.positions import at_positions, make_generator
+from forethought.models.compute_copy import Network
+from forethought.models.flops import step_flops
+from forethought.models.shape import Shape
+from forethought.prefix import SuffixCache, backbone, enable, read
 from forethought.prefix import attention as merged
 from forethought.rollout import draw_noise
-from forethought.rollout.graphs import Graphs
+from forethought.rollout.cuda_graphs import Graphs
 from forethought.rollout.native import NativeEngine, native_engine
-from forethought.shape import Shape
 
 BF16 = torch.bfloat16
 
@@ -70,7 +70,7 @@ def ceilings() -> dict[str, Any]:
 def places_of(name: str, prefix: int, documents: int, vocab: int) -> Any:
     """The ends of some documents of random tokens."""
     windows = [harness.window(prefix, 1, vocab, seed=i) for i in range(documents)]
-    return at_places(windows, [[prefix] for _ in windows], 1)
+    return at_positions(windows, [[prefix] for _ in windows], 1)
 
 
 def exactness(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -81,8 +81,8 @@ def exactness(options: argparse.Namespace) -> list[dict[str, Any]]:
         enable(model)
         form, settings = FORM, harness.settings(40, 3, 4)
         windows = [harness.window(n, 3, 4096, seed=n) for n in (80, 97, 64)]
-        positions = at_places(windows, [[t - 1 for t in harness.stops(n, 3)] for n in (80, 97, 64)], 1)
-        noise = draw_noise((4, 40), [stream(0, i) for i in range(9)])
+        positions = at_positions(windows, [[t - 1 for t in harness.stops(n, 3)] for n in (80, 97, 64)], 1)
+        noise = draw_noise((4, 40), [make_generator(0, i) for i in range(9)])
         plain = NativeEngine(model, form, settings.method, 64).sample(positions, noise)
         for compiled in (False, True):
             graphs = Graphs(model, form, settings.method, 64, compiled)
@@ -113,7 +113,7 @@ def _gradient(lengths: tuple[int, ...], kernel: bool, dtype: torch.dtype = BF16)
         prefix = read(model, documents, stops)
         places = [place for place in range(sum(map(len, stops))) for _ in range(3)]
         tokens = torch.randint(10, 4096, (len(places), 24), generator=torch.Generator().manual_seed(1)).cuda()
-        fork = Fork(prefix, places)
+        fork = SuffixCache(prefix, places)
         out = backbone(model, tokens, fork, fork.position_ids(24))
         weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out)
         (out * weight).sum().backward()
@@ -264,7 +264,7 @@ def decoding(options: argparse.Namespace, rates: dict[str, Any]) -> list[dict[st
     for length in [length for length in options.lengths if length <= 256]:
         settings = harness.settings(length, 1, options.group)
         positions = places_of(options.model, options.prefix, options.places, model.config.vocab_size)
-        noise = draw_noise((options.group, length), [stream(0, i) for i in range(options.places)])
+        noise = draw_noise((options.group, length), [make_generator(0, i) for i in range(options.places)])
         grid = {"P": options.prefix, "L": length, "K": 1, "G": options.group}
         thoughts = options.places * options.group
         ceiling = decode_ceiling(model.config, grid, min(options.rows, thoughts), rates["copy_tb_s"])

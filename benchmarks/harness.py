@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 
 from forethought.config import Config, Method, Model, Train, Update
-from forethought.corpus import Window
-from forethought.positions import ThoughtFormat
+from forethought.data.corpus import Window
+from forethought.data.positions import ThoughtFormat
 
 transformers.logging.set_verbosity_error()
 

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from forethought.plan.job import Job, job, shipped_shape
-from forethought.plan.memory import memory
-from forethought.plan.seconds import step
-from forethought.settings import load
+from forethought.config import load
+from forethought.tools.plan.job import Job, job, shipped_shape
+from forethought.tools.plan.memory import memory
+from forethought.tools.plan.seconds import step
 
 RESULTS = Path(__file__).parent / "results"
 GIB = 2**30

@@ -25,7 +25,7 @@ from typing import Any
 import harness
 import torch
 
-from forethought.worlds import WORLDS
+from forethought.data.worlds import WORLDS
 
 WARMUP = 1  # steps
 
@@ -107,9 +107,9 @@ def turn(count: int, config: str, words: list[str], folder: Path) -> dict[str, f
 def worker(folder: str, config: str, words: list[str]) -> None:
     """Train, and note what each step took."""
     import forethought
-    from forethought.loop import Silent
+    from forethought.trainer import NoCallbacks
 
-    class Clock(Silent):
+    class Clock(NoCallbacks):
         def __init__(self) -> None:
             self.last, self.steps = (time.perf_counter(), time.process_time()), []
 

@@ -24,8 +24,8 @@ import torch
 from harness import CLOSE, FORM, OPEN
 
 from forethought.config import Model
-from forethought.model import load_model
-from forethought.positions import at_places, stream
+from forethought.data.positions import at_positions, make_generator
+from forethought.models.loading import load_model
 from forethought.rollout import draw_noise
 from forethought.rollout.native import native_engine
 
@@ -47,8 +47,8 @@ def forethought(name: str, grid: tuple[int, ...], device: str, decoding: Any = "
     model = build(name, device)
     engine = native_engine(model, FORM, settings)
     window = harness.window(prefix, places, model.config.vocab_size)
-    positions = at_places([window], [harness.stops(prefix, places)], 1)
-    noise = draw_noise((group, length), [stream(0, i) for i in range(places)])
+    positions = at_positions([window], [harness.stops(prefix, places)], 1)
+    noise = draw_noise((group, length), [make_generator(0, i) for i in range(places)])
 
     def job() -> None:
         thoughts = engine.sample(positions, noise)

@@ -24,15 +24,15 @@ import torch
 from datasets import Dataset
 from harness import CLOSE, FORM, OPEN
 
-from forethought.flops import step_flops
-from forethought.methods import RLP
-from forethought.network import Network
-from forethought.positions import Positions
+from forethought.algo import RLP
+from forethought.data.positions import Positions
+from forethought.models.compute_copy import Network
+from forethought.models.flops import step_flops
+from forethought.models.logprobs import log_probabilities
+from forethought.models.shape import Shape
+from forethought.models.teacher import Teacher
 from forethought.rollout import Thoughts
 from forethought.rollout.native import NativeEngine, native_engine
-from forethought.scoring import log_probabilities
-from forethought.shape import Shape
-from forethought.teacher import Teacher
 
 GRID = [(128, 32), (512, 64), (1024, 64), (512, 256), (256, 1024)]
 QUICK = [(128, 32), (512, 64)]

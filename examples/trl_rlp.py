@@ -9,7 +9,7 @@ import sys
 from trl import GRPOTrainer
 
 import forethought
-from forethought.adapters import trl
+from forethought.tools import trl
 
 options = "--train.steps 40 --train.batch 16 --train.checkpoint_every 1000 --train.log_every 5 --model.device cpu"
 config = forethought.load("quickstart", [*options.split(), *sys.argv[1:]])

@@ -9,16 +9,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_survival import options, words
 
 import forethought
 from forethought.cli import main
-from forethought.config import Config
-from forethought.model import load_model, load_tokenizer
-from forethought.runlog import RunLog
-from forethought.settings import from_dict
-from forethought.settings import options as option_names
-from forethought.terminal import printable
+from forethought.config import Config, from_dict, option_names
+from forethought.models.loading import load_model, load_tokenizer
+from forethought.run.folder import RunLog
+from forethought.tools.console import printable
+from helpers.cli import complaint
+from helpers.runs import options, words
 
 
 @pytest.fixture(scope="module")
@@ -36,18 +35,6 @@ def model(tmp_path: Path) -> Path:
     load_model(start, 0).save_pretrained(tmp_path / "model")
     load_tokenizer(start).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
-
-
-def complaint(capsys: pytest.CaptureFixture[str], command: list[str], status: int = 2) -> str:
-    """The one line that a command leaves on stderr; it prints nothing else."""
-    capsys.readouterr()
-    assert main(command) == status
-    out, err = capsys.readouterr()
-    assert out == ""
-    [line] = err.splitlines()
-    assert printable(line) == line
-    assert line.startswith("forethought: ")
-    return line.removeprefix("forethought: ")
 
 
 def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, changes: dict[str, Any]) -> str:

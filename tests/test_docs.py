@@ -12,19 +12,14 @@ from pathlib import Path
 import pytest
 
 import forethought
-from forethought.config import Config
-from forethought.evaluation import evaluate
-from forethought.experiment.design import read
-from forethought.loop import train
-from forethought.settings import from_dict, load, options
-from forethought.stages.stage import read as read_stage
+from forethought.config import Config, from_dict, load
+from forethought.eval import evaluate
+from forethought.tools.experiment.design import read
+from forethought.tools.posttrain.stage import read as read_stage
+from forethought.trainer import train
+from helpers.docs import ROOT, backticked
 
-ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "src").rglob("*.py"))
-
-
-def backticked(path: str) -> set[str]:
-    return set(re.findall(r"`([^`\n]+)`", (ROOT / path).read_text(encoding="utf-8").replace("\\|", "|")))
 
 
 def metric_names(tmp_path: Path, method: str) -> set[str]:
@@ -61,12 +56,12 @@ def test_every_figure_of_an_evaluation_has_a_line_in_the_documents(tmp_path: Pat
 
 def test_functions_and_tests_named_in_paper_md_exist():
     names = {name for name in backticked("docs/paper.md") if re.fullmatch(r"[a-z_]+(\.[A-Za-z_]+)+", name)}
-    sections = {option.split(".")[0] for option in options() if "." in option}
+    sections = {option.split(".")[0] for option in option_names() if "." in option}
     for name in sorted(names):
         first, *rest = name.split(".")
         if rest == ["py"]:
             assert (ROOT / "tests" / name).is_file(), name
-        elif first in sections and name in options():
+        elif first in sections and name in option_names():
             continue
         else:
             assert resolves(name), name

@@ -5,9 +5,9 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
-from forethought.model import EMBEDDED, carry
-from forethought.settings import load
-from forethought.worlds import WORLDS
+from forethought.config import load
+from forethought.data.worlds import WORLDS
+from forethought.models.loading import EMBEDDED, carry
 
 PAD, BEGIN, UNKNOWN = "<pad>", "<s>", "<unk>"
 BASES = {"embedded": ("cups", "quickstart"), "embedded:notes": ("notes", "quickstart-notes")}

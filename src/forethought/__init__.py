@@ -9,47 +9,46 @@ from typing import TYPE_CHECKING, Any
 from forethought._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from forethought.config import Config, RunError, UserError
-    from forethought.evaluation import evaluate
-    from forethought.evaluation.ask import ask
-    from forethought.experiment import compare
-    from forethought.interrupts import Stopped
-    from forethought.loop import resume, train
-    from forethought.model import load_model, load_tokenizer
-    from forethought.objective import clipped_surrogate, group_advantages, kl_to_reference, next_token_loss
-    from forethought.report import write as write_report
-    from forethought.rewards import information_gain
+    from forethought.algo.objective import clipped_surrogate, group_advantages, kl_to_reference, next_token_loss
+    from forethought.algo.rewards import information_gain
+    from forethought.config import Config, RunError, UserError, load
+    from forethought.eval import evaluate
+    from forethought.inference import ThinkingModel
+    from forethought.models.loading import load_model, load_tokenizer
+    from forethought.models.teacher import Teacher
     from forethought.rollout import Thoughts
     from forethought.rollout.native import NativeEngine
-    from forethought.settings import load
-    from forethought.stages import posttrain
-    from forethought.teacher import Teacher
-    from forethought.thinking import ThinkingModel
+    from forethought.run.signals import Stopped
+    from forethought.tools.experiment import compare
+    from forethought.tools.posttrain import posttrain
+    from forethought.tools.questions.ask import ask
+    from forethought.tools.report import write as write_report
+    from forethought.trainer import resume, train
 
 _HOMES = {
     "Config": "config",
     "UserError": "config",
     "RunError": "config",
-    "Stopped": "interrupts",
-    "load": "settings",
-    "train": "loop",
-    "resume": "loop",
-    "evaluate": "evaluation",
-    "ask": "evaluation.ask",
-    "compare": "experiment",
-    "posttrain": "stages",
-    "write_report": "report",
-    "load_model": "model",
-    "load_tokenizer": "model",
+    "Stopped": "run.signals",
+    "load": "config",
+    "train": "trainer",
+    "resume": "trainer",
+    "evaluate": "eval",
+    "ask": "tools.questions.ask",
+    "compare": "tools.experiment",
+    "posttrain": "tools.posttrain",
+    "write_report": "tools.report",
+    "load_model": "models.loading",
+    "load_tokenizer": "models.loading",
     "NativeEngine": "rollout.native",
     "Thoughts": "rollout",
-    "information_gain": "rewards",
-    "group_advantages": "objective",
-    "clipped_surrogate": "objective",
-    "kl_to_reference": "objective",
-    "next_token_loss": "objective",
-    "Teacher": "teacher",
-    "ThinkingModel": "thinking",
+    "information_gain": "algo.rewards",
+    "group_advantages": "algo.objective",
+    "clipped_surrogate": "algo.objective",
+    "kl_to_reference": "algo.objective",
+    "next_token_loss": "algo.objective",
+    "Teacher": "models.teacher",
+    "ThinkingModel": "inference",
 }
 
 __all__ = [

@@ -12,10 +12,9 @@ from pathlib import Path
 from rich.console import Console
 
 import forethought
-from forethought.config import Config, RunError, UserError
-from forethought.dist import Elsewhere, alone, launched
-from forethought.settings import difference, from_dict, load, merge, read_overrides, to_dict
-from forethought.terminal import CONTROLS, FIGURES, Watcher, answer_table, line, table
+from forethought.config import Config, RunError, UserError, difference, from_dict, load, merge, read_overrides, to_dict
+from forethought.run.distributed import RemoteRankError, launched, require_single_process
+from forethought.tools.console import CONTROLS, FIGURES, ProgressBar, answer_table, line, table
 
 USAGE = """\
 usage: forethought train CONFIG [--section.option value ...]   train a config file, or a shipped one such as quickstart
@@ -37,7 +36,7 @@ def main(words: Sequence[str] | None = None) -> int:
     out, err = Console(highlight=False), Console(stderr=True, highlight=False)
     try:
         return _command(list(sys.argv[1:] if words is None else words), out, err)
-    except Elsewhere:
+    except RemoteRankError:
         return 1
     except UserError as error:
         line(err, f"{_name()}: {error}")
@@ -75,7 +74,7 @@ def _command(words: list[str], out: Console, err: Console) -> int:
     if ("--help" in rest or "-h" in rest) and name != "lm-eval":
         _help(name, out)
         return 0
-    alone(name) if name != "train" else None
+    require_single_process(name) if name != "train" else None
     return commands[name](rest, out, err)
 
 
@@ -84,7 +83,7 @@ def _help(name: str, out: Console) -> None:
     if name in ("report", "posttrain"):
         return
     if name == "plan":
-        from forethought.plan import OPTIONS
+        from forethought.tools.plan import OPTIONS
 
         for option, meaning in OPTIONS.items():
             line(out, f"  {option:12}{meaning}")
@@ -102,13 +101,13 @@ def _train(words: list[str], out: Console, err: Console) -> int:
         raise UserError("train takes a config file, the name of a shipped one such as quickstart, or --resume RUN")
     config = load(name, words) if resumed is None else _saved_config(resumed, name, words)
     _quiet_libraries()
-    from forethought import report
-    from forethought.interrupts import Stopped
-    from forethought.loop import resume, train
+    from forethought.run.signals import Stopped
+    from forethought.tools import report
+    from forethought.trainer import resume, train
 
     first = launched()[0] == 0
     try:
-        with Watcher(err) if first else contextlib.nullcontext() as watcher:
+        with ProgressBar(err) if first else contextlib.nullcontext() as watcher:
             go_on = resumed is not None
             summary = resume(resumed, watcher, config.parallel) if go_on else train(config, watcher)
     except Stopped as stopped:
@@ -125,7 +124,7 @@ def _train(words: list[str], out: Console, err: Console) -> int:
 
 def _saved_config(run: str, name: str | None, words: list[str]) -> Config:
     """The config of the run to resume, shared as asked now; refuses options that would change what comes out."""
-    from forethought.runlog import RunLog
+    from forethought.run.folder import RunLog
 
     saved = RunLog.open(run).config()
     start = load(name, words) if name else from_dict(merge(to_dict(saved), read_overrides(words)))
@@ -140,9 +139,9 @@ def _evaluate(words: list[str], out: Console, err: Console) -> int:
         raise UserError("evaluate takes a run folder or a model: embedded, a hub id, a folder or a .gguf file")
     overrides = read_overrides(words[1:])
     _quiet_libraries()
-    from forethought.evaluation import evaluate
+    from forethought.eval import evaluate
 
-    with Watcher(err) as watcher:
+    with ProgressBar(err) as watcher:
         figures, file = evaluate(words[0], overrides, watcher.phase)
     table({f"model/{name}": value for name, value in figures.items()}, ("model",), out, FIGURES | CONTROLS)
     line(out, f"figures: {file}")
@@ -154,9 +153,9 @@ def _questions(words: list[str], out: Console, err: Console) -> int:
         raise UserError("questions takes a run folder or a model: embedded, a hub id, a folder or a .gguf file")
     overrides = read_overrides(words[1:])
     _quiet_libraries()
-    from forethought.evaluation.ask import ask
+    from forethought.tools.questions.ask import ask
 
-    with Watcher(err) as watcher:
+    with ProgressBar(err) as watcher:
         figures, file = ask(words[0], overrides, lambda done, total: watcher.phase("answering", done, total))
     answer_table(figures, out)
     line(out, f"figures: {file}; every prompt and answer: {file.with_suffix('.jsonl')}")
@@ -168,11 +167,11 @@ def _compare(words: list[str], out: Console, err: Console) -> int:
         raise UserError("compare takes an experiment file, or the name of a shipped one such as compare-quickstart")
     overrides = read_overrides(words[1:])
     _quiet_libraries()
-    from forethought.experiment import compare
-    from forethought.interrupts import Stopped
+    from forethought.run.signals import Stopped
+    from forethought.tools.experiment import compare
 
     try:
-        with Watcher(err) as watcher:
+        with ProgressBar(err) as watcher:
             verdicts, page = compare(words[0], overrides, watcher)
     except Stopped as stopped:
         line(err, f"forethought: {stopped}")
@@ -191,10 +190,10 @@ def _posttrain(words: list[str], out: Console, err: Console) -> int:
         raise UserError("posttrain takes a stage's file, or the name of a shipped one, and --start MODEL_OR_RUN")
     overrides = read_overrides(words[1:])
     _quiet_libraries()
-    from forethought.runlog import RunLog
-    from forethought.stages import posttrain
+    from forethought.run.folder import RunLog
+    from forethought.tools.posttrain import posttrain
 
-    with Watcher(err) as watcher:
+    with ProgressBar(err) as watcher:
         folder = posttrain(words[0], start, overrides, watcher)
     log = RunLog.open(folder)
     figures, measure = log.read_json("summary.json"), "evaluate" if log.config().evaluate.path else "questions"
@@ -212,22 +211,22 @@ def _report(words: list[str], out: Console, err: Console) -> int:
             raise UserError(f"unknown option {word}: report takes run folders and --out FILE")
     if not words:
         raise UserError("report takes at least one run folder")
-    from forethought import report
+    from forethought.tools import report
 
     line(out, f"report: {report.write([Path(word) for word in words], Path(target) if target else None)}")
     return 0
 
 
 def _plan(words: list[str], out: Console, err: Console) -> int:
-    from forethought import plan
-    from forethought.plan.page import shown
+    from forethought.tools import plan
+    from forethought.tools.plan.page import shown
 
     name, options, overrides = plan.words_of(words)
     config = load(name, overrides)
     shape = plan.shipped_shape(config.model.path)
     if shape is None:
         _quiet_libraries()
-        from forethought.model import load_shape
+        from forethought.models.loading import load_shape
 
         shape = load_shape(config.model)
     found = plan.plan(config, shape, options)
@@ -240,7 +239,7 @@ def _plan(words: list[str], out: Console, err: Console) -> int:
 def _lm_eval(words: list[str], out: Console, err: Console) -> int:
     """The harness's own command line, which prints for itself."""
     try:
-        from forethought.adapters import lm_eval
+        from forethought.tools import lm_eval
     except ModuleNotFoundError as error:
         raise UserError(f"lm-eval: {error.name} is not installed; pip install 'forethought[lm-eval]'") from None
     lm_eval.main(words)

@@ -1,7 +1,7 @@
 """One document, many thoughts: a document is read once, and rows of suffix tokens continue it at any of its places.
 
-What a cache's `update` returns goes straight into the attention function, so a cache layer may return a `Split` there,
-and the attention registered here takes it apart. Mamba layers keep a state for each place that is continued.
+What a cache's `update` returns goes straight into the attention function, so a cache layer may return a
+`PrefixSuffixKV` there, and the attention registered here takes it apart. Mamba layers keep a state for each place that is continued.
 """
 
 from typing import Any
@@ -20,15 +20,26 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from forethought.prefix.attention import Split, merged_attention
-from forethought.prefix.fork import Fork
+from forethought.prefix.attention import PrefixSuffixKV, merged_attention
+from forethought.prefix.checkpointing import activation_checkpointing, layers_of
 from forethought.prefix.models import backbone, vocabulary
 from forethought.prefix.reading import read
-from forethought.prefix.recomputing import layers_of, recomputing
 from forethought.prefix.states import Prefix
-from forethought.prefix.static import Held, Room, Static, held_attention
+from forethought.prefix.static_cache import CacheCapacity, StaticCache, StaticKV, static_kv_attention
+from forethought.prefix.suffix_cache import SuffixCache
 
-__all__ = ["Fork", "Prefix", "Room", "Static", "backbone", "enable", "layers_of", "read", "recomputing", "vocabulary"]
+__all__ = [
+    "CacheCapacity",
+    "Prefix",
+    "StaticCache",
+    "SuffixCache",
+    "activation_checkpointing",
+    "backbone",
+    "enable",
+    "layers_of",
+    "read",
+    "vocabulary",
+]
 
 ATTENTION = "shared_prefix"
 _KNOWN = (
@@ -61,7 +72,7 @@ def _probe(model: Any) -> None:
     size = model.get_input_embeddings().num_embeddings
     document, suffix = ([i % size for i in some] for some in (range(5, 14), range(17, 20)))
     stops, tokens = [4, 9], torch.tensor([suffix, suffix], device=model.device)
-    fork = Fork(read(model, [document], [stops]), (0, 1), len(suffix))
+    fork = SuffixCache(read(model, [document], [stops]), (0, 1), len(suffix))
     hidden = [backbone(model, tokens[:, :-1], fork, fork.position_ids(len(suffix) - 1))]
     fork.length += len(suffix) - 1
     hidden.append(backbone(model, tokens[:, -1:], fork, fork.position_ids(1)))
@@ -80,12 +91,12 @@ def _attend(
     module: Any, query: Tensor, key: Any, value: Any, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """The attention function: merged over both parts for shared prefixes, else scaled dot product."""
-    if not isinstance(key, Split | Held):
+    if not isinstance(key, PrefixSuffixKV | StaticKV):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if odd := [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]:
         raise ValueError(f"its attention uses {', '.join(odd)}, which a shared prefix does not take")
     scale = options.get("scaling") or query.shape[-1] ** -0.5
-    attention: Any = held_attention if isinstance(key, Held) else merged_attention
+    attention: Any = static_kv_attention if isinstance(key, StaticKV) else merged_attention
     out = attention(query, key, value, scale, options.get("sliding_window"))
     return out.transpose(1, 2), None
 

@@ -64,7 +64,7 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
+class PrefixSuffixKV:
     """Keys or values in two parts; stands where an attention function expects one tensor."""
 
     prefix: Float[Tensor, "document head prefix size"]  # one copy a document
@@ -90,7 +90,9 @@ class _Part:
     bias: Float[Tensor, "batch one query key"] | None = None
 
 
-def merged_attention(query: Tensor, key: Split, value: Split, scale: float, window: int | None = None) -> Tensor:
+def merged_attention(
+    query: Tensor, key: PrefixSuffixKV, value: PrefixSuffixKV, scale: float, window: int | None = None
+) -> Tensor:
     """softmax(q k / sqrt(d)) v over prefix and suffix, exactly as if every row had a copy of its document.
 
     Args:
@@ -108,7 +110,7 @@ def merged_attention(query: Tensor, key: Split, value: Split, scale: float, wind
     return _reference(query, keys, parts, scale)
 
 
-def _prefix_parts(query: Tensor, key: Split, window: int | None) -> list[_Part]:
+def _prefix_parts(query: Tensor, key: PrefixSuffixKV, window: int | None) -> list[_Part]:
     """All documents in one call with a mask, or one call for each position where the mask would be large."""
     layout, prefix = key.layout, key.prefix
     heads, length = prefix.shape[1:3]
@@ -147,7 +149,7 @@ def _prefix_parts(query: Tensor, key: Split, window: int | None) -> list[_Part]:
     ]
 
 
-def _prefix_bias(query: Tensor, key: Split, window: int | None) -> Tensor:
+def _prefix_bias(query: Tensor, key: PrefixSuffixKV, window: int | None) -> Tensor:
     """Additive mask (document, 1, slot * fan * query, prefix) of the keys that each row sees."""
     layout, length = key.layout, key.prefix.shape[2]
     fan, width = query.shape[1] // key.prefix.shape[1], query.shape[2]
@@ -186,7 +188,7 @@ def _span_part(span: tuple[int, int, int, int], heads: int, fan: int) -> _Part:
     return _Part(fold=fold, unfold=unfold, real=lambda y: y, keys=lambda k: k[document : document + 1, :, :seen])
 
 
-def _suffix_part(query: Tensor, key: Split, window: int | None) -> _Part:
+def _suffix_part(query: Tensor, key: PrefixSuffixKV, window: int | None) -> _Part:
     """Each row over its own suffix."""
     rows, total, width, _ = query.shape
     heads, length = key.suffix.shape[1:3]

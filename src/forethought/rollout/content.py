@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from forethought.positions import ThoughtFormat
+from forethought.data.positions import ThoughtFormat
 from forethought.rollout import Thoughts
 
 Tokens = list[list[list[int]]]

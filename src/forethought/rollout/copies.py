@@ -8,8 +8,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from forethought.positions import pad_rows
-from forethought.scoring import position_ids
+from forethought.data.positions import pad_rows
+from forethought.models.logprobs import position_ids
 
 COMPACT = 0.75  # finished rows are dropped from a cache when fewer than this share is still decoding
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from forethought.config import Config
-from forethought.positions import ThoughtFormat
+from forethought.data.positions import ThoughtFormat
 from forethought.rollout.native import native_engine
 
 

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from forethought.models.logprobs import mask_token
 from forethought.rollout.copies import COMPACT, read_copies
-from forethought.rollout.decoding import sample
-from forethought.scoring import forbid
+from forethought.rollout.decoder import sample
 
 Stop = Callable[[Sequence[int]], bool]  # whether a row that has generated these tokens is done
 
@@ -60,7 +60,7 @@ def _batch(
     rows, running = list(range(len(prompts))), [True] * len(prompts)  # which rows the cache holds; which go on
     for step in range(sampling.limit):
         if step == 0 and sampling.not_first is not None:
-            logits = forbid(logits, sampling.not_first)
+            logits = mask_token(logits, sampling.not_first)
         drawn = _draw(logits, noise[rows, step], sampling)
         for place, (row, token) in enumerate(zip(rows, drawn.tolist(), strict=True)):
             if running[place]:

@@ -8,14 +8,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from forethought.config import Config, Method, UserError
-from forethought.packed import packed
-from forethought.positions import Positions, ThoughtFormat
+from forethought.data.positions import Positions, ThoughtFormat
+from forethought.models.prepacked import packed
 from forethought.prefix import enable
 from forethought.rollout import Responses, Thoughts
-from forethought.rollout.compiled import Compiled
 from forethought.rollout.copies import COMPACT, read_copies
-from forethought.rollout.decoding import Rows
-from forethought.rollout.graphs import Graphs, capturable
+from forethought.rollout.cpp import Compiled
+from forethought.rollout.cuda_graphs import Graphs, capturable
+from forethought.rollout.decoder import Rows
 from forethought.rollout.shared import read_shared
 
 _REFILL = 0.5  # the next positions are read when fewer than this share of the rows that fit is still decoding

@@ -1,7 +1,7 @@
 """Thoughts from an engine that takes prompts and stops at a token: which requests to make, and what came of them.
 
 Pure but for `draw`, which does the sampling. Such an engine can do two things that matter here: end a sample behind a
-given token, and forbid that token as the first one. Both together give exactly the thoughts of `rollout.decoding`:
+given token, and masks that token as the first one. Both together give exactly the thoughts of `rollout.decoding`:
 a thought ends behind the closing delimiter, which may be several tokens, and does not begin with its first one.
 """
 
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from forethought.positions import ThoughtFormat, pad_rows
+from forethought.data.positions import ThoughtFormat, pad_rows
 from forethought.rollout import Thoughts
 
 

@@ -6,15 +6,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from forethought.positions import Positions, ThoughtFormat
-from forethought.prefix import Fork, backbone, read, vocabulary
-from forethought.rollout.compiled import Compiled
+from forethought.data.positions import Positions, ThoughtFormat
+from forethought.prefix import SuffixCache, backbone, read, vocabulary
+from forethought.rollout.cpp import Compiled
 
 
 class Shared:
     """Rows over documents that are kept once; `compiled`, where given, reads in place of the model's own code."""
 
-    def __init__(self, model: Any, fork: Fork, compiled: Compiled | None = None):
+    def __init__(self, model: Any, fork: SuffixCache, compiled: Compiled | None = None):
         self.model, self.fork, self.compiled = model, fork, compiled
 
     @property
@@ -47,7 +47,7 @@ def read_shared(
     """A row for each thought, and the logits that follow the opening delimiter; `room`: columns of the suffixes."""
     documents, stops = form.documents(positions)
     reads = read(model, documents, stops) if compiled is None else compiled.read(documents, stops)
-    fork = Fork(reads, [place for place in range(len(positions)) for _ in range(group)], room)
+    fork = SuffixCache(reads, [place for place in range(len(positions)) for _ in range(group)], room)
     batch = Shared(model, fork, compiled)
     lead = torch.tensor([*form.after, *form.open], device=model.device)
     return batch, batch.read(lead.expand(len(positions) * group, -1))

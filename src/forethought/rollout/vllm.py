@@ -20,11 +20,11 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from forethought.config import Config, RunError, UserError
-from forethought.lora import merged
-from forethought.positions import Positions, ThoughtFormat, pad_rows
+from forethought.data.positions import Positions, ThoughtFormat, pad_rows
+from forethought.models.logprobs import ScoringOptions, ThoughtBatch, chunk_tokens, log_probabilities, target_logp
+from forethought.models.lora import merged
 from forethought.rollout import Thoughts
 from forethought.rollout.requests import Request, Sample, as_thoughts, read_back, think
-from forethought.scoring import Continuations, Reading, chunk_tokens, log_probabilities, tail_evidence
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, so that weights need not be sent anywhere
@@ -83,7 +83,7 @@ class VLLMEngine:
 
     def __init__(self, policy: Any, form: ThoughtFormat, config: Config, vllm: Any, options: dict[str, Any]):
         self.policy, self.form, self.config, self.vllm = policy, form, config, vllm
-        self.reading = Reading(
+        self.reading = ScoringOptions(
             temperature=1.0,
             tokens=chunk_tokens(policy, config.update.tokens_per_chunk),
             shared=config.model.prefix == "shared",
@@ -160,8 +160,8 @@ class VLLMEngine:
         for chunk in positions.chunks(max(1, places * (self.reading.tokens // longest))):
             tokens, mask = pad_rows(texts[start : start + len(chunk) * group], self.form.pad, left=False)
             tokens, mask = (some.view(len(chunk), group, -1).to(device) for some in (tokens, mask))
-            again = Continuations.of(self.form, chunk, tokens, mask)
-            parts.append(tail_evidence(self.policy, self.form, again, positions.horizon, self.reading))
+            again = ThoughtBatch.of(self.form, chunk, tokens, mask)
+            parts.append(target_logp(self.policy, self.form, again, positions.horizon, self.reading))
             start += len(chunk) * group
         evidence, hit = (torch.cat(some).view(len(positions), group, -1) for some in zip(*parts, strict=True))
         return evidence, hit

@@ -1,0 +1,1 @@
+"""Text: readers, corpora, positions, the format of a thought, embedded worlds."""

@@ -1,0 +1,54 @@
+"""Tokens -> bytes: what each token of a vocabulary spells, a part of a character included."""
+
+import json
+from typing import Any
+
+from forethought.config import UserError
+
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece vocabularies write a space
+
+
+class TokenBytes:
+    """The bytes of a tokenizer's tokens, so that texts can be compared where a token ends inside a character.
+
+    Of byte-level vocabularies (GPT-2, Llama 3, Qwen) the bytes that the token's letters stand for; of SentencePiece
+    vocabularies UTF-8, with bytes that have no piece of their own; of word vocabularies the word behind a space, unless
+    it continues one. Tokens that were added, such as delimiters or the end of a text, spell their names.
+    Raises UserError for a tokenizer that does not say how it decodes.
+    """
+
+    def __init__(self, tokenizer: Any):
+        if not tokenizer.is_fast:
+            raise UserError(
+                f"model.tokenizer: method.name rpt compares bytes and takes a fast tokenizer, not a "
+                f"{type(tokenizer).__name__}"
+            )
+        self._tokenizer = tokenizer
+        self._added = {i: str(token).encode() for i, token in tokenizer.added_tokens_decoder.items()}
+        decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"], ensure_ascii=False)
+        self._letters: dict[str, bytes] | None = _byte_letters() if '"ByteLevel"' in decoder else None
+        self._pieces = _SPACE in decoder or '"Metaspace"' in decoder
+
+    def token(self, token: int) -> bytes:
+        """The bytes of a token."""
+        if token in self._added:
+            return self._added[token]
+        written = self._tokenizer.convert_ids_to_tokens(token)
+        if written is None:  # a row of the vocabulary head that the tokenizer does not know
+            return b""
+        if self._letters is not None:
+            letters = self._letters
+            return b"".join(letters[one] if one in letters else one.encode() for one in written)
+        if self._pieces:
+            if len(written) == 6 and written.startswith("<0x"):
+                return bytes([int(written[3:5], 16)])
+            return written.replace(_SPACE, " ").encode()
+        return written[2:].encode() if written.startswith("##") else f" {written}".encode()
+
+
+def _byte_letters() -> dict[str, bytes]:
+    """The letter that stands for each byte in byte-level vocabularies: its own if it can be seen, else one from 256."""
+    seen = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    hidden = [byte for byte in range(256) if byte not in seen]
+    letters = {chr(byte): bytes([byte]) for byte in seen}
+    return letters | {chr(256 + i): bytes([byte]) for i, byte in enumerate(hidden)}

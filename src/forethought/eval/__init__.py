@@ -1,0 +1,112 @@
+"""Measure a model or a run: on held-out text here (`forethought evaluate`), on questions in ask.py."""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+from forethought.config import Config, UserError, from_dict, load, merge, to_dict
+from forethought.data import corpus
+from forethought.data.positions import thought_format
+from forethought.eval import controls, heldout, viewer
+from forethought.models import lora
+from forethought.models.compute_copy import compute_copy
+from forethought.models.loading import carried, check_length, load_model, load_tokenizer
+from forethought.rollout import engines
+from forethought.run import checkpoint
+from forethought.run.folder import RunLog, check_free
+from forethought.tools.report import card
+
+
+def evaluate(
+    target: str | Path, overrides: dict[str, Any] | None = None, progress: controls.Progress | None = None
+) -> tuple[dict[str, Any], Path]:
+    """Held-out figures of a run (its trained model, with the run's options) or of a model (with the defaults).
+
+    `overrides` is a nested dict of options. A run's figures go to RUN/evaluate.json, and its base is the model that
+    the run began with; a model's go to evaluate.json in a new folder, `run`, and it is its own base. Beside it goes
+    documents.json, a few documents thought at every position. `progress` is told the phase, what is done of it and
+    how much there is. Returns the figures (flat keys, docs/metrics.md) and the file. Raises UserError.
+    """
+    began, progress = time.perf_counter(), progress or (lambda name, done, total: None)
+    log, config = started(target, overrides or {}, "evaluate")
+    if not config.evaluate.path:
+        unknown = f", and {str(target)!r} is no run that names any" if log is None else ""
+        raise UserError(f"evaluate.path = '': name the held-out text to evaluate on{unknown}")
+    corpus.check(dataclasses.replace(config.corpus, path=config.evaluate.path), "evaluate.path")
+    if log is None:
+        check_free(Path(config.run), config.overwrite)
+        subject = start = subject_of(config)
+        windows = heldout.held_out(config, subject.tokenizer)
+        log = RunLog.create(config)
+    else:
+        subject, start = trained_subject(config, log.path), subject_of(config)
+        windows = heldout.held_out(config, subject.tokenizer)
+    records = base = controls.measure(subject, windows, progress)
+    if subject is not start:
+        base = heldout.measure(start, windows, lambda done, total: progress("evaluating the base", done, total))
+    reference = start.model if subject.teacher is None else subject.teacher
+    shown = viewer.documents(subject, reference, windows, str(target), progress)
+    figures: dict[str, Any] = {"seed": config.seed, **heldout.summarise(records, base)}
+    figures["seconds"] = round(time.perf_counter() - began, 2)
+    log.write_json("documents.json", shown)
+    log.write_json("evaluate.json", figures)
+    if (log.path / "summary.json").is_file():
+        log.write_text("policy/README.md", _card(log, config.evaluate.path, figures))
+    return figures, log.path / "evaluate.json"
+
+
+def _card(log: RunLog, held_out: str, figures: dict[str, Any]) -> str:
+    return card.text(log.config(), log.read_json("summary.json"), (held_out, figures))
+
+
+def started(target: str | Path, overrides: dict[str, Any], command: str) -> tuple[RunLog | None, Config]:
+    """What a command is to measure: a run with its own options, or a model (no log yet) with the defaults."""
+    is_run = any((Path(target) / name).exists() for name in (".lock", "metrics.jsonl", "checkpoints"))
+    log = RunLog.open(target) if is_run else None
+    start = to_dict(log.config()) if log else _model_options(str(target), command)
+    return log, from_dict(merge(start, overrides))
+
+
+def _model_options(model: str, command: str) -> dict[str, Any]:
+    """Options for measuring a model that no run made: the defaults (an embedded base: its quickstart), and its own."""
+    start = to_dict(load({"embedded": "quickstart", "embedded:notes": "quickstart-notes"}.get(model)))
+    own = merge(carried(model), {"run": f"runs/{command}-{Path(model).name}", "model": {"path": model}})
+    return merge(start, own)
+
+
+def trained(config: Config, run: Path) -> Config:
+    """The run's config with its trained model in the place of its start."""
+    folder = run / "policy"
+    if not folder.is_dir():
+        known = "its newest checkpoint is kept in checkpoints/" if checkpoint.latest(run) else "it has no checkpoint"
+        raise UserError(f"run {str(run)!r} is not finished ({known}); finish it with: forethought train --resume {run}")
+    model = dataclasses.replace(config.model, path=str(folder), tokenizer="", init="pretrained")
+    return dataclasses.replace(config, model=model)
+
+
+def trained_subject(config: Config, run: Path) -> heldout.Subject:
+    """The run's trained model, with the teacher of its last checkpoint where that is still there."""
+    last, subject = checkpoint.latest(run), subject_of(trained(config, run))
+    saved = checkpoint.load(last, only="teacher").tensors if last else {}
+    if not saved:
+        return subject
+    weights = {name.partition("/")[2]: tensor for name, tensor in saved.items()}
+    if config.lora.r:
+        network = lora.load(config)
+        network.weights.load_state_dict(weights)
+        network.sync()
+        return dataclasses.replace(subject, teacher=network.compute)
+    teacher = load_model(subject.config.model, config.seed)
+    teacher.load_state_dict(weights, strict=False)
+    return dataclasses.replace(subject, teacher=compute_copy(teacher, config.model.precision))
+
+
+def subject_of(config: Config) -> heldout.Subject:
+    """Load all that a measurement takes, so that what is wrong with it is known before a folder is made."""
+    tokenizer = load_tokenizer(config.model)
+    form = thought_format(tokenizer, config.method)
+    check_length(config, form)
+    model = compute_copy(load_model(config.model, config.seed), config.model.precision)
+    engine = engines.engine(model, form, config)
+    return heldout.Subject(model=model, engine=engine, form=form, tokenizer=tokenizer, config=config)

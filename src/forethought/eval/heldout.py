@@ -1,0 +1,307 @@
+"""Held-out text: what a model's own thoughts are worth, at the same seeded positions for every model.
+
+Groups of positions: `all` (drawn uniformly); one for each kind of mark in the corpus, such as `answer`; and, where the
+corpus tells them apart, the positions of `all` in each domain (`domain:books`) and language (`language:pl`).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from forethought.config import Config
+from forethought.data.corpus import Window, spread
+from forethought.data.positions import Positions, ThoughtFormat, at_positions, make_generator, uniform
+from forethought.eval.intervals import Estimate, Ratio, estimate, resample
+from forethought.eval.statements import checker, statements
+from forethought.models.logprobs import chunk_tokens, no_think_logp
+from forethought.rollout import Engine, content, draw_noise
+from forethought.run import distributed
+
+CONTROLS = ("empty", "shuffled", "random")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """What is measured: a model, the engine that samples its thoughts, and their surroundings."""
+
+    model: Any
+    engine: Engine
+    form: ThoughtFormat
+    tokenizer: Any
+    config: Config
+    teacher: Any | None = None  # the EMA teacher of the run that made the model, where there is one
+    calling: Callable[[Any], AbstractContextManager[Any]] = nullcontext  # makes the teacher a model that can be called
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Records:
+    """One entry a position, in the order of the held-out documents; log-probabilities of the true token in nats.
+
+    A field that is None was not measured.
+    """
+
+    document: list[int]  # number of the held-out document
+    at: list[int]  # index of the true token in it
+    nothink: list[float]  # log p without a thought
+    nothink_hit: list[bool]  # whether the true token was then the likeliest
+    think: list[float]  # log p after a thought of the model's own, mean over the sampled thoughts
+    think_hit: list[float]  # share of thoughts after which the true token was the likeliest
+    length: list[float]  # tokens, mean over thoughts
+    closed: list[float]  # share of thoughts that closed themselves
+    marginal: list[float] | None = None  # log of the mean over thoughts of p
+    teacher: list[float] | None = None  # log p without a thought by the EMA teacher
+    leakage: list[float | None] | None = None  # share of thoughts that hold the target's text; None: it has none
+    right: list[float] | None = None  # right statements of a thought, mean over thoughts
+    stated: list[float] | None = None  # checkable statements of a thought, mean over thoughts
+    empty: list[float] | None = None  # log p after an empty thought
+    shuffled: list[float] | None = None  # log p after another position's thoughts, mean
+    random: list[float] | None = None  # log p after thoughts of random tokens, mean
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """A group of positions with what was thought there."""
+
+    positions: Positions
+    thoughts: content.Tokens  # without closing delimiters
+    records: Records
+
+
+Progress = Callable[[int, int], None]
+
+
+def held_out(config: Config, tokenizer: Any) -> list[Window]:
+    """The windows of evaluate.path, of as many documents as can be; the same for every seed of a run."""
+    options = dataclasses.replace(config.corpus, path=config.evaluate.path)
+    return spread(options, tokenizer, 0, config.evaluate.documents, "evaluate.path")
+
+
+def measure(subject: Subject, windows: Sequence[Window], progress: Progress) -> dict[str, Records]:
+    """Let the model think at every chosen position; one `Records` a group."""
+    measured = think(subject, windows, progress)
+    return with_domains({name: group.records for name, group in measured.items()}, windows)
+
+
+def think(subject: Subject, windows: Sequence[Window], progress: Progress) -> dict[str, Measured]:
+    """The groups of positions that are thought at, and the thoughts themselves."""
+    config = subject.config
+    places = _places(windows, config)
+    total, done = sum(len(group) for chosen in places.values() for group in chosen), 0
+    numbers = _numbers(windows)
+    result = {}
+    for name, chosen in places.items():
+        positions = at_positions(windows, chosen, config.method.horizon)
+        found = {}
+        for turn, chunk in enumerate(positions.chunks(max(1, config.train.rollout_batch // config.evaluate.thoughts))):
+            if turn % distributed.world_size() == distributed.rank():
+                found[turn] = _measure_chunk(subject, chunk, (name, done))
+            done += len(chunk)
+            progress(done, total)
+        found = {turn: one for some in distributed.gather(found) for turn, one in some.items()}
+        parts = [found[turn][0] for turn in sorted(found)]
+        thoughts = [group for turn in sorted(found) for group in found[turn][1]]
+        owners = positions.window.tolist()
+        at = [windows[owner].start + t for owner, t in zip(owners, positions.at.tolist(), strict=True)]
+        columns = {field: [value for part in parts for value in part[field]] for field in parts[0]}
+        records = Records(document=[numbers[owner] for owner in owners], at=at, **columns)
+        result[name] = Measured(positions=positions, thoughts=thoughts, records=records)
+    return result
+
+
+def with_domains(records: dict[str, Records], windows: Sequence[Window]) -> dict[str, Records]:
+    """The groups and, out of `all`, one for each domain and each language where there are at least two of them."""
+    whole, result = records.get("all"), dict(records)
+    if whole is None:
+        return result
+    numbers = _numbers(windows)
+    for kind in ("domain", "language"):
+        names = {number: getattr(window, kind) for number, window in zip(numbers, windows, strict=True)}
+        known = sorted({name for name in names.values() if name is not None})
+        for name in known if len(known) > 1 else []:
+            picks = [i for i, number in enumerate(whole.document) if names[number] == name]
+            if picks:
+                result[f"{kind}:{name.replace('/', '-')}"] = _pick(whole, picks)
+    return result
+
+
+def _pick(records: Records, picks: list[int]) -> Records:
+    columns = {field.name: getattr(records, field.name) for field in dataclasses.fields(Records)}
+    return Records(**{name: column and [column[i] for i in picks] for name, column in columns.items()})
+
+
+def _numbers(windows: Sequence[Window]) -> list[int]:
+    """For each window the number of its document, from 0 in the order that they come in."""
+    seen: dict[str, int] = {}
+    return [seen.setdefault(window.document, len(seen)) for window in windows]
+
+
+def _places(windows: Sequence[Window], config: Config) -> dict[str, list[list[int]]]:
+    """Token indices to think at, by group and window."""
+    last = [len(window.tokens) - config.method.horizon for window in windows]
+    places = {
+        "all": [
+            sorted(uniform(window, config.evaluate.positions, config.method, make_generator(0, "evaluate", i)))
+            for i, window in enumerate(windows)
+        ]
+    }
+    for name in sorted({name for window in windows for name in window.marks}):
+        marks = [window.marks.get(name, ()) for window in windows]
+        places[name] = [[t for t in some if 1 <= t <= end] for some, end in zip(marks, last, strict=True)]
+    return {name: chosen for name, chosen in places.items() if any(chosen)}
+
+
+@torch.no_grad()
+def _measure_chunk(
+    subject: Subject, chunk: Positions, key: tuple[str, int]
+) -> tuple[dict[str, list[Any]], content.Tokens]:
+    config, tokenizer = subject.config, subject.tokenizer
+    shape = (config.evaluate.thoughts, config.method.thought_length)
+    name, done = key
+    noise = draw_noise(shape, [make_generator(0, "evaluate", name, done + i) for i in range(len(chunk))])
+    thoughts = subject.engine.sample(chunk, noise)
+    at_once = chunk_tokens(subject.model, config.update.tokens_per_chunk)
+    nothink, hit = no_think_logp(subject.model, chunk, at_once)
+    evidence, tokens = thoughts.evidence[..., 0], content.inside(thoughts, subject.form)
+    said = content.texts(tokenizer, tokens)
+    columns = {
+        "nothink": nothink[:, 0].tolist(),
+        "nothink_hit": hit[:, 0].tolist(),
+        "think": evidence.mean(dim=1).tolist(),
+        "think_hit": thoughts.hit[..., 0].float().mean(dim=1).tolist(),
+        "length": thoughts.lengths.float().mean(dim=1).tolist(),
+        "closed": thoughts.closed.float().mean(dim=1).tolist(),
+        "marginal": (evidence.logsumexp(dim=1) - math.log(evidence.shape[1])).tolist(),
+        "leakage": content.leakage(tokenizer, chunk.targets()[:, 0].tolist(), said),
+    }
+    if subject.teacher is not None:
+        with subject.calling(subject.teacher) as teacher:
+            columns["teacher"] = no_think_logp(teacher, chunk, at_once)[0][:, 0].tolist()
+    if truth := checker(config.evaluate.path):
+        columns["right"], columns["stated"] = statements(truth, tokenizer, chunk, said)
+    return columns, tokens
+
+
+def summarise(records: dict[str, Records], base: dict[str, Records]) -> dict[str, float]:
+    """Flat figures `GROUP/METRIC` with `/low` and `/high`, the 95 % bootstrap interval over documents.
+
+    `base` holds the untouched model's records at the same positions; pass the records themselves for the base.
+    """
+    return pooled([records], [base])
+
+
+def pooled(seeds: Sequence[dict[str, Records]], bases: Sequence[dict[str, Records]]) -> dict[str, float]:
+    """The figures of several runs that differ in their seed: means over seeds, intervals over seeds and documents.
+
+    Each seed has its own base (the same one again where all began with the same weights). See `intervals`.
+    """
+    figures: dict[str, float] = {}
+    for name, first in seeds[0].items():
+        estimates = _estimates([one[name] for one in seeds], [one[name] for one in bases])
+        figures |= _flat(name, estimates)
+        figures[f"{name}/positions"], figures[f"{name}/documents"] = len(first.at), len(set(first.document))
+    return figures
+
+
+def paired(ours: dict[str, Records], theirs: dict[str, Records]) -> dict[str, float]:
+    """Figures of one model minus those of another at the same positions, with the interval of the difference.
+
+    The same documents are drawn for both, so what makes a document hard for both does not widen the interval.
+    What is held against the base is left out: its differences are those of `ce_think` and `ce_nothink`.
+    Raises ValueError for models that were measured at different positions.
+    """
+    return pooled_paired([ours], [theirs])
+
+
+def pooled_paired(ours: Sequence[dict[str, Records]], theirs: Sequence[dict[str, Records]]) -> dict[str, float]:
+    """`paired`, mean over seeds: the n-th of ours against the n-th of theirs, drawn together."""
+    return differences(drawn_together(ours), drawn_together(theirs))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """A group of positions of several runs: where it was measured, and each metric with its value in every resample."""
+
+    first: Records
+    estimates: dict[str, Estimate]
+
+
+def drawn_together(seeds: Sequence[dict[str, Records]]) -> dict[str, Drawn]:
+    """What `differences` takes of each side, by group; apart from it, for one arm that is held against many."""
+    names = [name for name in seeds[0] if all(name in one for one in seeds)]
+    return {
+        name: Drawn(first=seeds[0][name], estimates=_estimates([one[name] for one in seeds], None)) for name in names
+    }
+
+
+def differences(mine: Mapping[str, Drawn], theirs: Mapping[str, Drawn]) -> dict[str, float]:
+    """Figures of the groups and metrics that both sides have. Raises ValueError where their positions differ."""
+    figures: dict[str, float] = {}
+    for name in [name for name in mine if name in theirs]:
+        left, right = mine[name], theirs[name]
+        _check_same(left.first, [right.first])
+        shared = [metric for metric in left.estimates if metric in right.estimates]
+        figures |= _flat(name, {metric: left.estimates[metric] - right.estimates[metric] for metric in shared})
+    return figures
+
+
+def _estimates(mine: Sequence[Records], bases: Sequence[Records] | None) -> dict[str, Estimate]:
+    """Every metric that all seeds have."""
+    _check_same(mine[0], [*mine, *(bases or [])])
+    drawn = resample(mine[0].document, len(mine))
+    tables = [_ratios(one, base) for one, base in zip(mine, bases or [None] * len(mine), strict=True)]
+    shared = [metric for metric in tables[0] if all(metric in table for table in tables)]
+    found = {metric: estimate([table[metric] for table in tables], drawn) for metric in shared}
+    return {metric: one for metric, one in found.items() if one is not None}
+
+
+def _check_same(first: Records, others: Sequence[Records]) -> None:
+    if any((one.document, one.at) != (first.document, first.at) for one in others):
+        raise ValueError("records must be of the same positions; these were measured with other evaluate options")
+
+
+def _flat(name: str, estimates: Mapping[str, Estimate]) -> dict[str, float]:
+    figures = {}
+    for metric, one in estimates.items():
+        figures[f"{name}/{metric}"] = one.value
+        figures[f"{name}/{metric}/low"], figures[f"{name}/{metric}/high"] = one.interval()
+    return figures
+
+
+def _ratios(mine: Records, base: Records | None) -> dict[str, Ratio]:
+    """Each metric's numerators and denominators (docs/metrics.md)."""
+    think, nothink = np.array(mine.think), np.array(mine.nothink)
+    means = {"ce_think": -think, "ce_nothink": -nothink, "gain_self": think - nothink}
+    if mine.marginal is not None:
+        means["marginal"] = -np.array(mine.marginal)
+    if base is not None:
+        means["gain_over_base"] = think - np.array(base.nothink)
+        means["plain_gain_over_base"] = nothink - np.array(base.nothink)
+        means["drift"] = -means["plain_gain_over_base"]
+    if mine.teacher is not None:
+        means["gain_over_teacher"] = think - np.array(mine.teacher)
+    means |= {
+        "accuracy_think": np.array(mine.think_hit),
+        "accuracy_nothink": np.array(mine.nothink_hit, dtype=float),
+        "thought_length": np.array(mine.length),
+        "closed": np.array(mine.closed),
+    }
+    controls = {name: np.array(values) for name in CONTROLS if (values := getattr(mine, name)) is not None}
+    for name, values in controls.items():
+        means |= {f"ce_{name}": -values, f"gain_{name}": values - nothink}
+    if mine.stated is not None:
+        means["checkable"] = np.array(mine.stated)
+    ratios = {metric: (values, np.ones(len(think))) for metric, values in means.items()}
+    if "shuffled" in controls:
+        ratios["kept_shuffled"] = (controls["shuffled"] - nothink, think - nothink)
+    if mine.leakage is not None:
+        share = np.array(mine.leakage, dtype=float)
+        ratios["leakage"] = (np.nan_to_num(share), np.isfinite(share).astype(float))
+    if mine.right is not None and mine.stated is not None:
+        ratios["truth"] = (np.array(mine.right), np.array(mine.stated))
+    return ratios

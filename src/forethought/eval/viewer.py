@@ -1,0 +1,120 @@
+"""A few held-out windows thought at every position: RUN/documents.json, what the thought viewer of a page shows."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from forethought.algo.objective import group_advantages
+from forethought.algo.rewards import discounted
+from forethought.data.corpus import Window
+from forethought.data.positions import Positions, at_positions, make_generator
+from forethought.eval.controls import Progress
+from forethought.eval.heldout import Subject
+from forethought.models.logprobs import chunk_tokens, no_think_distribution, no_think_logp, thought_evidence
+from forethought.rollout import content, draw_noise
+
+VERSION = 1
+TOP = 5
+"""Likeliest tokens that are shown of each prediction."""
+
+
+def documents(
+    subject: Subject, reference: Any, windows: Sequence[Window], name: str, progress: Progress
+) -> dict[str, Any]:
+    """The content of documents.json (docs/metrics.md) for the first `evaluate.view` windows.
+
+    `reference` is the model whose prediction without a thought the rewards are compared with: the EMA teacher of a run,
+    else the base. `name` says which model thought.
+    """
+    chosen = windows[: subject.config.evaluate.view]
+    horizon = subject.config.method.horizon
+    total, done, shown = sum(len(window.tokens) - horizon for window in chosen), 0, []
+    for window in chosen:
+        pieces = texts(subject.tokenizer, window.tokens)
+        positions = []
+        for chunk in _chunks(subject, window):
+            positions += _positions(subject, reference, chunk, pieces)
+            done += len(chunk)
+            progress("documents", done, total)
+        shown.append({"document": window.document, "domain": window.domain, "tokens": pieces, "positions": positions})
+    return {"version": VERSION, "model": name, "documents": shown}
+
+
+def texts(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
+    """The text that each token adds. Joined they are the text, but for what the tokenizer itself put before it (BOS).
+
+    A token that completes no character adds nothing; the one that completes it adds the whole character.
+    """
+    found, start, shown = [], 0, 0
+    for end, token in enumerate(tokens, start=1):
+        if end == 1 and token == tokenizer.bos_token_id:
+            found.append("")
+            start = shown = 1
+            continue
+        before, after = _decode(tokenizer, tokens[start:shown]), _decode(tokenizer, tokens[start:end])
+        if after.endswith("\N{REPLACEMENT CHARACTER}") and end < len(tokens):
+            found.append("")
+            continue
+        found.append(after.removeprefix(before))
+        start, shown = shown, end
+    return found
+
+
+def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
+    return tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)
+
+
+def _chunks(subject: Subject, window: Window) -> list[Positions]:
+    """Every position of a window, as many at once as decode together."""
+    config = subject.config
+    places = list(range(1, len(window.tokens) - config.method.horizon + 1))
+    size = max(1, config.train.rollout_batch // config.evaluate.view_thoughts)
+    pieces = [places[start : start + size] for start in range(0, len(places), size)]
+    return [at_positions([window], [piece], config.method.horizon) for piece in pieces]
+
+
+@torch.no_grad()
+def _positions(subject: Subject, reference: Any, chunk: Positions, pieces: list[str]) -> list[dict[str, Any]]:
+    config, form, window = subject.config, subject.form, chunk.windows[0]
+    at = chunk.at.tolist()
+    shape = (config.evaluate.view_thoughts, config.method.thought_length)
+    noise = draw_noise(shape, [make_generator(0, "view", window.document, window.start + t) for t in at])
+    thoughts = subject.engine.sample(chunk, noise)
+    tokens = content.inside(thoughts, form)
+    tokens_at_once = chunk_tokens(reference, config.update.tokens_per_chunk)
+    plain, _ = no_think_logp(reference, chunk, tokens_at_once)
+    value = discounted(thoughts.evidence, config.method.discount)
+    columns = {
+        "text": content.texts(subject.tokenizer, tokens),
+        "length": thoughts.lengths.tolist(),
+        "closed": thoughts.closed.tolist(),
+        "evidence": thoughts.evidence[..., 0].tolist(),
+        "reward": (value - discounted(plain, config.method.discount)[:, None]).tolist(),
+        "advantage": group_advantages(value).tolist(),
+    }
+    before = no_think_distribution(reference, chunk, tokens_at_once)
+    after = thought_evidence(subject.model, chunk, form, tokens, config.model.prefix == "shared")
+    rows = []
+    for i, t in enumerate(at):
+        members = []
+        for g in range(shape[0]):
+            figures = {name: column[i][g] for name, column in columns.items()}
+            members.append({**figures, "top": _top(subject, after[i, g], window.tokens[t - 1])})
+        row = {"at": t, "target": pieces[t], "nothink": float(plain[i, 0])}
+        rows.append({**row, "nothink_top": _top(subject, before[i], window.tokens[t - 1]), "thoughts": members})
+    return rows
+
+
+def _top(subject: Subject, logp: Float[Tensor, " vocab"], previous: int) -> list[list[Any]]:
+    """The likeliest next tokens, as text that follows the previous token, with their probabilities."""
+    best = logp.topk(min(TOP, len(logp)))
+    lead = _decode(subject.tokenizer, [previous])
+    found = []
+    for token, value in zip(best.indices.tolist(), best.values.exp().tolist(), strict=True):
+        both = _decode(subject.tokenizer, [previous, token])
+        alone = both.removeprefix(lead) if both.startswith(lead) else _decode(subject.tokenizer, [token])
+        found.append([alone, value])
+    return found

@@ -1,0 +1,388 @@
+"""Predict and write with thoughts: what a trained model is for.
+
+A thought stands before the token that it helps to predict, as in training (x_<t <think> c </think> x_t), and no later
+thought sees it. Several thoughts at one place make a mixture: p(x | x_<t) = 1/k sum_i p(x | x_<t, c_i). After further
+tokens each thought weighs what it made of them, so the probability of any text is the mean over thoughts.
+"""
+
+import itertools
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from forethought.config import Config, UserError, from_dict, merge
+from forethought.data.corpus import Window
+from forethought.data.positions import Positions, at_positions, make_generator, thought_format
+from forethought.eval.viewer import texts
+from forethought.models.compute_copy import compute_copy
+from forethought.models.loading import carried, load_model, load_tokenizer
+from forethought.models.logprobs import chunk_tokens, no_think_logp, suffix_logits
+from forethought.rollout import Thoughts, content, draw_noise
+from forethought.rollout.copies import Copies, read_copies
+from forethought.rollout.decoder import sample
+from forethought.rollout.generate import Sampling, Stop, generate
+from forethought.rollout.native import native_engine
+from forethought.tools.questions.questions import ends
+
+_TAIL = 8  # tokens of which a text is decoded to see what the last one adds; a character has at most 4
+_LOGITS = 2**26  # logits that are held at once
+Text = str | Sequence[int]
+Pair = tuple[Sequence[int], Sequence[int]]  # tokens of a context, and of what follows it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thought:
+    """One thought, without its delimiters."""
+
+    text: str
+    tokens: tuple[int, ...]
+    closed: bool  # whether it ended itself; else it was closed by force at method.thought_length
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What comes next, over the whole vocabulary, in nats; on the model's device."""
+
+    logp: Float[Tensor, " vocab"]  # after thinking: the log of the mean probability over thoughts
+    nothink: Float[Tensor, " vocab"]  # the same model without a thought
+    thoughts: tuple[Thought, ...]
+    top: tuple[tuple[str, float], ...]  # the likeliest tokens after thinking, as text, with their probabilities
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """One token of a text that was read, or one that was written. Log-probabilities at temperature 1, in nats."""
+
+    at: int  # its index among the text's tokens
+    token: int
+    text: str  # what it adds to the text; "" inside a character
+    logp: float  # after thinking: the log of the mean probability over thoughts
+    nothink: float  # without a thought
+    thoughts: tuple[Thought, ...]  # thought just before it; in a text that is written, none between two pauses
+
+    @property
+    def gain(self) -> float:
+        """What thinking brought to predicting this token (eq. 5, against the model itself)."""
+        return self.logp - self.nothink
+
+
+class ThinkingModel:
+    """A causal LM with its tokenizer and its way of thinking. `thoughts=0` everywhere means: without a thought.
+
+    The same seed and text give the same thoughts. Every place reads its context anew.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, config: Config):
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.form = thought_format(tokenizer, config.method)
+        self.engine = native_engine(model, self.form, config)
+        self.ends = ends(model, tokenizer)
+
+    @classmethod
+    def load(cls, source: str | Path, overrides: dict[str, Any] | None = None) -> "ThinkingModel":
+        """An exported folder (RUN/policy), a hub id, `embedded`, or whatever model.path takes.
+
+        It thinks as the model carries it in forethought.json, or by the defaults; `overrides` is a nested dict of
+        options such as {"method": {"thought_length": 64}}. Raises UserError.
+        """
+        start = merge({"model": {"path": str(source)}}, carried(str(source)))
+        config = from_dict(merge(start, overrides or {}))
+        model = compute_copy(load_model(config.model, config.seed), config.model.precision)
+        return cls(model, load_tokenizer(config.model), config)
+
+    def encode(self, text: Text) -> list[int]:
+        """Tokens, with the tokenizer's own special ones, as documents are read in training. Tokens stay as they are."""
+        read = self.tokenizer(text, truncation=False, verbose=False)["input_ids"] if isinstance(text, str) else text
+        tokens = [int(token) for token in read]
+        if not tokens:
+            raise UserError("text = '': must have at least one token, for a thought is about what follows")
+        return tokens
+
+    @torch.no_grad()
+    def next_token(self, text: Text, *, thoughts: int = 1, seed: int = 0) -> Prediction:
+        """The distribution of the token that follows, averaged over sampled thoughts, and without a thought."""
+        context = self.encode(text)
+        said, _, logits = self._pause(context, thoughts, seed)
+        logits = logits.float().log_softmax(-1)
+        logp = mixture(logits[: max(1, len(said))])
+        best = logp.topk(min(5, len(logp)))
+        chances = zip(best.indices.tolist(), best.values.exp().tolist(), strict=True)
+        top = tuple((self._adds([*context, token]), chance) for token, chance in chances)
+        return Prediction(logp=logp, nothink=logits[-1], thoughts=said, top=top)
+
+    @torch.no_grad()
+    def gains(self, text: Text, *, thoughts: int = 1, seed: int = 0) -> list[Place]:
+        """Think before every token of a text but the first, and see what that brought."""
+        tokens = self.encode(text)
+        places: list[Place] = []
+        pieces = texts(self.tokenizer, tokens)
+        for chunk, found in self._read(tokens, (1, 1), thoughts, seed):
+            nothink = self._plain(chunk)[:, 0]
+            logp = nothink if found is None else mixture(found.evidence[..., 0].T)
+            told = [()] * len(chunk) if found is None else self._told(found)
+            for t, mine, plain, said in zip(chunk.at.tolist(), logp.tolist(), nothink.tolist(), told, strict=True):
+                place = Place(at=t, token=tokens[t], text=pieces[t], logp=mine, nothink=plain, thoughts=said)
+                places.append(place)
+        return places
+
+    @torch.no_grad()
+    def log_likelihood(
+        self, text: Text, *, thoughts: int = 1, think_every: int = 1, given: int = 1, seed: int = 0
+    ) -> float:
+        """log p of a text given its first `given` tokens, in nats, thinking before every `think_every`-th other one.
+
+        The tokens up to the next pause follow the same thoughts.
+        """
+        tokens = self.encode(text)
+        total = 0.0
+        for chunk, found in self._read(tokens, (given, think_every), thoughts, seed):
+            evidence = self._plain(chunk)[:, None] if found is None else found.evidence
+            inside = chunk.at[:, None] + torch.arange(chunk.horizon) < len(tokens)
+            total += float(mixture((evidence * inside[:, None].to(evidence.device)).sum(-1).T).sum())
+        return total
+
+    @torch.no_grad()
+    def score(
+        self,
+        pairs: Sequence[Pair],
+        *,
+        thoughts: int = 1,
+        seed: int = 0,
+        progress: Callable[[int], Any] = lambda done: None,
+    ) -> list[tuple[float, bool]]:
+        """log p of each continuation after thinking once, behind its context; and whether it is the greedy one.
+
+        Pairs of tokens (context, continuation). Those with one context, such as the choices of a question, are scored
+        after the same thoughts. Greedy: each token is the likeliest of the mixture, given those before it. `progress`
+        is told how many more pairs are done.
+        """
+        if any(not context or not continuation for context, continuation in pairs):
+            raise UserError("a context and its continuation must have at least one token each")
+        scores: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
+        order = sorted(range(len(pairs)), key=lambda i: (-len(pairs[i][0]), pairs[i][0]))
+        for piece in _by_context(order, pairs, self.config.train.rollout_batch):
+            contexts = list(dict.fromkeys(tuple(pairs[i][0]) for i in piece))
+            said = self._think([list(one) for one in contexts], thoughts, [seed] * len(contexts))
+            told = dict(zip(contexts, said, strict=True))
+            for chunk in self._fitting(piece, pairs, thoughts):
+                found = self._score([pairs[i] for i in chunk], told)
+                for i, score in zip(chunk, found, strict=True):
+                    scores[i] = score
+                progress(len(chunk))
+        return scores
+
+    def generate(
+        self,
+        text: Text,
+        *,
+        max_tokens: int = 64,
+        think_every: int = 1,
+        thoughts: int = 1,
+        temperature: float = 1.0,
+        seed: int = 0,
+    ) -> Iterator[Place]:
+        """Write on, token by token as they come, and think before every `think_every`-th of them.
+
+        Tokens up to the next pause follow the same thoughts. `temperature` is that of the text (0: the likeliest
+        token); thoughts keep that of method.temperature. Ends at an end token (which is yielded) or at `max_tokens`.
+        Raises UserError where the model has no positions for the text, its thoughts and what is to be written.
+        """
+        tokens = self.encode(text)
+        if max_tokens < 1 or think_every < 1 or temperature < 0:
+            raise UserError("max_tokens and think_every must be at least 1, temperature at least 0")
+        self.check_room(len(tokens) + max_tokens, thoughts)
+        return self._write(tokens, (max_tokens, think_every), thoughts, temperature, seed)
+
+    @torch.no_grad()
+    def answer(
+        self, contexts: Sequence[list[int]], sampling: Sampling, stop: Stop, seeds: Sequence[int], *, thoughts: int = 1
+    ) -> list[list[int]]:
+        """What the model writes behind each context after one thought, or (thoughts=0) none; many at once.
+
+        A text that was drawn after one thought is drawn from the mixture over all of them, so more would not help.
+        Raises UserError where the model has no positions for a context, its thought and sampling.limit tokens.
+        """
+        self.check_room(max(map(len, contexts)) + sampling.limit, thoughts)
+        streams = [make_generator(seed, "answer", context) for seed, context in zip(seeds, contexts, strict=True)]
+        told = self._think(contexts, min(thoughts, 1), seeds)
+        prompts = [[*self._rows(context, said), context][0] for context, said in zip(contexts, told, strict=True)]
+        return generate(self.model, prompts, sampling, stop, streams)
+
+    def _write(
+        self, tokens: list[int], lengths: tuple[int, int], thoughts: int, temperature: float, seed: int
+    ) -> Iterator[Place]:
+        """`generate`, a stretch between two pauses at a time. `tokens` grows."""
+        left, every = lengths
+        while left:
+            said, copies, logits = self._pause(tokens, thoughts, seed)
+            weights = logits.new_zeros(max(1, len(said)), dtype=torch.float32)
+            count = min(every, left)
+            left -= count
+            for step in range(count):
+                logp = logits.float().log_softmax(-1)
+                mixed = mixture(weights[:, None] + logp[: len(weights)]) - mixture(weights)
+                token = self._draw(mixed, tokens, temperature, seed)
+                weights = weights + logp[: len(weights), token]
+                tokens.append(token)
+                yield Place(
+                    at=len(tokens) - 1,
+                    token=token,
+                    text=self._adds(tokens),
+                    logp=float(mixed[token]),
+                    nothink=float(logp[-1, token]),
+                    thoughts=() if step else said,
+                )
+                if token in self.ends:
+                    return
+                if step + 1 < count:
+                    logits = self._step(copies, token)
+
+    @torch.no_grad()
+    def _pause(
+        self, tokens: list[int], thoughts: int, seed: int
+    ) -> tuple[tuple[Thought, ...], Copies, Float[Tensor, "row vocab"]]:
+        """Think, and read a row for each thought and (last) one without; the logits that follow."""
+        [said] = self._think([tokens], thoughts, [seed])
+        rows = [*self._rows(tokens, said), tokens]
+        return said, *read_copies(self.model, rows, self.form.pad)
+
+    @torch.no_grad()
+    def _step(self, copies: Copies, token: int) -> Float[Tensor, "row vocab"]:
+        return copies.step(torch.full((len(copies.mask),), token, device=self.model.device))
+
+    def _draw(self, logp: Float[Tensor, " vocab"], before: list[int], temperature: float, seed: int) -> int:
+        if temperature == 0:
+            return int(logp.argmax())
+        noise = torch.rand(1, generator=make_generator(seed, "write", before)).to(logp.device)
+        return int(sample(logp[None], noise, temperature, 1.0))
+
+    def check_room(self, tokens: int, thoughts: int) -> None:
+        """Refuse a text that is too long for the model with the thoughts in it. Raises UserError."""
+        if tokens > self.room(thoughts):
+            raise UserError(
+                f"a text of {tokens} tokens: the model has positions for {self.room(thoughts)} beside its thoughts; "
+                "shorten the text or method.thought_length"
+            )
+
+    def room(self, thoughts: int) -> int:
+        """Tokens of text that the model has positions for, with a thought in it unless `thoughts` is 0."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return sys.maxsize if limit is None else limit - self._overhead(thoughts)
+
+    def _overhead(self, thoughts: int) -> int:
+        return self.form.overhead + self.config.method.thought_length if thoughts else 0
+
+    def _think(self, contexts: Sequence[list[int]], thoughts: int, seeds: Sequence[int]) -> list[tuple[Thought, ...]]:
+        """Thoughts at the end of each context."""
+        self.check_room(max(map(len, contexts)) + 1, thoughts)
+        if thoughts < 1:
+            return [()] * len(contexts)
+        windows = [_window([*context, self.form.pad]) for context in contexts]  # an engine scores some token behind
+        positions = at_positions(windows, [[len(context)] for context in contexts], 1)
+        return self._told(self._sample(positions, thoughts, seeds))
+
+    def _sample(self, positions: Positions, thoughts: int, seeds: Sequence[int]) -> Thoughts:
+        streams = [
+            make_generator(seed, "think", context) for seed, context in zip(seeds, positions.contexts(), strict=True)
+        ]
+        noise = draw_noise((thoughts, self.config.method.thought_length), streams)
+        return self.engine.sample(positions, noise)
+
+    def _read(
+        self, tokens: list[int], steps: tuple[int, int], thoughts: int, seed: int
+    ) -> Iterator[tuple[Positions, Thoughts | None]]:
+        """Every n-th token of a text from some first on, with the thoughts before it; behind its end stands padding."""
+        first, horizon = steps
+        self.check_room(len(tokens) + horizon - 1, thoughts)
+        window, places = _window([*tokens, *[self.form.pad] * (horizon - 1)]), list(range(first, len(tokens), horizon))
+        size = max(1, self.config.train.rollout_batch // max(1, thoughts))
+        for start in range(0, len(places), size):
+            chunk = at_positions([window], [places[start : start + size]], horizon)
+            yield chunk, self._sample(chunk, thoughts, [seed] * len(chunk)) if thoughts else None
+
+    def _plain(self, positions: Positions) -> Float[Tensor, "batch horizon"]:
+        return no_think_logp(self.model, positions, chunk_tokens(self.model, self.config.update.tokens_per_chunk))[0]
+
+    def _told(self, found: Thoughts) -> list[tuple[Thought, ...]]:
+        inside = content.inside(found, self.form)
+        columns = zip(inside, content.texts(self.tokenizer, inside), found.closed.tolist(), strict=True)
+        return [
+            tuple(
+                Thought(text=text, tokens=tuple(tokens), closed=closed)
+                for tokens, text, closed in zip(*group, strict=True)
+            )
+            for group in columns
+        ]
+
+    def _rows(self, context: list[int], said: Sequence[Thought]) -> list[list[int]]:
+        """What the model reads before it predicts: a row for each thought."""
+        return [[*self.form.wrap(context), *thought.tokens, *self.form.close] for thought in said]
+
+    def _fitting(self, order: Sequence[int], pairs: Sequence[Pair], thoughts: int) -> Iterator[list[int]]:
+        """Pairs whose rows go through the model together."""
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        longest = max(len(pairs[i][1]) for i in order)
+        rows = min(self.config.train.rollout_batch, _LOGITS // (longest * vocabulary))
+        size = max(1, rows // max(1, thoughts))
+        yield from (list(order[start : start + size]) for start in range(0, len(order), size))
+
+    def _score(
+        self, pairs: Sequence[Pair], told: Mapping[tuple[int, ...], tuple[Thought, ...]]
+    ) -> list[tuple[float, bool]]:
+        """`score` of pairs that go through the model together, those of one context beside each other."""
+        contexts = list(dict.fromkeys(tuple(context) for context, _ in pairs))
+        thinks = bool(told[contexts[0]])
+        form = self.form if thinks else replace(self.form, before=(), after=(), open=(), close=())
+        said = {context: [thought.tokens for thought in told[context]] or [()] for context in contexts}
+        suffixes: list[list[list[int]]] = [[] for _ in contexts]
+        for context, continuation in pairs:
+            suffixes[contexts.index(tuple(context))] += [
+                [*form.after, *form.open, *thought, *form.close, *continuation[:-1]] for thought in said[tuple(context)]
+            ]
+        windows = [_window([*context, form.pad]) for context in contexts]
+        positions = at_positions(windows, [[len(context)] for context in contexts], 1)
+        keep = max(len(continuation) for _, continuation in pairs)
+        shared = thinks and self.config.model.prefix == "shared"
+        logits = suffix_logits(self.model, positions, form, suffixes, keep, shared)
+        members = logits.unflatten(0, (len(pairs), -1))  # (pair, thought, kept, vocab)
+        return [
+            _judged(some[:, -len(continuation) :].float().log_softmax(-1), continuation)
+            for some, (_, continuation) in zip(members, pairs, strict=True)
+        ]
+
+    def _adds(self, tokens: Sequence[int]) -> str:
+        """What the last token adds to the text; "" while a character is not complete."""
+        piece = texts(self.tokenizer, tokens[-_TAIL:])[-1]
+        return "" if piece.endswith("\N{REPLACEMENT CHARACTER}") else piece
+
+
+def mixture(logp: Float[Tensor, "thought ..."]) -> Float[Tensor, "..."]:
+    """log of the mean probability over thoughts: log 1/k sum_i exp logp_i."""
+    return logp.logsumexp(dim=0) - math.log(len(logp))
+
+
+def _judged(logp: Float[Tensor, "thought token vocab"], tokens: Sequence[int]) -> tuple[float, bool]:
+    """log p of tokens under a mixture of thoughts, and whether each is the mixture's likeliest, given those before."""
+    wanted = torch.tensor(tokens, device=logp.device)
+    picked = logp.gather(-1, wanted.expand(len(logp), -1)[..., None]).squeeze(-1)  # (thought, token)
+    before = picked.cumsum(dim=-1) - picked
+    likeliest = mixture(before[..., None] + logp).argmax(dim=-1)
+    return float(mixture(picked.sum(dim=-1))), bool((likeliest == wanted).all())
+
+
+def _by_context(order: Sequence[int], pairs: Sequence[Pair], contexts: int) -> Iterator[list[int]]:
+    """Pieces of an order in which equal contexts follow each other, each of so many contexts."""
+    groups = [list(some) for _, some in itertools.groupby(order, key=lambda i: tuple(pairs[i][0]))]
+    for start in range(0, len(groups), contexts):
+        yield [i for group in groups[start : start + contexts] for i in group]
+
+
+def _window(tokens: list[int]) -> Window:
+    return Window(document="", start=0, tokens=tokens, marks={})

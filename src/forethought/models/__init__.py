@@ -1,0 +1,1 @@
+"""Networks: loading, LoRA, teacher, compute copy, sharding, fused kernels, log-probabilities."""

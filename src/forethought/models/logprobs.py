@@ -1,0 +1,338 @@
+"""The one place where logits become log-probabilities (eqs. 3 and 4): float32, in nats."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from forethought.data.positions import Positions, ThoughtFormat, pad_rows
+from forethought.prefix import Prefix, SuffixCache, activation_checkpointing, backbone, read, vocabulary
+
+_ROWS = 4096  # rows of vocabulary size that are normalised at once
+_LOGITS = {"cpu": 2**26, "cuda": 2**28}  # logits that are held at once, with their gradients
+_ACTIVATIONS_BYTES = 2**30  # what a chunk's activations may take where update.tokens_per_chunk is automatic
+_WITHOUT_GRADIENTS = 4  # on a GPU, a pass that keeps nothing for a backward pass reads this many times the tokens
+_BUCKET = 8  # thoughts whose lengths differ by less than this many tokens go together
+
+
+def log_probabilities(
+    logits: Float[Tensor, "*rows vocab"], tokens: Int[Tensor, "*rows"], temperature: float = 1.0
+) -> Float[Tensor, "*rows"]:
+    """log softmax(logits / temperature)[token], in float32, a bounded number of rows at a time."""
+    flat, wanted = logits.reshape(-1, logits.shape[-1]), tokens.reshape(-1, 1)
+    pieces = []
+    for piece, token in zip(flat.split(_ROWS), wanted.split(_ROWS), strict=True):
+        scaled = piece.float() if temperature == 1 else piece.float() / temperature
+        pieces.append(scaled.log_softmax(-1).gather(-1, token).squeeze(-1))
+    return torch.cat(pieces).view(tokens.shape)
+
+
+def mask_token(
+    logits: Float[Tensor, "*rows vocab"], token: int, where: Bool[Tensor, "*rows"] | None = None
+) -> Float[Tensor, "*rows vocab"]:
+    """Logits in which one token cannot be drawn (a thought may not begin with its closing delimiter).
+
+    `where`: in these rows only.
+    """
+    if where is None:
+        where = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+    rows = where.nonzero(as_tuple=True)
+    if not rows[0].numel():
+        return logits
+    column = torch.tensor(token, device=logits.device)
+    return logits.index_put((*rows, column), logits.new_tensor(float("-inf")))
+
+
+def position_ids(mask: Bool[Tensor, "row width"]) -> Int[Tensor, "row width"]:
+    """0, 1, 2, ... from each row's first real token, so that padding moves nothing."""
+    return (mask.cumsum(dim=-1) - 1).clamp(min=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoringOptions:
+    """How thoughts are read again."""
+
+    temperature: float  # of the log-probabilities
+    tokens: int  # at most so many in one forward and backward pass
+    shared: bool  # read a document once for all its thoughts, or a copy for each
+    checkpointing: bool = False  # keep only what goes into each layer for the backward pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThoughtBatch:
+    """Documents and the thoughts that continue them, one row a thought.
+
+    Example: one document of 5 tokens with two places, stops [3, 5], two thoughts each: place [0, 0, 1, 1].
+    """
+
+    documents: list[list[int]]  # tokens up to the last place, as the thinking model reads them
+    stops: list[list[int]]  # for each document the tokens ahead of its places
+    place: Int[Tensor, " row"]  # index of the row's place, counted through all documents
+    tokens: Int[Tensor, "row thought"]  # padded on the right
+    mask: Bool[Tensor, "row thought"]  # True at tokens that the policy sampled, at least one a row
+
+    @classmethod
+    def of(
+        cls,
+        form: ThoughtFormat,
+        positions: Positions,
+        tokens: Int[Tensor, "batch group thought"],
+        mask: Bool[Tensor, "batch group thought"],
+    ) -> "ThoughtBatch":
+        """The thoughts at some positions."""
+        documents, stops = form.documents(positions)
+        place = torch.arange(len(tokens), device=tokens.device).repeat_interleave(tokens.shape[1])
+        return cls(documents=documents, stops=stops, place=place, tokens=tokens.flatten(0, 1), mask=mask.flatten(0, 1))
+
+    def chunks(self, tokens: int, ahead: int) -> Iterator[tuple[Int[Tensor, " row"], int]]:
+        """Rows that go together, by place, and their longest thought; with `ahead` more each, `tokens` at most."""
+        lengths, places = self.mask.sum(dim=-1).tolist(), self.place.tolist()
+        order = sorted(range(len(lengths)), key=lambda i: (lengths[i] // _BUCKET, places[i]))
+        start = 0
+        while start < len(order):
+            end, longest = start + 1, lengths[order[start]]
+            while end < len(order) and (end + 1 - start) * (max(longest, lengths[order[end]]) + ahead) <= tokens:
+                longest = max(longest, lengths[order[end]])
+                end += 1
+            rows = sorted(order[start:end], key=places.__getitem__)
+            yield torch.tensor(rows, device=self.place.device), longest
+            start = end
+
+    def contexts(self, form: ThoughtFormat) -> list[list[int]]:
+        """What stands ahead of the thoughts at each place, the opening delimiter included."""
+        return [
+            [*document[:stop], *form.after, *form.open]
+            for document, some in zip(self.documents, self.stops, strict=True)
+            for stop in some
+        ]
+
+
+Loss = Callable[[Tensor, Tensor], Tensor]  # log-probabilities (row, thought) and which rows they are of -> a scalar
+
+
+def chunk_tokens(model: Any, asked: int) -> int:
+    """Tokens in one forward and backward pass: as asked, or (0) as many as a fixed share of memory holds.
+
+    A token leaves about 14 hidden and 5 intermediate vectors a layer behind for the backward pass.
+    """
+    if asked:
+        return asked
+    options = model.config.get_text_config()
+    hidden, layers = options.hidden_size, options.num_hidden_layers
+    intermediate = getattr(options, "intermediate_size", None) or 4 * hidden
+    intermediate = max(intermediate) if isinstance(intermediate, (list, tuple)) else intermediate
+    budget = _ACTIVATIONS_BYTES
+    if model.device.type != "cpu":
+        budget = torch.cuda.get_device_properties(model.device).total_memory // 8
+    vectors = layers * (14 * hidden + 5 * intermediate)
+    return int(min(max(budget // (vectors * model.dtype.itemsize), 256), 2**16))
+
+
+def thought_logp(
+    model: Any, form: ThoughtFormat, rows: ThoughtBatch, reading: ScoringOptions
+) -> Float[Tensor, "row thought"]:
+    """log pi(l_u | x_<t, l_<u) of each sampled token at the sampling temperature; 0 where the mask is False."""
+    found = torch.zeros(rows.tokens.shape, device=rows.tokens.device)
+    with torch.no_grad():
+        prefix = read(model, rows.documents, rows.stops) if reading.shared else None
+        for chunk, width in _chunks(rows, form, reading):
+            hidden = _hidden(model, form, rows, (chunk, width), prefix)
+            found[chunk, :width] = _logp(model, form, rows, (chunk, hidden), reading.temperature)
+    return found
+
+
+def forward_backward(model: Any, form: ThoughtFormat, rows: ThoughtBatch, reading: ScoringOptions, loss: Loss) -> None:
+    """Score all thoughts and add the gradients of `loss` to the weights, in memory bounded by `reading.tokens`.
+
+    Exact, in phases that each end at detached leaves: documents once, rows chunk by chunk over them, and the vocabulary
+    head on bounded numbers of scored tokens. `loss` sees whole thoughts, and its values must add up to the whole.
+    """
+    with activation_checkpointing(model, reading.checkpointing):
+        prefix = read(model, rows.documents, rows.stops) if reading.shared else None
+    leaves = None if prefix is None else prefix.detached()
+    for chunk, width in _chunks(rows, form, reading):
+        with activation_checkpointing(model, reading.checkpointing):
+            hidden = _hidden(model, form, rows, (chunk, width), leaves)
+        leaf = hidden.detach().requires_grad_()
+        size = max(1, _LOGITS[model.device.type] // (width * model.get_output_embeddings().weight.shape[0]))
+        for part, piece in zip(chunk.split(size), leaf.split(size), strict=True):
+            logp = _logp(model, form, rows, (part, piece), reading.temperature)
+            loss(logp, part).backward()
+        hidden.backward(leaf.grad)
+    if prefix is not None and leaves is not None:
+        prefix.backward(leaves)
+
+
+def _chunks(rows: ThoughtBatch, form: ThoughtFormat, reading: ScoringOptions) -> Iterator[tuple[Tensor, int]]:
+    longest = 0 if reading.shared else max(stop for some in rows.stops for stop in some)
+    return rows.chunks(reading.tokens, longest + len(form.after) + len(form.open))
+
+
+def _hidden(
+    model: Any, form: ThoughtFormat, rows: ThoughtBatch, chunk: tuple[Tensor, int], prefix: Prefix | None
+) -> Float[Tensor, "row thought hidden"]:
+    """Hidden states that predict each thought token of a chunk: over its prefix, or over copies where there is none."""
+    some, width = chunk
+    thought = rows.tokens[some, :width]
+    if prefix is None:
+        contexts = rows.contexts(form)
+        lead, mask = pad_rows([contexts[place] for place in rows.place[some].tolist()], form.pad, left=True)
+        tokens = torch.cat([lead.to(thought.device), thought], dim=1)
+        mask = torch.cat([mask.to(thought.device), rows.mask[some, :width]], dim=1)
+        hidden = model.base_model(
+            input_ids=tokens, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False
+        ).last_hidden_state
+    else:
+        ahead = torch.tensor([*form.after, *form.open], device=thought.device).expand(len(some), -1)
+        fork = SuffixCache(prefix, rows.place[some].tolist())
+        tokens = torch.cat([ahead, thought], dim=1)
+        hidden = backbone(model, tokens, fork, fork.position_ids(tokens.shape[1]))
+    return hidden[:, -width - 1 : -1]
+
+
+def _logp(
+    model: Any, form: ThoughtFormat, rows: ThoughtBatch, chunk: tuple[Tensor, Tensor], temperature: float
+) -> Float[Tensor, "row thought"]:
+    """Log-probabilities of sampled tokens from the hidden states that predict them; 0 elsewhere."""
+    some, hidden = chunk
+    width = hidden.shape[1]
+    mask, tokens = rows.mask[some, :width], rows.tokens[some, :width]
+    logits = vocabulary(model, hidden[mask])
+    first = torch.zeros_like(mask)
+    first[:, 0] = True
+    found = log_probabilities(mask_token(logits, form.close[0], first[mask]), tokens[mask], temperature)
+    return torch.zeros(mask.shape, device=found.device).masked_scatter(mask, found)
+
+
+def no_think_logp(
+    model: Any, positions: Positions, tokens: int
+) -> tuple[Float[Tensor, "batch horizon"], Bool[Tensor, "batch horizon"]]:
+    """No-think log-evidence (eq. 4): log p(x_t+k | x_<t+k) of each target, and whether it was the likeliest token.
+
+    One pass over each window, up to its last target, serves all its positions. No delimiters, no template. At most
+    about `tokens` tokens are read at once.
+    """
+    evidence, hits = [], []
+    for logits, targets in _plain_logits(model, positions, tokens):
+        evidence.append(log_probabilities(logits, targets))
+        hits.append(logits.argmax(dim=-1) == targets)
+    return torch.cat(evidence), torch.cat(hits)
+
+
+@torch.no_grad()
+def no_think_entropy(model: Any, positions: Positions, tokens: int) -> Float[Tensor, " batch"]:
+    """Entropy of p(. | x_<t) over the whole vocabulary, without a thought, in nats, on the CPU; one pass a window."""
+    found = []
+    for logits, _ in _plain_logits(model, positions, tokens):
+        for piece in logits[:, 0].split(_ROWS // 8):  # a copy of what is already the largest tensor here
+            found.append(torch.special.entr(piece.float().softmax(dim=-1)).sum(dim=-1).cpu())
+    return torch.cat(found)
+
+
+def no_think_distribution(model: Any, positions: Positions, tokens: int) -> Float[Tensor, "batch vocab"]:
+    """log p(. | x_<t) of every token that could come next, without a thought (eq. 4), nats; one pass a window."""
+    return torch.cat([logits[:, 0].float().log_softmax(-1) for logits, _ in _plain_logits(model, positions, tokens)])
+
+
+def _plain_logits(
+    model: Any, positions: Positions, tokens: int
+) -> Iterator[tuple[Float[Tensor, "part horizon vocab"], Int[Tensor, "part horizon"]]]:
+    """The logits that predict the targets of each position, a bounded number of positions at a time; the targets."""
+    longest = max(len(window.tokens) for window in positions.windows)
+    tokens *= _WITHOUT_GRADIENTS if model.device.type == "cuda" else 1
+    windows = max(1, tokens // longest) * max(1, len(positions) // len(positions.windows))
+    for chunk in positions.chunks(windows):
+        targets = chunk.targets().to(model.device)
+        used, owner = chunk.window.unique(return_inverse=True)
+        ends = torch.zeros(len(used), dtype=torch.long).scatter_reduce(0, owner, chunk.at, "amax") + chunk.horizon - 1
+        rows = [chunk.windows[w].tokens[:end] for w, end in zip(used.tolist(), ends.tolist(), strict=True)]
+        padded, _ = pad_rows(rows, 0, left=False)
+        hidden = model.base_model(input_ids=padded.to(model.device), use_cache=False).last_hidden_state
+        places = chunk.at[:, None] - 1 + torch.arange(chunk.horizon)
+        picked = hidden[owner[:, None].to(model.device), places.to(model.device)]
+        for part, target in zip(picked.split(_ROWS), targets.split(_ROWS), strict=True):
+            yield vocabulary(model, part), target
+
+
+def thought_evidence(
+    model: Any,
+    positions: Positions,
+    form: ThoughtFormat,
+    thoughts: Sequence[Sequence[Sequence[int]]],
+    shared: bool = False,
+) -> Float[Tensor, "batch group vocab"]:
+    """log p(. | x_<t, c) of every token that could follow given thoughts (eq. 3), at temperature 1, in nats.
+
+    `thoughts` holds the same number of thoughts for each position, as tokens without the closing delimiter; one without
+    tokens is the empty thought. At x_t this is the evidence that an engine reports for a thought that it sampled. With
+    `shared` (a model that `prefix.enable` prepared) each window is read once for all of them.
+    """
+    rows = [[[*form.after, *form.open, *thought, *form.close] for thought in group] for group in thoughts]
+    logits = suffix_logits(model, positions, form, rows, 1, shared)
+    return logits.float().log_softmax(dim=-1).view(len(positions), -1, logits.shape[-1])
+
+
+def suffix_logits(
+    model: Any,
+    positions: Positions,
+    form: ThoughtFormat,
+    suffixes: Sequence[Sequence[Sequence[int]]],
+    keep: int,
+    shared: bool = False,
+) -> Float[Tensor, "row kept vocab"]:
+    """Logits that follow the last `keep` tokens of suffixes, a row each, position by position.
+
+    Suffixes continue what the thinking model reads up to x_<t, `form.ahead`; a position may have any number of them.
+    Columns ahead of a suffix shorter than `keep` mean nothing. `shared` as in `thought_evidence`, where no suffix may
+    be empty.
+    """
+    rows = [suffix for group in suffixes for suffix in group]
+    places = [place for place, group in enumerate(suffixes) for _ in group]
+    if shared:
+        tokens, mask = pad_rows(rows, form.pad, left=False)
+        fork = SuffixCache(read(model, *form.documents(positions)), places)
+        hidden = backbone(model, tokens.to(model.device), fork, fork.position_ids(tokens.shape[1]))
+        columns = (mask.sum(dim=1, keepdim=True) + torch.arange(-keep, 0)).clamp(min=0).to(model.device)
+        return vocabulary(model, hidden[torch.arange(len(rows), device=model.device)[:, None], columns])
+    ahead = [form.ahead(context) for context in positions.contexts()]
+    copies = [[*ahead[place], *row] for place, row in zip(places, rows, strict=True)]
+    tokens, mask = pad_rows(copies, form.pad, left=True)
+    return forward(model, tokens.to(model.device), mask.to(model.device), keep)
+
+
+@torch.no_grad()
+def target_logp(
+    model: Any, form: ThoughtFormat, rows: ThoughtBatch, horizon: int, reading: ScoringOptions
+) -> tuple[Float[Tensor, "row horizon"], Bool[Tensor, "row horizon"]]:
+    """log p of each row's last `horizon` tokens at temperature 1 (eq. 3), nats, and whether each was the likeliest.
+
+    `rows` hold thoughts, closing delimiters and targets. What an engine needs that does not see the policy's logits.
+    """
+    evidence = torch.zeros(len(rows.place), horizon, device=rows.tokens.device)
+    hit = torch.zeros_like(evidence, dtype=torch.bool)
+    prefix = read(model, rows.documents, rows.stops) if reading.shared else None
+    for chunk, width in _chunks(rows, form, reading):
+        hidden = _hidden(model, form, rows, (chunk, width), prefix)
+        last = torch.arange(-horizon, 0, device=chunk.device)
+        columns = rows.mask[chunk].sum(dim=-1)[:, None] + last  # (row, horizon)
+        logits = vocabulary(model, hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1])))
+        targets = rows.tokens[chunk].gather(1, columns)
+        evidence[chunk] = log_probabilities(logits, targets)
+        hit[chunk] = logits.argmax(dim=-1) == targets
+    return evidence, hit
+
+
+def forward(
+    model: Any, tokens: Int[Tensor, "row width"], mask: Bool[Tensor, "row width"], keep: int | Tensor
+) -> Float[Tensor, "row kept vocab"]:
+    """Logits of a causal LM at the last `keep` columns (or at the columns that a tensor names), without a cache."""
+    return model(
+        input_ids=tokens,
+        attention_mask=mask.long(),
+        position_ids=position_ids(mask),
+        logits_to_keep=keep,
+        use_cache=False,
+    ).logits

@@ -1,0 +1,150 @@
+"""LoRA (arXiv:2106.09685) by the `peft` library: adapters are trained, and the model's own weights stay as they are.
+
+The weights lie in memory once, in the precision that computes. What a run trains, averages (the teacher), checkpoints
+and sends between processes are the factors A and B alone, in fp32.
+"""
+
+import copy
+import dataclasses
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from forethought.config import Config, Lora, UserError
+from forethought.models.compute_copy import Network, compute_copy
+from forethought.models.loading import device, load_model
+from forethought.prefix import layers_of
+
+ALL = "all-linear"
+ADAPTER = "default"  # peft's name for a model's first adapter
+
+
+def network(config: Config) -> Network:
+    """What a config trains: all weights of its model, or adapters. Raises UserError."""
+    made = load(config) if config.lora.r else Network(load_model(config.model, config.seed), config.model.precision)
+    if config.update.checkpointing and not layers_of(made.compute):
+        kind = type(made.compute).__name__
+        raise UserError(f"update.checkpointing = True: {kind} has no layers that can be computed again")
+    return made
+
+
+def load(config: Config) -> Network:
+    """The model that a config names, loaded on the CPU, with adapters. Raises UserError."""
+    library()
+    return adapted(load_model(dataclasses.replace(config.model, device="cpu"), config.seed), config)
+
+
+def adapted(model: Any, config: Config) -> Network:
+    """An fp32 model, frozen and with fresh adapters: B is 0, so that it computes what it computed. Raises UserError.
+
+    It is moved to its device once its precision is right. The network's weights are copies of the factors, in fp32.
+    """
+    adapt(model, config)
+    place = device(config.model)
+    factors = nn.ParameterDict()
+    for name, one in model.named_parameters():
+        if one.requires_grad:
+            factors[name.replace(".", "/")] = nn.Parameter(one.detach().to(place, copy=True))
+    return Network(factors, config.model.precision, compute_copy(model, config.model.precision, place))
+
+
+def library() -> Any:
+    """The module `peft`. Raises UserError where it is not installed."""
+    try:
+        return importlib.import_module("peft")
+    except ImportError as error:
+        raise UserError(f"lora.r: adapters take the peft library ({error}); pip install 'forethought[lora]'") from None
+
+
+def adapt(model: Any, config: Config) -> None:
+    """Freeze a model and put adapters into its linear layers, in place; their factors A depend on the seed alone."""
+    peft, options, layers = library(), config.lora, linear_layers(model)
+    settings = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=options.r,
+        lora_alpha=options.alpha,
+        target_modules=targets(layers, options),
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers.values()),
+        base_model_name_or_path=config.model.path,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        peft.inject_adapter_in_model(settings, model)
+    model.eval()
+
+
+def linear_layers(model: Any) -> dict[str, Any]:
+    """Layers that can have an adapter: all linear ones but the head, and but a mixer's last one.
+
+    Mamba's kernels read the weight of that (out_proj) themselves, past any adapter.
+    """
+    mixers = {name for name, module in model.named_modules() if hasattr(module, "conv1d")}
+    out = {model.get_output_embeddings(), *(getattr(model.get_submodule(name), "out_proj", None) for name in mixers)}
+    kinds = (nn.Linear, Conv1D)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds) and module not in out}
+
+
+def targets(layers: Mapping[str, Any], options: Lora) -> list[str]:
+    """Names of the layers that get an adapter. Raises UserError for a name that fits none."""
+    if options.target_modules == (ALL,):
+        return list(layers)
+    for wanted in options.target_modules:
+        if not any(_fits(name, wanted) for name in layers):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+            raise UserError(f"lora.target_modules = {wanted!r}: the model's linear layers are {known}, or {ALL}")
+    return [name for name in layers if any(_fits(name, wanted) for wanted in options.target_modules)]
+
+
+def _fits(name: str, wanted: str) -> bool:
+    return name == wanted or name.endswith(f".{wanted}")
+
+
+def merged(model: Any, factors: Mapping[str, Tensor], options: Lora, **to: Any) -> dict[str, Tensor]:
+    """Weights of the plain network that computes the same, W + alpha / r * B A, by its own names.
+
+    `factors`: by the names that they have in the adapted model. `to`: device and dtype of what is returned. A model
+    without adapters has its own weights.
+    """
+    found, seen = {}, {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        owner, adapter, rest = name.rpartition(".base_layer.")
+        if ".lora_" in name:
+            continue
+        if id(tensor) not in seen:  # tied weights stay tied
+            seen[id(tensor)] = tensor.detach().to(**to)
+        plain = seen[id(tensor)]
+        if adapter and rest == "weight":
+            pair = (factors[f"{owner}.{part}.{ADAPTER}.weight"] for part in ("lora_A", "lora_B"))
+            down, up = (one.detach().to(plain.device, torch.float32) for one in pair)
+            change = (up @ down) * (options.alpha / options.r)  # (out, in)
+            change = change.T if model.peft_config[ADAPTER].fan_in_fan_out else change
+            plain = (plain.float() + change).to(plain.dtype)  # rounded once
+        found[f"{owner}.{rest}" if adapter else name] = plain
+    return found
+
+
+def export(whole: Any, folder: Path, network: Network, options: Lora) -> None:
+    """The trained network into a folder. `whole`: its weights in one piece; adapters go with the network instead.
+
+    Of adapters: into FOLDER the plain network in fp32, which needs no peft, into FOLDER/adapter they as peft has them.
+    """
+    if not network.adapted:
+        whole.save_pretrained(folder)
+        return
+    factors = {name.replace("/", "."): one.detach() for name, one in network.weights.named_parameters()}
+    weights = merged(network.compute, factors, options, device="cpu", dtype=torch.float32)
+    network.compute.save_pretrained(folder, state_dict=weights)
+    architecture = copy.deepcopy(network.compute.config)
+    architecture.dtype = torch.float32
+    architecture.save_pretrained(folder)
+    settings = copy.copy(network.compute.peft_config[ADAPTER])
+    settings.target_modules, settings.inference_mode = sorted(settings.target_modules), True
+    settings.save_pretrained(folder / "adapter")
+    named = {f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": one.cpu() for name, one in factors.items()}
+    save_file(named, folder / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})

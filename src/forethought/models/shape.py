@@ -1,0 +1,393 @@
+"""What a config of transformers says about a network's size: parameters, matrices, attention and Mamba-2 layers.
+
+Arithmetic on the config alone: no weights, no torch. `models.flops` and `tools.plan` count with it.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from forethought.config import Lora, UserError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attention:
+    """One attention layer."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    window: int | None  # keys that a token sees at most, its own included; None: all up to its own
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mamba:
+    """One Mamba-2 layer (arXiv:2405.21060): its state is heads x head_dim x state numbers."""
+
+    heads: int
+    head_dim: int
+    state: int
+    groups: int  # heads of one group share B and C
+    kernel: int  # of the causal convolution ahead of the scan
+    chunk: int  # tokens that a scan takes at once
+
+    @property
+    def inner(self) -> int:
+        """Width of the layer's values."""
+        return self.heads * self.head_dim
+
+    @property
+    def channels(self) -> int:
+        """Channels of the convolution: values, B and C."""
+        return self.inner + 2 * self.groups * self.state
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """Bytes that one token leaves behind for the backward pass, with fused attention; weights are not in it.
+
+    Counted from what autograd saves of transformers' plain layers: tests/test_plan_memory.py measures it.
+    """
+
+    fp32: int = 0
+    bf16: int = 0  # bf16 weights; norms compute in fp32
+    fused: int = 0  # the same with norms and gated MLPs in fewer kernels, as on a GPU (forethought.models.fused)
+
+    def __add__(self, more: "Kept") -> "Kept":
+        return Kept(fp32=self.fp32 + more.fp32, bf16=self.bf16 + more.bf16, fused=self.fused + more.fused)
+
+    def __mul__(self, count: int) -> "Kept":
+        return Kept(fp32=count * self.fp32, bf16=count * self.bf16, fused=count * self.fused)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """A causal language model as far as its cost goes."""
+
+    model_type: str
+    hidden: int
+    vocab: int
+    parameters: int  # all of them, shared ones once
+    multiplied: int  # weights that every token is multiplied by below the head: of its own experts, where there are any
+    attention: tuple[Attention, ...]  # of every layer that has one
+    mamba: tuple[Mamba, ...]  # of every layer that has one
+    layers: int = 0
+    intermediate: int = 0  # width of the widest MLP, as the config says
+    kept: Kept = field(default_factory=Kept)  # of a token, Mamba layers apart: see `mixer_kept`
+    linears: tuple[tuple[str, int], ...] = ()  # inputs and outputs of linear layers by name, those that adapters go to
+    adapter: int = 0  # weights of adapters, counted in `multiplied`; above 0 all other weights are frozen
+
+    @classmethod
+    def of(cls, config: Any) -> "Shape":
+        """The shape of a transformers config. Raises UserError for an architecture that is not in FAMILIES."""
+        kind = config.model_type
+        if kind not in FAMILIES:
+            raise UserError(f"model_type = {kind!r}: its FLOPs are not known; known are {', '.join(sorted(FAMILIES))}")
+        layers = FAMILIES[kind](config)
+        linears: Counter[str] = Counter()
+        for name, width in (one for layer in layers for one in layer.linears):
+            linears[name] += width
+        embedding = config.vocab_size * config.hidden_size
+        ends = embedding * (1 if config.tie_word_embeddings else 2) + config.hidden_size
+        return cls(
+            model_type=kind,
+            hidden=config.hidden_size,
+            vocab=config.vocab_size,
+            parameters=sum(layer.multiplied + layer.other for layer in layers) + ends,
+            multiplied=sum(layer.multiplied for layer in layers),
+            attention=tuple(layer.attention for layer in layers if layer.attention),
+            mamba=tuple(layer.mamba for layer in layers if layer.mamba),
+            layers=config.num_hidden_layers,
+            intermediate=_widest(config),
+            kept=sum((layer.kept for layer in layers), _norms(config, 1).kept),
+            linears=tuple(linears.items()),
+        )
+
+    def adapted(self, options: Lora) -> "Shape":
+        """The same, frozen and with adapters (none where r is 0). Raises UserError for a layer that it has not."""
+        if not options.r:
+            return self
+        widths, wanted = dict(self.linears), {name.rpartition(".")[2] for name in options.target_modules}
+        wanted = set(widths) if options.target_modules == ("all-linear",) else wanted
+        if odd := sorted(wanted - set(widths)):
+            known = ", ".join(sorted(widths))
+            raise UserError(f"lora.target_modules = {odd[0]!r}: the model's linear layers are {known}, or all-linear")
+        return self.with_adapter(options.r * sum(widths[name] for name in wanted))
+
+    def with_adapter(self, weights: int) -> "Shape":
+        """The same, frozen, with adapters of so many weights."""
+        return replace(self, multiplied=self.multiplied + weights, adapter=weights)
+
+    @classmethod
+    def known(cls, config: Any) -> "Shape | None":
+        """The same, or None for an architecture that is not in FAMILIES: such a run goes on without these figures."""
+        return cls.of(config) if config.model_type in FAMILIES else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes that training holds whatever the batch, and that one sequence's cache holds while it is decoded."""
+
+    weights: int
+    gradients: int
+    optimizer: int  # the two moments of Adam
+    teacher: int
+    cache: int  # keys and values, Mamba states; not the teacher's, which needs none
+
+    @property
+    def training(self) -> int:
+        """All but the cache: 20 bytes a parameter."""
+        return self.weights + self.gradients + self.optimizer + self.teacher
+
+
+def memory(shape: Shape, tokens: int, element: int = 4) -> Memory:
+    """Bytes of fp32 training, and of the cache of one sequence of `tokens` tokens at `element` bytes a number.
+
+    A layer with a sliding window keeps window - 1 tokens. Activations, the KL reference and what an allocator loses
+    are not in it.
+    """
+    fp32 = 4 * shape.parameters
+    keys = sum(
+        2 * one.kv_heads * one.head_dim * min(tokens, one.window - 1 if one.window else tokens)
+        for one in shape.attention
+    )
+    states = sum(one.inner * one.state + one.channels * one.kernel for one in shape.mamba)
+    return Memory(weights=fp32, gradients=fp32, optimizer=2 * fp32, teacher=fp32, cache=element * (keys + states))
+
+
+def mixer_kept(one: Mamba) -> tuple[Kept, Kept]:
+    """What a Mamba-2 layer without its kernels keeps of a token, and of one in the scan, which takes whole chunks.
+
+    The counts are those of transformers' plain scan, fitted to what autograd saves of it over ten sizes.
+    """
+    pairs, states = one.chunk * one.heads, one.heads * one.state
+    carried = one.inner * one.state // one.chunk
+    half = 4 * (7 * one.inner + one.channels + 3 * one.heads)
+    token = Kept(fp32=4 * (6 * one.inner + 3 * one.channels + 4 * one.heads), bf16=half, fused=half)
+    scan = 4 * (3 * pairs + 5 * states + 4 * one.inner + 4 * one.heads + 2 * carried)  # in fp32 whatever the weights
+    scanned = Kept(fp32=scan, bf16=scan, fused=scan)
+    return token, scanned
+
+
+_GATED, _JOINED, _PLAIN = (
+    ("gate_proj", "up_proj", "down_proj"),
+    ("input_linear", "output_linear"),
+    ("up_proj", "down_proj"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """A layer, or a part of one that is yet to be added to the others."""
+
+    multiplied: int = 0
+    other: int = 0  # parameters that take no matrix product: biases, norms, convolutions, experts not asked
+    attention: Attention | None = None
+    mamba: Mamba | None = None
+    kept: Kept = field(default_factory=Kept)
+    linears: tuple[tuple[str, int], ...] = ()
+
+    def __add__(self, more: "_Part") -> "_Part":
+        return _Part(
+            multiplied=self.multiplied + more.multiplied,
+            other=self.other + more.other,
+            attention=self.attention or more.attention,
+            mamba=self.mamba or more.mamba,
+            kept=self.kept + more.kept,
+            linears=self.linears + more.linears,
+        )
+
+
+def _widest(config: Any) -> int:
+    """The config's intermediate_size, of several the largest; four times the width where it names none."""
+    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    return max(width) if isinstance(width, (list, tuple)) else width
+
+
+def _norms(config: Any, count: int) -> _Part:
+    """Each keeps its input, the normalised input, its output and a factor; as one kernel not the normalised input."""
+    hidden = config.hidden_size
+    kept = Kept(fp32=12 * hidden + 4, bf16=8 * hidden + 4, fused=4 * hidden + 4)
+    return _Part(other=count * config.hidden_size, kept=kept * count)
+
+
+def _linear(inputs: int, outputs: int, bias: bool = False, name: str = "") -> _Part:
+    """`name`: of a layer that adapters go to."""
+    named = ((name, inputs + outputs),) if name else ()
+    return _Part(multiplied=inputs * outputs, other=outputs if bias else 0, linears=named)
+
+
+def _attention(config: Any, window: int | None, biases: tuple[bool, bool], query_norm: bool = False) -> _Part:
+    """Projections and head norms. `biases`: of the query, key and value projections; of the output projection."""
+    hidden, heads, pairs = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    size = getattr(config, "head_dim", None) or hidden // heads
+    numbers = size * (3 * heads + 2 * pairs)  # query, output, output in order; keys, values
+    normed, factors = size * (heads + pairs) * query_norm, 4 * (heads + (heads + pairs) * query_norm)
+    kept = Kept(
+        fp32=4 * (numbers + 2 * normed) + factors,
+        bf16=2 * (numbers + 3 * normed) + factors,
+        fused=2 * (numbers + normed) + factors,
+    )
+    return (
+        _Part(attention=Attention(heads=heads, kv_heads=pairs, head_dim=size, window=window), kept=kept)
+        + _linear(hidden, heads * size, biases[0], "q_proj")
+        + _linear(hidden, pairs * size, biases[0], "k_proj")
+        + _linear(hidden, pairs * size, biases[0], "v_proj")
+        + _linear(heads * size, hidden, biases[1], "o_proj")
+        + _Part(other=2 * size if query_norm else 0)
+    )
+
+
+def _mlp(inputs: int, inner: int, bias: bool = False, names: tuple[str, ...] = _GATED) -> _Part:
+    gated = names != _PLAIN
+    numbers = (4 if gated else 2) * inner
+    kept = Kept(fp32=4 * numbers, bf16=2 * numbers, fused=2 * (numbers - inner * gated))  # silu is computed again
+    *first, last = names
+    wide = (2 if gated else 1) * inner // len(first)
+    return sum(
+        (_linear(inputs, wide, bias, name) for name in first),
+        _linear(inner, inputs, bias, last) + _Part(kept=kept),
+    )
+
+
+def _experts(expert: _Part, config: Any) -> _Part:
+    """A router and num_local_experts experts, num_experts_per_tok of which see each token."""
+    asked, count, expert = config.num_experts_per_tok, config.num_local_experts, replace(expert, linears=())
+    resting = _Part(other=(count - asked) * expert.multiplied)
+    each = 3 * config.hidden_size  # an expert's own inputs and outputs
+    gathered = Kept(fp32=4 * each, bf16=2 * each, fused=2 * each)
+    busy = _Part(multiplied=asked * expert.multiplied, kept=(expert.kept + gathered) * asked)
+    return _linear(config.hidden_size, count) + busy + resting
+
+
+def _mamba(config: Any, sizes: Mamba, biases: tuple[bool, bool, bool], norm: bool = True) -> _Part:
+    """A Mamba-2 mixer. `biases`: of the input projection, the convolution, the output projection."""
+    return (
+        _Part(mamba=sizes)
+        + _linear(config.hidden_size, sizes.inner + sizes.channels + sizes.heads, biases[0], "in_proj")
+        + _Part(other=sizes.channels * (sizes.kernel + biases[1]))
+        + _Part(other=3 * sizes.heads + (sizes.inner if norm else 0))
+        + _linear(sizes.inner, config.hidden_size, biases[2])
+    )
+
+
+def _windows(config: Any) -> list[int | None]:
+    """The sliding window of each layer, by layer_types; configs without them slide in every layer or in none."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return [getattr(config, "sliding_window", None)] * config.num_hidden_layers
+    return [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def _llama(config: Any, norms: int = 2, query_norm: bool = False) -> list[_Part]:
+    """Attention and a gated MLP in each layer, biases as the config says."""
+    bias, mlp_bias = config.attention_bias, getattr(config, "mlp_bias", False)
+    rest = _mlp(config.hidden_size, config.intermediate_size, mlp_bias) + _norms(config, norms)
+    return [_attention(config, window, (bias, bias), query_norm) + rest for window in _windows(config)]
+
+
+def _qwen2(config: Any) -> list[_Part]:
+    rest = _mlp(config.hidden_size, config.intermediate_size) + _norms(config, 2)
+    return [_attention(config, window, (True, False)) + rest for window in _windows(config)]
+
+
+def _mistral(config: Any) -> list[_Part]:
+    rest = _mlp(config.hidden_size, config.intermediate_size) + _norms(config, 2)
+    return [_attention(config, window, (False, False)) + rest for window in _windows(config)]
+
+
+def _mixtral(config: Any) -> list[_Part]:
+    expert = _mlp(config.hidden_size, config.intermediate_size)
+    rest = _experts(expert, config) + _norms(config, 2)
+    return [_attention(config, window, (False, False)) + rest for window in _windows(config)]
+
+
+def _nemotron_h(config: Any) -> list[_Part]:
+    """Layers of one mixer each: Mamba-2, attention without biases, an MLP without gate, or experts of that kind."""
+    hidden, bias, latent = config.hidden_size, config.mlp_bias, config.moe_latent_size
+    sizes = Mamba(
+        heads=config.mamba_num_heads,
+        head_dim=config.mamba_head_dim,
+        state=config.ssm_state_size,
+        groups=config.n_groups,
+        kernel=config.conv_kernel,
+        chunk=config.chunk_size,
+    )
+    expert = _mlp(latent or hidden, config.moe_intermediate_size, names=_PLAIN)
+    shared = _mlp(hidden, config.moe_shared_expert_intermediate_size, bias, names=_PLAIN)
+    narrowing = _Part()
+    if latent:
+        narrowing = _linear(hidden, latent, bias, "fc1_latent_proj") + _linear(latent, hidden, bias, "fc2_latent_proj")
+    mixers = {
+        "linear_attention": _mamba(config, sizes, (config.use_bias, config.use_conv_bias, config.use_bias)),
+        "full_attention": _attention(config, None, (False, False)),
+        "mlp": _mlp(hidden, config.intermediate_size, bias, names=_PLAIN),
+        "moe": _experts(expert, config) + shared + narrowing,
+    }
+    return [mixers[kind] + _norms(config, 1) for kind in config.layers_block_type]
+
+
+def _mamba_sizes(config: Any) -> Mamba:
+    return Mamba(
+        heads=config.mamba_n_heads,
+        head_dim=config.mamba_d_head,
+        state=config.mamba_d_state,
+        groups=config.mamba_n_groups,
+        kernel=config.mamba_d_conv,
+        chunk=config.mamba_chunk_size,
+    )
+
+
+def _granite_hybrid(config: Any) -> list[_Part]:
+    """Mamba-2 or attention, then an MLP that all tokens share, beside experts where there are any."""
+    bias, proj = config.attention_bias, config.mamba_proj_bias
+    mixers = {
+        "linear_attention": _mamba(config, _mamba_sizes(config), (proj, config.mamba_conv_bias, proj)),
+        "full_attention": _attention(config, None, (bias, bias)),
+    }
+    rest = _mlp(config.hidden_size, config.shared_intermediate_size, names=_JOINED) + _norms(config, 2)
+    if config.num_local_experts:
+        rest += _experts(_mlp(config.hidden_size, config.intermediate_size), config)
+    return [mixers[kind] + rest for kind in config.layer_types]
+
+
+def _bamba(config: Any) -> list[_Part]:
+    """Mamba-2 or attention, then a gated MLP."""
+    bias, proj = config.attention_bias, config.mamba_proj_bias
+    mixers = {
+        "linear_attention": _mamba(config, _mamba_sizes(config), (proj, config.mamba_conv_bias, proj)),
+        "full_attention": _attention(config, None, (bias, bias)),
+    }
+    rest = _mlp(config.hidden_size, config.intermediate_size, config.mlp_bias) + _norms(config, 2)
+    return [mixers[kind] + rest for kind in config.layers_block_type]
+
+
+def _falcon_h1(config: Any) -> list[_Part]:
+    """Mamba-2 and attention side by side in every layer, then a gated MLP."""
+    bias = config.attention_bias
+    biases = (config.mamba_proj_bias, config.mamba_conv_bias, config.projectors_bias)
+    layer = (
+        _mamba(config, _mamba_sizes(config), biases, config.mamba_rms_norm)
+        + _attention(config, None, (bias, bias))
+        + _mlp(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        + _norms(config, 2)
+    )
+    return [layer] * config.num_hidden_layers
+
+
+FAMILIES: dict[str, Callable[[Any], list[_Part]]] = {
+    "llama": _llama,
+    "smollm3": _llama,
+    "gemma": _llama,
+    "gemma2": lambda config: _llama(config, norms=4),
+    "gemma3_text": lambda config: _llama(config, norms=4, query_norm=True),
+    "qwen3": lambda config: _llama(config, query_norm=True),
+    "qwen2": _qwen2,
+    "mistral": _mistral,
+    "mixtral": _mixtral,
+    "nemotron_h": _nemotron_h,
+    "granitemoehybrid": _granite_hybrid,
+    "bamba": _bamba,
+    "falcon_h1": _falcon_h1,
+}

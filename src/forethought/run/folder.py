@@ -1,0 +1,307 @@
+"""The run folder: the contract between training and everything after it. Reading it takes no torch.
+
+    RUN/config.json      every option of the run
+    RUN/metrics.jsonl    one line per logged step: {"step": 20, "reward/mean": 0.31, ...}
+    RUN/thoughts.jsonl   one line per logged thought, each with its "step"
+    RUN/warnings.jsonl   one line per warning of the diagnostics; missing where there was none
+    RUN/summary.json     what the run came to
+    RUN/checkpoints/     see checkpoint.py
+    RUN/policy/          the trained model, as a Hugging Face folder; README.md is its card
+    RUN/report.html
+    RUN/.lock            held while a process trains in the folder
+
+JSON has no NaN and no infinity: a value that is no finite number is left out of its line (null inside a list).
+"""
+
+import errno
+import fcntl
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from forethought.config import Config, RunError, UserError, from_dict, to_dict
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
+_NO_SYNC = {errno.EINVAL, errno.EOPNOTSUPP}  # network file systems that cannot sync a folder
+_STEP = re.compile(r"(?:\.replaced-)?step-(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class RunLog:
+    """One run folder. `path` is where it is now, which may differ from `config().run` when it was moved."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, config: Config) -> "RunLog":
+        """Make the folder `config.run` and write config.json into it.
+
+        Raises:
+            UserError: the path is a file, cannot be written, is in use by another process, or exists and is not
+                empty. With `config.overwrite` a folder is emptied first, if it holds a Forethought run.
+            RunError: the disk is full.
+        """
+        run = cls(Path(config.run))
+        try:
+            check_free(run.path, config.overwrite)
+            with disk_errors(run.path, run.path):
+                run.path.mkdir(parents=True, exist_ok=True)
+            with run.lock():
+                check_free(run.path, config.overwrite)  # again: another process may have got here first
+                _empty(run.path)
+                run.write_json("config.json", to_dict(config))
+        except OSError as error:
+            raise UserError(f"run = {config.run!r}: cannot be made or written: {error.strerror}") from None
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> "RunLog":
+        """An existing run. Raises UserError where there is none, or where its config.json is broken."""
+        run = cls(Path(path))
+        if not run.path.is_dir():
+            raise UserError(f"run {str(path)!r}: no such folder; name the run folder of an earlier training")
+        if not (run.path / "config.json").is_file():
+            raise UserError(f"run {str(path)!r}: holds no config.json, so it is no Forethought run")
+        run.config()
+        return run
+
+    def config(self) -> Config:
+        """The options that the run was made with. Raises UserError if config.json is broken."""
+        values = self.read_json("config.json")
+        if not {"run", "method", "train"} <= values.keys():
+            raise UserError(f"{self.path / 'config.json'}: is not the config of a Forethought run")
+        try:
+            return from_dict(values)
+        except UserError as error:
+            raise UserError(f"{self.path / 'config.json'}: {error}") from None
+
+    def metrics(self, step: int, values: Mapping[str, float | int]) -> None:
+        """Append one line to metrics.jsonl; a value that is NaN or infinite is left out. Raises RunError (disk)."""
+        self._append("metrics.jsonl", [{"step": step, **values}])
+
+    def thoughts(self, rows: list[dict[str, Any]]) -> None:
+        """Append one line per row to thoughts.jsonl; every row holds its "step". Raises RunError (disk)."""
+        assert all(type(row.get("step")) is int for row in rows), "rewind needs the step of every thought"
+        self._append("thoughts.jsonl", rows)
+
+    def warnings(self, rows: list[dict[str, Any]]) -> None:
+        """Append one line per row to warnings.jsonl; every row holds its "step". Raises RunError (disk)."""
+        if rows:
+            self._append("warnings.jsonl", rows)
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines of steps after `step`, and a line that a kill cut off, so that a resumed run logs none twice.
+
+        Raises:
+            UserError: a line before the last is broken, or has no step.
+            RunError: the disk is full; the files are then as they were.
+        """
+        for path in (self.path / f"{name}.jsonl" for name in ("metrics", "thoughts", "warnings")):
+            kept = []
+            for number, row in _numbered(path):
+                if type(row.get("step")) is not int:
+                    raise UserError(f"{path}:{number}: has no step; mend or delete the line")
+                if row["step"] <= step:
+                    kept.append(row)
+            if path.exists():
+                _replace(self.path, path, "".join(_dump(row) for row in kept))
+
+    def write_json(self, name: str, values: dict[str, Any] | list[dict[str, Any]]) -> None:
+        """Write RUN/name so that it is there whole or not at all; what it held before is gone. Raises RunError."""
+        _replace(self.path, self.path / name, json.dumps(_finite(values), indent=2, allow_nan=False) + "\n")
+
+    def write_lines(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Write RUN/name as write_json does, one row a line. Raises RunError."""
+        _replace(self.path, self.path / name, "".join(_dump(row) for row in rows))
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write RUN/name as write_json does. Raises RunError."""
+        _replace(self.path, self.path / name, text)
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """What RUN/name holds. Raises UserError where it is missing or is no JSON object."""
+        path = self.path / name
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}") from None
+        except ValueError as error:
+            raise UserError(f"{path}: is not valid JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: holds a {type(values).__name__}, not a JSON object")
+        return values
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder while training in it. The kernel lets go when the process dies, however it dies.
+
+        Raises UserError if another process (or another `lock` of this one) holds it.
+        """
+        path = self.path / ".lock"
+        try:
+            with disk_errors(self.path, path):
+                file = path.open("ab+", buffering=0)
+        except OSError as error:
+            raise UserError(f"run = {str(self.path)!r}: cannot be written: {error.strerror}") from None
+        with file:
+            self._hold(file)
+            with disk_errors(self.path, path):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            yield
+
+    def _hold(self, file: BinaryIO) -> None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().decode().strip() or "another process"
+            raise UserError(f"run = {str(self.path)!r}: in use by {holder}; wait for it or name another run") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            warnings.warn(f"{self.path}: this file system has no locks; train in it once at a time", stacklevel=4)
+
+    def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        text = "".join(_dump(row) for row in rows)
+        path = self.path / name
+        with disk_errors(self.path, path), path.open("a", encoding="utf-8") as file:
+            file.write(text)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file of a run; a file that no step wrote yet has none.
+
+    A last line that a kill cut off is ignored. Raises UserError, with file and line, for any other broken line.
+    """
+    return [row for _, row in _numbered(path)]
+
+
+def checkpoints(run: Path) -> dict[int, Path]:
+    """The whole checkpoints of a run by step, oldest first.
+
+    A folder `.replaced-step-N` stands in for step N where a kill fell between taking it away and putting the new one.
+    """
+    found = {}
+    folder = run / "checkpoints"
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if (match := _STEP.fullmatch(path.name)) and path.is_dir():
+            found[int(match[1])] = path  # sorted: `step-` comes after `.replaced-step-` and wins
+    return dict(sorted(found.items()))
+
+
+@contextmanager
+def disk_errors(run: Path, path: Path) -> Iterator[None]:
+    """Make a full or failing disk, met while writing `path`, a RunError that says which checkpoint is safe."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        steps = list(checkpoints(run))
+        safe = f"the checkpoint of step {steps[-1]} is intact" if steps else "no checkpoint had been written"
+        raise RunError(f"{path}: cannot be written: {os.strerror(error.errno)}; {safe}") from error
+
+
+def sync(path: Path) -> None:
+    """Wait until the content of a file, or the names in a folder, are on the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def check_free(path: Path, overwrite: bool) -> None:
+    """Refuse a path where `create` would mix with, or destroy, what is there. Raises UserError."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"run = {str(path)!r}: is a file; name a folder")
+    if not _contents(path):
+        return
+    if not overwrite:
+        raise UserError(
+            f"run = {str(path)!r}: exists and is not empty; go on with it (--resume {path}), "
+            "name another one (--run PATH) or replace it (--overwrite True)"
+        )
+    try:
+        RunLog.open(path)
+    except UserError as error:
+        raise UserError(f"run = {str(path)!r}: overwrite replaces only a Forethought run ({error})") from None
+
+
+def _contents(path: Path) -> list[Path]:
+    return [entry for entry in path.iterdir() if entry.name != ".lock"] if path.is_dir() else []
+
+
+def _empty(path: Path) -> None:
+    """Remove everything but config.json: a kill half-way then still leaves a folder that can be overwritten."""
+    for entry in _contents(path):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != "config.json":
+            entry.unlink()
+
+
+def _replace(run: Path, path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with disk_errors(run, path):
+        try:
+            partial.write_text(text, encoding="utf-8")
+            sync(partial)
+            partial.replace(path)
+            sync(path.parent)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink()
+            raise
+
+
+def _dump(row: dict[str, Any]) -> str:
+    return json.dumps(_finite(row), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """The value without numbers that JSON cannot hold: dropped from an object, null in a list."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items() if not _is_infinite(inner)}
+    if isinstance(value, list | tuple):
+        return [None if _is_infinite(inner) else _finite(inner) for inner in value]
+    return value
+
+
+def _is_infinite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _numbered(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers (from 1) and rows. A cut line is the last, has no newline and, as objects do, does not parse."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    with file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except ValueError as error:
+                if not line.endswith(b"\n"):
+                    return
+                raise UserError(f"{path}:{number}: is not valid JSON: {error}; mend or delete the line") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{path}:{number}: holds a {type(row).__name__}, not a JSON object; delete the line")
+            yield number, row

@@ -1,0 +1,59 @@
+"""Metrics to TensorBoard, W&B, MLflow or trackio, through accelerate; nothing at all by default."""
+
+import importlib
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from forethought.config import Config, UserError, to_dict
+from forethought.run import distributed
+
+
+def check_tracker(config: Config) -> None:
+    """Raise UserError where the package of train.tracker cannot be imported: not there, or a broken install."""
+    name = config.train.tracker
+    if name == "none":
+        return
+    try:
+        importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
+    except Exception as error:  # a tracker beside a wrong version of what it needs raises anything
+        why = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(
+            f"train.tracker = {name!r}: its package cannot be imported ({why}); pip install 'forethought[trackers]'"
+        ) from None
+
+
+class Tracker:
+    """A context manager that forwards logged steps to train.tracker."""
+
+    def __init__(self, config: Config, folder: Path):
+        self._accelerator: Any = None
+        name = config.train.tracker
+        if name == "none" or not distributed.is_rank0():
+            return
+        from accelerate import Accelerator
+
+        self._accelerator = Accelerator(log_with=name, project_dir=folder)
+        options = {
+            f"{section}.{option}": value if isinstance(value, int | float | str | bool) else str(value)
+            for section, values in to_dict(config).items()
+            if isinstance(values, dict)
+            for option, value in values.items()
+        }
+        self._accelerator.init_trackers("forethought", config=options)
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Forward the figures of one logged step."""
+        if self._accelerator is not None:
+            self._accelerator.log(metrics, step=step)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Flush and close."""
+        # Not end_training: it would wait for the other processes, and part from them.
+        for tracker in [] if self._accelerator is None else self._accelerator.trackers:
+            tracker.finish()

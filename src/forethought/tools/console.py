@@ -1,0 +1,187 @@
+"""What the command line looks like: a bar while something goes on, tables of figures, plain lines."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from forethought.run.diagnostics import Diagnosis
+
+PLAIN_EVERY_S = 5.0
+
+FIGURES = {
+    "accuracy_think": "accuracy, thinking",
+    "accuracy_nothink": "accuracy, no thought",
+    "ce_think": "cross-entropy, thinking",
+    "ce_nothink": "cross-entropy, no thought",
+    "gain_over_base": "gain over the base (nats)",
+    "thought_length": "thought length (tokens)",
+    "closed": "thoughts that close",
+}
+ANSWERS = {
+    "pass_at_1": "pass@1",
+    "greedy": "greedy",
+    "loglik_letter": "likeliest letter",
+    "loglik_plain": "likeliest choice",
+    "loglik_normalised": "likeliest per byte",
+    "extracted": "extracted",
+    "stated": "stated",
+    "cut_off": "cut off",
+    "answer_length": "answer, tokens",
+    "thought_length": "thought, tokens",
+    "closed": "thoughts closed",
+}
+CONTROLS = {
+    "gain_over_teacher": "gain over the teacher (nats)",
+    "gain_self": "gain over itself (nats)",
+    "gain_empty": "... with an empty thought",
+    "gain_random": "... with random tokens",
+    "gain_shuffled": "... with another's thought",
+    "kept_shuffled": "gain that shuffling keeps",
+    "marginal": "cross-entropy, mixture",
+    "drift": "drift of plain prediction",
+    "leakage": "thoughts with the target",
+    "checkable": "statements in a thought",
+    "truth": "statements that are right",
+}
+SHARES = ("accuracy_think", "accuracy_nothink", "closed", "kept_shuffled", "leakage", "truth")
+
+
+class ProgressBar:
+    """Draws a live bar on a terminal and plain lines elsewhere."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task: Any = None
+        self._name = self._part = ""
+        self._printed = self._began = 0.0
+        self._first = 0
+
+    def __enter__(self) -> "ProgressBar":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def part(self, name: str) -> None:
+        """The run that what follows belongs to, or "" for all of them."""
+        self._part = f"{name}: " if name else ""
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        """Progress of an evaluation."""
+        self._show(name, done, total, "")
+
+    def step(self, step: int, total: int, metrics: dict[str, float]) -> None:
+        """Progress of training, with the figures that tell most."""
+        names = {
+            "gain": "reward/gain",
+            "length": "rollout/length",
+            "tokens/s": "time/thought_tokens_per_s",
+            "loss": "objective/loss",
+            "accuracy": "objective/accuracy",
+        }
+        shown = ("gain", "length", "tokens/s") if "rollout/length" in metrics else ("loss", "accuracy")
+        figures = [f"{name} {metrics[names[name]]:.3g}" for name in shown if names[name] in metrics]
+        self._show("training", step, total, ", ".join(figures))
+
+    def warning(self, found: Diagnosis) -> None:
+        """One yellow line; the run goes on."""
+        text = f"warning: step {found.step}: {found.evidence}; {found.advice} (docs/diagnostics.md: {found.name})"
+        self._console.print(Text(printable(text), style="yellow"), soft_wrap=True)
+
+    def _show(self, name: str, done: int, total: int, figures: str) -> None:
+        now, name = time.monotonic(), self._part + name
+        if name != self._name:
+            self._name, self._began, self._first, self._printed = name, now, done, 0.0
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._task = self._bar.add_task(name, total=total, figures=figures)
+        self._bar.update(self._task, completed=done, figures=figures)
+        if not self._console.is_terminal and (done == total or now - self._printed > PLAIN_EVERY_S):
+            self._printed = now
+            parts = [f"{name} {done}/{total}", figures]
+            if self._first < done < total:
+                parts.append(f"{(now - self._began) / (done - self._first) * (total - done):.0f} s left")
+            line(self._console, ", ".join(part for part in parts if part))
+
+
+def table(figures: dict[str, Any], columns: Sequence[str], out: Console, rows: dict[str, str] = FIGURES) -> None:
+    """Figures by group of positions, one column for each of `columns`, intervals in brackets."""
+    first = f"{columns[0]}/"
+    groups = sorted({name.split("/")[1] for name in figures if name.startswith(first) and name.count("/") == 2})
+    if not groups:
+        return
+    shown = Table(box=SIMPLE_HEAD, pad_edge=False)
+    shown.add_column("held-out text [95 % interval]", no_wrap=True)
+    for column in columns:
+        shown.add_column(column, justify="right", no_wrap=True)
+    for group in groups:
+        count = figures[f"{first}{group}/positions"]
+        shown.add_row(Text(f"{printable(group)}: {count} positions", style="bold"))
+        for metric, meaning in rows.items():
+            names = [f"{column}/{group}/{metric}" for column in columns]
+            if any(name in figures for name in names):
+                shown.add_row(f"  {meaning}", *[_cell(figures, name, metric in SHARES) for name in names])
+    out.print(shown)
+
+
+def answer_table(figures: dict[str, Any], out: Console) -> None:
+    """Figures by task and for the averages, one column for each model and mode, standard errors after ±."""
+    keys = [name.split("/") for name in figures if name.startswith(("base/", "model/"))]
+    columns = sorted({(key[0], key[1]) for key in keys}, key=lambda column: (column[0], column[1] != "nothink"))
+    shown = Table(box=SIMPLE_HEAD, pad_edge=False)
+    shown.add_column("± standard error", no_wrap=True)
+    names = {"base": "base,\n", "model": "trained,\n"} if columns[0][0] == "base" else {"model": ""}
+    for who, mode in columns:
+        shown.add_column(names[who] + ("thinking" if mode == "think" else "no thought"), justify="right", no_wrap=True)
+    for group in dict.fromkeys(key[2] for key in keys):
+        asked = [value for name, value in figures.items() if name.endswith(f"/{group}/questions")]
+        shown.add_row(Text(f"{group}: {asked[0]} asked" if asked else f"{group} average", style="bold"))
+        for metric, meaning in ANSWERS.items():
+            cells = [_answer_cell(figures, f"{who}/{mode}/{group}/{metric}", metric) for who, mode in columns]
+            if any(cells):
+                shown.add_row(f"  {meaning}", *cells)
+    out.print(shown)
+
+
+def _answer_cell(figures: dict[str, Any], name: str, metric: str) -> str:
+    if name not in figures:
+        return ""
+    error = figures.get(f"{name}/se")
+    scale, places, unit = (1, 0, "") if metric.endswith("length") else (100, 1, "%")
+    after = "" if error is None else f" ±{scale * error:.{places}f}"
+    return f"{scale * figures[name]:.{places}f}{unit}{after}"
+
+
+def _cell(figures: dict[str, Any], name: str, share: bool) -> Text:
+    if name not in figures:
+        return Text("-")
+    value, low, high = (figures[name + suffix] for suffix in ("", "/low", "/high"))
+    if share:
+        return Text(f"{value:.1%} [{100 * low:.1f}, {100 * high:.1f}]")
+    return Text(f"{value:.2f} [{low:.2f}, {high:.2f}]")
+
+
+def printable(text: str) -> str:
+    """Text with control characters shown as escapes, so that it cannot drive a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def line(console: Console, text: str) -> None:
+    """A line of text, as it is."""
+    console.print(printable(text), markup=False, soft_wrap=True)

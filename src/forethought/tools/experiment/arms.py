@@ -1,0 +1,186 @@
+"""One job of an experiment: train an arm with one seed, or go on where it was stopped; then measure it. Nothing twice.
+
+RUN/base/records.json              the start, measured
+RUN/ARM/seed-N/                    the arm's run folder, and its records.json
+RUN/ARM/seed-N/documents.json      for the thought viewer, with the first seed
+RUN/ARM/seed-N/answers.json        what it answered to the experiment's questions (asked.py), and base/answers.json
+RUN/ARM/seed-N/spent.json          seconds and CPU seconds that all this took
+RUN/ARM/seed-N/post/               of post-training: a run folder for each stage, and records.json after the last
+RUN/base/seed-N/post/              the same of the start
+"""
+
+import dataclasses
+import hashlib
+import time
+from pathlib import Path
+from typing import Any
+
+from forethought import eval
+from forethought.config import Config, UserError, difference
+from forethought.eval import controls, heldout, viewer
+from forethought.run.callbacks import Callbacks
+from forethought.run.folder import RunLog
+from forethought.tools.experiment import asked
+from forethought.tools.experiment.design import BASE, Experiment, Job
+from forethought.tools.posttrain import chain
+from forethought.trainer import resume, train
+
+RECORDS, SPENT, POST = "records.json", "spent.json", "post"
+Recorded = dict[str, heldout.Records]
+"""Held-out records by group of positions."""
+
+
+class Meter:
+    """Seconds and CPU seconds of this process: of each job, and what the process itself took to begin, of its first."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter() - time.process_time(), 0.0
+
+    def lap(self, folder: Path) -> None:
+        """Add what passed since the last lap to a job's spent.json."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        log = RunLog(folder)
+        before = log.read_json(SPENT) if (folder / SPENT).is_file() else {"seconds": 0.0, "cpu_seconds": 0.0}
+        spent = {"seconds": wall - self._wall, "cpu_seconds": cpu - self._cpu}
+        self._wall, self._cpu = wall, cpu
+        log.write_json(SPENT, {name: round(before[name] + value, 2) for name, value in spent.items()})
+
+
+def measure_base(experiment: Experiment, observer: Callbacks, meter: Meter) -> None:
+    """Measure the start, and post-train it with every seed where arms are, unless that is done."""
+    folder = experiment.run / BASE
+    known, seeds = (folder / RECORDS).is_file(), sorted({job.seed for job in experiment.jobs})
+    if known:
+        _check_same(RunLog.open(folder).config(), experiment.start, BASE)
+        trained = [(folder / f"seed-{seed}" / POST / RECORDS).is_file() for seed in seeds if experiment.post]
+        if asked.done(experiment, folder) and all(trained):
+            return
+    observer.part(BASE)
+    if not known:
+        start = dataclasses.replace(experiment.start, overwrite=True)
+        subject = eval.subject_of(start)
+        _measure(RunLog.create(start), subject, observer)
+    asked.ask(experiment, experiment.start, folder, observer)
+    for seed in seeds:
+        _posttrain(experiment, dataclasses.replace(experiment.start, seed=seed), folder / f"seed-{seed}", observer)
+    meter.lap(folder)
+
+
+def finished(experiment: Experiment, job: Job) -> bool:
+    """Whether a job is done. Raises UserError where its folder holds a run with other options."""
+    folder = Path(job.config.run)
+    if not (folder / "config.json").is_file():
+        return False
+    known = job.needs is None or (experiment.run / job.needs / "summary.json").is_file()
+    if known:
+        _check_same(RunLog.open(folder).config(), _with_budget(experiment, job), job.name)
+    last = folder / POST if experiment.post else folder
+    recorded = (folder / RECORDS).is_file() and (last / RECORDS).is_file()
+    return known and recorded and asked.done(experiment, folder)
+
+
+def run_job(experiment: Experiment, job: Job, observer: Callbacks, meter: Meter) -> None:
+    """Train, measure, post-train and measure again, or what of it is not done yet.
+
+    Raises:
+        UserError: the folder holds a run with other options; the job whose budget it follows is not finished.
+        RunError, Stopped: as in training; the same call goes on.
+    """
+    config = _with_budget(experiment, job)
+    folder, begun = Path(config.run), (Path(config.run) / "config.json").is_file()
+    if begun:
+        _check_same(RunLog.open(folder).config(), config, job.name)
+    try:
+        if not begun:
+            train(config, observer)
+        elif not (folder / "summary.json").is_file():
+            resume(folder, observer)
+        _measure_job(experiment, job, config, observer)
+    finally:
+        if (folder / "config.json").is_file():
+            meter.lap(folder)
+
+
+def _measure_job(experiment: Experiment, job: Job, config: Config, observer: Callbacks) -> None:
+    """What a trained arm is worth, unless that is known."""
+    folder, shared = Path(config.run), experiment.start
+    method = dataclasses.replace(config.method, horizon=shared.method.horizon)  # the same positions for all
+    config = dataclasses.replace(config, evaluate=shared.evaluate, method=method)
+    if not (folder / RECORDS).is_file():
+        subject = eval.trained_subject(config, folder)
+        first = job.seed == experiment.of(job.arm)[0].seed
+        _measure(RunLog.open(folder), subject, observer, view_as=job.name if first else "")
+    trained = eval.trained(config, folder)
+    asked.ask(experiment, trained, folder, observer)
+    _posttrain(experiment, trained, folder, observer)
+
+
+def records(folder: Path) -> Recorded:
+    """What was measured of an arm's run, or of the base."""
+    RunLog.open(folder)
+    return _read(folder)
+
+
+def post_records(experiment: Experiment, folder: Path) -> Recorded:
+    """What was measured after post-training, as groups `post:NAME`; nothing where there is none."""
+    found = _read(folder / POST) if experiment.post else {}
+    return {f"post:{name}": one for name, one in found.items()}
+
+
+def _read(folder: Path) -> Recorded:
+    return {name: heldout.Records(**fields) for name, fields in RunLog(folder).read_json(RECORDS).items()}
+
+
+def weights(folder: Path) -> str:
+    """A digest of a trained model's files: the same for the same bits. Raises UserError where there are none."""
+    digest, files = hashlib.sha256(), sorted((folder / "policy").glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder / 'policy'}: holds no weights")
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _measure(log: RunLog, subject: heldout.Subject, observer: Callbacks, view_as: str = "") -> None:
+    windows = heldout.held_out(subject.config, subject.tokenizer)
+    found = controls.measure(subject, windows, observer.phase)
+    if view_as and subject.config.evaluate.view:
+        reference = subject.model if subject.teacher is None else subject.teacher
+        log.write_json("documents.json", viewer.documents(subject, reference, windows, view_as, observer.phase))
+    log.write_json(RECORDS, {name: dataclasses.asdict(fields) for name, fields in found.items()})
+
+
+def _posttrain(experiment: Experiment, start: Config, folder: Path, observer: Callbacks) -> None:
+    """Take a start through all stages, then measure it as it was measured before."""
+    if not experiment.post:
+        return
+    last = chain(experiment.post, start, folder / POST, observer)
+    if not (folder / POST / RECORDS).is_file():
+        _measure(RunLog(folder / POST), eval.trained_subject(start, last), observer)
+
+
+def _with_budget(experiment: Experiment, job: Job) -> Config:
+    """The job's options with what the arm that it follows has spent."""
+    if job.needs is None:
+        return job.config
+    finished = experiment.run / job.needs
+    if not (finished / "summary.json").is_file():
+        raise UserError(f"{job.name} follows the budget of {job.needs}, which is not finished")
+    spent = RunLog.open(finished).read_json("summary.json")
+    budget: dict[str, Any] = {}
+    for kind in experiment.arms[job.arm].budget:
+        if kind not in spent:
+            raise UserError(f"{job.name}: the {kind} of {job.needs} are not known (docs/flops.md); give train.steps")
+        budget[kind] = type(getattr(job.config.train, kind))(spent[kind])
+    return dataclasses.replace(job.config, train=dataclasses.replace(job.config.train, **budget))
+
+
+def _check_same(saved: Config, wanted: Config, name: str) -> None:
+    """What was done with other options is not mixed with this experiment."""
+    saved = dataclasses.replace(saved, questions=wanted.questions)  # answers know what they were asked with
+    if found := difference(saved, wanted):
+        option, before, now = found
+        raise UserError(
+            f"{name} was made with {option} = {before!r}, and the experiment says {now!r}; "
+            "name another run (--run PATH)"
+        )

@@ -1,0 +1,315 @@
+"""An experiment: arms that share a start and an evaluation, seeds, sweeps over options, and what is claimed of them.
+
+config = "quickstart"                     # what all arms share; a path or the name of a shipped config
+seeds = [0, 1, 2]
+options.train.steps = 60                  # over the config, in every arm
+ask = true                                # benchmark questions too: options.questions.data, .tasks, ...
+
+[arms.rlp]                                # as it is
+[arms.cpt-flops]
+budget = { flops = "rlp" }                # as many FLOPs as the arm rlp spent with the same seed
+options = { method.name = "cpt" }
+
+[sweeps.group]
+arm = "rlp"
+option = "method.group"
+values = [2, 4, 8]
+
+[[claims]]
+arm = "rlp"
+above = ["base", "cpt-flops"]
+metrics = ["answer/accuracy_think"]
+
+`post = ["sft-cups", "rlvr-cups"]` at the top: every arm and the base, once measured, go through the same stages of
+post-training and are measured again, as the groups `post:all`, `post:answer`, ...
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from forethought.config import Config, UserError, find, from_dict, load, merge, read_toml, to_dict
+from forethought.tools.posttrain.stage import Stage
+from forethought.tools.posttrain.stage import read as read_stage
+
+BASE = "base"
+"""The arm that is not trained: the start itself."""
+UNBOUNDED = 10**9
+"""train.steps of an arm that ends with another arm's budget."""
+
+_STRICT = ConfigDict(extra="forbid", strict=True)
+_ArmName = Annotated[str, Field(pattern=r"^\w[\w.=+-]*$", max_length=80)]
+_Names = Annotated[list[_ArmName], Field(min_length=1)]
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Arm:
+    """One way to train from the start."""
+
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Over the experiment's options."""
+    budget: dict[Literal["tokens", "flops"], _ArmName] = Field(default_factory=dict)
+    """Train until as many corpus tokens are read, or FLOPs spent, as the named arm's run of the same seed did."""
+    seeds: list[int] | None = None
+    """Only these; None: all of the experiment."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Published:
+    """Somebody else's figures over the same option, drawn beside a sweep as they are."""
+
+    said: Annotated[str, Field(min_length=1)]
+    """Whose, and of what."""
+    points: Annotated[list[tuple[int | float | str, float]], Field(min_length=2, strict=False)]
+    """(value of the option, figure)"""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Sweep:
+    """One option of an arm over several values; an arm NAME=VALUE for each value that the arm itself has not."""
+
+    arm: _ArmName
+    option: Annotated[str, Field(pattern=r"^[a-z0-9_]+\.[a-z0-9_]+$")]
+    values: Annotated[list[int | float | str], Field(min_length=2)]
+    seeds: list[int] | None = None
+    published: Published | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Claim:
+    """What the experiment is to show, judged by intervals, in one of four ways."""
+
+    arm: _ArmName
+    metrics: list[str] = Field(default_factory=list)
+    """GROUP/METRIC, as in docs/metrics.md."""
+    above: list[_ArmName] = Field(default_factory=list)
+    """The arm's interval lies above those of these arms."""
+    against: str = ""
+    """The metric of the other arms in `above`, where it is another: such as plain prediction, for plain training."""
+    not_above: list[_ArmName] = Field(default_factory=list)
+    """The interval of the paired difference to these arms ends at or below `margin`: the arm gains no more."""
+    margin: float = 0.0
+    equals: list[_ArmName] = Field(default_factory=list)
+    """The arm's trained weights are those of these arms, bit for bit, with every seed."""
+    at_most: float | None = None
+    """The arm's interval ends at or below this."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class _File:
+    config: Annotated[str, Field(min_length=1)] = "quickstart"
+    run: str = ""
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(default_factory=lambda: [0, 1, 2])
+    processes: Annotated[int, Field(ge=1)] = 1
+    ask: bool = False
+    options: dict[str, Any] = Field(default_factory=dict)
+    post: list[str] = Field(default_factory=list)
+    arms: Annotated[dict[_ArmName, Arm], Field(min_length=1)]
+    sweeps: dict[_ArmName, Sweep] = Field(default_factory=dict)
+    claims: list[Claim] = Field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One arm trained with one seed. `name` is also its folder."""
+
+    arm: str
+    seed: int
+    config: Config
+    needs: str | None  # the job whose budget it takes over
+
+    @property
+    def name(self) -> str:
+        """ARM/seed-N."""
+        return f"{self.arm}/seed-{self.seed}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """A sweep: for each value the arm that was trained with it, and with which seeds."""
+
+    name: str
+    option: str
+    points: tuple[tuple[Any, str], ...]
+    seeds: tuple[int, ...]
+    published: Published | None = None
+
+    def label(self, value: Any, arm: str) -> str:
+        """What the point is called in the table: NAME=VALUE, also where the arm goes by a name of its own."""
+        return arm if arm.startswith(f"{self.name}=") else f"{self.name}={value}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Experiment:
+    """A checked experiment: every job's options are whole and valid."""
+
+    name: str
+    run: Path
+    processes: int
+    ask: bool  # whether every arm is asked the questions of start.questions
+    start: Config  # the options that all share; its model is the base
+    arms: dict[str, Arm]  # in the order of the file, those of sweeps at the end
+    named: tuple[str, ...]  # those of the file
+    jobs: tuple[Job, ...]
+    curves: tuple[Curve, ...]
+    claims: tuple[Claim, ...]
+    post: tuple[Stage, ...] = ()  # post-training that every arm and the base go through after they are measured
+
+    def of(self, arm: str) -> list[Job]:
+        """An arm's jobs, by seed."""
+        return [job for job in self.jobs if job.arm == arm]
+
+
+def read(path: str | Path, overrides: dict[str, Any]) -> Experiment:
+    """Read an experiment file (a path, or the name of a shipped one).
+
+    `overrides` may set config, run, seeds, processes and ask; other options in it hold for every arm, over the file's.
+
+    Raises:
+        UserError: unknown file, broken TOML, an unknown key, an option that no run would take, a budget, sweep or
+            claim about an arm that there is not.
+    """
+    file = find(path)
+    values = read_toml(file)
+    if "arms" not in values:
+        raise UserError(f"experiment {str(path)!r}: names no arms, so it is no experiment file (docs/comparing.md)")
+    own = {name: overrides[name] for name in ("config", "run", "seeds", "processes", "ask") if name in overrides}
+    if "seeds" in own:
+        own["seeds"] = _numbers(own["seeds"])
+    rest = {name: value for name, value in overrides.items() if name not in own}
+    try:
+        given = TypeAdapter(_File).validate_json(json.dumps(values | own, default=str))
+    except ValidationError as error:
+        raise UserError(f"experiment {str(path)!r}: {_explain(error)}") from None
+    options = merge(given.options, rest)
+    if "seed" in options or "overwrite" in options:
+        raise UserError(f"experiment {str(path)!r}: options cannot set seed (see seeds) or overwrite")
+    if len(set(given.seeds)) < len(given.seeds):
+        raise UserError(f"experiment {str(path)!r}: seeds = {given.seeds}: names a seed twice")
+    named = file.stem + (f"-{Path(given.config).stem}" if "config" in own else "")
+    run = Path(given.run or f"runs/{named}")
+    start = from_dict(merge(merge(to_dict(load(given.config)), options), {"run": str(run / BASE)}))
+    if start.model.init != "pretrained":
+        raise UserError(f"experiment {str(path)!r}: arms take the same start, so model.init must be pretrained")
+    if not start.evaluate.path:
+        raise UserError(f"experiment {str(path)!r}: evaluate.path = '': name the held-out text that all arms meet")
+    arms, curves = _expand(given, start)
+    _check_names(arms, given)
+    jobs = tuple(
+        _job(name, arm, seed, start, run) for name, arm in arms.items() for seed in _seeds(name, arm.seeds, given)
+    )
+    return Experiment(
+        name=named, run=run, processes=given.processes, ask=given.ask, start=start, arms=arms,
+        named=tuple(given.arms), jobs=_ordered(jobs), curves=curves, claims=tuple(given.claims),
+        post=tuple(map(read_stage, given.post)),
+    )  # fmt: skip
+
+
+def _numbers(value: Any) -> Any:
+    """`3` and `0,1,2`, as typed on a command line, as lists; anything else as it is."""
+    if isinstance(value, str) and all(part.strip().isdecimal() for part in value.split(",")):
+        return [int(part) for part in value.split(",")]
+    return [value] if isinstance(value, int) else value
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "unexpected_keyword_argument":
+        return f"unknown key {name}"
+    return f"{name} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _seeds(name: str, own: list[int] | None, given: _File) -> list[int]:
+    """Those of the experiment that an arm or a sweep takes part in."""
+    seeds = given.seeds if own is None else [seed for seed in given.seeds if seed in own]
+    if not seeds:
+        raise UserError(f"{name}: its seeds, {own}, are none of the experiment's, {given.seeds}")
+    return seeds
+
+
+def _expand(given: _File, start: Config) -> tuple[dict[str, Arm], tuple[Curve, ...]]:
+    """All arms, those of sweeps included, and each sweep's points."""
+    arms, curves = dict(given.arms), []
+    for name, sweep in given.sweeps.items():
+        owner = given.arms.get(sweep.arm)
+        if owner is None:
+            raise UserError(f"sweeps.{name}.arm = {sweep.arm!r}: there is no such arm")
+        section, _, option = sweep.option.partition(".")
+        seeds = owner.seeds if sweep.seeds is None else sweep.seeds
+        own = to_dict(_config(sweep.arm, start, owner.options)).get(section, {}).get(option)
+        points = []
+        for value in sweep.values:
+            arm = sweep.arm if value == own else f"{name}={value}".replace("/", "-")
+            if arm != sweep.arm:
+                more = merge(owner.options, {section: {option: value}})
+                arms[arm] = Arm(options=more, budget=owner.budget, seeds=seeds)
+            points.append((value, arm))
+        shared = tuple(_seeds(f"sweeps.{name}", seeds, given))
+        curve = Curve(name=name, option=sweep.option, points=tuple(points), seeds=shared, published=sweep.published)
+        curves.append(curve)
+    return arms, tuple(curves)
+
+
+def _check_names(arms: dict[str, Arm], given: _File) -> None:
+    if BASE in arms:
+        raise UserError(f"arms.{BASE}: the base is always there; name the arm otherwise")
+    for name, arm in arms.items():
+        for kind, of in arm.budget.items():
+            if of not in arms or of == name or arms[of].budget:
+                raise UserError(f"arms.{name}.budget.{kind} = {of!r}: must be another arm that has no budget itself")
+        if len(arm.budget) > 1:
+            raise UserError(f"arms.{name}.budget: takes tokens or flops, not both")
+    _check_claims(arms, given.claims)
+
+
+def _check_claims(arms: dict[str, Arm], claims: list[Claim]) -> None:
+    for number, claim in enumerate(claims):
+        for other in [claim.arm, *claim.above, *claim.not_above, *claim.equals]:
+            if other not in arms and other != BASE:
+                raise UserError(f"claims.{number}: there is no arm {other!r}")
+        if BASE in (claim.arm, *claim.equals) and claim.equals:
+            raise UserError(f"claims.{number}: the base was not trained, so no arm equals it")
+        kinds = [claim.above, claim.not_above, claim.equals, claim.at_most is not None]
+        if sum(map(bool, kinds)) != 1 or bool(claim.equals) == bool(claim.metrics):
+            raise UserError(
+                f"claims.{number}: takes one of above, not_above, equals, at_most; and metrics unless equals"
+            )
+
+
+def _config(name: str, start: Config, options: dict[str, Any], fixed: dict[str, Any] | None = None) -> Config:
+    """An arm's options over those that all share. What makes arms comparable is not an arm's to choose."""
+    for section in ("model", "evaluate", "questions", "seed", "run", "overwrite"):
+        if section in options:
+            raise UserError(f"arms.{name}: cannot set {section}, which all arms share")
+    try:
+        config = from_dict(merge(merge(to_dict(start), options), fixed or {}))
+    except UserError as error:
+        raise UserError(f"arms.{name}: {error}") from None
+    for option in ("window", "min_tokens"):
+        if getattr(config.corpus, option) != getattr(start.corpus, option):
+            raise UserError(f"arms.{name}: cannot set corpus.{option}, by which held-out text is cut for all arms")
+    return config
+
+
+def _job(name: str, arm: Arm, seed: int, start: Config, run: Path) -> Job:
+    """Arms are measured after training by the experiment, so their runs do not evaluate."""
+    fixed: dict[str, Any] = {"seed": seed, "run": str(run / name / f"seed-{seed}"), "evaluate": {"path": ""}}
+    if arm.budget and "steps" not in arm.options.get("train", {}):
+        fixed["train"] = {"steps": UNBOUNDED}
+    config = _config(name, start, arm.options, fixed)
+    of = next(iter(arm.budget.values()), None)
+    return Job(arm=name, seed=seed, config=config, needs=None if of is None else f"{of}/seed-{seed}")
+
+
+def _ordered(jobs: tuple[Job, ...]) -> tuple[Job, ...]:
+    """Seed by seed, so that whoever stops early has whole seeds; within a seed budgets come after what they follow."""
+    names = {job.name for job in jobs}
+    for job in jobs:
+        if job.needs is not None and job.needs not in names:
+            raise UserError(f"arms.{job.arm}: its budget follows {job.needs}, which is not trained with that seed")
+    return tuple(sorted(jobs, key=lambda job: (job.seed, job.needs is not None)))

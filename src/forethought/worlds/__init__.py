@@ -1,8 +1,0 @@
-"""Embedded worlds: endless generated text, small enough for two cores, in which thinking pays.
-
-A world is a module with `row(split, index, seed)`, `vocabulary()` and `truth(text, thought)`.
-"""
-
-from forethought.worlds import cups, notes
-
-WORLDS = {"cups": cups, "notes": notes}

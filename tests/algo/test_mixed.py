@@ -1,0 +1,140 @@
+"""Mixed: the start's own thoughts that gained, written into the text, and next-token loss on both."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from forethought import load, train
+from forethought.algo import RLP, Mixed
+from forethought.algo.mixed import best
+from forethought.config import UserError, from_dict
+from forethought.data.positions import at_positions
+from forethought.models.compute_copy import Network
+from forethought.models.flops import cpt_step, rlp_step
+from forethought.models.shape import Shape
+from forethought.run.folder import read_lines
+from helpers.models import (
+    CLOSE,
+    FORM,
+    OPEN,
+    WINDOWS,
+    assert_close,
+    config,
+    engine,
+    gradients,
+    plain_targets,
+    qwen3,
+    update,
+    word_tokenizer,
+)
+
+SETTINGS = config(group=4, thought_length=9)
+
+
+def mixed(model: Any, settings: Any = SETTINGS) -> Mixed:
+    return Mixed(Network(model, "fp32"), engine(model, settings), FORM, word_tokenizer(), settings)
+
+
+def rows_of(method: Mixed, step: int = 1) -> list[list[int]]:
+    collected = method.collect(WINDOWS, step)
+    return [
+        row[mask].tolist() for piece in collected.pieces for row, mask in zip(piece.tokens, piece.mask, strict=True)
+    ]
+
+
+def test_the_best_closed_thought_of_a_window_is_kept_if_it_gained():
+    positions = at_positions(WINDOWS[:3], [[1, 2], [1], [1]], 1)
+    gains = torch.tensor([[0.5, 3.0], [2.0, 1.0], [-1.0, -2.0], [0.3, 0.2]])
+    closed = torch.tensor([[True, False], [True, True], [True, True], [True, True]])
+    kept = best(positions, gains, closed, float("-inf"))
+    assert kept.tolist() == [[False, False], [True, False], [False, False], [True, False]]
+    assert best(positions, gains, closed, 1.0).tolist() == [[False] * 2, [True, False], [False] * 2, [False] * 2]
+
+
+def test_text_is_learned_without_thoughts_and_with_those_that_gained():
+    model = qwen3(scale=0.2, seed=3)
+    rows = rows_of(mixed(model))
+    plain = [window.tokens for window in WINDOWS]
+    assert rows[: len(WINDOWS)] == plain
+    thoughtful = rows[len(WINDOWS) :]
+    assert 0 < len(thoughtful) <= len(WINDOWS)
+    for row in thoughtful:
+        at, end = row.index(OPEN), row.index(CLOSE)
+        context, thought, rest = row[:at], row[at + 1 : end], row[end + 1 :]
+        assert context + rest in plain and thought and rest
+        said, plainly = (
+            plain_targets(model, read, rest[:1]).detach() for read in ([*context, OPEN, *thought, CLOSE], context)
+        )
+        assert float(said) > float(plainly)
+
+
+def test_the_thoughts_stay_those_of_the_start():
+    model = qwen3(scale=0.2, seed=3)
+    method = mixed(model)
+    before = rows_of(method)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    method.after_step()
+    assert rows_of(method) == before
+    assert rows_of(mixed(model)) != before
+    assert rows_of(method, step=2) != before
+    assert method.state() == {}
+
+
+def test_the_gradient_is_that_of_next_token_prediction_on_all_rows():
+    model = qwen3(scale=0.2, seed=3)
+    method = mixed(model)
+    pieces = method.collect(WINDOWS, 1).pieces
+    total, count = torch.zeros(()), 0
+    for row in rows_of(method):
+        learned = torch.tensor(row[1:]) != OPEN
+        total = total - plain_targets(model, row[:1], row[1:])[learned].sum()
+        count += int(learned.sum())
+    assert_close(update(method, pieces), gradients(model, total / count))
+
+
+def test_its_flops_are_those_of_the_thoughts_and_of_the_rows():
+    model = qwen3(scale=0.2, seed=3)
+    shape = Shape.known(model.config)
+    assert shape is not None
+    method = mixed(model)
+    work = method.collect(WINDOWS, 1).work
+    rival = (
+        RLP(Network(model, "fp32"), engine(model, SETTINGS), FORM, word_tokenizer(), SETTINGS).collect(WINDOWS, 1).work
+    )
+    mine, theirs = rlp_step(shape, work), rlp_step(shape, rival)
+    assert mine.rollout == theirs.rollout > 0
+    assert mine.training == cpt_step(shape, [len(row) for row in rows_of(method)]).total
+
+
+def test_a_run_is_trained(tmp_path: Path):
+    words = [
+        "--method.name",
+        "mixed",
+        "--model.device",
+        "cpu",
+        "--train.batch",
+        "8",
+        "--train.checkpoint_every",
+        "1",
+        "--method.group",
+        "4",
+    ]
+    short = [*words, "--evaluate.path", "", "--optim.schedule", "constant", "--train.log_every", "1"]
+    whole = load("quickstart", [*short, "--train.steps", "2", "--run", str(tmp_path / "whole")])
+    summary = train(whole)
+    assert summary["flops_rollout"] > 0 and summary["flops_update"] > 0
+    lines = read_lines(tmp_path / "whole" / "metrics.jsonl")
+    assert all(0 < line["rollout/kept"] < 0.3 and line["objective/loss"] > 0 for line in lines)
+    assert json.loads((tmp_path / "whole" / "config.json").read_text())["method"]["name"] == "mixed"
+
+
+def test_what_chooses_by_gain_takes_no_random_reward():
+    with pytest.raises(UserError, match=r"method\.reward = 'random'"):
+        from_dict({"method": {"name": "mixed", "reward": "random"}})
+    assert dataclasses.replace(SETTINGS.method, name="mixed").policy == "uniform"

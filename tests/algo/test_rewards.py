@@ -1,0 +1,137 @@
+import math
+
+import pytest
+import torch
+
+from forethought.algo import policy_gradient
+from forethought.algo.rewards import Rewards, discounted, information_gain, random_control
+from forethought.config import Method
+from forethought.data.positions import make_generator
+from forethought.rollout import Thoughts
+from helpers.models import WINDOWS, assert_close, config, qwen3, rlp, update
+
+
+def thoughts(evidence: list[list[list[float]]], closed: list[list[bool]] | None = None) -> Thoughts:
+    scores = torch.tensor(evidence)
+    batch, group, _ = scores.shape
+    return Thoughts(
+        tokens=torch.full((batch, group, 1), 5),
+        mask=torch.ones(batch, group, 1, dtype=torch.bool),
+        closed=torch.ones(batch, group, dtype=torch.bool) if closed is None else torch.tensor(closed),
+        logp=torch.zeros(batch, group, 1),
+        evidence=scores,
+        hit=torch.zeros(scores.shape, dtype=torch.bool),
+    )
+
+
+def test_information_gain_by_hand():
+    """The target has probability 1/2 and 1/8 with the two thoughts, 1/4 without: gains of ln 2 and -ln 2."""
+    sampled = thoughts([[[math.log(1 / 2)], [math.log(1 / 8)]]])
+    rewards = information_gain(sampled, torch.tensor([[math.log(1 / 4)]]), Method(), make_generator(0))
+    assert rewards.total is not None
+    assert rewards.total.tolist() == [pytest.approx([math.log(2), -math.log(2)])]
+
+
+def test_information_gain_over_a_discounted_horizon_by_hand():
+    sampled = thoughts([[[-1.0, -2.0, -4.0]], [[-1.0, 0.0, 0.0]]])
+    nothink = torch.tensor([[-2.0, -2.0, -8.0], [0.0, 0.0, 0.0]])
+    rewards = information_gain(sampled, nothink, Method(discount=0.5), make_generator(0))
+    assert rewards.value.tolist() == [[-3.0], [-1.0]]
+    assert rewards.shift is not None
+    assert rewards.shift.tolist() == [-5.0, 0.0]
+    assert rewards.total is not None
+    assert rewards.total.tolist() == [[2.0], [-1.0]]
+
+
+@pytest.mark.parametrize(("discount", "wanted"), [(1.0, -7.0), (0.5, -3.0), (0.0, -1.0)])
+def test_discount_by_hand(discount, wanted):
+    assert float(discounted(torch.tensor([-1.0, -2.0, -4.0]), discount)) == wanted
+
+
+def test_without_a_teacher_the_total_is_not_known():
+    rewards = information_gain(thoughts([[[-1.0], [-2.0]]]), None, Method(), make_generator(0))
+    assert rewards.value.tolist() == [[-1.0, -2.0]]
+    assert rewards.shift is rewards.total is None
+
+
+def test_random_control_knows_nothing_of_the_evidence():
+    one = random_control(thoughts([[[0.0]] * 64] * 64), None, Method(), make_generator(3))
+    other = random_control(thoughts([[[-9.0]] * 64] * 64), torch.full((64, 1), 5.0), Method(), make_generator(3))
+    assert torch.equal(one.value, other.value)
+    assert one.total is not None
+    assert torch.equal(one.total, one.value)
+    assert abs(float(one.value.mean())) < 0.06
+    assert abs(float(one.value.std()) - 1) < 0.06
+
+
+def test_random_control_does_not_depend_on_how_a_step_is_split():
+    sampled = thoughts([[[0.0]] * 5] * 6)
+    whole = random_control(sampled, None, Method(), make_generator(3)).value
+    generator = make_generator(3)
+    parts = [random_control(thoughts([[[0.0]] * 5] * n), None, Method(), generator).value for n in (1, 3, 2)]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def compare(value, shift, closed=None, **method):
+    """Advantages of rewards that are given by hand, as RLP compares them."""
+    settings = config(group=len(value[0]), **method)
+    rewards = Rewards(value=torch.tensor(value), shift=torch.tensor(shift))
+    sampled = thoughts([[[0.0]] * len(value[0])] * len(value), closed)
+    advantages, kept = policy_gradient.compare(rewards, sampled.closed, settings)
+    return advantages.tolist(), kept.tolist()
+
+
+VALUE, SHIFT = [[-1.0, -4.0, -7.0], [-1.0, -1.0, -4.0]], [-3.0, -2.0]  # rewards 2 -1 -4 and 1 1 -2
+
+
+def test_each_baseline_by_hand():
+    assert compare(VALUE, SHIFT)[0] == [[4.5, 0.0, -4.5], [1.5, 1.5, -3.0]]
+    assert compare(VALUE, SHIFT, baseline="batch")[0] == [[2.5, -0.5, -3.5], [1.5, 1.5, -1.5]]
+    assert compare(VALUE, SHIFT, baseline="none")[0] == [[2.0, -1.0, -4.0], [1.0, 1.0, -2.0]]
+
+
+def test_clamped_gains_by_hand():
+    first, second = compare(VALUE, SHIFT, clamp_gain=True)[0]
+    assert first == pytest.approx([2.0, -1.0, -1.0])
+    assert second == pytest.approx([0.5, 0.5, -1.0])
+
+
+def test_min_gain_leaves_out_whole_positions():
+    advantages, kept = compare(VALUE, SHIFT, min_gain=1.5)
+    assert advantages == [[4.5, 0.0, -4.5], [0.0, 0.0, 0.0]]
+    assert kept == [[True] * 3, [False] * 3]
+
+
+def test_dropped_thoughts_are_no_ones_sibling():
+    advantages, kept = compare(VALUE, SHIFT, [[True, False, True], [True, False, False]], unclosed="drop")
+    assert advantages == [[6.0, 0.0, -6.0], [0.0, 0.0, 0.0]]
+    assert kept == [[True, False, True], [True, False, False]]
+    assert compare(VALUE, SHIFT, [[True, False, True]] * 2, unclosed="score")[0][0] == [4.5, 0.0, -4.5]
+
+
+def test_scale_divides_by_the_standard_deviation_of_the_group():
+    scaled = compare(VALUE, SHIFT, scale="std")[0]
+    assert scaled[0] == pytest.approx([4.5 / 3.0001, 0.0, -4.5 / 3.0001])
+
+
+def test_penalty_is_taken_from_unclosed_thoughts_only():
+    closed = [[True, False], [False, False]]
+    sampled = thoughts([[[-1.0], [-1.0]], [[-2.0], [-3.0]]], closed)
+    method = rlp(qwen3(), config(unclosed="penalise", unclosed_penalty=0.5))
+    rewards = method._rewards(sampled, torch.tensor([[-1.0], [-1.0]]), step=1)
+    assert rewards.total is not None
+    assert rewards.total.tolist() == [[0.0, -0.5], [-1.5, -2.5]]
+
+
+@pytest.mark.parametrize("option", [{"reward": "random"}, {"unclosed": "drop"}, {"baseline": "batch"}])
+@pytest.mark.parametrize("prefix", ["shared", "replicated"])
+def test_chunks_change_nothing_with(option, prefix):
+    model, results, counts = qwen3(scale=0.1), [], []
+    for tokens, rows in ((1, 4), (14, 8), (0, 16)):
+        method = rlp(model, config(tokens=tokens, rows=rows, prefix=prefix, thought_length=9, **option))
+        pieces = method.collect(WINDOWS, step=1).pieces
+        counts.append(len(pieces))
+        results.append(update(method, pieces))
+    assert counts == [4, 2, 1]
+    assert_close(results[0], results[2])
+    assert_close(results[1], results[2])

@@ -1,0 +1,179 @@
+"""Ratios, pairs and seeds: by hand, and as wide as theory says."""
+
+import dataclasses
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from forethought.eval import heldout
+from forethought.eval.intervals import RESAMPLES, estimate, resample
+from helpers.heldout import records
+
+
+def width(figures: dict[str, float], metric: str) -> float:
+    return figures[f"all/{metric}/high"] - figures[f"all/{metric}/low"]
+
+
+def noisy(size: int, shift: float = 0.0) -> heldout.Records:
+    rng = random.Random(0)
+    think = [shift - 2 + rng.gauss(0, 1) for _ in range(size)]
+    return records(list(range(size)), think, [-1.0] * size)
+
+
+def pooled(seeds: list[heldout.Records]) -> dict[str, float]:
+    return heldout.pooled([{"all": one} for one in seeds], [{"all": one} for one in seeds])
+
+
+def test_documents_are_drawn_as_often_as_there_are_of_them():
+    drawn = resample([4, 4, 7, 9], seeds=3)
+    assert drawn.owner.tolist() == [0, 0, 1, 2]
+    assert drawn.documents.shape == (RESAMPLES, 3) and (drawn.documents.sum(axis=1) == 3).all()
+    assert drawn.documents.mean(axis=0) == pytest.approx([1, 1, 1], abs=0.1)
+    assert drawn.seeds.shape == (RESAMPLES, 3) and drawn.seeds.sum(axis=1) == pytest.approx(1)
+    assert set(drawn.seeds.ravel().round(3)) == {0, 0.333, 0.667, 1}
+
+
+def test_a_figure_is_the_ratio_of_sums_and_not_the_mean_of_ratios():
+    one = estimate([(np.array([1.0, 2.0, 1.0]), np.array([1.0, 8.0, 1.0]))], resample([0, 1, 1]))
+    assert one is not None and one.value == 0.4
+    assert set(one.draws.round(4)) == {1, 0.4, 0.3333}
+
+
+@pytest.mark.parametrize("bottom", [[0.0] * 20, [1.0] + [-1.0] * 19, [2.0] + [0.0] * 19])
+def test_a_ratio_to_what_may_be_nothing_is_left_out(bottom: list[float]):
+    top = np.ones(20)
+    assert estimate([(top, np.array(bottom))], resample(list(range(20)))) is None
+    assert estimate([(top, top), (top, np.array(bottom))], resample(list(range(20)), 2)) is None
+
+
+def test_resamples_without_a_denominator_do_not_count():
+    bottom = np.array([1.0] * 3 + [0.0] * 3)  # (3/6)^6 of all resamples have none
+    one = estimate([(bottom / 2, bottom)], resample(list(range(6))))
+    assert one is not None and np.isnan(one.draws).any()
+    assert one.interval() == (0.5, 0.5)
+
+
+def test_one_seed_pooled_is_the_plain_summary():
+    one = noisy(30)
+    assert pooled([one]) == heldout.summarise({"all": one}, {"all": one})
+
+
+def test_pooling_takes_the_mean_over_seeds_and_widens_by_their_spread():
+    alone, same = pooled([noisy(40)]), pooled([noisy(40)] * 3)
+    apart = pooled([noisy(40, shift) for shift in (-3.0, 0.0, 3.0)])
+    assert apart["all/ce_think"] == pytest.approx(alone["all/ce_think"])
+    # Seeds share the documents: three seeds that agree know no more than one does.
+    assert width(same, "ce_think") == pytest.approx(width(alone, "ce_think"))
+    # Means of three draws of (-3, 0, 3): standard deviation sqrt(6 / 3), 95 % of them within +-2 to 3.
+    assert 4 < width(apart, "ce_think") < 7
+    assert apart["all/positions"] == apart["all/documents"] == 40
+
+
+def test_each_seed_is_compared_with_its_own_base():
+    seeds = [records([0, 1], [-1.0, -1.0], [-2.0, -2.0]), records([0, 1], [-3.0, -3.0], [-2.0, -2.0])]
+    bases = [records([0, 1], [-9.0, -9.0], [-2.0, -2.0]), records([0, 1], [-9.0, -9.0], [-8.0, -8.0])]
+    figures = heldout.pooled([{"all": one} for one in seeds], [{"all": one} for one in bases])
+    assert figures["all/gain_over_base"] == 3.0  # (1 + 5) / 2
+    assert figures["all/drift"] == -3.0  # (0 - 6) / 2
+
+
+def test_a_paired_interval_is_that_of_the_difference():
+    """Two models that differ by 0.1 on documents of very unequal difficulty are told apart, but not side by side."""
+    rng = random.Random(3)
+    hard = [rng.gauss(-5, 3) for _ in range(50)]
+    one = records(list(range(50)), hard, hard)
+    better = records(list(range(50)), [x + 0.1 + rng.gauss(0, 0.01) for x in hard], hard)
+    pair = heldout.paired({"all": better}, {"all": one})
+    assert pair["all/ce_think"] == pytest.approx(-0.1, abs=0.01)
+    assert -0.11 < pair["all/ce_think/low"] < pair["all/ce_think/high"] < -0.09
+    assert pair["all/ce_nothink"] == pair["all/ce_nothink/low"] == pair["all/ce_nothink/high"] == 0
+    assert width(pooled([one]), "ce_think") > 1 > 20 * width(pair, "ce_think")
+    assert not {"all/drift", "all/gain_over_base"} & pair.keys()
+
+
+@given(st.lists(st.floats(-9, 0), min_size=4, max_size=12), st.integers(0, 9))
+def test_differences_turn_their_sign_with_the_order(values: list[float], seed: int):
+    rng = random.Random(seed)
+    documents = [rng.randrange(4) for _ in values]
+    one, other = records(documents, values, values), records(documents, values[::-1], values)
+    there, back = heldout.paired({"all": one}, {"all": other}), heldout.paired({"all": other}, {"all": one})
+    assert there["all/ce_think"] == pytest.approx(-back["all/ce_think"])
+    assert there["all/ce_think/low"] == pytest.approx(-back["all/ce_think/high"])
+
+
+def test_pairs_of_seeds_are_drawn_together():
+    """Seeds that differ much, while one arm is better by 0.5 on every one of them."""
+    ours = [{"all": noisy(30, shift)} for shift in (-3.5, 0.5, 4.5)]
+    theirs = [{"all": noisy(30, shift)} for shift in (-4.0, 0.0, 4.0)]
+    pair = heldout.pooled_paired(ours, theirs)
+    assert pair["all/ce_think"] == pytest.approx(-0.5)
+    assert width(pair, "ce_think") == pytest.approx(0, abs=1e-9)
+
+
+def test_records_of_other_positions_are_refused():
+    one = records([0, 1], [-1.0, -1.0], [-1.0, -1.0])
+    moved = dataclasses.replace(one, at=[1, 3])
+    for call in (heldout.paired, heldout.summarise):
+        with pytest.raises(ValueError, match="same positions"):
+            call({"all": one}, {"all": moved})
+
+
+def test_what_only_one_of_two_measured_is_not_compared():
+    one = records([0, 1], [-1.0, -1.0], [-1.0, -1.0])
+    full, plain = {"all": dataclasses.replace(one, empty=[-1.0, -2.0])}, {"all": one}
+    assert "all/ce_empty" not in heldout.paired(full, plain)
+    assert heldout.paired(full, full)["all/ce_empty"] == 0
+    assert heldout.paired({"answer": one, **plain}, plain).keys() == heldout.paired(plain, plain).keys()
+
+
+def test_the_new_figures_by_hand():
+    mine = dataclasses.replace(
+        records([0, 1], think=[-1.0, -2.0], nothink=[-2.0, -4.0]),
+        marginal=[-0.5, -1.5],
+        teacher=[-3.0, -3.0],
+        leakage=[1.0, 0.5],
+        right=[1.0, 2.0],
+        stated=[1.0, 4.0],
+        empty=[-2.0, -5.0],
+        shuffled=[-2.0, -3.5],
+        random=[-3.0, -6.0],
+    )
+    figures = heldout.summarise({"all": mine}, {"all": mine})
+    expected = {
+        "marginal": 1.0,
+        "gain_over_teacher": 1.5,
+        "leakage": 0.75,
+        "truth": 0.6,
+        "checkable": 2.5,
+        "ce_empty": 3.5,
+        "gain_empty": -0.5,
+        "ce_shuffled": 2.75,
+        "gain_shuffled": 0.25,
+        "ce_random": 4.5,
+        "gain_random": -1.5,
+        "kept_shuffled": 0.5 / 3,
+    }
+    assert {name: figures.get(f"all/{name}") for name in expected} == pytest.approx(expected)
+    plain = records([0, 1], think=[-1.0, -2.0], nothink=[-2.0, -4.0])
+    assert not {f"all/{name}" for name in expected} & heldout.summarise({"all": plain}, {"all": plain}).keys()
+
+
+def test_targets_without_text_do_not_count_as_leaked():
+    one = records([0, 0, 1, 1], [-1.0] * 4, [-1.0] * 4)
+    half = dataclasses.replace(one, leakage=[1.0, None, 0.5, None])
+    assert heldout.summarise({"all": half}, {"all": half})["all/leakage"] == 0.75
+    # Half of the documents know of none: a quarter of all resamples has nothing to count.
+    poor = dataclasses.replace(one, leakage=[1.0, None, None, None])
+    assert "all/leakage" not in heldout.summarise({"all": poor}, {"all": poor})
+
+
+@pytest.mark.parametrize("think", [[-2.0, -2.0], [-2.0, -2.1], [-2.5, -1.0]])
+def test_where_there_is_no_sure_gain_none_is_kept(think: list[float]):
+    one = dataclasses.replace(records([0, 1], think, [-2.0, -2.0]), shuffled=[-2.0, -2.0])
+    figures = heldout.summarise({"all": one}, {"all": one})
+    assert "all/kept_shuffled" not in figures and figures["all/gain_shuffled"] == 0
+    sure = dataclasses.replace(one, think=[-1.0, -1.0])
+    assert heldout.summarise({"all": sure}, {"all": sure})["all/kept_shuffled"] == 0

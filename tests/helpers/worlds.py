@@ -1,0 +1,14 @@
+"""Shared by tests: worlds."""
+
+from forethought.data.worlds import mixture
+
+SPLITS = ("pretrain", "train", "heldout")
+
+
+def split_thought(text: str) -> tuple[list[str], list[str], int]:
+    """A text's words without its thought, the thought's words, and where the thought stood (-1: nowhere)."""
+    words = text.split(" ")
+    if mixture.OPEN not in words:
+        return words, [], -1
+    first, last = words.index(mixture.OPEN), words.index(mixture.CLOSE)
+    return words[:first] + words[last + 1 :], words[first + 1 : last], first

@@ -1,0 +1,124 @@
+"""Decoding over static buffers gives the plain engine's thoughts. Graphs themselves need a GPU (benchmarks/gpu.py)."""
+
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from forethought.config import Config, Model, UserError
+from forethought.data.positions import ThoughtFormat, at_positions, draw, make_generator
+from forethought.prefix import enable
+from forethought.rollout import draw_noise
+from forethought.rollout.cuda_graphs import Graphs, capturable
+from forethought.rollout.cuda_graphs import draw as draw_token
+from forethought.rollout.decoder import sample
+from forethought.rollout.native import native_engine
+from helpers.models import FORM, MODELS, WINDOWS, config, engine
+from helpers.sampling import assert_same, both
+
+LONG = ThoughtFormat(before=(4,), after=(8,), open=(5, 6), close=(7, 9), bos=None, pad=0)
+
+
+@pytest.mark.parametrize("rows", [64, 5], ids=["all at once", "wave by wave"])
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_same_thoughts_as_the_plain_engine(rows: int, top_p: float):
+    model = MODELS["qwen3"]()
+    enable(model)
+    settings = config(group=8, thought_length=12, positions=2, temperature=1.2, top_p=top_p)
+    plain, static = both(model, FORM, settings, rows)
+    assert_same(plain, static)
+    assert plain.closed.any() and not plain.closed.all()
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma3_text", "smollm3"])
+def test_families_windows_and_delimiters_of_several_tokens(name: str):
+    model = tiny.model(name, "sdpa")
+    enable(model)
+    settings = config(group=3, thought_length=20, positions=2, temperature=1.0)
+    assert_same(*both(model, LONG, settings, 64, horizon=2))
+
+
+def test_rows_that_still_think_move_together_when_half_are_done():
+    model = MODELS["qwen3"]()
+    enable(model)
+    settings = config(group=32, thought_length=70, positions=1, temperature=1.0)
+    positions = draw(WINDOWS, settings.method, make_generator(1))
+    noise = draw_noise((32, 70), [make_generator(2, i) for i in range(len(positions))])
+    plain = engine(model, settings).sample(positions, noise)
+    graphs = Graphs(model, FORM, settings.method, 256, compiled=False)
+    assert_same(plain, graphs.sample(positions, noise))
+    assert {32, 64, 128} <= set(graphs.steps)  # 128 rows, halved as they ended
+    again = graphs.sample(positions, noise)  # buffers that were used before
+    assert_same(plain, again)
+
+
+def test_later_positions_that_need_more_room_get_it():
+    model = MODELS["qwen3"]()
+    enable(model)
+    settings = config(group=4, thought_length=5)
+    graphs = Graphs(model, FORM, settings.method, 64, compiled=False)
+    for windows, group in ((WINDOWS[:1], 4), (WINDOWS, 4), (WINDOWS[:2], 1)):
+        positions = at_positions(windows, [[2] for _ in windows], 1)
+        noise = draw_noise((group, 5), [make_generator(2, i) for i in range(len(positions))])
+        assert_same(engine(model, settings).sample(positions, noise), graphs.sample(positions, noise))
+
+
+@given(st.integers(0, 2**31), st.sampled_from([3, 128, 300, 517]), st.floats(0.1, 8))
+def test_two_level_draws_are_those_of_one_level(seed: int, vocab: int, spread: float):
+    generator = torch.Generator().manual_seed(seed)
+    logits = spread * torch.randn(16, vocab, generator=generator)
+    logits[:, 0] = float("-inf")
+    noise = torch.rand(16, generator=generator)
+    token, wanted = draw_token(logits, noise), sample(logits, noise, 1.0, 1.0)
+    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
+    edge = (cumulative - noise.double()[:, None]).abs().amin(dim=-1) < 1e-6
+    assert (token != 0).all()
+    assert torch.equal(token[~edge], wanted[~edge])
+
+
+def test_draws_at_the_ends_have_weight():
+    logits = torch.full((2, 300), float("-inf"))
+    logits[:, 130:140] = 0.0
+    tokens = draw_token(logits, torch.tensor([0.0, 1.0 - 2**-24]))
+    assert tokens.tolist() == [130, 139]
+
+
+def test_what_cannot_be_captured_is_refused_and_told():
+    assert capturable(tiny.model("llama")) and capturable(tiny.model("qwen3"))
+    assert not capturable(tiny.model("mixtral")) and not capturable(tiny.model("nemotron_h"))
+    settings = Config(model=Model(decoding="graphs"))
+    with pytest.raises(UserError, match=r"^model.decoding = 'graphs': there is no GPU; use 'auto' or 'plain'$"):
+        native_engine(MODELS["qwen3"](), FORM, settings)
+    assert native_engine(MODELS["qwen3"](), FORM, Config()).graphs is None
+
+
+COMPILED = """
+import torch
+from forethought.rollout.graphs import DecodeState, advance
+
+def full(value, *shape):
+    return torch.full((64, *shape), value)
+
+graphs = []
+run = torch.compile(advance, backend=lambda graph, inputs: graphs.append(graph) or graph)
+whole = DecodeState(
+    noise=full(0.5, 9), feed=full(0, 3), tail=full(-1), tokens=full(0, 9), logp=full(0.0, 9), length=full(0),
+    closed=full(0), evidence=full(0.0, 1), hit=full(0, 1), logits=torch.zeros(64, 50), next=full(0),
+)
+for rows in (64, 32, 16):
+    some = whole.head(rows)
+    for tensor in some.tensors().values():
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    run(some, torch.tensor([3, 4]), 0.7, 1.0)
+print(len(graphs), whole.length.tolist())
+"""
+
+
+def test_what_follows_the_logits_is_compiled_once_for_all_numbers_of_rows():
+    """In a process of its own: checks of shapes, on in tests, cannot be compiled."""
+    found = subprocess.run([sys.executable, "-c", COMPILED], check=True, capture_output=True, text=True).stdout
+    assert found.split(" ", 1) == ["1", f"{[3] * 16 + [2] * 16 + [1] * 32}\n"]

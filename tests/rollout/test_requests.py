@@ -1,0 +1,187 @@
+"""Thoughts by requests, without vLLM: what is asked, what becomes of the answers, and their distribution."""
+
+import itertools
+import math
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from forethought.config import Config, RunError, UserError
+from forethought.data.positions import at_positions, make_generator, pad_rows
+from forethought.models.logprobs import ScoringOptions, ThoughtBatch, target_logp
+from forethought.rollout import draw_noise
+from forethought.rollout.native import NativeEngine
+from forethought.rollout.requests import Draw, Request, Sample, as_thoughts, closed, read_back, seed, think
+from forethought.rollout.vllm import Caller, difference, start
+from helpers.models import FORM, LONG, WINDOWS, config, qwen3
+
+NOISE = draw_noise((2, 5), [make_generator(0, i) for i in range(2)])
+
+
+def scripted(*turns: list[list[list[int]]]) -> tuple[Draw, list[list[Request]]]:
+    """An engine that gives these tokens, turn by turn, and what it was asked."""
+    asked: list[list[Request]] = []
+
+    def draw(requests: list[Request]) -> list[list[Sample]]:
+        asked.append(requests)
+        answers = turns[len(asked) - 1]
+        return [[Sample(tokens=some, logp=[-float(t) for t in some]) for some in group] for group in answers]
+
+    return draw, asked
+
+
+def test_one_request_a_position_is_enough_for_a_delimiter_of_one_token():
+    draw, asked = scripted([[[5, 9], [5, 5, 5, 5, 5]], [[6, 7, 9], [5, 6, 7, 8, 9]]])
+    rows = think([[1, 2], [3]], NOISE, (9,), draw)
+    assert [(one.prompt, one.samples, one.limit, one.stop, one.open_end) for one in asked[0]] == [
+        ([1, 2], 2, 5, 9, False),
+        ([3], 2, 5, 9, False),
+    ]
+    assert len(asked) == 1
+    assert [closed(row, (9,)) for row in rows] == [True, False, True, True]
+
+
+def test_a_delimiter_of_several_tokens_is_awaited_thought_by_thought():
+    first = [[[5, 8], [5, 5, 5, 5, 5]], [[6, 8], [6, 7, 8]]]
+    draw, asked = scripted(first, [[[9]], [[7, 9]], [[7, 6]]], [[[5]]])
+    rows = think([[1, 2], [3]], NOISE, (8, 9), draw)
+    assert [row.tokens for row in rows] == [[5, 8, 9], [5, 5, 5, 5, 5], [6, 8, 7, 9, 5], [6, 7, 8, 7, 6]]
+    assert [row.logp for row in rows][2] == [-6, -8, -7, -9, -5]
+    assert [closed(row, (8, 9)) for row in rows] == [True, False, False, False]
+    assert [(one.prompt, one.samples, one.limit, one.stop, one.open_end) for one in asked[1]] == [
+        ([1, 2, 5, 8], 1, 3, 9, True),
+        ([3, 6, 8], 1, 3, 9, True),
+        ([3, 6, 7, 8], 1, 2, 9, True),
+    ]
+    assert [one.prompt for one in asked[2]] == [[3, 6, 8, 7, 9]]
+    seeds = [one.seed for some in asked for one in some]
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_seeds_are_a_function_of_the_noise():
+    again = draw_noise((2, 5), [make_generator(0, i) for i in range(2)])
+    assert [seed(one) for one in NOISE] == [seed(one) for one in again]
+    found = [seed(one, turn) for one in [*NOISE, *NOISE.flatten(0, 1)] for turn in (0, 1)]
+    assert len(set(found)) == len(found)
+    assert all(0 <= one < 2**62 for one in found)
+
+
+def markov(requests: list[Request]) -> list[list[Sample]]:
+    """Samples of a chain over four tokens, by the rules that a request states."""
+    found = []
+    for request in requests:
+        draw, group = torch.Generator().manual_seed(request.seed), []
+        for _ in range(request.samples):
+            tokens: list[int] = []
+            while len(tokens) < request.limit and not (tokens and tokens[-1] == request.stop):
+                row = CHAIN[[*request.prompt, *tokens][-1]].clone()
+                if not tokens and not request.open_end:
+                    row[request.stop] = 0
+                tokens.append(int(torch.multinomial(row, 1, generator=draw)))
+            group.append(Sample(tokens=tokens, logp=[0.0] * len(tokens)))
+        found.append(group)
+    return found
+
+
+CHAIN = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.3, 0.1, 0.4, 0.2], [0.2, 0.3, 0.1, 0.4], [0.4, 0.1, 0.4, 0.1]])
+
+
+@pytest.mark.parametrize("close", [(2,), (2, 3), (3, 3), (2, 3, 2)])
+def test_thoughts_by_requests_have_the_distribution_of_the_definition(close: tuple[int, ...]):
+    """Every thought of up to four tokens: sampled shares against probabilities, by chi-square at 5 sigma."""
+    limit, count, exact = 4, 4000, Counter[tuple[int, ...]]()
+    for tokens in itertools.product(range(4), repeat=limit):
+        if tokens[0] == close[0]:
+            continue
+        p = float(CHAIN[1][tokens[0]] / (1 - CHAIN[1][close[0]]))
+        p *= math.prod(float(CHAIN[a][b]) for a, b in itertools.pairwise(tokens))
+        ends = [n for n in range(len(close) + 1, limit + 1) if tokens[n - len(close) : n] == close]
+        exact[tokens[: ends[0]] if ends else tokens] += p
+    assert sum(exact.values()) == pytest.approx(1, abs=1e-6)
+    noise = draw_noise((count, limit), [make_generator(1)])
+    seen = Counter(tuple(row.tokens) for row in think([[0, 1]], noise, close, markov))
+    assert set(seen) <= set(exact)
+    chi = sum((seen[some] - count * p) ** 2 / (count * p) for some, p in exact.items())
+    freedom = len(exact) - 1
+    assert abs(chi - freedom) < 5 * math.sqrt(2 * freedom)
+
+
+def test_samples_become_thoughts():
+    rows = [Sample(tokens=tokens, logp=[-1.0] * len(tokens)) for tokens in ([5, 4], [5, 6, 7], [6, 5, 4], [5])]
+    assert read_back(rows, FORM.close, [[8, 9], [10, 11]]) == [
+        [5, 4, 8, 9],
+        [5, 6, 7, 4, 8, 9],
+        [6, 5, 4, 10, 11],
+        [5, 4, 10, 11],
+    ]
+    evidence = torch.tensor([[[-1.0, -2.0], [-3.0, -4.0]], [[-5.0, -6.0], [-7.0, -8.0]]])
+    thoughts = as_thoughts(rows, FORM, evidence, evidence > -4)
+    assert thoughts.tokens.tolist() == [[[5, 4, 0], [5, 6, 7]], [[6, 5, 4], [5, 0, 0]]]
+    assert thoughts.lengths.tolist() == [[2, 3], [3, 1]]
+    assert thoughts.closed.tolist() == [[True, False], [True, False]]
+    assert thoughts.logp.tolist() == (-1.0 * thoughts.mask).tolist()
+
+
+@pytest.mark.parametrize("form", [FORM, LONG], ids=["short", "long"])
+@pytest.mark.parametrize(("shared", "tokens"), [(True, 10**6), (True, 20), (False, 30)])
+def test_evidence_read_again_is_that_of_the_native_engine(form, shared: bool, tokens: int):
+    model, settings = qwen3(scale=0.2), config(thought_length=6, horizon=2)
+    positions = at_positions(WINDOWS, [[1, 3], [2, 4, 5], [1], [2]], horizon=2)
+    noise = draw_noise((4, 6), [make_generator(0, i) for i in range(len(positions))])
+    wanted = NativeEngine(model, form, settings.method, shared=shared).sample(positions, noise)
+    flat = zip(wanted.tokens.flatten(0, 1), wanted.mask.flatten(0, 1), strict=True)
+    rows = [Sample(tokens=(own := some[mask].tolist()), logp=[0.0] * len(own)) for some, mask in flat]
+    texts, mask = pad_rows(read_back(rows, form.close, positions.targets().tolist()), form.pad, left=False)
+    again = ThoughtBatch.of(form, positions, texts.view(len(positions), 4, -1), mask.view(len(positions), 4, -1))
+    evidence, hit = target_logp(model, form, again, 2, ScoringOptions(temperature=1.0, tokens=tokens, shared=shared))
+    assert torch.allclose(evidence.view_as(wanted.evidence), wanted.evidence, atol=1e-5)
+    assert torch.equal(hit.view_as(wanted.hit), wanted.hit)
+    assert 0 < wanted.hit.float().mean() < 1
+
+
+def test_a_probe_tells_other_weights_and_weights_that_were_not_taken():
+    policy = torch.tensor([-1.0, -2.0, -3.0])
+    near, far = policy + 1e-5, policy + torch.tensor([0.0, 0.5, 0.0])
+    assert difference((policy, near), None, 1e-3) == ""
+    assert "differs by 0.17 nats" in difference((policy, far), None, 1e-3)
+    assert "differs by nan" in difference((policy, near * math.nan), None, 1e-3)
+    moved = policy + 5e-4
+    assert difference((moved, moved + 1e-5), (policy, near), 1e-3) == ""
+    assert "were not taken: the policy moved by 0.0005 nats" in difference((moved, near), (policy, near), 1e-3)
+    assert difference((policy + 1e-6, near), (policy, near), 1e-3) == ""
+
+
+def fails() -> None:
+    raise ValueError("no\nroom")
+
+
+def test_an_engine_that_fails_is_one_line():
+    caller = Caller(60.0)
+    with pytest.raises(RunError, match=r"^rollout.engine = 'vllm': sampling failed with ValueError: no room; the last"):
+        caller.call("sampling", fails)
+    assert caller.call("sampling", lambda: 3) == 3
+
+
+def test_an_engine_that_hangs_is_one_line_and_is_not_asked_again():
+    caller, ended = Caller(0.05), threading.Event()
+    started = time.monotonic()
+    with pytest.raises(
+        RunError, match=r"^rollout.engine = 'vllm': sampling takes longer than rollout.patience_s = 0.05"
+    ):
+        caller.call("sampling", ended.wait)
+    with pytest.raises(RunError, match=r"sampling never ended, so loading the new weights cannot begin"):
+        caller.call("loading the new weights", lambda: 3)
+    assert time.monotonic() - started < 30
+    ended.set()
+
+
+def test_a_missing_vllm_is_one_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    wanted: Callable[..., object] = start
+    with pytest.raises(UserError, match=r"^rollout.engine = 'vllm': vLLM cannot be imported \(.*\); docs/vllm.md"):
+        wanted(qwen3(), FORM, Config())

@@ -1,0 +1,254 @@
+"""ThinkingModel: every figure against plain forwards of one row; thoughts that the engine would sample."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from forethought import ThinkingModel, UserError, load
+from forethought.config import Method
+from forethought.data.positions import at_positions, make_generator, thought_format
+from forethought.inference import Place, Prediction, mixture
+from forethought.rollout import draw_noise
+from forethought.rollout.content import inside
+from helpers.models import FORM, LONG, MODELS, WORDS, config, plain_logits, plain_targets, qwen3, window, word_tokenizer
+from helpers.tokenizers import byte_level
+
+TEXT = "a b c d e"
+TOKENS = [5, 6, 7, 8, 9]
+
+
+def thinker(model: Any = None, tokenizer: Any = None, **method: Any) -> ThinkingModel:
+    return ThinkingModel(model or qwen3(), tokenizer or word_tokenizer(), config(thought_length=5, **method))
+
+
+def rows(one: ThinkingModel, context: list[int], place: Place | Prediction) -> list[list[int]]:
+    return [[*one.form.wrap(context), *thought.tokens, *one.form.close] for thought in place.thoughts]
+
+
+@torch.no_grad()
+def mean_of_sequences(model: Any, prompts: list[list[int]], targets: list[int]) -> float:
+    """log 1/k sum_i p(targets | prompt i), each by one plain forward."""
+    return math.log(sum(math.exp(float(plain_targets(model, one, targets).sum())) for one in prompts) / len(prompts))
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_the_next_token_is_predicted_by_the_mean_probability_over_thoughts(name: str):
+    one = thinker(MODELS[name]())
+    found = one.next_token(TEXT, thoughts=3, seed=4)
+    with torch.no_grad():
+        wanted = torch.stack([plain_logits(one.model, row)[-1].softmax(-1) for row in rows(one, TOKENS, found)])
+        plain = plain_logits(one.model, TOKENS)[-1].log_softmax(-1)
+    assert len(found.thoughts) == 3
+    assert torch.allclose(found.logp.exp(), wanted.mean(0), atol=1e-5)
+    assert torch.allclose(found.nothink, plain, atol=1e-4)
+    assert [WORDS.index(text.strip()) for text, _ in found.top] == found.logp.topk(5).indices.tolist()
+    assert [chance for _, chance in found.top] == pytest.approx(found.logp.exp().topk(5).values.tolist())
+
+
+def test_thoughts_are_those_of_the_engine():
+    one = thinker()
+    noise = draw_noise((3, 5), [make_generator(4, "think", TOKENS)])
+    found = one.engine.sample(at_positions([window(*TOKENS, 6)], [[5]], 1), noise)
+    told = one.next_token(TOKENS, thoughts=3, seed=4).thoughts
+    assert [list(thought.tokens) for thought in told] == inside(found, one.form)[0]
+    assert [thought.closed for thought in told] == found.closed[0].tolist()
+    assert [thought.text for thought in told] == one.tokenizer.batch_decode([thought.tokens for thought in told])
+    again, other = one.next_token(TEXT, thoughts=3, seed=4), one.next_token(TEXT, thoughts=3, seed=5)
+    assert again.thoughts == told != other.thoughts
+
+
+@pytest.mark.parametrize("prefix", ["shared", "replicated"])
+def test_the_gain_of_each_position_of_a_text(prefix: Any):
+    one = thinker(prefix=prefix)
+    places = one.gains(TEXT, thoughts=3)
+    assert [(place.at, place.token) for place in places] == list(enumerate(TOKENS))[1:]
+    assert "".join(place.text for place in places) == " b c d e"
+    for place in places:
+        prompts = rows(one, TOKENS[: place.at], place)
+        with torch.no_grad():
+            plain = float(plain_targets(one.model, TOKENS[: place.at], [place.token]))
+        assert place.logp == pytest.approx(mean_of_sequences(one.model, prompts, [place.token]), abs=1e-5)
+        assert place.nothink == pytest.approx(plain, abs=1e-5)
+        assert place.gain == pytest.approx(place.logp - plain, abs=1e-5)
+    assert places[-1].thoughts == one.next_token(TOKENS[:-1], thoughts=3).thoughts
+
+
+def test_without_thoughts_everything_is_the_plain_model():
+    one = thinker()
+    with torch.no_grad():
+        plain = plain_targets(one.model, TOKENS[:1], TOKENS[1:])
+    places = one.gains(TEXT, thoughts=0)
+    assert [place.logp for place in places] == pytest.approx(plain.tolist(), abs=1e-5)
+    assert all(place.gain == 0 and place.thoughts == () for place in places)
+    for every in (1, 3):
+        found = one.log_likelihood(TEXT, thoughts=0, think_every=every)
+        assert found == pytest.approx(float(plain.sum()), abs=1e-5)
+    predicted = one.next_token(TEXT, thoughts=0)
+    assert torch.equal(predicted.logp, predicted.nothink)
+    [(scored, _)] = one.score([(TOKENS[:2], TOKENS[2:])], thoughts=0)
+    assert scored == pytest.approx(float(plain[1:].sum()), abs=1e-5)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 9])
+def test_the_likelihood_of_a_text_is_the_mean_over_thoughts_of_each_stretch(every: int):
+    one = thinker()
+    total = 0.0
+    for start in range(1, len(TOKENS), every):
+        found = one.next_token(TOKENS[:start], thoughts=3)
+        prompts = rows(one, TOKENS[:start], found)
+        total += mean_of_sequences(one.model, prompts, TOKENS[start : start + every])
+    assert one.log_likelihood(TEXT, thoughts=3, think_every=every) == pytest.approx(total, abs=1e-4)
+    if every == 1:
+        assert sum(place.logp for place in one.gains(TEXT, thoughts=3)) == pytest.approx(total, abs=1e-4)
+
+
+@pytest.mark.parametrize("prefix", ["shared", "replicated"])
+@pytest.mark.parametrize("rows_at_once", [2, 64])
+def test_continuations_are_scored_after_thinking_once(prefix: Any, rows_at_once: int):
+    one = ThinkingModel(qwen3(), word_tokenizer(), config(rows=rows_at_once, prefix=prefix, thought_length=5))
+    pairs = [(TOKENS[:3], [8, 9]), ([6, 5], [10]), (TOKENS[:3], [10]), ([6, 5], [7, 7, 7]), ([9], [5])]
+    for (context, continuation), (logp, greedy) in zip(pairs, one.score(pairs, thoughts=3, seed=2), strict=True):
+        prompts = rows(one, context, one.next_token(context, thoughts=3, seed=2))
+        assert logp == pytest.approx(mean_of_sequences(one.model, prompts, continuation), abs=1e-4)
+        assert greedy == is_greedy(one.model, prompts, continuation)
+
+
+@torch.no_grad()
+def is_greedy(model: Any, prompts: list[list[int]], continuation: list[int]) -> bool:
+    """Whether each token is the likeliest of the mixture, by weighing rows one token after the other."""
+    weights = [1.0] * len(prompts)
+    for i, token in enumerate(continuation):
+        chances = [plain_logits(model, prompt + continuation[:i])[-1].softmax(-1) for prompt in prompts]
+        mixed = sum(weight * chance for weight, chance in zip(weights, chances, strict=True))
+        if int(torch.as_tensor(mixed).argmax()) != token:
+            return False
+        weights = [weight * float(chance[token]) for weight, chance in zip(weights, chances, strict=True)]
+    return True
+
+
+def test_the_greedy_continuation_is_told_from_others():
+    one = thinker()
+    written = [place.token for place in one.generate(TEXT, max_tokens=3, think_every=3, thoughts=2, temperature=0.0)]
+    other = [*written[:-1], 5 if written[-1] != 5 else 6]
+    [(likely, greedy), (unlikely, wrong)] = one.score([(TOKENS, written), (TOKENS, other)], thoughts=2)
+    assert (greedy, wrong) == (True, False)
+    assert likely > unlikely
+
+
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_what_is_written_follows_the_mixture_of_the_last_thoughts(every: int):
+    one = thinker()
+    places = list(one.generate(TEXT, max_tokens=5, think_every=every, thoughts=3, seed=1))
+    tokens = [*TOKENS, *(place.token for place in places)]
+    assert [place.at for place in places] == list(range(5, 10))
+    assert [bool(place.thoughts) for place in places] == [i % every == 0 for i in range(5)]
+    for start in range(0, 5, every):
+        said = one.next_token(tokens[: 5 + start], thoughts=3, seed=1)
+        assert places[start].thoughts == said.thoughts
+        stretch = places[start : start + every]
+        prompts = rows(one, tokens[: 5 + start], said)
+        total = mean_of_sequences(one.model, prompts, [place.token for place in stretch])
+        assert sum(place.logp for place in stretch) == pytest.approx(total, abs=1e-4)
+    with torch.no_grad():
+        plain = plain_targets(one.model, TOKENS, tokens[5:])
+    assert [place.nothink for place in places] == pytest.approx(plain.tolist(), abs=1e-4)
+    assert "".join(place.text for place in places) == " " + one.tokenizer.decode(tokens[5:])
+
+
+def test_a_text_comes_token_by_token_and_again_with_the_same_seed():
+    one = thinker()
+    streaming = one.generate(TEXT, max_tokens=50, seed=3)
+    first = [next(streaming) for _ in range(3)]
+    assert first == list(one.generate(TEXT, max_tokens=3, seed=3))
+    assert [place.token for place in first] != [place.token for place in one.generate(TEXT, max_tokens=3, seed=4)]
+    assert all(place.logp == place.nothink for place in one.generate(TEXT, max_tokens=3, thoughts=0))
+
+
+def test_sampled_tokens_have_the_frequencies_of_the_mixture():
+    one = thinker()
+    wanted = one.next_token(TEXT, thoughts=0).logp.exp()
+    drawn = [next(one.generate(TEXT, max_tokens=1, thoughts=0, seed=seed)).token for seed in range(150)]
+    found = torch.bincount(torch.tensor(drawn), minlength=len(WORDS)) / 150
+    assert float((found - wanted).abs().max()) < 4 * math.sqrt(0.25 / 150)
+
+
+def test_writing_stops_at_an_end_token():
+    model = qwen3()
+    one = thinker(model)
+    whole = [place.token for place in one.generate(TEXT, max_tokens=6, temperature=0.0)]
+    model.generation_config.eos_token_id = [whole[2]]
+    cut = [place.token for place in thinker(model).generate(TEXT, max_tokens=6, temperature=0.0)]
+    assert cut == whole[: whole.index(whole[2]) + 1]
+
+
+def test_characters_of_several_tokens_come_whole():
+    tokenizer = byte_level(["abc"], True)
+    one = thinker(qwen3(vocab=len(tokenizer)), tokenizer, open="(", close=")")
+    text = "aé😀b"
+    places = one.gains(text, thoughts=0)
+    assert len(places) + 1 == len(one.encode(text)) > len(text)
+    assert "".join(place.text for place in places) == "é😀b"
+    tokens = one.encode(text)
+    grown = [one._adds(tokens[:end]) for end in range(1, len(tokens) + 1)]
+    assert "".join(grown) == text
+    assert "\N{REPLACEMENT CHARACTER}" not in "".join(grown)
+
+
+def test_a_template_and_long_delimiters():
+    one = ThinkingModel(
+        qwen3(),
+        word_tokenizer(bos=True),
+        config(thought_length=5, open="<think> a b", close="</think> a a", prompt="b c {context} d"),
+    )
+    assert one.form == thought_format(one.tokenizer, one.config.method) == LONG
+    found = one.next_token([2, *TOKENS], thoughts=2)
+    prompts = rows(one, [2, *TOKENS], found)
+    assert prompts[0][:8] == [2, 6, 7, *TOKENS]
+    [(logp, _)] = one.score([([2, *TOKENS], [6])], thoughts=2)
+    assert logp == pytest.approx(float(found.logp[6]), abs=1e-5)
+    assert logp == pytest.approx(mean_of_sequences(one.model, prompts, [6]), abs=1e-5)
+
+
+def test_mixture_worked_by_hand():
+    logp = torch.tensor([[0.5, 0.1], [0.25, 0.3]]).log()
+    assert mixture(logp).exp().tolist() == pytest.approx([0.375, 0.2])
+    assert FORM.open == (3,)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda one: one.next_token([]), "text = ''"),
+        (lambda one: one.next_token([5] * 125), "a text of 126 tokens: the model has positions for 121"),
+        (lambda one: one.gains([5] * 122), "a text of 122 tokens"),
+        (lambda one: one.generate([5] * 100, max_tokens=40), "a text of 140 tokens"),
+        (lambda one: one.generate(TEXT, max_tokens=0), "max_tokens and think_every"),
+        (lambda one: one.generate(TEXT, think_every=0), "max_tokens and think_every"),
+        (lambda one: one.score([([5], [])]), "at least one token each"),
+    ],
+)
+def test_what_cannot_be_is_refused(call: Any, message: str):
+    with pytest.raises(UserError, match=message):
+        call(thinker())
+
+
+def test_the_longest_text_that_is_taken_can_be_thought_about():
+    one = thinker()
+    assert len(one.gains([5] * 121, thoughts=1)) == 120
+    assert len(list(one.generate([5] * 118, max_tokens=3))) == 3
+
+
+def test_the_embedded_base_carries_how_it_thinks():
+    one = ThinkingModel.load("embedded")
+    quickstart = load("quickstart")
+    kept = {
+        name: getattr(one.config.method, name) for name in ("open", "close", "prompt", "thought_length", "temperature")
+    }
+    assert kept == {name: getattr(quickstart.method, name) for name in kept}
+    changed = ThinkingModel.load("embedded", {"method": {"thought_length": 3}})
+    assert changed.config.method.thought_length == 3
+    found = changed.next_token("ball under blue . swap 1 blue green . now under", thoughts=2)
+    assert all(len(thought.tokens) <= 3 for thought in found.thoughts)
+    assert Method().thought_length == 2048

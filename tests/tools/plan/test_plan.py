@@ -1,0 +1,495 @@
+"""The planner: numbers by hand, what must grow and shrink, the paper's budget, its command."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig
+
+from forethought.cli import main
+from forethought.config import UserError, load
+from forethought.models.flops import rlp_step
+from forethought.models.shape import Shape
+from forethought.tools import plan as planner
+from forethought.tools.plan import advice, as_dict, plan, shipped_shape, words_of
+from forethought.tools.plan.advice import fits, largest
+from forethought.tools.plan.job import Job, with_option
+from forethought.tools.plan.job import job as read_job
+from forethought.tools.plan.machines import GIB, MACHINES, machine
+from forethought.tools.plan.memory import captured, chunk_tokens, memory
+from forethought.tools.plan.seconds import decode_step, ring, step, sync
+from forethought.tools.plan.simulate import RANKS, Lengths, lengths_of_run, lognormal, simulate
+from helpers.architectures import CONFIGS
+from helpers.plans import CPU, GPU, TINY, config, job
+
+QWEN = load("qwen3-1.7b")
+QWEN_SHAPE = shipped_shape(QWEN.model.path)
+assert QWEN_SHAPE is not None
+
+
+def paper(**words: str) -> Job:
+    return read_job(QWEN, QWEN_SHAPE, {"gpus": "32", "gpu": "h100", **words})
+
+
+def test_held_bytes_by_hand():
+    """20 bytes a parameter, the gradient's only in the update; masters, moments and teacher in parts on 4 GPUs."""
+    one, four = memory(job()), memory(job(gpus=4, layout="fsdp2"))
+    assert one.held == {
+        "weights, fp32": 4000,
+        "Adam's two moments, fp32": 8000,
+        "teacher (EMA), fp32": 4000,
+        "KL reference, fp32": 0,
+        "thoughts and their noise": 29 * 4 * 4,
+        "decoding's buffers": (2 * 8 + 4 * (1 + 4 + 1 + 1 + 32)) * 16 * 4 + 48 * 4 * 10,
+    }
+    assert one.update["gradients"] == 4000
+    assert [four.held[name] for name in list(one.held)[:3]] == [1000, 2000, 1000]
+    assert four.held["weights that compute"] == four.update["gradients"] == four.score["the policy's weights, aside"]
+    half = memory(job(config(model={"precision": "bf16"}), gradient=2))
+    assert half.held["weights that compute"] == half.update["gradients"] == 2000
+
+
+def test_adapters_by_hand():
+    """Rank 2 on layers of 20 + 30 inputs and outputs: 100 weights, which alone are 20 bytes; 1,100 compute."""
+    shape = dataclasses.replace(TINY, linears=(("q_proj", 20), ("up_proj", 30)))
+    options = config(lora={"r": 2})
+    one = job(options, shape.adapted(options.lora), gpus=4, layout="ddp")
+    found = memory(one)
+    assert list(found.held.values())[:3] == [400, 800, 400]
+    assert (found.held["weights that compute"], found.update["gradients"]) == (4400, 400)
+    assert memory(dataclasses.replace(one, config=config(lora={"r": 2}, model={"precision": "bf16"}))).held[
+        "weights that compute"
+    ] == (2200)
+    assert sync(one).seconds == pytest.approx(ring(one, 400, 2))
+    part = config(lora={"r": 3, "target_modules": ["mlp.up_proj"]})
+    assert shape.adapted(part.lora).adapter == 90
+    with pytest.raises(UserError, match=r"^lora.target_modules = 'gate': .* q_proj, up_proj, or all-linear$"):
+        shape.adapted(config(lora={"r": 3, "target_modules": ["gate"]}).lora)
+    with pytest.raises(UserError, match=r"^--layout fsdp2: with lora.r = 2 "):
+        read_job(options, shape, {"gpus": "4", "layout": "fsdp2"})
+
+
+def test_layers_computed_again_by_hand():
+    """Of each token two layers' inputs of 8, of a document 16 keys and values too; a layer's 500 of each once more."""
+    options = config(update={"tokens_per_chunk": 10, "checkpointing": True})
+    found = memory(job(options, machine=CPU))
+    assert found.update["thoughts' activations"] == 2 * 5 * 2 * 8 * 4
+    assert found.update["documents' activations"] == 8 * (2 * 8 + 16) * 4 / 2
+    gradients = 4 * 10 * (32 + 32)
+    assert found.update["logits, or gradients on their way"] == gradients + 10 * 500
+    plain, again = (step(job(config(update={"checkpointing": asked}))).phases for asked in (False, True))
+    assert again[3].seconds == pytest.approx(plain[3].seconds * 4 / 3)
+
+
+def test_the_papers_12b_fits_with_adapters_alone():
+    """Not with all weights on any number of these GPUs; adapters fit one."""
+    whole, adapted = load("nemotron-nano-12b-v2"), load("nemotron-nano-12b-v2-lora")
+    shape = shipped_shape(whole.model.path)
+    assert shape is not None
+    for gpus in ("1", "32"):
+        assert plan(adapted, shape, {"gpus": gpus, "gpu": "h100"}).fits
+        found = plan(whole, shape, {"gpus": gpus, "gpu": "h100"})
+        assert not found.fits
+        assert found.adapters is not None
+        assert found.adapters.what.startswith("--lora.r 16")
+        assert found.adapters.peak <= found.job.machine.usable
+    assert list(plan(adapted, shape, {"gpus": "32"}).layouts) == ["one", "ddp"]
+    assert plan(adapted, shape, {"gpus": "32"}).adapters is None
+
+
+def test_bytes_of_decoding_and_update_by_hand():
+    """Keys and values: 2 layers x 2 x 2 x 2 = 16 numbers a token. Chunks of 10 tokens hold two thoughts of 5."""
+    options = config(update={"tokens_per_chunk": 10})
+    found = memory(job(options, machine=CPU))
+    assert found.decode["documents' keys, values and states"] == 2 * 8 * 16 * 4
+    assert found.decode["thoughts' keys, values and states"] == 4 * (1 + 4 + 1 + 1) * 16 * 4
+    assert found.update["thoughts' activations"] == 2 * 5 * 1000
+    assert found.update["documents' activations"] == 8 * 1000 / 2
+    assert found.update["logits, or gradients on their way"] == max(16 * 2 * 4 * 10, 4 * 10 * (32 + 32))
+    assert "attention's scores (no fused kernel)" not in found.update
+    assert memory(job(options)).update["attention's scores (no fused kernel)"] == 8 * 8 * 2 * 5 * (8 + 5)
+    bf16 = memory(job(config(update={"tokens_per_chunk": 10}, model={"precision": "bf16"})))
+    assert bf16.update["attention's scores (no fused kernel)"] == 0
+    assert bf16.update["thoughts' activations"] == 2 * 5 * 400
+
+
+def test_seconds_by_hand():
+    """Halves of all rates. A step of decoding reads 680 weights, 2 x 8 and 4 x 3 cached tokens of 16 numbers."""
+    one = job()
+    seconds, bound = decode_step(one, 4)
+    assert (seconds, bound) == (pytest.approx(4 * (680 + 16 * (16 + 12)) / 0.5e12 / 0.5), "memory")
+    found = {phase.name: phase for phase in step(one).phases}
+    cost = rlp_step(TINY, one.window_work())
+    assert found["decode"].seconds == pytest.approx(4 * seconds)
+    assert found["update"].seconds == pytest.approx(2 * cost.update / (10e12 * 0.5 * 0.5))
+    assert found["optimizer"].seconds == pytest.approx(40 * 1000 / 0.5e12)
+    assert found["ema"].seconds == pytest.approx(12 * 1000 / 0.5e12)
+    assert [found[name].flops for name in ("prefill", "decode", "score", "update")] == [
+        2 * n for n in (cost.prefill, cost.decode, cost.teacher, cost.update)
+    ]
+    slow = dataclasses.replace(GPU, replay=1.0)
+    assert decode_step(job(machine=slow), 4) == (2 * 57 + 80, "kernels")
+    weak = dataclasses.replace(GPU, fp32=1.0)
+    assert decode_step(job(machine=weak), 4)[1] == "matmul"
+
+
+def test_rings_by_hand():
+    """8 GPUs in a node at 50 GB/s; 16 in nodes of 4, whose cards send 4 x 5 GB/s together."""
+    assert ring(job(gpus=8), 80e9, 2) == pytest.approx(2 * 7 / 8 * 80e9 / 50e9)
+    assert ring(job(gpus=16, per_node=4), 80e9, 1) == pytest.approx(15 / 16 * 80e9 / 20e9)
+    assert ring(job(), 80e9, 2) == 0
+    late = job(gpus=8, machine=dataclasses.replace(GPU, latency=1.0))
+    assert ring(late, 8e-3, 2) == pytest.approx(14, rel=1e-6)
+    count = TINY.parameters
+    assert sync(job(gpus=8, layout="ddp")).seconds == pytest.approx(ring(job(gpus=8), 4 * count, 2))
+    assert sync(job(gpus=8, layout="fsdp2")).seconds == pytest.approx(2 * ring(job(gpus=8), 4 * count, 1))
+
+
+def test_positions_are_dealt_and_spaced():
+    one = job(config(train={"batch": 12, "rollout_batch": 9}, method={"positions": 3}), gpus=3, layout="ddp")
+    assert (one.windows, one.windows_here, one.rows_of_window, one.rows_here) == (4, 2, 6, 12)
+    assert (one.windows_at_once, one.rows_at_once) == (1, 6)
+    assert one.stops(8) == [3, 5, 8]
+    prompt = config(method={"prompt": "12345{context}123456789"})
+    assert (job(prompt).template, job(prompt).behind) == (2, 4)
+
+
+numbers = st.integers(1, 6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(numbers, numbers, numbers, numbers, st.sampled_from(["fp32", "bf16"]), st.booleans())
+def test_more_of_anything_never_takes_less(
+    group: int, places: int, length: int, factor: int, precision: str, gpu: bool
+):
+    def made(group: int, places: int, length: int, window: int) -> Job:
+        options = config(
+            corpus={"window": window + 1},
+            method={"group": group + 1, "positions": places, "thought_length": length},
+            train={"batch": 4 * places, "rollout_batch": 4 * places * group},
+            model={"precision": precision},
+        )
+        lengths = {"prefix": window, "document": window, "longest": window, "length": length}
+        return job(options, machine=GPU if gpu else CPU, **lengths)
+
+    small = made(group, places, length, 16)
+    assert sum(memory(small).held.values()) > 16 * TINY.parameters
+    for large in (
+        made(group * factor, places, length, 16),
+        made(group, places, length * factor, 16),
+        made(group, places, length, 16 * factor),
+    ):
+        assert memory(large).peak >= memory(small).peak
+        assert step(large).flops >= step(small).flops
+        assert step(large).thought >= step(small).thought
+    fewer = dataclasses.replace(small, gpus=2, layout="ddp")
+    assert memory(fewer).peak <= memory(small).peak
+    parts = [memory(dataclasses.replace(small, gpus=n, layout="fsdp2")) for n in (2, 4)]
+    assert parts[1].peak < parts[0].peak
+    assert sum(parts[0].held.values()) < sum(memory(fewer).held.values()) + 4 * TINY.parameters
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40))
+def test_smaller_chunks_and_fewer_rows_take_less(tokens: int, more: int):
+    def peak(section: str, **changes: int) -> dict[str, float]:
+        return memory(with_option(job(config(train={"batch": 64}), machine=CPU), section, **changes)).phases
+
+    assert peak("update", tokens_per_chunk=tokens)["update"] <= peak("update", tokens_per_chunk=tokens + more)["update"]
+    assert peak("train", rollout_batch=tokens)["decode"] <= peak("train", rollout_batch=tokens + more)["decode"] * 2
+
+
+def test_the_papers_budget():
+    """512 positions x 16 thoughts, 170M tokens of text in documents of 949, on 32 H100: T_flop is the paper's 6B."""
+    words = {"prefix": "948", "document": "949"}
+    result = plan(QWEN, QWEN_SHAPE, {"gpus": "32", "gpu": "h100", "price": "2", **words})
+    found = as_dict(result)
+    assert (found["batch"], found["G"], found["gpus"], found["steps"]) == (512, 16, 32, 350)
+    assert found["total"]["text_tokens"] == 350 * 512 * 949 == 170_060_800
+    assert found["total"]["t_flop_tokens"] == 16 * 2048 * 512 * 350 + 170_060_800
+    assert found["total"]["thought_tokens"] == 350 * 512 * 16 * 2048
+    assert found["fits"]
+    assert found["parameters"] == 1_720_574_976
+    assert found["total"]["dollars"] == pytest.approx(2 * 32 * 350 * found["step"]["seconds"] / 3600)
+    assert found["step"]["seconds"] == pytest.approx(sum(one["seconds"] for one in found["step"]["phases"].values()))
+    assert found["memory"]["fsdp2"]["peak"] < found["memory"]["ddp"]["peak"] < 80e9
+    json.dumps(found)
+
+
+@pytest.mark.parametrize("name", ["qwen3-1.7b", "nemotron-nano-12b-v2"])
+def test_shipped_shapes_are_those_of_transformers(name: str):
+    file = Path(planner.__file__).parent / "shapes" / f"{name}.json"
+    assert json.loads(file.read_text())["source"]
+    shape = shipped_shape(load(name).model.path)
+    assert shape == shipped_shape(name) == Shape.of(AutoConfig.from_pretrained(file))
+    assert shape is not None
+    assert shape.parameters == {"qwen3-1.7b": 1_720_574_976, "nemotron-nano-12b-v2": 12_310_001_152}[name]
+
+
+def test_other_models_are_not_shipped(tmp_path: Path):
+    assert [shipped_shape(name) for name in ("embedded", "./qwen3-1.7b", "Qwen/Qwen3-4B-Base")] == [None] * 3
+
+
+def test_what_fits_and_what_to_change():
+    """Mildest first, each on top of those before it, until it fits; or all that is known, and it still does not."""
+    one = paper()
+    assert fits(one)
+    assert advice(one) == []
+    large = with_option(with_option(one, "train", rollout_batch=256), "update", tokens_per_chunk=2**16)
+    changes = advice(large)
+    assert [change.what.split()[0] for change in changes] == ["--train.rollout_batch", "--update.tokens_per_chunk"]
+    peaks = [memory(large).peak, *(change.peak for change in changes)]
+    for change, before, after in zip(changes, peaks, peaks[1:], strict=False):
+        assert before - after == pytest.approx(change.saved)
+    assert peaks[-1] <= large.machine.usable < peaks[-2]
+    assert largest(large) is None
+    hopeless = dataclasses.replace(one, machine=dataclasses.replace(MACHINES["h100"], memory=5e9))
+    changes = advice(hopeless)
+    assert changes[-1].peak > hopeless.machine.usable
+    assert [change.what for change in changes if change.what.startswith("--layout")] == ["--layout fsdp2 on 32 GPUs"]
+
+
+def test_the_largest_batch_fits_and_one_more_does_not():
+    one = paper()
+    found = largest(one)
+    assert found is not None
+    rows, positions = found["rollout_batch"], found["batch"]
+
+    def with_rows(rows: int) -> Job:
+        return with_option(one, "train", rollout_batch=rows, batch=32 * 1024)
+
+    assert fits(with_rows(rows))
+    assert not fits(with_rows(rows + 16))
+    assert fits(with_option(one, "train", batch=positions))
+    assert not fits(with_option(one, "train", batch=positions + 32))
+
+
+def test_captured_steps_are_for_attention_on_a_gpu():
+    assert captured(job())
+    assert not captured(job(machine=CPU))
+    assert not captured(job(config(model={"decoding": "plain"})))
+    assert not captured(job(config(model={"prefix": "replicated"})))
+    assert "decoding's buffers" not in memory(job(machine=CPU)).held
+
+
+def test_compiled_decoding_holds_weights_and_documents_once_more():
+    plain, compiled = (
+        memory(job(config(model={"decoding": way}), machine=CPU)).decode for way in ("plain", "compiled")
+    )
+    assert set(compiled) - set(plain) == {"weights in order", "documents in order"}
+    assert compiled["weights in order"] == 4 * (job().shape.multiplied + job().shape.vocab * job().shape.hidden)
+    assert 0 < compiled["documents in order"] <= plain["documents' keys, values and states"]
+
+
+def test_usable_memory_leaves_a_share():
+    assert GPU.usable == 0.94 * 100e9 - GIB
+    assert CPU.usable == 0.94 * 8e9
+
+
+def test_measured_ceilings_take_the_place_of_peaks(tmp_path: Path):
+    rows = [
+        {"peer": "naive", "seconds": 1},
+        {"matmul_gflops": 70.0, "copy_gb_s": 9.0, "update_of_matmul": 0.5},
+        {"matmul_gflops": 80.0, "copy_gb_s": 8.0, "update_of_matmul": 0.6},
+        {"matmul_gflops": 60.0, "update_of_matmul": 0.9},
+    ]
+    file = tmp_path / "step.json"
+    file.write_text(json.dumps(rows))
+    found = machine("cpu", str(file))
+    assert (found.matmul("fp32"), found.matmul("bf16"), found.copy, found.update_share) == (80e9, 80e9, 9e9, 0.6)
+    assert found.memory > 1e9
+    card = {"card": "x", "matmul_tflops": 700.0, "copy_tb_s": 3.0}
+    file.write_text(json.dumps([card, {"rollout_of_ceiling": 0.4, "update_of_matmul": 0.45}]))
+    found = machine("h100", str(file))
+    assert (found.matmul("bf16"), found.copy, found.decode_share, found.update_share) == (700e12, 3e12, 0.4, 0.45)
+    assert found.matmul("fp32") == pytest.approx(0.803 * 67e12)
+    file.write_text(json.dumps({"matmul_tflops": 700, "inside_gb_s": 400, "launch_us": 0, "memory_gb": 70}))
+    found = machine("h100", str(file))
+    assert (found.inside * found.link_share, found.across, found.launch, found.memory) == (400e9, 40e9, 0, 70e9)
+    assert "measured (" in found.source
+
+
+def test_benchmark_results_are_ceilings():
+    folder = Path(__file__).parents[3] / "benchmarks" / "results"
+    found = machine("cpu", str(folder / "step-512-64.json"))
+    assert 1e9 < found.matmul("fp32") < 1e12
+    assert 0.1 < found.update_share < 1
+
+
+def test_waiting_by_hand():
+    """All thoughts as long: nobody waits. One in eight long: the more GPUs, the surer that one of them has it."""
+    one = paper(length="256")
+    same = simulate(one, Lengths(groups=np.full((1, 1), 64), source=""), 0, True, (1, 4))
+    fixed = dataclasses.replace(one, longest=one.prefix)
+    level = simulate(fixed, Lengths(groups=np.full((1, 1), 64), source=""), 0, True, (1, 4))
+    assert [row.waits for row in level] == [pytest.approx(0), pytest.approx(0, abs=1e-9)]
+    assert level[1].seconds - level[0].seconds == pytest.approx(level[1].sync)
+    assert same[1].waits > 0
+    rows = simulate(one, lognormal(2048, 0), 0, True)
+    assert [row.gpus for row in rows] == list(RANKS)
+    assert rows[0].efficiency == 1
+    assert rows[-1].efficiency < rows[3].efficiency < 1
+    assert rows[-1].waits > rows[1].waits > rows[0].waits == 0
+    assert all(row.seconds == pytest.approx(row.work + row.waits + row.sync) for row in rows)
+    assert {row.positions / row.gpus for row in rows} == {16}
+    divided = simulate(one, lognormal(2048, 0), 0, False)
+    assert [row.gpus for row in divided] == [n for n in RANKS if n <= 512]
+    assert {row.positions for row in divided} == {512}
+    assert divided[-1].seconds < divided[0].seconds
+    assert divided == simulate(one, lognormal(2048, 0), 0, False)
+    assert divided != simulate(one, lognormal(2048, 0), 1, False)
+
+
+def test_one_gpu_of_the_simulation_is_the_planned_step():
+    """Where all lengths are the typical ones, the simulation and the step's own arithmetic agree."""
+    one = dataclasses.replace(paper(prefix="1024", length="512"), gpus=1, layout="one")
+    [row] = simulate(one, Lengths(groups=np.full((1, 1), 512), source=""), 0, True, (1,))
+    assert row.seconds == pytest.approx(step(one).seconds, rel=0.02)
+
+
+def test_lengths_come_from_a_run_or_a_lognormal(tmp_path: Path):
+    rows = [{"thoughts": [{"length": n}, {"length": n + 1}]} for n in (3, 5)]
+    (tmp_path / "thoughts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert lengths_of_run(str(tmp_path), 2).groups.tolist() == [[3, 4], [5, 6]]
+    assert lengths_of_run(str(tmp_path), 4).groups.tolist() == [[3], [4], [5], [6]]
+    drawn = lognormal(1000, 7)
+    assert np.median(drawn.groups) == pytest.approx(250, rel=0.02)
+    assert drawn.groups.max() == 1000
+    assert (drawn.groups == lognormal(1000, 7).groups).all()
+    assert lognormal(10**6, 7, mean=100.0).groups.mean() == pytest.approx(100, rel=0.02)
+
+
+def test_words():
+    words = ["c.toml", "--gpus", "4", "--nodes-of=2", "--simulate", "--method.group", "3", "--steps", "7", "--seed=1"]
+    name, own, rest = words_of(words)
+    assert (name, own) == ("c.toml", {"gpus": "4", "nodes_of": "2", "simulate": "yes"})
+    assert rest == ["--method.group", "3", "--train.steps", "7", "--seed", "1"]
+
+
+def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any):
+    monkeypatch.setenv("COLUMNS", "120")
+    file = tmp_path / "plan.json"
+    words = ["plan", "qwen3-1.7b", "--gpus", "32", "--price", "2.5", "--simulate", "--json", str(file)]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    for text in ("1.72B parameters", "estimate", "FSDP2", "on 32", "peak", "bound by", "GPU hours, $", "1,024 GPUs"):
+        assert text in out
+    assert "assumed" in out.lower()
+    found = json.loads(file.read_text())
+    assert found["estimates"] is True
+    assert (found["P"], found["L"], found["G"], found["K"]) == (1023, 2048, 16, 1)
+    assert len(found["simulation"]["growing"]) == 11
+    assert f"{found['total']['hours']:,.1f} hours" in out
+
+
+def test_the_command_says_what_to_change(capsys: pytest.CaptureFixture[str], monkeypatch: Any):
+    monkeypatch.setenv("COLUMNS", "160")
+    assert main(["plan", "nemotron-nano-12b-v2", "--gpus", "8"]) == 0
+    out = capsys.readouterr().out
+    assert "NO" in out
+    assert "it does not fit; change, in this order" in out
+    assert "Mamba's kernels" in out
+
+
+@pytest.mark.parametrize("path", ["embedded", "folder", "config.json"])
+def test_models_by_path(path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    CONFIGS["llama"].save_pretrained(tmp_path)
+    source = {"embedded": "embedded", "folder": str(tmp_path), "config.json": str(tmp_path / "config.json")}[path]
+    assert main(["plan", "quickstart", "--model.path", source]) == 0
+    assert "parameters, fp32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "plan takes a config file, or the name of a shipped one such as qwen3-1.7b"),
+        (["--gpus", "2"], "plan takes a config file"),
+        (["qwen3-1.7b", "--gpus", "0"], "--gpus 0: must be a whole number of at least 1"),
+        (["qwen3-1.7b", "--gpus"], "option --gpus needs a value"),
+        (["qwen3-1.7b", "--gpu", "h1000"], "--gpu h1000: must be a100-40, a100, h100"),
+        (["qwen3-1.7b", "--gpu", "cpu"], "--gpu cpu: needs --ceilings FILE"),
+        (["qwen3-1.7b", "--ceilings", "nothing.json"], "--ceilings nothing.json: cannot be read: No such file"),
+        (["qwen3-1.7b", "--price", "-1"], "--price -1: must be dollars per GPU hour"),
+        (["qwen3-1.7b", "--layout", "zero"], "--layout zero: must be one, ddp, fsdp2"),
+        (["qwen3-1.7b", "--layout", "ddp"], "--layout ddp: does not go with --gpus 1"),
+        (["qwen3-1.7b", "--gradients", "fp8"], "--gradients fp8: must be fp32 or bf16"),
+        (["qwen3-1.7b", "--prefix", "4000"], "--prefix 4000: must be at most 2047"),
+        (["qwen3-1.7b", "--length", "4000"], "--length 4000: must be at most method.thought_length = 2048"),
+        (["qwen3-1.7b", "--document", "4"], "--document 4: must be from --prefix = 1023 to corpus.window = 2048"),
+        (["qwen3-1.7b", "--lengths", "x"], "--lengths: is for --simulate"),
+        (["qwen3-1.7b", "--simulate", "--lengths", "x"], "--lengths x: cannot be read: No such file"),
+        (["qwen3-1.7b", "--method.name", "cpt"], "method.name = 'cpt': plan is for methods that think"),
+        (["qwen3-1.7b", "--method.grup", "2"], "unknown option method.grup; did you mean method.group?"),
+        (["qwen3-1.7b", "--gpuz", "2"], "unknown option gpuz"),
+        (["qwen3-1.7b", "extra"], "expected an option such as --method.group 8, got 'extra'"),
+        (["nothing.toml"], "config 'nothing.toml' is no file; shipped configs are "),
+        (
+            ["qwen3-1.7b", "--json", "no/such/folder.json"],
+            "--json no/such/folder.json: cannot be written: No such file",
+        ),
+        (["qwen3-1.7b", "--model.path", "./nothing"], "model.path = './nothing' cannot be loaded: no such folder"),
+        (["qwen3-1.7b", "--model.path", "missing.gguf"], "model.path = 'missing.gguf' cannot be loaded: no such file"),
+    ],
+)
+def test_bad_input_is_one_line(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", *words]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    [line] = err.splitlines()
+    assert line.startswith(f"forethought: {message}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: Any, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr("forethought.models.loading._hub_answers", lambda source: False)
+    assert main(["plan", "qwen3-1.7b", "--model.path", "nobody/nothing"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("forethought: model.path = 'nobody/nothing' cannot be loaded: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ("3", "must hold an object, or the rows of benchmarks/step.py"),
+        ("{}", "holds no matmul_gflops (fp32) and no matmul_tflops (bf16)"),
+        ('{"matmul_gflops": -1}', "matmul_gflops = -1: must be a number above 0"),
+        ('{"matmul_gflops": 1}', "holds no copy_gb_s"),
+    ],
+)
+def test_bad_ceilings_are_one_line(text: str, message: str, tmp_path: Path):
+    file = tmp_path / "c.json"
+    file.write_text(text)
+    with pytest.raises(UserError, match=rf"^--ceilings {file}: ") as caught:
+        machine("cpu", str(file))
+    assert message in str(caught.value)
+
+
+def test_planning_a_shipped_model_imports_no_torch():
+    code = """
+import sys
+from forethought.cli import main
+assert main(["plan", "nemotron-nano-12b-v2", "--gpus", "16", "--simulate"]) == 0
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_chunks_follow_the_machine():
+    half = config(model={"precision": "bf16"})
+    assert chunk_tokens(job(config(update={"tokens_per_chunk": 7}))) == 7
+    wide = dataclasses.replace(TINY, hidden=2048, intermediate=6144, layers=28)
+    vectors = 28 * (14 * 2048 + 5 * 6144)
+    assert chunk_tokens(job(shape=wide)) == int(100e9 // 8 // (4 * vectors))
+    assert chunk_tokens(job(half, wide)) == int(100e9 // 8 // (2 * vectors))
+    assert chunk_tokens(job(shape=wide, machine=CPU)) == max(256, 2**30 // (4 * vectors))

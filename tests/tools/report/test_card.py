@@ -1,0 +1,184 @@
+"""What travels with an exported model: its card, its metadata, and how it thinks."""
+
+import dataclasses
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from forethought import ThinkingModel, UserError, evaluate
+from forethought.config import Config, Corpus, Method, Model, from_dict, load, to_dict
+from forethought.models.loading import CARRIED, EMBEDDED, carried, carry
+from forethought.tools.report.card import text, toml
+from forethought.trainer import train
+from helpers.runs import options
+
+SUMMARY: dict[str, Any] = {
+    "method": "rlp", "steps": 20, "seconds": 125.0, "documents": 640, "tokens": 25_600, "flops": 3.21e12,
+    "flops_rollout": 1e12, "flops_update": 2.21e12,
+    "before/all/gain_over_base": -0.013, "before/all/gain_over_base/low": -0.02, "before/all/gain_over_base/high": 0.0,
+    "after/all/gain_over_base": 0.5, "after/all/gain_over_base/low": 0.4, "after/all/gain_over_base/high": 0.625,
+    "before/all/positions": 5000, "after/all/positions": 5000,
+    "before/answer/accuracy_think": 0.624, "after/answer/accuracy_think": 0.98, "after/answer/positions": 500,
+}  # fmt: skip
+MEASURED: dict[str, Any] = {
+    "seed": 0, "all/gain_self": 0.51, "all/gain_self/low": 0.4, "all/gain_self/high": 0.6, "all/positions": 5000,
+    "all/gain_shuffled": -1.25, "all/gain_shuffled/low": -1.5, "all/gain_shuffled/high": -1.0,
+    "all/gain_empty": 0.03, "all/truth": 0.995,
+}  # fmt: skip
+HELD_OUT = {"evaluate": {"path": "world:cups/heldout"}}
+
+
+def test_a_card_says_what_was_done_and_what_came_of_it():
+    config = from_dict({**HELD_OUT, "run": "runs/mine", "method": {"group": 8}})
+    shown = text(config, SUMMARY).replace("\N{NO-BREAK SPACE}", " ")
+    for line in (
+        "# mine",
+        "Trained from the base model `embedded` by RLP, reinforcement learning pretraining",
+        "| text | `world:cups/train`, windows of at most 2,048 tokens |",
+        "| method | rlp, 512 positions a step, 8 thoughts each, horizon 1 |",
+        "| steps | 20 |",
+        "| tokens of text read | 25,600 |",
+        "| FLOPs | 3.21e+12 |",
+        "| wall time | 2 min 5 s |",
+        "| all: 5,000 positions | before | after |",
+        "| Gain over the start | −0.013 [−0.020 to 0.000] | 0.500 [0.400 to 0.625] |",
+        "| Accuracy, thinking | 62.4 % | 98.0 % |",
+        "Not measured yet. `forethought evaluate` on the run folder measures",
+    ):
+        assert line in shown, line
+    assert shown.index("| all: 5,000") < shown.index("| answer: 500 positions")
+
+
+def test_a_card_takes_up_the_controls():
+    shown = text(from_dict(HELD_OUT), SUMMARY, ("world:cups/heldout", MEASURED)).replace("\N{NO-BREAK SPACE}", " ")
+    controls = shown[shown.index("## Controls") :]
+    assert "Not measured yet" not in controls
+    for line in (
+        "| Gain over itself | 0.510 [0.400 to 0.600] |",
+        "| Gain of another's thought | −1.250 [−1.500 to −1.000] |",
+        "| Gain of an empty thought | 0.030 |",
+        "| Right statements | 99.5 % |",
+    ):
+        assert line in controls
+
+
+def test_a_card_without_held_out_text_says_so():
+    assert "Nothing: the run named no held-out text" in text(Config(), {"steps": 3})
+    plain = text(from_dict({"method": {"name": "cpt"}}), {"steps": 3})
+    assert "which samples no thoughts" in plain
+    assert "| method | cpt, 512 windows a step |" in plain
+    assert "a control" in text(from_dict({"method": {"reward": "random"}}), {"steps": 3})
+
+
+@pytest.mark.parametrize(
+    ("path", "base"),
+    [
+        ("Qwen/Qwen3-1.7B-Base", "Qwen/Qwen3-1.7B-Base"),
+        ("embedded", None),
+        ("./Qwen/Qwen3", None),
+        ("models/smollm2.gguf", None),
+        ("/data/a model", None),
+    ],
+)
+def test_the_metadata_names_what_the_hub_can_find(tmp_path: Path, path: str, base: str | None):
+    config = Config(model=Model(path=path), corpus=Corpus(path="hub:HuggingFaceFW/fineweb"))
+    (tmp_path / "README.md").write_text(text(config, SUMMARY))
+    data = ModelCard.load(tmp_path / "README.md", ignore_metadata_errors=False).data
+    assert (data.base_model, data.datasets) == (base, ["HuggingFaceFW/fineweb"])
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
+    assert data.tags == ["forethought", "rlp", "reasoning"]
+    local = text(Config(), SUMMARY)
+    assert "datasets:" not in local.split("---")[1]
+    assert "license:" not in local.split("---")[1]
+
+
+def test_a_folder_on_the_disk_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    assert "base_model" not in text(Config(model=Model(path="models/mine")), SUMMARY)
+
+
+def test_text_of_the_user_cannot_break_the_card():
+    odd = Config(model=Model(path="a|b`c\n# Title"), method=Method(open="`", close="|", prompt="```\n{context}"))
+    shown = text(odd, SUMMARY)
+    assert "\n# Title" not in shown
+    assert [line.count("|") - line.count("\\|") for line in shown.splitlines() if "base model |" in line] == [3]
+
+
+WORDS = st.text(st.characters(codec="utf-8"), min_size=1)
+
+
+@given(WORDS, WORDS, st.floats(0, 1, exclude_min=True), st.integers(0, 2**62))
+def test_the_recipe_of_a_card_is_the_same_config(opening: str, path: str, top_p: float, seed: int):
+    method = Method(open=opening, top_p=top_p, min_gain=-2.5, clamp_gain=True)
+    config = Config(seed=seed, corpus=Corpus(path=path), method=method)
+    assert from_dict(tomllib.loads(toml(config))) == config
+
+
+def test_the_recipe_of_every_default_is_empty():
+    assert toml(Config(overwrite=True)) == ""
+    quickstart = load("quickstart")
+    assert from_dict(tomllib.loads(toml(quickstart))) == quickstart
+
+
+def test_a_run_exports_its_card_and_its_way_of_thinking(tmp_path: Path):
+    values = options(tmp_path, "run", train={"steps": 2}, method={"close": "</think>", "thought_length": 7})
+    train(from_dict(values))
+    folder = tmp_path / "run" / "policy"
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    config = from_dict(values)
+    assert (folder / "README.md").read_text() == text(config, summary)
+    saved = json.loads((folder / CARRIED).read_text())
+    method = saved["method"]
+    assert (saved["version"], method["close"], method["thought_length"]) == (1, "</think>", 7)
+    one = ThinkingModel.load(folder)
+    assert (one.config.method.thought_length, one.form.close) == (7, tuple(one.encode("</think>")[1:]))
+    assert len(list(one.generate(one.encode("<think>")[:1], max_tokens=2))) == 2
+
+
+def test_an_evaluation_writes_the_controls_into_the_card(tmp_path: Path):
+    values = options(tmp_path, "run", train={"steps": 2})
+    train(from_dict(values))
+    card = tmp_path / "run" / "policy" / "README.md"
+    assert "Not measured yet" in card.read_text()
+    held_out = {"path": "world:cups/heldout", "documents": 5, "positions": 2, "view": 0}
+    figures, _ = evaluate(tmp_path / "run", {"evaluate": held_out})
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert card.read_text() == text(from_dict(values), summary, ("world:cups/heldout", figures))
+    assert "Gain of another's thought" in card.read_text()
+
+
+def test_how_a_model_thinks_survives_the_folder(tmp_path: Path):
+    method = Method(open="(", close=") ", prompt="a {context} b", thought_length=9, temperature=0.3, top_p=0.9, group=5)
+    carry(tmp_path, Config(method=method, model=Model(prefix="replicated")))
+    found = from_dict(carried(str(tmp_path)))
+    assert found.method == dataclasses.replace(method, group=Method().group)
+    assert found.model.prefix == "replicated"
+    assert carried(str(tmp_path / "..")) == {}
+
+
+def test_the_embedded_bases_carry_their_quickstart():
+    for name, config in (("embedded", "quickstart"), ("embedded:notes", "quickstart-notes")):
+        wanted = to_dict(load(config))
+        for section, values in carried(name).items():
+            assert values == {option: wanted[section][option] for option in values}
+        assert (EMBEDDED[name] / CARRIED).is_file()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"version": 2}', '{"version": 1, "method": 3}'])
+def test_a_broken_file_is_refused(tmp_path: Path, content: str):
+    (tmp_path / CARRIED).write_text(content)
+    with pytest.raises(UserError, match=r"^model.path = .* cannot be loaded: "):
+        carried(str(tmp_path))
+
+
+def test_a_file_of_wrong_options_is_refused(tmp_path: Path):
+    (tmp_path / CARRIED).write_text('{"version": 1, "method": {"thought_length": 0, "group": 3}}')
+    with pytest.raises(UserError, match=r"^method.thought_length = 0"):
+        ThinkingModel.load(tmp_path)

@@ -1,0 +1,229 @@
+"""RLP inside an unmodified GRPOTrainer: the same reward, advantages, loss and gradient as our own trainer."""
+
+import copy
+import dataclasses
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import decoders
+from transformers import TrainerCallback
+from trl import GRPOTrainer
+
+import forethought
+from forethought.algo.objective import group_advantages
+from forethought.algo.policy_gradient import Sampled
+from forethought.config import Config, Corpus, Method, Model, UserError
+from forethought.data.corpus import Windows
+from forethought.data.positions import draw, make_generator
+from forethought.tools import trl
+from helpers.models import CLOSE, FORM, assert_close, config, plain_targets, qwen3, rlp, word_tokenizer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+TEXTS = ("a b c d e f g", "b a d c f e g g", "g f e d c b a a", "c c a b g e", "e f g a b d", "d e b a c f g")
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Config:
+    file = tmp_path / "text.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    small = config(batch=4, group=4, thought_length=9, clip_high=0.3, horizon=2, discount=0.5, ema=0.5)
+    return dataclasses.replace(
+        small,
+        corpus=Corpus(path=str(file), min_tokens=4),
+        model=Model(device="cpu"),
+        train=dataclasses.replace(small.train, steps=2, checkpoint_every=1),
+        optim=dataclasses.replace(small.optim, learning_rate=0.01, gradient_clip=0.0),
+    )
+
+
+def trainer_of(model: Any, settings: Config, folder: Path, **more: Any) -> tuple[GRPOTrainer, trl.InformationGain]:
+    tokenizer = word_tokenizer()
+    rows = trl.prompts(settings, tokenizer)
+    reward = trl.InformationGain(model, tokenizer, settings)
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=reward,
+        args=trl.arguments(settings, folder, disable_tqdm=True, **more),
+        train_dataset=rows,
+        processing_class=trl.ending_with(CLOSE, tokenizer, model),
+        callbacks=[trl.TeacherFollows(reward)],
+    )
+    return trainer, reward
+
+
+def one_step(trainer: GRPOTrainer) -> dict[str, Any]:
+    """The inputs of TRL's loss on the first batch: its own thoughts, and what it made of the reward."""
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+
+
+def test_reward_advantages_loss_and_gradient_are_those_of_our_trainer(settings, tmp_path):
+    """Our first thought token cannot be the closing delimiter; TRL's loss has no such rule: its logit is -30 there."""
+    model = qwen3(scale=0.2, seed=3)
+    windows = Windows(settings.corpus, word_tokenizer(), settings.seed)
+    text = [next(windows) for _ in range(4)]
+    positions = draw(text, settings.method, make_generator(settings.seed, "positions", 1))
+    prompts = [FORM.wrap(context) for context in positions.contexts()]
+    with torch.no_grad():
+        ends = torch.stack([model.model(torch.tensor([prompt])).last_hidden_state[0, -1] for prompt in prompts])
+        model.lm_head.weight[CLOSE] += torch.linalg.pinv(ends) @ (-30 - ends @ model.lm_head.weight[CLOSE])
+    ours = copy.deepcopy(model)
+    trainer, _ = trainer_of(model, settings, tmp_path / "run")
+    inputs = one_step(trainer)
+
+    read = [row[mask.bool()].tolist() for row, mask in zip(inputs["prompt_ids"], inputs["prompt_mask"], strict=True)]
+    assert sorted(read) == sorted(prompts * 4)
+    order = torch.tensor([[i for i, row in enumerate(read) if row == prompt] for prompt in prompts])
+    tokens, mask = inputs["completion_ids"][order], inputs["completion_mask"][order].bool()
+    assert 1 < int(mask.sum(-1).min()) < int(mask.sum(-1).max())
+    assert (tokens[..., 0] != CLOSE).all()
+    closed = (tokens == CLOSE).any(-1)
+    assert closed.any() and not closed.all()
+
+    values = []
+    for prompt, true, group, kept in zip(prompts, positions.targets().tolist(), tokens, mask, strict=True):
+        for row, some in zip(group, kept, strict=True):
+            thought = row[some].tolist()
+            thought += [] if thought[-1] == CLOSE else [CLOSE]
+            logp = plain_targets(ours, prompt + thought, true).detach()
+            values.append(float(logp[0] + 0.5 * logp[1]))
+    advantages = group_advantages(torch.tensor(values).view(4, 4))
+    assert advantages.abs().max() > 0.05
+    assert torch.allclose(inputs["advantages"][order], advantages, atol=1e-5)
+
+    method = rlp(ours, settings)
+    sampled = Sampled(tokens=tokens, mask=mask, logp=torch.zeros(mask.shape))
+    (piece,) = method.learner.pieces(positions, sampled, advantages, len(positions))
+    loss, _ = method.backward(piece)
+    theirs = trainer.compute_loss(trainer.model, inputs)
+    theirs.backward()
+    assert loss == pytest.approx(float(theirs.detach()), abs=1e-6)
+    assert_close(
+        [parameter.grad for parameter in trainer.model.parameters()],
+        [parameter.grad for parameter in ours.parameters()],
+        5e-5,  # TRL numbers positions from the padding on
+    )
+
+
+class Remember(TrainerCallback):
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seen.append(kwargs["model"].lm_head.weight.detach().clone())
+
+
+def test_the_teacher_follows_each_step_and_resumes(settings, tmp_path):
+    model = qwen3(scale=0.2)
+    start = model.lm_head.weight.detach().clone()
+    trainer, reward = trainer_of(model, settings, tmp_path / "run")
+    trainer.add_callback(memory := Remember())
+    trainer.train()
+    first, second = memory.seen
+    assert not torch.equal(start, first) and not torch.equal(first, second)
+    expected = 0.25 * start + 0.25 * first + 0.5 * second
+    assert torch.allclose(reward.teacher.model.lm_head.weight, expected, atol=1e-6)
+    gains = [line for line in trainer.state.log_history if "gain" in line]
+    assert [line["step"] for line in gains] == [1, 2]
+    assert all(line["reward"] == pytest.approx(4 / 3 * line["gain"], rel=1e-3) for line in gains)
+
+    again, fresh = trainer_of(qwen3(scale=0.2), settings, tmp_path / "run")
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert again.state.global_step == 2
+    assert torch.allclose(fresh.teacher.model.lm_head.weight, expected, atol=1e-3)
+    assert not torch.allclose(fresh.teacher.model.lm_head.weight, 0.5 * start + 0.5 * second, atol=1e-3)
+
+
+def test_accumulated_pieces_hold_the_same_batch(settings, tmp_path):
+    whole = trl.arguments(settings, tmp_path)
+    split = trl.arguments(settings, tmp_path, gradient_accumulation_steps=4)
+    assert (whole.per_device_train_batch_size, split.per_device_train_batch_size) == (16, 4)
+    assert whole.generation_batch_size == split.generation_batch_size == 16
+
+
+def test_prompts_are_the_positions_of_our_trainer(settings):
+    method, windows = rlp(qwen3(), settings), Windows(settings.corpus, word_tokenizer(), settings.seed)
+    wanted = []
+    for step in (1, 2):
+        positions = method.places.draw([next(windows) for _ in range(4)], step)
+        wanted += zip(positions.contexts(), positions.targets().tolist(), strict=True)
+    rows = trl.prompts(settings, word_tokenizer())
+    assert [(row["context"], row["target"]) for row in rows] == wanted
+
+
+def test_positions_that_text_cannot_carry_are_left_out():
+    """The embedded tokenizer puts a token before every text, so no window but a document's first is a prompt."""
+    words = ["--train.steps", "3", "--train.batch", "8", "--corpus.window", "16", "--model.device", "cpu"]
+    quick = forethought.load("quickstart", words)
+    tokenizer = forethought.load_tokenizer(quick.model)
+    rows = trl.prompts(quick, tokenizer)
+    assert len(rows) == 24
+    for row in rows:
+        assert row["context"][0] == tokenizer.bos_token_id
+        assert tokenizer(row["prompt"])["input_ids"] == [*row["context"], *tokenizer.encode("<think>")[1:]]
+
+
+def test_a_corpus_that_text_cannot_carry_is_refused(settings):
+    tokenizer = word_tokenizer()
+    tokenizer.backend_tokenizer.decoder = decoders.Fuse()
+    with pytest.raises(UserError, match="prompts are tokenized otherwise when TRL reads them as text"):
+        trl.prompts(settings, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"close": "</think> a"}, "is 2 tokens of this tokenizer"),
+        ({"inner_steps": 2}, "method.inner_steps = 2: within TRL it must be 1"),
+        ({"unclosed": "drop"}, "method.unclosed = 'drop'"),
+        ({"kl_weight": 0.1}, "method.kl_weight"),
+        ({"baseline": "batch"}, "method.baseline"),
+        ({"name": "rpt"}, "method.name = 'rpt'"),
+        ({"position_policy": "entropy"}, "position_policy = 'entropy'"),
+    ],
+)
+def test_what_trl_cannot_do_is_refused(options, message):
+    settings = Config(method=Method(group=4, **options))
+    with pytest.raises(UserError, match=message):
+        trl.InformationGain(qwen3(), word_tokenizer(), settings)
+
+
+def test_arguments_that_make_another_method_are_refused(settings, tmp_path):
+    for name, value in {"beta": 0.1, "loss_type": "dapo", "use_vllm": True, "gradient_accumulation_steps": 3}.items():
+        with pytest.raises(UserError, match=name):
+            trl.arguments(settings, tmp_path, **{name: value})
+
+
+def test_weights_in_bf16_and_patched_or_other_models_are_refused(settings, tmp_path):
+    with pytest.raises(UserError, match="must be fp32"):
+        trl.InformationGain(qwen3().bfloat16(), word_tokenizer(), settings)
+    trainer, reward = trainer_of(qwen3(), settings, tmp_path)
+    with pytest.raises(UserError, match="make the reward before the trainer"):
+        trl.InformationGain(trainer.model, word_tokenizer(), settings)
+    reward.policy = qwen3()
+    with pytest.raises(UserError, match="trains another model"):
+        trainer.train()
+
+
+def test_the_example_runs(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        sys, "argv", ["trl_rlp.py", "--train.steps", "1", "--train.batch", "4", "--model.device", "cpu"]
+    )
+    file = Path(__file__).parents[2] / "examples" / "trl_rlp.py"
+    runpy.run_path(str(file), run_name="__main__")
+    said = capsys.readouterr().out
+    assert "step   1: information gain" in said
+    assert "runs/trl/policy: " in said
+    saved = json.loads((tmp_path / "runs/trl/policy/config.json").read_text())
+    assert saved["eos_token_id"] is None
+    assert len(file.read_text().splitlines()) <= 36
