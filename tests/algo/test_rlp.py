@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from forethought.algo import Experience
-from forethought.data.positions import ThoughtFormat, draw, make_generator, pad_rows
+from forethought.data.positions import ThoughtFormat, draw_positions, make_generator, pad_rows
 from helpers.models import (
     CLOSE,
     FORM,
@@ -133,8 +133,10 @@ def test_no_gradient_reaches_logits_outside_sampled_tokens(form, prefix):
 def test_nothing_that_is_collected_carries_a_gradient():
     method = rlp(qwen3(), config(inner_steps=2, kl_weight=0.1))
     assert method.teacher is not None
-    thoughts = method.engine.sample(draw(WINDOWS, method.config.method, make_generator(0)), torch.rand(4, 2, 3))
-    nothink = method._nothink(draw(WINDOWS, method.config.method, make_generator(0)), step=1)
+    thoughts = method.engine.sample(
+        draw_positions(WINDOWS, method.config.method, make_generator(0)), torch.rand(4, 2, 3)
+    )
+    nothink = method._nothink(draw_positions(WINDOWS, method.config.method, make_generator(0)), step=1)
     (piece,) = method.collect(WINDOWS, step=1).pieces
     assert nothink is not None and piece.logp_old is not None and piece.logp_reference is not None
     tensors = [nothink, thoughts.evidence, thoughts.logp, piece.logp_old, piece.logp_reference]
@@ -274,7 +276,7 @@ def test_nothing_of_the_template_reaches_the_score_without_thinking():
         collected = method.collect(text, step=1)
         total, count = collected.sums["reward/nothink"]
         sums.append(total / count)
-        assert form.wrap([5]) == written(collected.pieces[0], form)[0][0]
+        assert form.prompt_tokens([5]) == written(collected.pieces[0], form)[0][0]
     plain = [float(plain_targets(model, one.tokens[:1], one.tokens[1:]).detach()) for one in text]
     assert sums == [pytest.approx(sum(plain) / 3, abs=1e-5)] * 2
 
@@ -375,7 +377,7 @@ def test_loss_is_that_of_trl(group, moved, tmp_path):
     model, temperature = qwen3(scale=0.2), 0.7
     settings = config(group=group, thought_length=9, temperature=temperature, clip_high=0.3, inner_steps=2)
     method = rlp(model, settings)
-    prompts = [FORM.wrap(one.tokens[:t]) for one in WINDOWS for t in range(1, len(one.tokens))]
+    prompts = [FORM.prompt_tokens(one.tokens[:t]) for one in WINDOWS for t in range(1, len(one.tokens))]
     with torch.no_grad():
         ends = torch.stack([model.model(torch.tensor([prompt])).last_hidden_state[0, -1] for prompt in prompts])
         model.lm_head.weight[CLOSE] = torch.linalg.pinv(ends) @ torch.full((len(prompts),), -60.0)

@@ -36,7 +36,7 @@ class CPT:
     """
 
     def __init__(self, network: Network, engine: Engine, form: ThoughtFormat, tokenizer: Any, config: Config):
-        self.network, self.policy, self.form, self.config = network, network.compute, form, config
+        self.network, self.policy, self.form, self.config = network, network.model, form, config
 
     def collect(self, windows: list[Window], step: int) -> Collected:
         """Pad the windows into pieces."""

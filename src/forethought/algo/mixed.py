@@ -33,9 +33,9 @@ class Mixed:
     def __init__(self, network: Network, engine: Engine, form: ThoughtFormat, tokenizer: Any, config: Config):
         self.network, self.form, self.config = network, form, config
         self.start = copy.deepcopy(network.weights).requires_grad_(False)
-        if not network.adapted:
+        if not network.has_adapters:
             compute_copy(self.start, config.model.precision)
-        self.engine = native_engine(network.compute if network.adapted else self.start, form, config)
+        self.engine = native_engine(network.model if network.has_adapters else self.start, form, config)
         self.places = PositionSampler(network, self.start, tokenizer, config)
         self.supervised = CPT(network, engine, form, tokenizer, config)
 
@@ -45,7 +45,7 @@ class Mixed:
         positions = self.places.draw(windows, step)
         shape = (options.group, options.thought_length)
         noise = draw_noise(shape, [make_generator(seed, "thoughts", step, i) for i in range(len(positions))])
-        with torch.no_grad(), self.network.calling(self.start) as start:
+        with torch.no_grad(), self.network.as_model(self.start) as start:
             thoughts = self.engine.sample(positions, noise)
             nothink = no_think_logp(start, positions, chunk_tokens(start, self.config.update.tokens_per_chunk))[0]
         rewards = information_gain(thoughts, nothink, options, make_generator(seed, "rewards", step))
@@ -85,7 +85,7 @@ class Mixed:
         for i, member in kept.nonzero().tolist():
             window = positions.windows[int(positions.window[i])]
             rest = window.tokens[int(positions.at[i]) :]
-            tokens = [*self.form.wrap(contexts[i]), *inside[i][member], *self.form.close, *rest]
+            tokens = [*self.form.prompt_tokens(contexts[i]), *inside[i][member], *self.form.close, *rest]
             found.append(replace(window, tokens=tokens, marks={}))
         return found
 

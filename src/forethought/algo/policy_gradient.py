@@ -55,7 +55,7 @@ class Learner:
 
     def __init__(self, network: Network, form: ThoughtFormat, config: Config, reference: Any):
         self.network, self.form, self.config, self.reference = network, form, config, reference
-        self.policy = network.compute
+        self.policy = network.model
         self.reading = ScoringOptions(
             temperature=config.method.temperature,
             tokens=chunk_tokens(self.policy, config.update.tokens_per_chunk),
@@ -147,10 +147,10 @@ def own(everywhere: Positions, form: ThoughtFormat, options: Method) -> tuple[Po
     weights = [0] * len(everywhere.windows)
     for window in everywhere.window.tolist():
         weights[window] += thoughts
-    texts, _ = form.documents(everywhere)
+    texts, _ = form.documents_and_prefix_lengths(everywhere)
     for window, text in zip(dict.fromkeys(everywhere.window.tolist()), texts, strict=True):
         weights[window] += len(text)
-    return everywhere.of_windows(distributed.shard_indices(weights))
+    return everywhere.select_windows(distributed.shard_indices(weights))
 
 
 def compare(
@@ -173,7 +173,7 @@ def compare(
     if options.baseline == "group":
         advantages = group_advantages(compared, None if bool(kept.all()) else kept)
     elif options.baseline == "batch":
-        advantages = batch_advantages(compared, kept, lambda here: sum(distributed.gather(here)))
+        advantages = batch_advantages(compared, kept, lambda here: sum(distributed.all_gather(here)))
     else:
         advantages = compared.masked_fill(~kept, 0)
     return scale_by_std(advantages, compared) if options.scale == "std" else advantages, kept

@@ -8,7 +8,7 @@ from typing import Any
 
 from forethought.config import Config, Model, UserError
 from forethought.data.corpus import Window
-from forethought.data.positions import Positions, at_positions, draw, make_generator
+from forethought.data.positions import Positions, at_positions, draw_positions, make_generator
 from forethought.models.compute_copy import Network
 from forethought.models.flops import forward_flops
 from forethought.models.loading import load_model, load_tokenizer
@@ -25,11 +25,11 @@ class PositionSampler:
     """
 
     def __init__(self, network: Network, reference: Any, tokenizer: Any, config: Config):
-        self.config, self.proxy, self.calling, kind = config, None, network.calling, network.compute.config
+        self.config, self.proxy, self.as_model, kind = config, None, network.as_model, network.model.config
         if config.method.policy == "entropy":
             self.proxy = reference
             if config.method.proxy:
-                self.proxy, self.calling = _named(tokenizer, config), contextlib.nullcontext
+                self.proxy, self.as_model = _named(tokenizer, config), contextlib.nullcontext
                 kind = self.proxy.config
             elif reference is None:
                 self.proxy = copy.deepcopy(network.weights).requires_grad_(False)
@@ -40,15 +40,15 @@ class PositionSampler:
         options = self.config.method
         generator = make_generator(self.config.seed, "positions", step)
         if self.proxy is None:
-            return draw(windows, options, generator)
+            return draw_positions(windows, options, generator)
         everywhere = at_positions(windows, [self._choices(window) for window in windows], 1)
         mine = distributed.shard_indices([len(window.tokens) for window in windows])
-        places, _ = everywhere.of_windows(mine)
-        with self.calling(self.proxy) as proxy:
+        places, _ = everywhere.select_windows(mine)
+        with self.as_model(self.proxy) as proxy:
             entropy = no_think_entropy(proxy, places, chunk_tokens(proxy, self.config.update.tokens_per_chunk))
         found = dict(zip(mine, entropy.split([len(self._choices(windows[i])) for i in mine]), strict=True))
-        known = {i: one for some in distributed.gather(found) for i, one in some.items()}
-        return draw(windows, options, generator, [known[i] for i in range(len(windows))])
+        known = {i: one for some in distributed.all_gather(found) for i, one in some.items()}
+        return draw_positions(windows, options, generator, [known[i] for i in range(len(windows))])
 
     def flops(self, windows: Sequence[Window]) -> int:
         """What the proxy takes for a step; 0 where none is asked, or its architecture is not known."""

@@ -83,7 +83,7 @@ class ThoughtBatch:
         mask: Bool[Tensor, "batch group thought"],
     ) -> "ThoughtBatch":
         """The thoughts at some positions."""
-        documents, stops = form.documents(positions)
+        documents, stops = form.documents_and_prefix_lengths(positions)
         place = torch.arange(len(tokens), device=tokens.device).repeat_interleave(tokens.shape[1])
         return cls(documents=documents, stops=stops, place=place, tokens=tokens.flatten(0, 1), mask=mask.flatten(0, 1))
 
@@ -293,11 +293,11 @@ def suffix_logits(
     places = [place for place, group in enumerate(suffixes) for _ in group]
     if shared:
         tokens, mask = pad_rows(rows, form.pad, left=False)
-        fork = SuffixCache(read(model, *form.documents(positions)), places)
+        fork = SuffixCache(read(model, *form.documents_and_prefix_lengths(positions)), places)
         hidden = backbone(model, tokens.to(model.device), fork, fork.position_ids(tokens.shape[1]))
         columns = (mask.sum(dim=1, keepdim=True) + torch.arange(-keep, 0)).clamp(min=0).to(model.device)
         return vocabulary(model, hidden[torch.arange(len(rows), device=model.device)[:, None], columns])
-    ahead = [form.ahead(context) for context in positions.contexts()]
+    ahead = [form.prefix_tokens(context) for context in positions.contexts()]
     copies = [[*ahead[place], *row] for place, row in zip(places, rows, strict=True)]
     tokens, mask = pad_rows(copies, form.pad, left=True)
     return forward(model, tokens.to(model.device), mask.to(model.device), keep)
