@@ -24,7 +24,7 @@ import harness
 import torch
 from harness import FORM, OPEN
 
-from forethought.algo import RLP
+from forethought.algo.rlp import RLP
 from forethought.config import Config, Update
 from forethought.data.positions import at_positions, make_generator
 from forethought.models.compute_copy import Network

@@ -6,7 +6,7 @@ import dataclasses
 import torch
 
 from forethought.models.compute_copy import Network
-from helpers.models import WINDOWS, config, qwen3, rlp, update
+from helpers.models import WINDOWS, collected, config, qwen3, rlp, update
 
 
 def test_fp32_computes_with_the_weights_themselves():
@@ -62,7 +62,7 @@ def test_the_copy_follows_the_weights_and_lends_itself_to_others():
 def test_an_update_in_bf16_is_near_the_one_in_fp32():
     plain = config()
     low = dataclasses.replace(plain, model=dataclasses.replace(plain.model, precision="bf16"))
-    pieces = rlp(qwen3(), plain).collect(WINDOWS, 1).pieces
+    pieces = collected(rlp(qwen3(), plain), WINDOWS, 1).microbatches
     exact, half = (torch.cat([g.flatten() for g in update(rlp(qwen3(), some), pieces)]) for some in (plain, low))
     assert not torch.equal(exact, half)
     assert float(torch.nn.functional.cosine_similarity(exact, half, dim=0)) > 0.98

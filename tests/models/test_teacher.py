@@ -5,7 +5,7 @@ import torch
 
 from forethought.config import Model
 from forethought.models.teacher import Teacher
-from helpers.models import WINDOWS, config, qwen3, rlp
+from helpers.models import WINDOWS, collected, config, qwen3, rlp
 
 
 def test_teacher_starts_as_a_copy_that_learns_nothing():
@@ -49,8 +49,8 @@ def test_weights_and_teacher_move_under_bf16_at_a_small_learning_rate():
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0)
     for step in range(1, 9):
         optimizer.zero_grad()
-        for piece in method.collect(WINDOWS, step).pieces:
-            method.backward(piece)
+        for piece in collected(method, WINDOWS, step).microbatches:
+            method.forward_backward(piece)
         optimizer.step()
         method.network.sync()
         method.after_step()
