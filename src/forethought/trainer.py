@@ -275,7 +275,7 @@ class Trainer:
     def _windows_per_step(self) -> int:
         """Windows that hold train.batch positions, or (cpt) train.batch windows."""
         method = self.config.method
-        return self.config.train.batch // (method.positions if method.thinks else 1)
+        return self.config.train.batch // (method.positions if method.samples_thoughts else 1)
 
     def _backward(
         self, microbatches: Sequence[Any], windows: list[corpus.Window], number: int
@@ -431,7 +431,7 @@ class Trainer:
     def _t_flop(self) -> int:
         """The paper's estimate for this run: a thought counts as method.thought_length tokens, text once."""
         method = self.config.method
-        thoughts = method.group if method.thinks else 0
+        thoughts = method.group if method.samples_thoughts else 0
         return t_flop(thoughts, method.thought_length, self.config.train.batch, self.step, self.stream.tokens)
 
 

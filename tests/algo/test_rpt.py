@@ -250,11 +250,11 @@ def test_rewards_are_those_of_the_text(form):
     for piece in batch.microbatches:
         stops = [
             tuple(doc[:stop])
-            for doc, some in zip(piece.batch.documents, piece.batch.stops, strict=True)
+            for doc, some in zip(piece.batch.documents, piece.batch.prefix_lengths, strict=True)
             for stop in some
         ]
         values = []
-        for place, (_, response) in zip(piece.batch.place.tolist(), written(piece, form), strict=True):
+        for place, (_, response) in zip(piece.batch.position_index.tolist(), written(piece, form), strict=True):
             context = stops[place]
             truth = next(one.tokens[len(context) :] for one in windows if tuple(one.tokens[: len(context)]) == context)
             closed = response.index(CLOSE) if CLOSE in response[:4] else None

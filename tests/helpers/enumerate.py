@@ -63,7 +63,9 @@ def experience(context: list[int], thoughts: list[list[int]], advantage: torch.T
     mask = torch.arange(width) < torch.tensor([len(thought) for thought in thoughts])[:, None]
     place = torch.zeros(rows, dtype=torch.long)
     return Microbatch(
-        batch=ThoughtBatch(documents=[context], stops=[[len(context)]], place=place, tokens=tokens, mask=mask),
+        batch=ThoughtBatch(
+            documents=[context], prefix_lengths=[[len(context)]], position_index=place, tokens=tokens, mask=mask
+        ),
         logp_sampler=torch.zeros(rows, width),
         logp_old=None,
         logp_reference=None,

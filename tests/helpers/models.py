@@ -182,10 +182,10 @@ def collected(method: Any, windows: list[Window], step: int) -> Collected:
 def written(piece: Microbatch, form: ThoughtFormat = FORM) -> list[tuple[list[int], list[int]]]:
     """What stands ahead of each thought, and its sampled tokens, row by row."""
     rows = piece.batch
-    contexts = rows.contexts(form)
+    prompts = rows.prompts(form)
     return [
-        (contexts[place], tokens[mask].tolist())
-        for place, tokens, mask in zip(rows.place.tolist(), rows.tokens, rows.mask, strict=True)
+        (prompts[i], tokens[mask].tolist())
+        for i, tokens, mask in zip(rows.position_index.tolist(), rows.tokens, rows.mask, strict=True)
     ]
 
 

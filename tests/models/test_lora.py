@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from forethought.algo.rlp import RLP
-from forethought.config import Config, Lora, Model, UserError, from_dict, load
+from forethought.config import Config, Lora, Model, UserError, from_dict, load, registry
 from forethought.data.corpus import Window
 from forethought.data.positions import ThoughtFormat
 from forethought.eval import evaluate

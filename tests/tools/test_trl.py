@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 import forethought
-from forethought.algo.metrics import SampledTokens
+from forethought.algo.metrics import PositionShard, SampledTokens
 from forethought.algo.objective import group_advantages
 from forethought.config import Config, Corpus, Method, Model, UserError
 from forethought.data.corpus import Windows
@@ -102,7 +102,8 @@ def test_reward_advantages_loss_and_gradient_are_those_of_our_trainer(settings, 
 
     method = rlp(ours, settings)
     sampled = SampledTokens(tokens=tokens, mask=mask, logp=torch.zeros(mask.shape))
-    (piece,) = method.learner.microbatches(positions, sampled, advantages, len(positions))
+    shard = PositionShard(positions=positions, global_indices=list(range(len(positions))), global_count=len(positions))
+    (piece,) = method.policy_gradient.microbatches(shard, sampled, advantages)
     loss, _ = method.forward_backward(piece)
     theirs = trainer.compute_loss(trainer.model, inputs)
     theirs.backward()

@@ -83,7 +83,7 @@ class PolicyGradient:
         found, start = [], 0
         for chunk in positions.chunks(max(1, self.config.method.positions * (self.scoring.tokens // longest))):
             rows = slice(start, start + len(chunk))
-            batch = ThoughtBatch.of(self.form, chunk, sampled.tokens[rows], sampled.mask[rows])
+            batch = ThoughtBatch.from_positions(self.form, chunk, sampled.tokens[rows], sampled.mask[rows])
             microbatch = Microbatch(
                 batch=batch,
                 logp_sampler=sampled.logp[rows].flatten(0, 1),

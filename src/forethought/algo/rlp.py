@@ -1,4 +1,4 @@
-"""RLP (arXiv:2510.01265, Algorithm 1): `collect` is lines 7 to 12, `forward_backward` line 13, the trainer 14 and 15."""
+"""RLP (arXiv:2510.01265): `collect` is lines 7 to 12 of Algorithm 1, `forward_backward` line 13."""
 
 import copy
 from typing import Any

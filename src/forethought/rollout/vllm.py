@@ -160,7 +160,7 @@ class VLLMEngine:
         for chunk in positions.chunks(max(1, places * (self.reading.tokens // longest))):
             tokens, mask = pad_rows(texts[start : start + len(chunk) * group], self.form.pad, left=False)
             tokens, mask = (some.view(len(chunk), group, -1).to(device) for some in (tokens, mask))
-            again = ThoughtBatch.of(self.form, chunk, tokens, mask)
+            again = ThoughtBatch.from_positions(self.form, chunk, tokens, mask)
             parts.append(target_logp(self.policy, self.form, again, positions.horizon, self.reading))
             start += len(chunk) * group
         evidence, hit = (torch.cat(some).view(len(positions), group, -1) for some in zip(*parts, strict=True))
