@@ -10,7 +10,7 @@ from forethought import ThinkingModel, UserError, load
 from forethought.algo.metrics import thought_tokens
 from forethought.config import Method
 from forethought.data.positions import at_positions, make_generator, thought_format
-from forethought.inference import Place, Prediction, mixture
+from forethought.inference import Prediction, ScoredToken, mixture
 from forethought.rollout import draw_noise
 from helpers.models import FORM, LONG, MODELS, WORDS, config, plain_logits, plain_targets, qwen3, window, word_tokenizer
 from helpers.tokenizers import byte_level
@@ -23,8 +23,8 @@ def thinker(model: Any = None, tokenizer: Any = None, **method: Any) -> Thinking
     return ThinkingModel(model or qwen3(), tokenizer or word_tokenizer(), config(thought_length=5, **method))
 
 
-def rows(one: ThinkingModel, context: list[int], place: Place | Prediction) -> list[list[int]]:
-    return [[*one.form.wrap(context), *thought.tokens, *one.form.close] for thought in place.thoughts]
+def rows(one: ThinkingModel, context: list[int], place: ScoredToken | Prediction) -> list[list[int]]:
+    return [[*one.form.prompt_tokens(context), *thought.tokens, *one.form.close] for thought in place.thoughts]
 
 
 @torch.no_grad()

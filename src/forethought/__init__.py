@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from forethought.algo.rewards import information_gain
     from forethought.config import Config, RunError, UserError, load
     from forethought.inference import ThinkingModel
+    from forethought.models.compute_copy import Teacher
     from forethought.models.loading import load_model, load_tokenizer
-    from forethought.models.teacher import Teacher
     from forethought.rollout import Thoughts
     from forethought.rollout.native import NativeEngine
     from forethought.run.signals import Stopped
@@ -46,7 +46,7 @@ _HOMES = {
     "clipped_surrogate": "algo.objective",
     "kl_to_reference": "algo.objective",
     "next_token_loss": "algo.objective",
-    "Teacher": "models.teacher",
+    "Teacher": "models.compute_copy",
     "ThinkingModel": "inference",
 }
 

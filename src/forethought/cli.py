@@ -13,7 +13,7 @@ from rich.console import Console
 
 import forethought
 from forethought.config import Config, RunError, UserError, difference, from_dict, load, merge, read_overrides, to_dict
-from forethought.run.distributed import RemoteRankError, launched, require_single_process
+from forethought.run.distributed import RemoteRankError, launcher_rank_and_size, require_single_process
 from forethought.tools.console import CONTROLS, FIGURES, ProgressBar, answer_table, line, table
 
 USAGE = """\
@@ -104,7 +104,7 @@ def _train(words: list[str], out: Console, err: Console) -> int:
     from forethought.run.signals import Stopped
     from forethought.tools import report, resume, train
 
-    first = launched()[0] == 0
+    first = launcher_rank_and_size()[0] == 0
     try:
         with ProgressBar(err) if first else contextlib.nullcontext() as watcher:
             go_on = resumed is not None

@@ -19,27 +19,26 @@ from forethought.data.positions import thought_format
 from forethought.eval import heldout
 from forethought.models import lora, sharding
 from forethought.models.flops import Flops, step_flops, t_flop
-from forethought.models.loading import carry, check_length, load_tokenizer
+from forethought.models.loading import check_context_length, load_tokenizer, save_thinking_options
 from forethought.models.shape import Shape
 from forethought.rollout import Responses, Thoughts
 from forethought.rollout.engines import engine
 from forethought.run import checkpoint, distributed
-from forethought.run.callbacks import Callbacks, NoCallbacks
-from forethought.run.diagnostics import Diagnosis, Watch, of_evaluation
+from forethought.run.diagnostics import Diagnosis, Monitor, diagnose_evaluation
 from forethought.run.folder import RunLog, check_free, disk_errors, read_lines
 from forethought.run.signals import SignalArrived, SignalGuard, Stopped
-from forethought.run.trackers import Tracker, check_tracker
+from forethought.run.trackers import Callbacks, Tracker, check_tracker
 
 
 def train(config: Config, callbacks: Callbacks | None = None) -> dict[str, Any]:
     """Run a config from its start. Returns what summary.json holds. Raises UserError, RunError, Stopped."""
-    with distributed.processes(config):
+    with distributed.process_group(config):
         log = RunLog(Path(config.run))
         distributed.run_on_rank0(lambda: check_free(log.path, config.overwrite))
         trainer = _trainer(config)
         distributed.run_on_rank0(lambda: RunLog.create(config))
         with _held(log):
-            return trainer.run(log, callbacks or NoCallbacks())
+            return trainer.run(log, callbacks or Callbacks())
 
 
 def resume(run: str | Path, callbacks: Callbacks | None = None, parallel: Parallel | None = None) -> dict[str, Any]:
@@ -51,26 +50,26 @@ def resume(run: str | Path, callbacks: Callbacks | None = None, parallel: Parall
     log = RunLog.open(run)
     more = {"parallel": dataclasses.asdict(parallel)} if parallel else {}
     config = from_dict(to_dict(log.config()) | {"run": str(log.path)} | more)
-    with distributed.processes(config), _held(log):
+    with distributed.process_group(config), _held(log):
         finished, stage = ((log.path / name).is_file() for name in ("summary.json", "stage.json"))
-        if distributed.gather(finished)[0]:
+        if distributed.all_gather(finished)[0]:
             raise distributed.rank0_error(
                 UserError(f"--resume {run}: this run is finished; its figures are in summary.json")
             )
-        if distributed.gather(stage)[0]:
+        if distributed.all_gather(stage)[0]:
             again = "begin it again with --overwrite True"
             raise distributed.rank0_error(UserError(f"--resume {run}: is a stage of post-training; {again}"))
         trainer = _trainer(config)
         trainer.restore(log)
-        return trainer.run(log, callbacks or NoCallbacks())
+        return trainer.run(log, callbacks or Callbacks())
 
 
 def _trainer(config: Config) -> "Trainer":
     """The trainer of each process. Raises UserError where one cannot be made, or they would not train the same."""
     trainer = distributed.run_on_all_ranks(lambda: Trainer(config))
-    weights = trainer.network.compute.parameters()
+    weights = trainer.network.model.parameters()
     start = sum(float(parameter.detach().sum(dtype=torch.float64)) for parameter in weights)
-    found = distributed.gather((start, config))
+    found = distributed.all_gather((start, config))
     if any(other != found[0] for other in found):
         raise distributed.rank0_error(
             UserError("the processes do not see the same model and options; give each the same files")
@@ -118,21 +117,21 @@ class Trainer:
     def __init__(self, config: Config):
         self.config = config
         check_tracker(config)
-        corpus.check(config.corpus)
+        corpus.check_corpus(config.corpus)
         if config.evaluate.path:
-            corpus.check(dataclasses.replace(config.corpus, path=config.evaluate.path), "evaluate.path")
+            corpus.check_corpus(dataclasses.replace(config.corpus, path=config.evaluate.path), "evaluate.path")
         if self._windows_per_step() < distributed.world_size():
             raise UserError(
                 f"train.batch = {config.train.batch}: fewer documents a step than {distributed.world_size()} processes"
             )
         self.tokenizer = load_tokenizer(config.model)
         self.form = thought_format(self.tokenizer, config.method)
-        check_length(config, self.form)
+        check_context_length(config, self.form)
         next(corpus.Windows(config.corpus, self.tokenizer, config.seed))  # a corpus of short texts fails now
         self.held_out = heldout.held_out(config, self.tokenizer) if config.evaluate.path else []
-        self.network = lora.network(config)
-        self.policy = self.network.compute
-        self.engine = TimedEngine(engine(self.network.compute, self.form, config))
+        self.network = lora.load_network(config)
+        self.policy = self.network.model
+        self.engine = TimedEngine(engine(self.network.model, self.form, config))
         method = registry.load("method", config.method.name)
         self.method: Method = method(self.network, self.engine, self.form, self.tokenizer, config)
         if config.parallel.shard == "fsdp2" and distributed.world_size() > 1:
@@ -146,12 +145,12 @@ class Trainer:
             fused=self.policy.device.type == "cuda" or None,  # in place, without a copy of all weights
         )
         self.stream = corpus.Windows(config.corpus, self.tokenizer, config.seed)
-        self.watch = Watch(config.method.inner_steps)
+        self.monitor = Monitor(config.method.inner_steps)
         self.step, self.saved = 0, -1
         self.stop_signal = 0  # the signal on which all ranks have agreed to stop
         self.shape, self.cost = Shape.known(self.policy.config), Flops()
-        if self.shape is not None and self.network.adapted:
-            self.shape = self.shape.with_adapter(self.network.trained)
+        if self.shape is not None and self.network.has_adapters:
+            self.shape = self.shape.with_adapter(self.network.num_trainable)
         if config.train.flops and self.shape is None:
             kind = self.policy.config.model_type
             raise UserError(f"train.flops = {config.train.flops}: the FLOPs of a {kind} model are not known; use steps")
@@ -196,11 +195,11 @@ class Trainer:
                     raise Stopped(error.number, f"saved after step {self.step}; go on with: {again}") from None
                 raise
             network, to = self.network, {"device": "cpu", "dtype": torch.float32}
-            with sharding.whole(network.weights, network.compute, **to) as policy:
+            with sharding.full_model(network.weights, network.model, **to) as policy:
                 distributed.run_on_rank0(lambda: self._export(log, policy))
-        summary = distributed.gather(self._summary(before, after))[0]
+        summary = distributed.all_gather(self._summary(before, after))[0]
         if distributed.is_rank0():
-            self._warn(log, callbacks, of_evaluation(summary, self.step))
+            self._warn(log, callbacks, diagnose_evaluation(summary, self.step))
             log.write_json("summary.json", summary)
         return summary
 
@@ -228,7 +227,7 @@ class Trainer:
         if distributed.is_rank0() and (self.config.train.logs(number) or self.over):
             log.metrics(number, metrics)
             log.thoughts([{"step": number, **row} for row in rows])
-            self._warn(log, callbacks, self.watch.see(number, metrics))
+            self._warn(log, callbacks, self.monitor.observe(number, metrics))
             tracker.log(number, metrics)
         self.consistent = True
         done = max(self.spent, number / self.config.train.steps)
@@ -256,7 +255,7 @@ class Trainer:
             more, rows = record.text(self.tokenizer, self.form, self.config.train.log_thoughts)
             sums = sums | more
         cost = None if self.shape is None else step_flops(self.shape, record.work(self.form, self.config))
-        gathered = distributed.gather((sums, rows, cost, guard.pending))
+        gathered = distributed.all_gather((sums, rows, cost, guard.pending))
         total: Sums = {}
         for theirs, _, flops, _ in gathered:
             add_sums(total, theirs)
@@ -288,10 +287,10 @@ class Trainer:
             total += value
             add_sums(sums, more)
         ready = time.perf_counter()
-        total = sum(distributed.gather(total))
+        total = sum(distributed.all_gather(total))
         if distributed.world_size() > 1:
             sums["time/wait_s"] = (time.perf_counter() - ready, 1)
-        norm = self.network.gather_gradients(self.config.optim.gradient_clip or math.inf)
+        norm = self.network.reduce_gradients(self.config.optim.gradient_clip or math.inf)
         if not (math.isfinite(total) and math.isfinite(norm)):
             names = ", ".join(dict.fromkeys(window.document for window in windows[:3]))
             good = self.step if self.consistent else self.saved
@@ -343,15 +342,15 @@ class Trainer:
         if not self.config.evaluate.path:
             return None
         name = f"evaluation-{when}.json"
-        if distributed.gather((log.path / name).is_file())[0]:
+        if distributed.all_gather((log.path / name).is_file())[0]:
             return {group: heldout.Records(**fields) for group, fields in log.read_json(name).items()}
         subject = heldout.Subject(
-            model=self.network.compute, engine=self.engine, form=self.form, tokenizer=self.tokenizer, config=self.config
+            model=self.network.model, engine=self.engine, form=self.form, tokenizer=self.tokenizer, config=self.config
         )
         with guard.passing(), contextlib.ExitStack() as stack:
             if (teacher := self.method.state().get("teacher")) is not None:
-                teacher = stack.enter_context(sharding.whole(teacher, self.network.compute))
-                subject = dataclasses.replace(subject, teacher=teacher, calling=self.network.calling)
+                teacher = stack.enter_context(sharding.full_model(teacher, self.network.model))
+                subject = dataclasses.replace(subject, teacher=teacher, as_model=self.network.as_model)
             records = heldout.measure(
                 subject, self.held_out, lambda done, total: callbacks.phase(f"evaluating {when} training", done, total)
             )
@@ -363,7 +362,7 @@ class Trainer:
         """A checkpoint of this moment, unless there is one."""
         if self.saved == self.step:
             return
-        tensors = sharding.kept(self._networks(), self.optimizer)
+        tensors = sharding.local_state(self._networks(), self.optimizer)
         state = {"step": self.step, "seconds": self.seconds, "cursor": self.stream.cursor()}
         state["cost"] = dataclasses.asdict(self.cost)
         snapshot = checkpoint.Snapshot(tensors=tensors, state=state)
@@ -376,13 +375,13 @@ class Trainer:
 
     def restore(self, log: RunLog) -> None:
         """Take up the run's newest checkpoint (or its start, where it has none) and drop what was logged after it."""
-        path = distributed.gather(checkpoint.latest(log.path))[0]
+        path = distributed.all_gather(checkpoint.latest(log.path))[0]
         if path is None:
             distributed.run_on_rank0(lambda: log.rewind(0))
             return
         saved = distributed.run_on_all_ranks(lambda: checkpoint.Saved(path, check=distributed.is_rank0()))
         assert saved is not None
-        sharding.put_back(saved, self._networks(), self.optimizer)
+        sharding.load_state(saved, self._networks(), self.optimizer)
         self.step = self.saved = saved.state["step"]
         self._seconds = saved.state["seconds"]
         self.cost = Flops(**saved.state["cost"])
@@ -390,7 +389,7 @@ class Trainer:
         self.network.sync()
         self.engine.sync()
         distributed.run_on_rank0(lambda: log.rewind(self.step))
-        self.watch.replay(read_lines(log.path / "metrics.jsonl"))
+        self.monitor.replay(read_lines(log.path / "metrics.jsonl"))
 
     def _export(self, log: RunLog, policy: Any) -> None:
         """The trained model as a Hugging Face folder, RUN/policy, with the options of its thoughts."""
@@ -399,7 +398,7 @@ class Trainer:
         with disk_errors(log.path, partial), checkpoint.tensor_errors(partial):
             lora.export(policy, partial, self.network, self.config.lora)
             self.tokenizer.save_pretrained(partial)
-            carry(partial, self.config)
+            save_thinking_options(partial, self.config)
             for file in partial.rglob("*.safetensors"):
                 shutil.copymode(partial / "config.json", file)  # safetensors lets nobody but the owner read its files
             shutil.rmtree(final, ignore_errors=True)
@@ -411,7 +410,7 @@ class Trainer:
             "seed": self.config.seed,
             "steps": self.step,
             "seconds": round(self.seconds, 2),
-            "trained_parameters": self.network.trained,
+            "trained_parameters": self.network.num_trainable,
             "documents": self.stream.documents,
             "tokens": self.stream.tokens,
             "skipped": self.stream.skipped,

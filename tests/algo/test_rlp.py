@@ -277,7 +277,7 @@ def test_nothing_of_the_template_reaches_the_score_without_thinking():
         batch = collected(method, text, step=1)
         total, count = batch.metrics["reward/nothink"]
         sums.append(total / count)
-        assert form.wrap([5]) == written(batch.microbatches[0], form)[0][0]
+        assert form.prompt_tokens([5]) == written(batch.microbatches[0], form)[0][0]
     plain = [float(plain_targets(model, one.tokens[:1], one.tokens[1:]).detach()) for one in text]
     assert sums == [pytest.approx(sum(plain) / 3, abs=1e-5)] * 2
 
@@ -378,7 +378,7 @@ def test_loss_is_that_of_trl(group, moved, tmp_path):
     model, temperature = qwen3(scale=0.2), 0.7
     settings = config(group=group, thought_length=9, temperature=temperature, clip_high=0.3, inner_steps=2)
     method = rlp(model, settings)
-    prompts = [FORM.wrap(one.tokens[:t]) for one in WINDOWS for t in range(1, len(one.tokens))]
+    prompts = [FORM.prompt_tokens(one.tokens[:t]) for one in WINDOWS for t in range(1, len(one.tokens))]
     with torch.no_grad():
         ends = torch.stack([model.model(torch.tensor([prompt])).last_hidden_state[0, -1] for prompt in prompts])
         model.lm_head.weight[CLOSE] = torch.linalg.pinv(ends) @ torch.full((len(prompts),), -60.0)

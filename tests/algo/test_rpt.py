@@ -17,15 +17,15 @@ from forethought.algo.rewards import prefix_match
 from forethought.algo.rpt import RPT, join, parse_predictions
 from forethought.cli import main
 from forethought.config import Method, UserError, from_dict
-from forethought.data.positions import ThoughtFormat, at_positions, draw, make_generator, uncertain
+from forethought.data.positions import ThoughtFormat, at_positions, draw_positions, make_generator, uncertain
 from forethought.data.token_bytes import TokenBytes
 from forethought.models.compute_copy import Network
 from forethought.models.flops import Work, forward_flops, rlp_step
 from forethought.models.loading import EMBEDDED
 from forethought.models.shape import Shape
 from forethought.rollout import Responses, Thoughts, draw_noise
-from forethought.run.callbacks import NoCallbacks
 from forethought.run.folder import RunLog, read_lines
+from forethought.run.trackers import Callbacks
 from forethought.trainer import Trainer, resume, train
 from helpers.enumerate import Enumerated, every_thought, expected_group_gradient, tiny
 from helpers.flops import counted
@@ -205,7 +205,7 @@ def test_what_is_written_has_the_probability_of_plain_rows(form, way, temperatur
     for i, context in enumerate(positions.contexts()):
         for g in range(5):
             thought = thoughts.tokens[i, g][thoughts.mask[i, g]].tolist()
-            ahead = [*form.wrap(context), *thought, *(() if thoughts.closed[i, g] else form.close)]
+            ahead = [*form.prompt_tokens(context), *thought, *(() if thoughts.closed[i, g] else form.close)]
             tokens = found.written[i, g]
             logp = (plain_logits(model, [*ahead, *tokens.tolist()]) / temperature).log_softmax(-1)
             logp = logp[len(ahead) - 1 : -1]
@@ -386,7 +386,7 @@ def test_the_proxy_stays_what_the_start_was():
 def test_auto_is_what_each_paper_does_and_rlp_takes_entropy_too():
     assert [Method(name=name).policy for name in ("rlp", "rpt")] == ["uniform", "entropy"]
     assert Method(name="rpt", position_policy="marked").policy == "marked"
-    same = [draw(WINDOWS, Method(position_policy=name), make_generator(3)).at for name in ("auto", "uniform")]
+    same = [draw_positions(WINDOWS, Method(position_policy=name), make_generator(3)).at for name in ("auto", "uniform")]
     assert torch.equal(*same)
 
 
@@ -421,7 +421,7 @@ def test_a_run_resumes_to_the_bit(tmp_path: Path):
     stopped = Trainer(from_dict(options(tmp_path, "run", method=method)))
     log = RunLog.create(stopped.config)
 
-    class Stopper(NoCallbacks):
+    class Stopper(Callbacks):
         def step(self, step: int, total: int, metrics: dict[str, float]) -> None:
             if step == 3:
                 raise KeyboardInterrupt

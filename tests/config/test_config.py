@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from forethought.config import Config, Method, UserError, find, from_dict, load, shipped, to_dict
+from forethought.config import Config, Method, UserError, find, from_dict, load, option_names, shipped, to_dict
 from forethought.run.folder import RunLog
 
 OPTIONS = """

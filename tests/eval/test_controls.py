@@ -73,7 +73,7 @@ def test_controls_are_those_computed_one_row_at_a_time(form: ThoughtFormat):
         means = []
         for context, target, group in zip(contexts, targets, given, strict=True):
             with torch.no_grad():
-                rows = [[*form.wrap(context), *one, *form.close] for one in group]
+                rows = [[*form.prompt_tokens(context), *one, *form.close] for one in group]
                 means.append(sum(float(plain_targets(model, row, target)) for row in rows) / len(rows))
         return means
 
@@ -156,7 +156,7 @@ def test_marginal_is_below_the_mean_and_equal_where_there_is_one_thought():
     single = heldout.measure(subject(qwen3(), thoughts=1), documents(), quiet)["all"]
     assert single.marginal == pytest.approx(single.think, abs=1e-6)
     measured = heldout.think(subject(qwen3(), thoughts=5), documents(), quiet)["all"]
-    prompt, target = FORM.wrap(measured.positions.contexts()[0]), measured.positions.targets()[0].tolist()
+    prompt, target = FORM.prompt_tokens(measured.positions.contexts()[0]), measured.positions.targets()[0].tolist()
     with torch.no_grad():
         rows = [[*prompt, *one, *FORM.close] for one in measured.thoughts[0]]
         p = [math.exp(float(plain_targets(qwen3(), row, target))) for row in rows]

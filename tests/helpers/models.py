@@ -153,12 +153,12 @@ def engine(model: Any, settings: Config, form: ThoughtFormat = FORM) -> NativeEn
 
 def rlp(model: Any, settings: Config, form: ThoughtFormat = FORM) -> RLP:
     network = Network(model, settings.model.precision)
-    return RLP(network, engine(network.compute, settings, form), form, word_tokenizer(), settings)
+    return RLP(network, engine(network.model, settings, form), form, word_tokenizer(), settings)
 
 
 def cpt(model: Any, settings: Config, form: ThoughtFormat = FORM) -> CPT:
     network = Network(model, settings.model.precision)
-    return CPT(network, engine(network.compute, settings, form), form, word_tokenizer(), settings)
+    return CPT(network, engine(network.model, settings, form), form, word_tokenizer(), settings)
 
 
 @dataclasses.dataclass(frozen=True)

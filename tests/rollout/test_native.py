@@ -127,7 +127,7 @@ def test_evidence_follows_the_closing_delimiter_forced_or_not(form, horizon, way
         for i, (context, targets) in enumerate(zip(positions.contexts(), positions.targets().tolist(), strict=True)):
             for g in range(8):
                 text = thoughts.tokens[i, g][thoughts.mask[i, g]].tolist()
-                prompt = form.wrap(context)
+                prompt = form.prompt_tokens(context)
                 evidence = plain_targets(model, prompt + closed_by_force(text, form), targets)
                 assert torch.allclose(thoughts.evidence[i, g], evidence, atol=1e-5)
                 plain = plain_thought(model, prompt, text, 0.7, CLOSE)
@@ -197,7 +197,7 @@ def test_top_p_keeps_to_the_nucleus_and_reports_untruncated_log_probabilities():
     assert counts[2:].tolist() == [0.0, 0.0]
     assert float(counts[0]) == pytest.approx(2 / 3, abs=0.04)
     assert set(sample(logits, noise, 1.0, top_p=0.1).tolist()) == {0}
-    model, context = qwen3(), FORM.wrap(WINDOWS[0].tokens[:1])
+    model, context = qwen3(), FORM.prompt_tokens(WINDOWS[0].tokens[:1])
     thoughts = think(model, top_p=0.5, temperature=1.0)
     with torch.no_grad():
         plain = plain_thought(model, context, texts(thoughts)[0], 1.0, CLOSE)

@@ -19,7 +19,7 @@ from forethought.algo.metrics import PositionShard, SampledTokens
 from forethought.algo.objective import group_advantages
 from forethought.config import Config, Corpus, Method, Model, UserError
 from forethought.data.corpus import Windows
-from forethought.data.positions import draw, make_generator
+from forethought.data.positions import draw_positions, make_generator
 from forethought.tools import trl
 from helpers.models import CLOSE, FORM, assert_close, config, plain_targets, qwen3, rlp, word_tokenizer
 
@@ -71,8 +71,8 @@ def test_reward_advantages_loss_and_gradient_are_those_of_our_trainer(settings, 
     model = qwen3(scale=0.2, seed=3)
     windows = Windows(settings.corpus, word_tokenizer(), settings.seed)
     text = [next(windows) for _ in range(4)]
-    positions = draw(text, settings.method, make_generator(settings.seed, "positions", 1))
-    prompts = [FORM.wrap(context) for context in positions.contexts()]
+    positions = draw_positions(text, settings.method, make_generator(settings.seed, "positions", 1))
+    prompts = [FORM.prompt_tokens(context) for context in positions.contexts()]
     with torch.no_grad():
         ends = torch.stack([model.model(torch.tensor([prompt])).last_hidden_state[0, -1] for prompt in prompts])
         model.lm_head.weight[CLOSE] += torch.linalg.pinv(ends) @ (-30 - ends @ model.lm_head.weight[CLOSE])

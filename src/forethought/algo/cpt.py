@@ -56,7 +56,7 @@ class CPT:
     """
 
     def __init__(self, network: Network, engine: Engine, form: ThoughtFormat, tokenizer: Any, config: Config):
-        self.network, self.policy, self.form, self.config = network, network.compute, form, config
+        self.network, self.policy, self.form, self.config = network, network.model, form, config
 
     def collect(self, windows: list[Window], step: int) -> TextRecord:
         """This rank's share of the windows."""

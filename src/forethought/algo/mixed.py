@@ -56,9 +56,9 @@ class Mixed:
     def __init__(self, network: Network, engine: Engine, form: ThoughtFormat, tokenizer: Any, config: Config):
         self.network, self.form, self.tokenizer, self.config = network, form, tokenizer, config
         self.start = copy.deepcopy(network.weights).requires_grad_(False)
-        if not network.adapted:
+        if not network.has_adapters:
             compute_copy(self.start, config.model.precision)
-        self.engine = native_engine(network.compute if network.adapted else self.start, form, config)
+        self.engine = native_engine(network.model if network.has_adapters else self.start, form, config)
         self.position_sampler = PositionSampler(network, self.start, form, tokenizer, config)
         self.cpt = CPT(network, engine, form, tokenizer, config)
 
@@ -89,7 +89,7 @@ class Mixed:
         indices = list(range(len(positions)))
         shape = (options.group, options.thought_length)
         noise = draw_noise(shape, [make_generator(seed, "thoughts", step, i) for i in indices])
-        with torch.no_grad(), self.network.calling(self.start) as start:
+        with torch.no_grad(), self.network.as_model(self.start) as start:
             thoughts = self.engine.sample(positions, noise)
             plain = no_think_logp(start, positions, chunk_tokens(start, self.config.update.tokens_per_chunk))[0]
         rewards = information_gain(
@@ -127,7 +127,7 @@ class Mixed:
         for i, member in kept.nonzero().tolist():
             window = positions.windows[int(positions.window[i])]
             rest = window.tokens[int(positions.at[i]) :]
-            row = [*self.form.wrap(contexts[i]), *tokens[i][member], *self.form.close, *rest]
+            row = [*self.form.prompt_tokens(contexts[i]), *tokens[i][member], *self.form.close, *rest]
             found.append(replace(window, tokens=row, marks={}))
         return found
 

@@ -55,7 +55,7 @@ def compute_advantages(
     if options.baseline == "group":
         advantages = group_advantages(compared, None if bool(kept.all()) else kept)
     elif options.baseline == "batch":
-        advantages = batch_advantages(compared, kept, lambda value: sum(distributed.gather(value)))
+        advantages = batch_advantages(compared, kept, lambda value: sum(distributed.all_gather(value)))
     else:
         advantages = compared.masked_fill(~kept, 0)
     return scale_by_std(advantages, compared) if options.scale == "std" else advantages, kept
@@ -66,7 +66,7 @@ class PolicyGradient:
 
     def __init__(self, network: Network, form: ThoughtFormat, config: Config, reference: Any):
         self.network, self.form, self.config, self.reference = network, form, config, reference
-        self.policy = network.compute
+        self.policy = network.model
         self.scoring = ScoringOptions(
             temperature=config.method.temperature,
             tokens=chunk_tokens(self.policy, config.update.tokens_per_chunk),

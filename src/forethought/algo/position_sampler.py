@@ -9,7 +9,7 @@ from typing import Any
 from forethought.algo.metrics import PositionShard
 from forethought.config import Config, Method, Model, UserError
 from forethought.data.corpus import Window
-from forethought.data.positions import Positions, ThoughtFormat, at_positions, draw, make_generator
+from forethought.data.positions import Positions, ThoughtFormat, at_positions, draw_positions, make_generator
 from forethought.models.compute_copy import Network
 from forethought.models.flops import forward_flops
 from forethought.models.loading import load_model, load_tokenizer
@@ -27,11 +27,11 @@ class PositionSampler:
 
     def __init__(self, network: Network, reference: Any, form: ThoughtFormat, tokenizer: Any, config: Config):
         self.form, self.config = form, config
-        self.proxy, self.calling, architecture = None, network.calling, network.compute.config
+        self.proxy, self.as_model, architecture = None, network.as_model, network.model.config
         if config.method.policy == "entropy":
             self.proxy = reference
             if config.method.proxy:
-                self.proxy, self.calling = _load_proxy(tokenizer, config), contextlib.nullcontext
+                self.proxy, self.as_model = _load_proxy(tokenizer, config), contextlib.nullcontext
                 architecture = self.proxy.config
             elif reference is None:
                 self.proxy = copy.deepcopy(network.weights).requires_grad_(False)
@@ -51,15 +51,15 @@ class PositionSampler:
         options = self.config.method
         generator = make_generator(self.config.seed, "positions", step)
         if self.proxy is None:
-            return draw(windows, options, generator)
+            return draw_positions(windows, options, generator)
         choices = at_positions(windows, [self._choices(window) for window in windows], 1)
         mine = distributed.shard_indices([len(window.tokens) for window in windows])
-        positions, _ = choices.of_windows(mine)
-        with self.calling(self.proxy) as proxy:
+        positions, _ = choices.select_windows(mine)
+        with self.as_model(self.proxy) as proxy:
             entropy = no_think_entropy(proxy, positions, chunk_tokens(proxy, self.config.update.tokens_per_chunk))
         found = dict(zip(mine, entropy.split([len(self._choices(windows[i])) for i in mine]), strict=True))
-        entropies = {i: one for gathered in distributed.gather(found) for i, one in gathered.items()}
-        return draw(windows, options, generator, [entropies[i] for i in range(len(windows))])
+        entropies = {i: one for gathered in distributed.all_gather(found) for i, one in gathered.items()}
+        return draw_positions(windows, options, generator, [entropies[i] for i in range(len(windows))])
 
     def flops(self, windows: Sequence[Window]) -> int:
         """FLOPs of the proxy on these windows; 0 without a proxy, or where its architecture is unknown."""
@@ -81,10 +81,10 @@ def shard_positions(positions: Positions, form: ThoughtFormat, options: Method) 
     weights = [0] * len(positions.windows)
     for window in positions.window.tolist():
         weights[window] += thoughts
-    documents, _ = form.documents(positions)
+    documents, _ = form.documents_and_prefix_lengths(positions)
     for window, document in zip(dict.fromkeys(positions.window.tolist()), documents, strict=True):
         weights[window] += len(document)
-    return positions.of_windows(distributed.shard_indices(weights))
+    return positions.select_windows(distributed.shard_indices(weights))
 
 
 def _load_proxy(tokenizer: Any, config: Config) -> Any:

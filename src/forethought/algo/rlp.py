@@ -14,9 +14,8 @@ from forethought.algo.rewards import Predictions, Reward, RewardInputs, Rewards,
 from forethought.config import Config, registry
 from forethought.data.corpus import Window
 from forethought.data.positions import Positions, ThoughtFormat, make_generator
-from forethought.models.compute_copy import Network
+from forethought.models.compute_copy import Network, Teacher
 from forethought.models.logprobs import no_think_logp
-from forethought.models.teacher import Teacher
 from forethought.rollout import Engine, Thoughts, draw_noise
 
 

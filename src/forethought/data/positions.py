@@ -37,7 +37,7 @@ class Positions:
         pairs = zip(self.window.tolist(), self.at.tolist(), strict=True)
         return torch.tensor([self.windows[w].tokens[t : t + self.horizon] for w, t in pairs])
 
-    def of_windows(self, chosen: Sequence[int]) -> "tuple[Positions, list[int]]":
+    def select_windows(self, chosen: Sequence[int]) -> "tuple[Positions, list[int]]":
         """The positions in some of the windows (indices, ascending), and which ones of all these they are."""
         owners = self.window.tolist()
         places = {window: place for place, window in enumerate(chosen)}
@@ -54,11 +54,11 @@ class Positions:
         """Pieces of whole windows with about `size` positions each (at least one window)."""
         start = 0
         while start < len(self):
-            end = self.whole_windows(start, size, at_least=True)
-            yield self.part(start, end)
+            end = self.window_boundary(start, size, at_least=True)
+            yield self.slice(start, end)
             start = end
 
-    def whole_windows(self, start: int, size: int, at_least: bool) -> int:
+    def window_boundary(self, start: int, size: int, at_least: bool) -> int:
         """The end of the next positions from `start` on that fill whole windows, `size` at most.
 
         With `at_least`, one window even where it holds more; without, `start` itself where none fits.
@@ -68,7 +68,7 @@ class Positions:
         fitting = [edge for edge in edges if edge - start <= size]
         return fitting[-1] if fitting else edges[0] if at_least else start
 
-    def part(self, start: int, end: int) -> "Positions":
+    def slice(self, start: int, end: int) -> "Positions":
         """Positions start .. end-1, with the windows that they are in."""
         first, last = int(self.window[start]), int(self.window[end - 1])
         return Positions(
@@ -91,21 +91,23 @@ class ThoughtFormat:
     pad: int  # fills masked places; never seen by the model
     end: tuple[int, ...] = ()  # behind a prediction (RPT); empty: predictions have a fixed length
 
-    def wrap(self, context: list[int]) -> list[int]:
+    def prompt_tokens(self, context: list[int]) -> list[int]:
         """The context as the thinking model reads it, up to and with the opening delimiter."""
-        return [*self.ahead(context), *self.after, *self.open]
+        return [*self.prefix_tokens(context), *self.after, *self.open]
 
-    def ahead(self, context: list[int]) -> list[int]:
+    def prefix_tokens(self, context: list[int]) -> list[int]:
         """The part of it that all places of a document share: up to and with the context."""
         head = context[:1] if self.bos is not None and context[:1] == [self.bos] else []
         return [*head, *self.before, *context[len(head) :]]
 
-    def documents(self, positions: Positions) -> tuple[list[list[int]], list[list[int]]]:
+    def documents_and_prefix_lengths(self, positions: Positions) -> tuple[list[list[int]], list[list[int]]]:
         """What thinking at these positions reads, each window once: tokens, and how many of them precede each place."""
         stops: dict[int, list[int]] = {}
         for window, t in zip(positions.window.tolist(), positions.at.tolist(), strict=True):
             stops.setdefault(window, []).append(t + len(self.before))
-        texts = [self.ahead(positions.windows[w].tokens[: some[-1] - len(self.before)]) for w, some in stops.items()]
+        texts = [
+            self.prefix_tokens(positions.windows[w].tokens[: some[-1] - len(self.before)]) for w, some in stops.items()
+        ]
         return texts, list(stops.values())
 
     @property
@@ -188,7 +190,7 @@ def uncertain(entropy: Float[Tensor, " choice"], count: int, options: Method, ge
     return (chosen + 1).tolist()
 
 
-def draw(
+def draw_positions(
     windows: Sequence[Window],
     options: Method,
     generator: torch.Generator,

@@ -16,7 +16,7 @@ import torch
 
 from forethought.algo.metrics import decode_thoughts, leakage, thought_tokens
 from forethought.config import Config
-from forethought.data.corpus import Window, spread
+from forethought.data.corpus import Window, spread_windows
 from forethought.data.positions import Positions, ThoughtFormat, at_positions, make_generator, uniform
 from forethought.eval.intervals import Estimate, Ratio, estimate, resample
 from forethought.eval.statements import checker, statements
@@ -37,7 +37,7 @@ class Subject:
     tokenizer: Any
     config: Config
     teacher: Any | None = None  # the EMA teacher of the run that made the model, where there is one
-    calling: Callable[[Any], AbstractContextManager[Any]] = nullcontext  # makes the teacher a model that can be called
+    as_model: Callable[[Any], AbstractContextManager[Any]] = nullcontext  # makes the teacher a model that can be called
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +80,7 @@ Progress = Callable[[int, int], None]
 def held_out(config: Config, tokenizer: Any) -> list[Window]:
     """The windows of evaluate.path, of as many documents as can be; the same for every seed of a run."""
     options = dataclasses.replace(config.corpus, path=config.evaluate.path)
-    return spread(options, tokenizer, 0, config.evaluate.documents, "evaluate.path")
+    return spread_windows(options, tokenizer, 0, config.evaluate.documents, "evaluate.path")
 
 
 def measure(subject: Subject, windows: Sequence[Window], progress: Progress) -> dict[str, Records]:
@@ -104,7 +104,7 @@ def think(subject: Subject, windows: Sequence[Window], progress: Progress) -> di
                 found[turn] = _measure_chunk(subject, chunk, (name, done))
             done += len(chunk)
             progress(done, total)
-        found = {turn: one for some in distributed.gather(found) for turn, one in some.items()}
+        found = {turn: one for some in distributed.all_gather(found) for turn, one in some.items()}
         parts = [found[turn][0] for turn in sorted(found)]
         thoughts = [group for turn in sorted(found) for group in found[turn][1]]
         owners = positions.window.tolist()
@@ -181,7 +181,7 @@ def _measure_chunk(
         "leakage": leakage(tokenizer, chunk.targets()[:, 0].tolist(), said),
     }
     if subject.teacher is not None:
-        with subject.calling(subject.teacher) as teacher:
+        with subject.as_model(subject.teacher) as teacher:
             columns["teacher"] = no_think_logp(teacher, chunk, at_once)[0][:, 0].tolist()
     if truth := checker(config.evaluate.path):
         columns["right"], columns["stated"] = statements(truth, tokenizer, chunk, said)

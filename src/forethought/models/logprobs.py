@@ -86,7 +86,7 @@ class ThoughtBatch:
         mask: Bool[Tensor, "batch group thought"],
     ) -> "ThoughtBatch":
         """The thoughts sampled at some positions."""
-        documents, prefix_lengths = form.documents(positions)
+        documents, prefix_lengths = form.documents_and_prefix_lengths(positions)
         return cls(
             documents=documents,
             prefix_lengths=prefix_lengths,
@@ -301,11 +301,11 @@ def suffix_logits(
     places = [place for place, group in enumerate(suffixes) for _ in group]
     if shared:
         tokens, mask = pad_rows(rows, form.pad, left=False)
-        fork = SuffixCache(read(model, *form.documents(positions)), places)
+        fork = SuffixCache(read(model, *form.documents_and_prefix_lengths(positions)), places)
         hidden = backbone(model, tokens.to(model.device), fork, fork.position_ids(tokens.shape[1]))
         columns = (mask.sum(dim=1, keepdim=True) + torch.arange(-keep, 0)).clamp(min=0).to(model.device)
         return vocabulary(model, hidden[torch.arange(len(rows), device=model.device)[:, None], columns])
-    ahead = [form.ahead(context) for context in positions.contexts()]
+    ahead = [form.prefix_tokens(context) for context in positions.contexts()]
     copies = [[*ahead[place], *row] for place, row in zip(places, rows, strict=True)]
     tokens, mask = pad_rows(copies, form.pad, left=True)
     return forward(model, tokens.to(model.device), mask.to(model.device), keep)

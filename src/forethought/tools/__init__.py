@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forethought.config import Config
-from forethought.run.distributed import launched
+from forethought.run.distributed import launcher_rank_and_size
 from forethought.run.folder import RunLog
 from forethought.tools.report import card
 
 if TYPE_CHECKING:
     from forethought.config import Parallel
     from forethought.eval.controls import Progress
-    from forethought.run.callbacks import Callbacks
+    from forethought.run.trackers import Callbacks
 
 
 def train(config: Config, callbacks: "Callbacks | None" = None) -> dict[str, Any]:
@@ -52,6 +52,6 @@ def evaluate(
 
 def _write_card(run: Path, measured: tuple[str, dict[str, Any]] | None = None) -> None:
     """The card of a finished run's model; rank 0 alone writes it."""
-    if launched()[0] == 0 and (run / "summary.json").is_file():
+    if launcher_rank_and_size()[0] == 0 and (run / "summary.json").is_file():
         log = RunLog.open(run)
         log.write_text("policy/README.md", card.text(log.config(), log.read_json("summary.json"), measured))

@@ -143,8 +143,8 @@ def test_peaks_are_within_15_percent(name: str):
     torch.manual_seed(0)
     plain, options = AutoModelForCausalLM.from_config(build(), dtype=torch.float32).eval(), settings(precision, n)
     network = adapted(plain, options) if options.lora.r else Network(plain, precision)
-    vocab = network.compute.config.vocab_size
-    engine = native_engine(network.compute, LONG, options)
+    vocab = network.model.config.vocab_size
+    engine = native_engine(network.model, LONG, options)
     method = RLP(network, engine, LONG, PreTrainedTokenizerFast, options)
     marked = engine.sample
     with Peaks() as peaks:
@@ -163,11 +163,11 @@ def test_peaks_are_within_15_percent(name: str):
         for piece in batch.microbatches:
             method.forward_backward(piece)
         peaks.mark("end")
-    shape = Shape.of(network.compute.config).adapted(options.lora)
+    shape = Shape.of(network.model.config).adapted(options.lora)
     one = job(options, shape, prefix=n["P"], longest=n["P"], document=n["P"], length=n["L"], machine=CPU)
     one = dataclasses.replace(one, opening=len(LONG.after) + len(LONG.open), closing=len(LONG.close))
     planned = memory(one)
-    assert chunk_tokens(one) == real_chunk_tokens(network.compute, n["chunk"]) == method.learner.reading.tokens
+    assert chunk_tokens(one) == real_chunk_tokens(network.model, n["chunk"]) == method.learner.reading.tokens
     update = planned.phases["update"] - planned.update["gradients"]
     assert update == pytest.approx(peaks.peak["update"], rel=0.15)
     decode = planned.phases["decode"] + planned.held["thoughts and their noise"]

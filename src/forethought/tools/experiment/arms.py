@@ -18,8 +18,8 @@ from typing import Any
 from forethought import eval
 from forethought.config import Config, UserError, difference
 from forethought.eval import controls, heldout, viewer
-from forethought.run.callbacks import Callbacks
 from forethought.run.folder import RunLog
+from forethought.run.trackers import Callbacks
 from forethought.tools import resume, train
 from forethought.tools.experiment import asked
 from forethought.tools.experiment.design import BASE, Experiment, Job
