@@ -134,7 +134,7 @@ class Trainer:
         self.engine = TimedEngine(engine(self.network.model, self.form, config))
         method = registry.load("method", config.method.name)
         self.method: Method = method(self.network, self.engine, self.form, self.tokenizer, config)
-        if config.parallel.shard == "fsdp2" and distributed.world_size() > 1:
+        if config.parallel.shard == "zero1" and distributed.world_size() > 1:
             self.network.shard([one for name, one in self.method.state().items() if name == "teacher"])
         options = config.optim
         self.optimizer = torch.optim.AdamW(
