@@ -16,10 +16,9 @@ from forethought.config import Config, Parallel, RunError, UserError, from_dict,
 from forethought.data import corpus
 from forethought.data.positions import thought_format
 from forethought.eval import heldout
+from forethought.flops import Flops, Shape, step_flops, t_flop
 from forethought.models import lora, sharding
-from forethought.models.flops import Flops, step_flops, t_flop
 from forethought.models.loading import carry, check_length, load_tokenizer
-from forethought.models.shape import Shape
 from forethought.rollout.engines import engine
 from forethought.run import checkpoint, distributed
 from forethought.run.callbacks import Callbacks, NoCallbacks

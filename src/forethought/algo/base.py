@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from forethought.data.corpus import Window
-from forethought.models.flops import Work
+from forethought.flops import Work
 
 Sums = dict[str, tuple[float, float | int]]  # metric -> (sum, count), added up over processes once a step
 
@@ -31,9 +31,7 @@ class Collected:
     pieces: Sequence[Any]
     sums: Sums
     thoughts: list[dict[str, Any]]  # each with its "step" and the "number" of its position in the step
-    work: (
-        Work | tuple[int, ...]
-    )  # what was and will be read, for `forethought.models.flops`: thoughts, or rows of plain text
+    work: Work | tuple[int, ...]  # what was and will be read, for `forethought.flops`: thoughts, or rows of plain text
 
 
 @runtime_checkable

@@ -9,11 +9,10 @@ from typing import Any
 from forethought.config import Config, Model, UserError
 from forethought.data.corpus import Window
 from forethought.data.positions import Positions, at_positions, draw, make_generator
+from forethought.flops import Shape, forward_flops
 from forethought.models.compute_copy import Network
-from forethought.models.flops import forward_flops
 from forethought.models.loading import load_model, load_tokenizer
 from forethought.models.logprobs import chunk_tokens, no_think_entropy
-from forethought.models.shape import Shape
 from forethought.run import distributed
 
 

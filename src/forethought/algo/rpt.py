@@ -28,8 +28,8 @@ from forethought.config import Config, UserError
 from forethought.data.corpus import Window
 from forethought.data.positions import Positions, ThoughtFormat, make_generator
 from forethought.data.token_bytes import TokenBytes
+from forethought.flops import Work
 from forethought.models.compute_copy import Network
-from forethought.models.flops import Work
 from forethought.rollout import Responses, Writer, draw_noise, work_of
 from forethought.run import distributed
 

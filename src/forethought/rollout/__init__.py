@@ -9,7 +9,7 @@ from torch import Tensor
 
 from forethought.config import Config
 from forethought.data.positions import Positions, ThoughtFormat
-from forethought.models.flops import Work
+from forethought.flops import Work
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +81,7 @@ def draw_noise(shape: tuple[int, int], generators: list[torch.Generator]) -> Flo
 
 
 def work_of(positions: Positions, thoughts: Thoughts, form: ThoughtFormat, config: Config, teacher: bool) -> Work:
-    """The tokens of a step, for `forethought.models.flops`. `thoughts` are those of all positions, in their order."""
+    """The tokens of a step, for `forethought.flops`. `thoughts` are those of all positions, in their order."""
     options, read = config.method, dict.fromkeys(positions.window.tolist(), 0)
     for window, at in zip(positions.window.tolist(), positions.at.tolist(), strict=True):
         read[window] = max(read[window], at + positions.horizon - 1)
