@@ -17,10 +17,9 @@ from forethought.config import Config, Parallel, RunError, UserError, from_dict,
 from forethought.data import corpus
 from forethought.data.positions import Positions, thought_format
 from forethought.eval import heldout
+from forethought.flops import Flops, Shape, step_flops, t_flop
 from forethought.models import lora, sharding
-from forethought.models.flops import Flops, step_flops, t_flop
 from forethought.models.loading import check_context_length, load_tokenizer, save_thinking_options
-from forethought.models.shape import Shape
 from forethought.rollout import Responses, Thoughts
 from forethought.rollout.engines import engine
 from forethought.run import checkpoint, distributed
