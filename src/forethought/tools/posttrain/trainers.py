@@ -3,7 +3,6 @@
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -12,34 +11,23 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from forethought.config import Config
+from forethought.tools.posttrain.stage import Example, Stage, end_token
 from forethought.tools.trl import common_arguments, stopping_at
 
 QUIET: dict[str, Any] = {"save_strategy": "no", "disable_tqdm": True}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """How `grpo` samples completions."""
-
-    group: int  # completions per prompt
-    max_tokens: int
-    temperature: float
-    end: int | None  # the token that ends a completion; None: the tokenizer's end of text
-
-
 Progress = Callable[[int, int], None]
 """Called after each step with the number of finished steps and of all steps."""
 
 
-def sft(
-    start: tuple[Any, Any], rows: Sequence[tuple[list[int], list[int]]], config: Config, progress: Progress
-) -> list[dict[str, Any]]:
-    """Train with `SFTTrainer` on (prompt, completion) pairs of tokens, in order; the loss covers completions only.
+def sft(start: tuple[Any, Any], rows: Sequence[Example], config: Config, progress: Progress) -> list[dict[str, Any]]:
+    """Train with `SFTTrainer` on train.batch examples per step, in order; the loss covers completions only.
 
-    `start`: model and tokenizer. A step has train.batch rows. Updates the weights in place, returns TRL's log.
+    `start`: model and tokenizer. Updates the weights in place, returns TRL's log.
     """
     model, tokenizer = start
-    labeled = [{"input_ids": a + b, "labels": [-100] * len(a) + b} for a, b in rows]
+    labeled = [
+        {"input_ids": one.prompt + one.completion, "labels": [-100] * len(one.prompt) + one.completion} for one in rows
+    ]
     with TemporaryDirectory() as folder, _restored_configs(model):
         arguments = SFTConfig(
             **common_arguments(config, folder),
@@ -60,28 +48,28 @@ def sft(
 
 def grpo(
     start: tuple[Any, Any],
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[Example],
     reward: Any,
-    sampling: Sampling,
+    stage: Stage,
     config: Config,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Train with `GRPOTrainer` and its defaults on rows, in order: `prompt` (tokens) and the columns of `reward`.
+    """Train with `GRPOTrainer` and its defaults on train.batch prompts per step, in order; `reward` gets the answers.
 
-    `start`: model and tokenizer. A step has train.batch prompts. Updates the weights in place, returns TRL's log.
+    `start`: model and tokenizer. Updates the weights in place, returns TRL's log.
     """
     model, tokenizer = start
     with TemporaryDirectory() as folder, _restored_configs(model):
-        stopping = copy.deepcopy(tokenizer) if sampling.end is None else stopping_at(sampling.end, tokenizer, model)
-        texts = [tokenizer.decode(row["prompt"]) for row in rows]
-        _fix_tokens(stopping, dict(zip(texts, (row["prompt"] for row in rows), strict=True)))
+        end = end_token(stage, tokenizer)
+        stopping = copy.deepcopy(tokenizer) if end is None else stopping_at(end, tokenizer, model)
+        _fix_tokens(stopping, {tokenizer.decode(one.prompt): one.prompt for one in rows})
         arguments = GRPOConfig(
             **common_arguments(config, folder),
             **QUIET,
-            per_device_train_batch_size=config.train.batch * sampling.group,
-            num_generations=sampling.group,
-            max_completion_length=sampling.max_tokens,
-            temperature=sampling.temperature,
+            per_device_train_batch_size=config.train.batch * stage.group,
+            num_generations=stage.group,
+            max_completion_length=stage.max_tokens,
+            temperature=stage.temperature,
             disable_dropout=True,
             shuffle_dataset=False,
         )
@@ -89,7 +77,9 @@ def grpo(
             model=model,
             reward_funcs=reward,
             args=arguments,
-            train_dataset=Dataset.from_list([row | {"prompt": text} for row, text in zip(rows, texts, strict=True)]),
+            train_dataset=Dataset.from_list(
+                [{"prompt": tokenizer.decode(one.prompt), "answer": one.answer} for one in rows]
+            ),
             processing_class=stopping,
             callbacks=[_ReportProgress(progress)],
         )
