@@ -108,7 +108,7 @@ class Trainer:
         self.policy = self.network.compute
         self.engine = engine(self.network.compute, self.form, config)
         self.method: Method = METHODS[config.method.name](self.network, self.engine, self.form, self.tokenizer, config)
-        if config.parallel.shard == "fsdp2" and distributed.world_size() > 1:
+        if config.parallel.shard == "zero1" and distributed.world_size() > 1:
             self.network.shard([one for name, one in self.method.state().items() if name == "teacher"])
         options = config.optim
         self.optimizer = torch.optim.AdamW(
@@ -238,7 +238,7 @@ class Trainer:
     def _windows_per_step(self) -> int:
         """Windows that hold train.batch positions, or (cpt) train.batch windows."""
         method = self.config.method
-        return self.config.train.batch // (method.positions if method.thinks else 1)
+        return self.config.train.batch // (method.positions if method.samples_thoughts else 1)
 
     def _backward(self, batch: Collected, windows: list[corpus.Window], number: int) -> tuple[dict[str, float], Sums]:
         """Gradients of one pass over the batch. A loss or gradient that is no number stops the run (RunError)."""
@@ -392,7 +392,7 @@ class Trainer:
     def _t_flop(self) -> int:
         """The paper's estimate for this run: a thought counts as method.thought_length tokens, text once."""
         method = self.config.method
-        thoughts = method.group if method.thinks else 0
+        thoughts = method.group if method.samples_thoughts else 0
         return t_flop(thoughts, method.thought_length, self.config.train.batch, self.step, self.stream.tokens)
 
 

@@ -117,7 +117,7 @@ def test_scale_divides_by_the_standard_deviation_of_the_group():
 def test_penalty_is_taken_from_unclosed_thoughts_only():
     closed = [[True, False], [False, False]]
     sampled = thoughts([[[-1.0], [-1.0]], [[-2.0], [-3.0]]], closed)
-    method = rlp(qwen3(), config(unclosed="penalise", unclosed_penalty=0.5))
+    method = rlp(qwen3(), config(unclosed="penalize", unclosed_penalty=0.5))
     rewards = method._rewards(sampled, torch.tensor([[-1.0], [-1.0]]), step=1)
     assert rewards.total is not None
     assert rewards.total.tolist() == [[0.0, -0.5], [-1.5, -2.5]]

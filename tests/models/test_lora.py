@@ -307,7 +307,7 @@ def test_two_processes_are_one(tmp_path: Path, processes: ForkServerContext):
     [
         ("--lora.target_modules q_proj,qkv", "lora.target_modules = 'qkv': the model's linear layers are "),
         ("--lora.target_modules lm_head", "lora.target_modules = 'lm_head': the model's linear layers are "),
-        ("--parallel.shard fsdp2", "parallel.shard = 'fsdp2': with lora.r = 2 "),
+        ("--parallel.shard zero1", "parallel.shard = 'zero1': with lora.r = 2 "),
         ("--lora.r -1", "lora.r = -1: "),
     ],
 )

@@ -171,7 +171,7 @@ def test_an_engine_that_hangs_is_one_line_and_is_not_asked_again():
     caller, ended = Caller(0.05), threading.Event()
     started = time.monotonic()
     with pytest.raises(
-        RunError, match=r"^rollout.engine = 'vllm': sampling takes longer than rollout.patience_s = 0.05"
+        RunError, match=r"^rollout.engine = 'vllm': sampling takes longer than rollout.timeout_s = 0.05"
     ):
         caller.call("sampling", ended.wait)
     with pytest.raises(RunError, match=r"sampling never ended, so loading the new weights cannot begin"):

@@ -182,7 +182,7 @@ def compare(
 def apply_unclosed_penalty(rewards: Rewards, closed: Bool[Tensor, "batch group"], config: Config) -> Rewards:
     """The rewards, less for unclosed thoughts where that was asked for."""
     options = config.method
-    if options.unclosed != "penalise":
+    if options.unclosed != "penalize":
         return rewards
     return replace(rewards, value=rewards.value - options.unclosed_penalty * ~closed)
 

@@ -104,7 +104,7 @@ class RLP:
         numbers: list[int] | None = None,
     ) -> Rewards:
         generator = make_generator(self.config.seed, "rewards", step)
-        rewards = REWARDS[self.config.method.reward](thoughts, nothink, self.config.method, generator, numbers)
+        rewards = REWARDS[self.config.method.reward_name](thoughts, nothink, self.config.method, generator, numbers)
         return apply_unclosed_penalty(rewards, thoughts.closed, self.config)
 
 
