@@ -22,9 +22,9 @@ from forethought.data.positions import ThoughtFormat, thought_format
 from forethought.eval import started, trained
 from forethought.models.loading import load_model, load_tokenizer
 from forethought.models.logprobs import forward, log_probabilities
-from forethought.run.callbacks import Callbacks, NoCallbacks
 from forethought.run.checkpoint import tensor_errors
 from forethought.run.folder import RunLog, check_free, disk_errors
+from forethought.run.trackers import Callbacks
 from forethought.tools.posttrain.stage import (
     Example,
     Stage,
@@ -57,7 +57,7 @@ def posttrain(
     if not folder_options.get("overwrite"):
         check_free(folder, overwrite=False)
     seed = int(folder_options.get("seed", config.seed))
-    run_stage(stage, stage_config(stage, config, folder, seed), callbacks or NoCallbacks())
+    run_stage(stage, stage_config(stage, config, folder, seed), callbacks or Callbacks())
     return folder
 
 

@@ -39,7 +39,7 @@ from forethought.config import (
     read_toml,
     to_dict,
 )
-from forethought.data.corpus import Windows, check
+from forethought.data.corpus import Windows, check_corpus
 from forethought.data.positions import ThoughtFormat
 from forethought.data.readers import json_lines
 from forethought.tools.questions.answers import judge
@@ -153,7 +153,7 @@ def examples(stage: Stage, config: Config, tokenizer: Any, form: ThoughtFormat) 
 def _world_examples(stage: Stage, config: Config, tokenizer: Any, form: ThoughtFormat) -> Iterator[Example]:
     """Documents of an embedded world up to their answer; a thought right before it is part of the completion."""
     options = dataclasses.replace(config.corpus, path=stage.data)
-    check(options, "data")
+    check_corpus(options, "data")
     opening = list(form.open)
     for window in Windows(options, tokenizer, config.seed, option="data"):
         tokens, at = window.tokens, next(iter(window.marks.get("answer", ())), 0)
@@ -164,7 +164,7 @@ def _world_examples(stage: Stage, config: Config, tokenizer: Any, form: ThoughtF
         answer = tokenizer.decode([tokens[at]]).strip()
         worked = tokens[first + len(opening) :] if starts else []
         yield Example(
-            prompt=form.wrap(tokens[:first]) if stage.think else tokens[:first],
+            prompt=form.prompt_tokens(tokens[:first]) if stage.think else tokens[:first],
             completion=worked if stage.think else tokens[at:],
             answer=answer,
         )
@@ -187,7 +187,7 @@ def _question_examples(stage: Stage, config: Config, tokenizer: Any, form: Thoug
             thought = encoded(f" {steps}") if steps else []
             if stage.think:
                 completion = [*thought, *form.close, *said, *ends] if steps else []
-                yield Example(prompt=form.wrap(read), completion=completion, answer=answer)
+                yield Example(prompt=form.prompt_tokens(read), completion=completion, answer=answer)
             else:
                 yield Example(prompt=read, completion=[*thought, *said, *ends], answer=answer)
 
