@@ -17,14 +17,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from forethought.algo.metrics import decode_thoughts, thought_tokens
 from forethought.config import Config, UserError, from_dict, merge
 from forethought.data.corpus import Window
 from forethought.data.positions import Positions, at_positions, make_generator, thought_format
-from forethought.eval.viewer import texts
+from forethought.eval.viewer import token_texts
 from forethought.models.compute_copy import compute_copy
 from forethought.models.loading import load_model, load_thinking_options, load_tokenizer
 from forethought.models.logprobs import chunk_tokens, no_think_logp, suffix_logits
-from forethought.rollout import Thoughts, content, draw_noise
+from forethought.rollout import Thoughts, draw_noise
 from forethought.rollout.copies import Copies, read_copies
 from forethought.rollout.decoder import sample
 from forethought.rollout.generate import Sampling, Stop, generate
@@ -131,7 +132,7 @@ class ThinkingModel:
         """Think before every token of a text but the first, and see what that brought."""
         tokens = self.encode(text)
         places: list[ScoredToken] = []
-        pieces = texts(self.tokenizer, tokens)
+        pieces = token_texts(self.tokenizer, tokens)
         for chunk, found in self._read(tokens, (1, 1), thoughts, seed):
             nothink = self._plain(chunk)[:, 0]
             logp = nothink if found is None else mixture(found.evidence[..., 0].T)
@@ -367,8 +368,8 @@ class ThinkingModel:
         return no_think_logp(self.model, positions, chunk_tokens(self.model, self.config.update.tokens_per_chunk))[0]
 
     def _told(self, found: Thoughts) -> list[tuple[Thought, ...]]:
-        inside = content.inside(found, self.form)
-        columns = zip(inside, content.texts(self.tokenizer, inside), found.closed.tolist(), strict=True)
+        inside = thought_tokens(found, self.form)
+        columns = zip(inside, decode_thoughts(self.tokenizer, inside), found.closed.tolist(), strict=True)
         return [
             tuple(
                 Thought(text=text, tokens=tuple(tokens), closed=closed)
@@ -415,7 +416,7 @@ class ThinkingModel:
 
     def _adds(self, tokens: Sequence[int]) -> str:
         """What the last token adds to the text; "" while a character is not complete."""
-        piece = texts(self.tokenizer, tokens[-_TAIL:])[-1]
+        piece = token_texts(self.tokenizer, tokens[-_TAIL:])[-1]
         return "" if piece.endswith("\N{REPLACEMENT CHARACTER}") else piece
 
 
