@@ -24,7 +24,7 @@ import harness
 import torch
 from harness import FORM, OPEN
 
-from forethought.algo import RLP
+from forethought.algo.rlp import RLP
 from forethought.config import Config, Update
 from forethought.data.positions import at_positions, make_generator
 from forethought.models.compute_copy import Network
@@ -338,7 +338,7 @@ def main() -> None:
     )
     parser.add_argument("--chunk", type=int, default=0, help="update.tokens_per_chunk")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--decoding", default="auto", choices=["auto", "plain", "graphs", "compiled"])
+    parser.add_argument("--decoding", default="auto", choices=["auto", "eager", "cuda_graphs", "cuda_graphs_compiled"])
     parser.add_argument("--kinds", nargs="*", default=["plain", "graphs", "compiled", "generate"])
     parser.add_argument("--parts", nargs="+", default=["exactness", "decoding", "steps"])
     parser.add_argument("--quick", action="store_true", help="the small model, short thoughts")

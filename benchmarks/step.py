@@ -24,7 +24,7 @@ import torch
 from datasets import Dataset
 from harness import CLOSE, FORM, OPEN
 
-from forethought.algo import RLP
+from forethought.algo.rlp import RLP
 from forethought.data.positions import Positions
 from forethought.models.compute_copy import Network, Teacher
 from forethought.models.flops import step_flops

@@ -102,8 +102,7 @@ def _train(words: list[str], out: Console, err: Console) -> int:
     config = load(name, words) if resumed is None else _saved_config(resumed, name, words)
     _quiet_libraries()
     from forethought.run.signals import Stopped
-    from forethought.tools import report
-    from forethought.trainer import resume, train
+    from forethought.tools import report, resume, train
 
     first = launcher_rank_and_size()[0] == 0
     try:
@@ -139,7 +138,7 @@ def _evaluate(words: list[str], out: Console, err: Console) -> int:
         raise UserError("evaluate takes a run folder or a model: embedded, a hub id, a folder or a .gguf file")
     overrides = read_overrides(words[1:])
     _quiet_libraries()
-    from forethought.eval import evaluate
+    from forethought.tools import evaluate
 
     with ProgressBar(err) as watcher:
         figures, file = evaluate(words[0], overrides, watcher.phase)

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from forethought.algo.metrics import decode_thoughts, thought_tokens
 from forethought.config import Config, UserError, from_dict, merge
 from forethought.data.corpus import Window
 from forethought.data.positions import Positions, at_positions, make_generator, thought_format
@@ -24,7 +25,7 @@ from forethought.eval.viewer import texts
 from forethought.models.compute_copy import compute_copy
 from forethought.models.loading import load_model, load_thinking_options, load_tokenizer
 from forethought.models.logprobs import chunk_tokens, no_think_logp, suffix_logits
-from forethought.rollout import Thoughts, content, draw_noise
+from forethought.rollout import Thoughts, draw_noise
 from forethought.rollout.copies import Copies, read_copies
 from forethought.rollout.decoder import sample
 from forethought.rollout.generate import Sampling, Stop, generate
@@ -312,8 +313,8 @@ class ThinkingModel:
         return no_think_logp(self.model, positions, chunk_tokens(self.model, self.config.update.tokens_per_chunk))[0]
 
     def _told(self, found: Thoughts) -> list[tuple[Thought, ...]]:
-        inside = content.inside(found, self.form)
-        columns = zip(inside, content.texts(self.tokenizer, inside), found.closed.tolist(), strict=True)
+        inside = thought_tokens(found, self.form)
+        columns = zip(inside, decode_thoughts(self.tokenizer, inside), found.closed.tolist(), strict=True)
         return [
             tuple(
                 Thought(text=text, tokens=tuple(tokens), closed=closed)

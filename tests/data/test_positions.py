@@ -11,13 +11,15 @@ from transformers import PreTrainedTokenizerFast
 
 from forethought.config import Method, UserError
 from forethought.data.positions import (
-    POLICIES,
     Positions,
     at_positions,
     draw_positions,
     make_generator,
+    marked,
     pad_rows,
+    stride,
     thought_format,
+    uniform,
 )
 from helpers.models import CLOSE, LONG, OPEN, A, window, word_tokenizer
 
@@ -43,6 +45,7 @@ def test_every_position_is_equally_likely(policy, count):
     assert abs(chances(counts)) < 4
 
 
+POLICIES = {"uniform": uniform, "stride": stride, "marked": marked}
 METHODS = st.builds(
     Method,
     position_policy=st.sampled_from(sorted(POLICIES)),

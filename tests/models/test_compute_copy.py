@@ -8,7 +8,7 @@ import torch
 
 from forethought.config import Model
 from forethought.models.compute_copy import Network, Teacher
-from helpers.models import WINDOWS, config, qwen3, rlp, update
+from helpers.models import WINDOWS, collected, config, qwen3, rlp, update
 
 
 def test_fp32_computes_with_the_weights_themselves():
@@ -64,7 +64,7 @@ def test_the_copy_follows_the_weights_and_lends_itself_to_others():
 def test_an_update_in_bf16_is_near_the_one_in_fp32():
     plain = config()
     low = dataclasses.replace(plain, model=dataclasses.replace(plain.model, precision="bf16"))
-    pieces = rlp(qwen3(), plain).collect(WINDOWS, 1).pieces
+    pieces = collected(rlp(qwen3(), plain), WINDOWS, 1).microbatches
     exact, half = (torch.cat([g.flatten() for g in update(rlp(qwen3(), some), pieces)]) for some in (plain, low))
     assert not torch.equal(exact, half)
     assert float(torch.nn.functional.cosine_similarity(exact, half, dim=0)) > 0.98
@@ -111,8 +111,8 @@ def test_weights_and_teacher_move_under_bf16_at_a_small_learning_rate():
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0)
     for step in range(1, 9):
         optimizer.zero_grad()
-        for piece in method.collect(WINDOWS, step).pieces:
-            method.backward(piece)
+        for piece in collected(method, WINDOWS, step).microbatches:
+            method.forward_backward(piece)
         optimizer.step()
         method.network.sync()
         method.after_step()

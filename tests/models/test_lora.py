@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from forethought.algo import METHODS, RLP
-from forethought.config import Config, Lora, Model, UserError, from_dict, load
+from forethought.algo.rlp import RLP
+from forethought.config import Config, Lora, Model, UserError, from_dict, load, registry
 from forethought.data.corpus import Window
 from forethought.data.positions import ThoughtFormat
 from forethought.eval import evaluate
@@ -39,6 +39,7 @@ from helpers.models import (
     MODELS,
     WINDOWS,
     assert_close,
+    collected,
     config,
     engine,
     plain_logits,
@@ -75,7 +76,7 @@ def adapted(model: Any, options: Config) -> Network:
 
 
 def method(network: Network, options: Config, form: ThoughtFormat = FORM) -> Any:
-    build = METHODS[options.method.name]
+    build = registry.load("method", options.method.name)
     return build(network, engine(network.model, options, form), form, word_tokenizer(), options)
 
 
@@ -103,7 +104,7 @@ def test_the_gradient_is_that_of_the_merged_weights_by_the_chain_rule():
     network = shaken(adapted(copy.deepcopy(plain), options))
     plain.load_state_dict(merged(network, options))
     learned = method(network, options)
-    pieces = learned.collect(WINDOWS, 1).pieces
+    pieces = collected(learned, WINDOWS, 1).microbatches
     found = dict(zip(dict(network.weights.named_parameters()), update(learned, pieces), strict=True))
     assert all(one.grad is None for one in network.model.parameters())
     whole = method(Network(plain, "fp32"), options)
@@ -126,7 +127,7 @@ def test_shared_prefixes_and_checkpointed_layers_have_the_gradients_of_copies(na
         options = with_adapters(config(tokens=24, prefix=prefix, positions=2, batch=8))
         options = dataclasses.replace(options, update=dataclasses.replace(options.update, checkpointing=checkpointing))
         learned = method(shaken(adapted(MODELS[name](), options), scale=0.1), options, LONG)
-        pieces = learned.collect(WINDOWS, 1).pieces
+        pieces = collected(learned, WINDOWS, 1).microbatches
         found.append(update(learned, pieces))
     for other in found[1:]:
         assert_close(other, found[0])
@@ -168,7 +169,7 @@ def test_checkpointing_bounds_what_is_held_for_the_backward_pass():
         options = with_adapters(config(batch=1, tokens=1024))
         options = dataclasses.replace(options, update=dataclasses.replace(options.update, checkpointing=checkpointing))
         learned = method(adapted(qwen3(width=64), options), options)
-        found.append(held_bytes(learned, learned.collect([document], 1).pieces))
+        found.append(held_bytes(learned, collected(learned, [document], 1).microbatches))
     assert found[1] < 0.4 * found[0]
 
 
@@ -225,8 +226,8 @@ def test_in_bf16_the_weights_lie_there_once_and_every_method_trains_fp32_factors
     start = [one.detach().clone() for one in network.weights.parameters()]
     for step in (1, 2):
         optimizer.zero_grad()
-        batch = learned.collect(WINDOWS, step)
-        for piece in batch.pieces:
+        batch = collected(learned, WINDOWS, step)
+        for piece in batch.microbatches:
             learned.backward(piece)
         optimizer.step()
         network.sync()
@@ -307,7 +308,7 @@ def test_two_processes_are_one(tmp_path: Path, processes: ForkServerContext):
     [
         ("--lora.target_modules q_proj,qkv", "lora.target_modules = 'qkv': the model's linear layers are "),
         ("--lora.target_modules lm_head", "lora.target_modules = 'lm_head': the model's linear layers are "),
-        ("--parallel.shard fsdp2", "parallel.shard = 'fsdp2': with lora.r = 2 "),
+        ("--parallel.shard zero1", "parallel.shard = 'zero1': with lora.r = 2 "),
         ("--lora.r -1", "lora.r = -1: "),
     ],
 )

@@ -86,7 +86,7 @@ def model() -> Any:
     return made
 
 
-class SavedBytes:
+class Held:
     """Bytes that autograd keeps for the backward pass: now, and the most so far. Views of one storage count once."""
 
     def __init__(self) -> None:
@@ -122,7 +122,7 @@ def updated(model: Any, group: int, chunk: int) -> tuple[list[int], int]:
     rows = ThoughtBatch.of(FORM, positions, tokens, torch.ones_like(tokens, dtype=torch.bool))
     passes: list[int] = []
     hook = model.get_input_embeddings().register_forward_hook(lambda *some: passes.append(some[1][0].numel()))
-    held = SavedBytes()
+    held = Held()
     try:
         with saved_tensors_hooks(held.pack, lambda kept: kept.tensor):
             reading = ScoringOptions(temperature=1.0, tokens=chunk, shared=True)

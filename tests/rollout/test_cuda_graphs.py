@@ -90,8 +90,8 @@ def test_draws_at_the_ends_have_weight():
 def test_what_cannot_be_captured_is_refused_and_told():
     assert capturable(tiny.model("llama")) and capturable(tiny.model("qwen3"))
     assert not capturable(tiny.model("mixtral")) and not capturable(tiny.model("nemotron_h"))
-    settings = Config(model=Model(decoding="graphs"))
-    with pytest.raises(UserError, match=r"^model.decoding = 'graphs': there is no GPU; use 'auto' or 'plain'$"):
+    settings = Config(model=Model(decoding="cuda_graphs"))
+    with pytest.raises(UserError, match=r"^model.decoding = 'cuda_graphs': there is no GPU; use 'auto' or 'eager'$"):
         native_engine(MODELS["qwen3"](), FORM, settings)
     assert native_engine(MODELS["qwen3"](), FORM, Config()).graphs is None
 

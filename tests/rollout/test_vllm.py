@@ -237,7 +237,7 @@ def test_a_run_on_the_embedded_world(tmp_path: Path, close: str):
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         assert len(rows) == 4
         assert all(row["objective/mismatch"] < 1e-4 for row in rows)
-        assert all(row["objective/importance"] == pytest.approx(1, abs=1e-3) for row in rows)
+        assert all(row["objective/importance_weight"] == pytest.approx(1, abs=1e-3) for row in rows)
         assert math.isfinite(summary["after/all/ce_think"])
         runs.append([row[name] for row in rows for name in ("rollout/length", "reward/evidence")])
     assert runs[0] == pytest.approx(runs[1], rel=1e-3)

@@ -49,11 +49,11 @@ def test_processes_shards_and_resuming_on_another_count_do_not_change_the_trajec
     one = tmp_path / "one"
     train(from_dict(settings(tmp_path, "one", model)))
     two = together(processes, settings(tmp_path, "two", model))
-    sharded = together(processes, settings(tmp_path, "sharded", model, parallel={"shard": "fsdp2"}))
+    sharded = together(processes, settings(tmp_path, "sharded", model, parallel={"shard": "zero1"}))
     alone = cut(sharded, "two-shards-then-one", 2)
     resume(alone)
     more = cut(two, "two-then-three-shards", 2)
-    command = ["train", "--resume", str(more), "--parallel.shard", "fsdp2"]
+    command = ["train", "--resume", str(more), "--parallel.shard", "zero1"]
     assert end(begin(processes, command, tmp_path, 3)) == [0, 0, 0], lines(tmp_path, 3)
     for other in (two, sharded, alone, more):
         print(other.name, f"drift {drift(one, other):.1e} at most, {mean_drift(one, other):.1e} on average")
@@ -74,7 +74,7 @@ VARIANTS = {
     "cpt, a bf16 copy of shards": {
         "method": {"name": "cpt"},
         "model": {"precision": "bf16"},
-        "parallel": {"shard": "fsdp2"},
+        "parallel": {"shard": "zero1"},
     },
     "rpt, with what processes must tell each other": {
         "method": {
@@ -109,7 +109,7 @@ def test_a_mistake_is_told_once(changes: Any, message: str, tmp_path: Path, proc
     assert not (tmp_path / "run").exists()
 
 
-INTERRUPTED = {"train": {"steps": 8}, "parallel": {"shard": "fsdp2"}, "evaluate": {"path": ""}}
+INTERRUPTED = {"train": {"steps": 8}, "parallel": {"shard": "zero1"}, "evaluate": {"path": ""}}
 
 
 @pytest.fixture(scope="module")

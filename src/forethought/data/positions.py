@@ -1,7 +1,7 @@
 """Windows -> positions to think at, and the template around a thought."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from forethought.config import Method, UserError
+from forethought.config import Method, UserError, registry
 from forethought.data.corpus import Window
 
 
@@ -174,10 +174,6 @@ def marked(window: Window, count: int, options: Method, generator: torch.Generat
     return chosen
 
 
-Policy = Callable[[Window, int, Method, torch.Generator], list[int]]
-POLICIES: dict[str, Policy] = {"uniform": uniform, "stride": stride, "marked": marked}
-
-
 def uncertain(entropy: Float[Tensor, " choice"], count: int, options: Method, generator: torch.Generator) -> list[int]:
     """Distinct positions, uniformly among those whose next-token entropy is at least `min_entropy` nats.
 
@@ -199,14 +195,23 @@ def draw_positions(
 ) -> Positions:
     """K positions in each window (fewer in short windows) by the configured policy, in ascending order.
 
-    `entropies`: for the policy `entropy`, the argument of `uncertain` for each window.
+    A policy is a function (window, count, options, generator) -> token indices. One whose registry entry has `proxy`
+    gets the entropies of the window's positions instead of the window. Raises UserError if it returns an index without
+    a target.
     """
-    count = options.positions
-    if options.policy == "entropy":
-        chosen = [uncertain(entropy, count, options, generator) for entropy in entropies]
-    else:
-        chosen = [POLICIES[options.policy](window, count, options, generator) for window in windows]
-    return at_positions(windows, [sorted(indices) for indices in chosen], options.horizon)
+    name = options.policy
+    policy, proxy = registry.load("position_policy", name), registry.entry("position_policy", name).proxy
+    found = []
+    for i, window in enumerate(windows):
+        chosen = sorted(policy(entropies[i] if proxy else window, options.positions, options, generator))
+        last = len(window.tokens) - options.horizon
+        if not chosen or len(set(chosen)) < len(chosen) or chosen[0] < 1 or chosen[-1] > last:
+            raise UserError(
+                f"method.position_policy = {name!r}: returned {chosen[:8]} for a window of {len(window.tokens)} tokens; "
+                f"must be distinct indices from 1 to {last}"
+            )
+        found.append(chosen)
+    return at_positions(windows, found, options.horizon)
 
 
 def at_positions(windows: Sequence[Window], indices: Sequence[Sequence[int]], horizon: int) -> Positions:

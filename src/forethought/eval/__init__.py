@@ -15,7 +15,6 @@ from forethought.models.loading import check_context_length, load_model, load_th
 from forethought.rollout import engines
 from forethought.run import checkpoint
 from forethought.run.folder import RunLog, check_free
-from forethought.tools.report import card
 
 
 def evaluate(
@@ -51,13 +50,7 @@ def evaluate(
     figures["seconds"] = round(time.perf_counter() - began, 2)
     log.write_json("documents.json", shown)
     log.write_json("evaluate.json", figures)
-    if (log.path / "summary.json").is_file():
-        log.write_text("policy/README.md", _card(log, config.evaluate.path, figures))
     return figures, log.path / "evaluate.json"
-
-
-def _card(log: RunLog, held_out: str, figures: dict[str, Any]) -> str:
-    return card.text(log.config(), log.read_json("summary.json"), (held_out, figures))
 
 
 def started(target: str | Path, overrides: dict[str, Any], command: str) -> tuple[RunLog | None, Config]:

@@ -117,7 +117,7 @@ def check_context_length(config: Config, form: ThoughtFormat) -> None:
         source = str(folder) if folder.exists() else config.model.path
         limit = getattr(AutoConfig.from_pretrained(source, **extra).get_text_config(), "max_position_embeddings", None)
     method = config.method
-    thought = form.overhead + method.thought_length if method.thinks or config.evaluate.path else 0
+    thought = form.overhead + method.thought_length if method.samples_thoughts or config.evaluate.path else 0
     thought += method.prediction_length - 1 if method.name == "rpt" else 0
     need = config.corpus.window + thought
     if limit is not None and need > limit:

@@ -41,8 +41,8 @@ _STILL = 1e-4  # nats a token that a policy may move without the engine's answer
 class Caller:
     """Makes calls in a thread of its own and waits for each, for so long and no longer."""
 
-    def __init__(self, patience_s: float):
-        self.patience_s = patience_s
+    def __init__(self, timeout_s: float):
+        self.timeout_s = timeout_s
         self._tasks: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue[Any]]] = queue.SimpleQueue()
         self._stuck = ""
         threading.Thread(target=self._work, name="vllm", daemon=True).start()
@@ -54,11 +54,11 @@ class Caller:
         answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._tasks.put((function, answer))
         try:
-            value, error = answer.get(timeout=self.patience_s)
+            value, error = answer.get(timeout=self.timeout_s)
         except queue.Empty:
             self._stuck = name
             raise RunError(
-                f"rollout.engine = 'vllm': {name} takes longer than rollout.patience_s = {self.patience_s:g} s; "
+                f"rollout.engine = 'vllm': {name} takes longer than rollout.timeout_s = {self.timeout_s:g} s; "
                 "vLLM hangs, or needs more time; the last checkpoint is whole"
             ) from None
         if error is not None:
@@ -92,7 +92,7 @@ class VLLMEngine:
         self.probe = [i % size for i in range(7, 7 + min(_PROBE, options["max_model_len"] - 1))]
         self.bound = _BOUND[options["dtype"]]
         self.answers: tuple[Tensor, Tensor] | None = None  # the policy's and vLLM's to the last probe
-        self.caller = Caller(config.rollout.patience_s)
+        self.caller = Caller(config.rollout.timeout_s)
         try:
             self.llm = self.caller.call("the start", lambda: vllm.LLM(**options))
         except RunError as error:
@@ -160,7 +160,7 @@ class VLLMEngine:
         for chunk in positions.chunks(max(1, places * (self.reading.tokens // longest))):
             tokens, mask = pad_rows(texts[start : start + len(chunk) * group], self.form.pad, left=False)
             tokens, mask = (some.view(len(chunk), group, -1).to(device) for some in (tokens, mask))
-            again = ThoughtBatch.of(self.form, chunk, tokens, mask)
+            again = ThoughtBatch.from_positions(self.form, chunk, tokens, mask)
             parts.append(target_logp(self.policy, self.form, again, positions.horizon, self.reading))
             start += len(chunk) * group
         evidence, hit = (torch.cat(some).view(len(positions), group, -1) for some in zip(*parts, strict=True))

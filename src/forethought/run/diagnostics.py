@@ -113,7 +113,7 @@ CHECKS = (
     Check(
         name="thoughts-not-closing", metric="rollout/closed", size=_missing, warns=0.5, clears=0.35,
         evidence="{recent:.0%} of the thoughts close themselves, the others are cut off",
-        advice="raise method.thought_length, or set method.unclosed to penalise",
+        advice="raise method.thought_length, or set method.unclosed to penalize",
     ),
     Check(
         name="leakage-rising", metric="rollout/leakage", reference="start", size=_rise, warns=0.25, clears=0.15,
