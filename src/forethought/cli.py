@@ -152,10 +152,10 @@ def _questions(words: list[str], out: Console, err: Console) -> int:
         raise UserError("questions takes a run folder or a model: embedded, a hub id, a folder or a .gguf file")
     overrides = read_overrides(words[1:])
     _quiet_libraries()
-    from forethought.tools.questions.ask import ask
+    from forethought.tools.benchmarks import run_benchmarks
 
     with ProgressBar(err) as watcher:
-        figures, file = ask(words[0], overrides, lambda done, total: watcher.phase("answering", done, total))
+        figures, file = run_benchmarks(words[0], overrides, lambda done, total: watcher.phase("answering", done, total))
     answer_table(figures, out)
     line(out, f"figures: {file}; every prompt and answer: {file.with_suffix('.jsonl')}")
     return 0
@@ -240,7 +240,7 @@ def _lm_eval(words: list[str], out: Console, err: Console) -> int:
     try:
         from forethought.tools import lm_eval
     except ModuleNotFoundError as error:
-        raise UserError(f"lm-eval: {error.name} is not installed; pip install 'forethought[lm-eval]'") from None
+        raise UserError(f"lm-eval: {error.name} is not installed; pip install 'forethought[eval]'") from None
     lm_eval.main(words)
     return 0
 

@@ -328,7 +328,7 @@ class ThinkingModel:
     ) -> list[tuple[Thought, ...]]:
         """Thoughts at any temperature, 0 included, which the rollout engines do not sample at."""
         close = list(self.form.close)
-        prompts = [self.form.wrap(context) for context in contexts for _ in range(thoughts)]
+        prompts = [self.form.prompt_tokens(context) for context in contexts for _ in range(thoughts)]
         each = [make_generator(seed, "think", context) for seed, context in zip(seeds, contexts, strict=True)]
         sampling = Sampling(
             limit=self.config.method.thought_length,

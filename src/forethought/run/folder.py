@@ -15,13 +15,17 @@ JSON has no NaN and no infinity: a value that is no finite number is left out of
 
 import errno
 import fcntl
+import gzip
+import itertools
 import json
 import math
 import os
 import re
+import reprlib
 import shutil
 import socket
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -109,9 +113,9 @@ class RunLog:
         """
         for path in (self.path / f"{name}.jsonl" for name in ("metrics", "thoughts", "warnings")):
             kept = []
-            for number, row in _numbered(path):
+            for number, row in _numbered_rows(path):
                 if type(row.get("step")) is not int:
-                    raise UserError(f"{path}:{number}: has no step; mend or delete the line")
+                    raise UserError(f"{path}:{number}: has no step; fix or delete the line")
                 if row["step"] <= step:
                     kept.append(row)
             if path.exists():
@@ -181,11 +185,71 @@ class RunLog:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl file of a run; a file that no step wrote yet has none.
+    """The rows of a JSON Lines file of a run; none if it does not exist yet. A truncated last line is ignored.
 
-    A last line that a kill cut off is ignored. Raises UserError, with file and line, for any other broken line.
+    Raises UserError, with file and line, for any other malformed line.
     """
-    return [row for _, row in _numbered(path)]
+    return [row for _, row in _numbered_rows(path)]
+
+
+def _numbered_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    try:
+        return list(read_jsonl(path, allow_truncated=True))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def read_jsonl(
+    path: str | Path, *, skip: int = 0, allow_truncated: bool = False
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers (from 1) and rows of a JSON Lines file (.gz too); blank lines are ignored.
+
+    Args:
+        skip: pass over this many rows without parsing them.
+        allow_truncated: ignore a last line that does not parse and has no newline, as a killed process leaves it.
+
+    Raises:
+        UserError: a malformed line or gzip stream, with file and line.
+        OSError: the file cannot be opened.
+    """
+    for number, line in itertools.islice(_numbered_lines(str(path)), skip, None):
+        try:
+            row = json.loads(decode_text(line, str(path), number))
+        except (ValueError, RecursionError) as error:
+            if allow_truncated and not line.endswith(b"\n"):
+                return
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{path}:{number}: malformed JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: a row must be an object, got {reprlib.repr(row)}")
+        yield number, row
+
+
+def decode_text(data: bytes, path: str, line: int) -> str:
+    """UTF-8 text that begins at a line of a file, without a byte order mark. Raises UserError with file and line."""
+    if b"\0" in data:
+        line += data.count(b"\n", 0, data.index(b"\0"))
+        raise UserError(f"{path}:{line}: holds a NUL byte, so it is binary, not UTF-8 text")
+    try:
+        return data.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line += data.count(b"\n", 0, error.start)
+        raise UserError(f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x})") from None
+
+
+def _numbered_lines(path: str) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not blank, with their numbers."""
+    number = 0
+    try:
+        with (gzip.open if path.lower().endswith(".gz") else open)(path, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield number, line
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}:{number + 1}: broken or truncated gzip ({error})") from None
 
 
 def checkpoints(run: Path) -> dict[int, Path]:
@@ -285,24 +349,3 @@ def _finite(value: Any) -> Any:
 
 def _is_infinite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
-
-
-def _numbered(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers (from 1) and rows. A cut line is the last, has no newline and, as objects do, does not parse."""
-    try:
-        file = path.open("rb")
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    with file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except ValueError as error:
-                if not line.endswith(b"\n"):
-                    return
-                raise UserError(f"{path}:{number}: is not valid JSON: {error}; mend or delete the line") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:{number}: holds a {type(row).__name__}, not a JSON object; delete the line")
-            yield number, row

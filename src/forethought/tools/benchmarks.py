@@ -4,6 +4,7 @@ The tasks are YAML files for the harness (`tasks/`), the model is the adapter of
 written answers. Every model gets the same prompts and random numbers. A standard error is over questions: the answers
 to one question are averaged first.
 """
+# pyright: reportMissingImports=false
 
 import csv
 import dataclasses
@@ -266,7 +267,7 @@ def grade(text: str, reference: str, choices: int = 0, tolerance: float = 0.0) -
     import math_verify
 
     # The library interrupts itself by a signal, which only the main thread can receive.
-    timeout = _TIMEOUT_S if threading.current_thread() is threading.main_thread() else None
+    timeout = _TIMEOUT_S if threading.current_thread() is threading.main_thread() else 0
     plain = (
         _SCIENTIFIC.sub(lambda found: f"{Decimal(found[0]):f}", one) for one in (f"$\\boxed{{{reference}}}$", text)
     )
@@ -393,8 +394,7 @@ def _evaluate(lm: Any, task: Any, temperature: float = 0.0, repeats: int = 1) ->
         how = {"do_sample": temperature > 0, "temperature": temperature, "max_gen_toks": lm.max_gen_toks}
         task.set_config("generation_kwargs", how, update=True)
         task.set_config("repeats", repeats)
-    found = evaluate(lm=lm, task_dict={"tasks": {task.task_name: task}}, bootstrap_iters=0)
-    assert found is not None
+    found: Any = evaluate(lm=lm, task_dict={"tasks": {task.task_name: task}}, bootstrap_iters=0)
     return found["samples"][task.task_name]
 
 

@@ -43,14 +43,13 @@ class BenchmarkTask(ConfigurableTask):
     def __init__(self, config: dict[str, Any]):
         super().__init__(config={name: value for name, value in config.items() if name != "class"})
 
-    def fewshot_context(self, doc: dict[str, Any], num_fewshot: int, **options: Any) -> Any:
+    def fewshot_context(self, doc: dict[str, Any], num_fewshot: int, *args: Any, **options: Any) -> Any:
         """The worked examples and the question."""
-        examples = self.dataset.get("dev", {}).get(doc["subject"]) or self.fewshot_cfg.samples
+        examples: Any = self.dataset.get("dev", {}).get(doc["subject"]) or self.fewshot_cfg.samples
         self.sampler.replace_df(examples)
-        return super().fewshot_context(doc=doc, num_fewshot=min(num_fewshot, len(examples)), **options)
+        return super().fewshot_context(doc, min(num_fewshot, len(examples)), *args, **options)
 
 
-@register_model("forethought")
 class ForethoughtLM(TemplateLM):
     """A ThinkingModel for the harness.
 
@@ -213,6 +212,9 @@ class ForethoughtLM(TemplateLM):
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
+
+
+register_model("forethought")(ForethoughtLM)
 
 
 def _overrides(options: dict[str, Any]) -> dict[str, Any]:
