@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "forethought"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-CORE = (
+CORE = ("config", "data", "algo", "models", "trainer.py", *(f"rollout/{name}.py" for name in ("__init__", "native", "decoder")))
     "config",
     "data",
     "algo",
