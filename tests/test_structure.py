@@ -7,16 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "forethought"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-CORE = ("config", "data", "algo", "models", "trainer.py", *(f"rollout/{name}.py" for name in ("__init__", "native", "decoder")))
-    "config",
-    "data",
-    "algo",
-    "models",
-    "trainer.py",
-    "rollout/__init__.py",
-    "rollout/native.py",
-    "rollout/decoder.py",
-)
+NATIVE = tuple(f"rollout/{name}.py" for name in ("__init__", "native", "decoder"))
+CORE = ("config", "data", "algo", "models", "trainer.py", *NATIVE)
 """What a reader of the method reads: everything but prefixes, run folders, evaluation, tools and other backends."""
 
 
