@@ -20,7 +20,7 @@ from forethought.models import lora, sharding
 from forethought.models.flops import Flops, step_flops, t_flop
 from forethought.models.loading import carry, check_length, load_tokenizer
 from forethought.models.shape import Shape
-from forethought.rollout.engines import engine
+from forethought.rollout import engine
 from forethought.run import checkpoint, distributed
 from forethought.run.callbacks import Callbacks, NoCallbacks
 from forethought.run.diagnostics import Diagnosis, Watch, of_evaluation

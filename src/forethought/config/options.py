@@ -43,9 +43,9 @@ class Model:
     """Where to run; `auto` takes a GPU where there is one."""
     prefix: Literal["shared", "replicated"] = "shared"
     """Read a document once for all its thoughts, or (for families that cannot share) a copy for each; same result."""
-    decoding: Literal["auto", "plain", "graphs", "compiled"] = "auto"
-    """Thoughts step by step, as captured CUDA graphs, or compiled (on a GPU the model, on a CPU by C++ functions, for
-    decoders of Llama's kind); `auto`: graphs on a GPU if they can, else step by step, on a CPU over ordered weights."""
+    decoding: Literal["auto", "eager", "cuda_graphs", "cuda_graphs_compiled", "cpp"] = "auto"
+    """Backend that decodes thoughts: PyTorch calls, CUDA graphs, CUDA graphs of a compiled model, or C++ on a CPU (for
+    Llama-style decoders). `auto`: CUDA graphs where they work, else eager, on a CPU with prepacked weights."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -158,7 +158,7 @@ class Rollout:
     """`native`: the policy itself. `vllm`: vLLM in the same process, given the new weights after every step."""
     cache_gb: Above0 = 1.0
     """Memory of vLLM's key-value cache, in GiB; its weights, a second copy of the policy's, come on top."""
-    patience_s: Above0 = 600.0
+    timeout_s: Above0 = 600.0
     """A call of vLLM that takes longer than this counts as hung, and the run stops with an error."""
     importance_cap: NonNegative = 0.0
     """Weigh each thought token by min(policy / sampler, cap), where the sampler is not quite the policy; 0: do not."""
