@@ -20,8 +20,7 @@ from forethought.eval import heldout
 from forethought.flops import Flops, Shape, step_flops, t_flop
 from forethought.models import lora, sharding
 from forethought.models.loading import check_context_length, load_tokenizer, save_thinking_options
-from forethought.rollout import Responses, Thoughts
-from forethought.rollout.engines import engine
+from forethought.rollout import Responses, Thoughts, engine
 from forethought.run import checkpoint, distributed
 from forethought.run.diagnostics import Diagnosis, Monitor, diagnose_evaluation
 from forethought.run.folder import RunLog, check_free, disk_errors, read_lines
