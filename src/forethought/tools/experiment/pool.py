@@ -63,7 +63,7 @@ class Pool:
                     self._start()
                     observer.phase("comparing", len(self.done), len(self.experiment.jobs))
                     files = [one.answers for one in self._busy()]
-                    with gate.passing():
+                    with gate.interruptible():
                         ready = select.select(files, [], [], POLL_S)[0] if files else time.sleep(POLL_S) or []
                     for one in [one for one in self.workers if one.answers in ready]:
                         self._hear(one)
