@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import forethought
-from forethought.config import Config, from_dict, load
+from forethought.config import Config, from_dict, load, option_names
 from forethought.eval import evaluate
 from forethought.tools.experiment.design import read
 from forethought.tools.posttrain.stage import read as read_stage

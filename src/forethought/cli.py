@@ -15,7 +15,7 @@ from rich.console import Console
 import forethought
 from forethought.config import Config, RunError, UserError, difference, from_dict, load, merge, read_overrides, to_dict
 from forethought.config.registry import OPTION, TABLES
-from forethought.run.distributed import RemoteRankError, launched, require_single_process
+from forethought.run.distributed import RemoteRankError, launcher_rank_and_size, require_single_process
 from forethought.run.signals import Stopped
 from forethought.tools.console import CONTROLS, FIGURES, ProgressBar, answer_table, line, renamed_options, table
 
@@ -37,7 +37,7 @@ def main(words: Sequence[str] | None = None) -> int:
     rank = os.environ.get("RANK", "0")
     speaker = "forethought" if rank == "0" else f"forethought process {rank}"
     try:
-        with renamed_options(err, launched()[0] == 0):
+        with renamed_options(err, launcher_rank_and_size()[0] == 0):
             _command(list(sys.argv[1:] if words is None else words), out, err)
         return 0
     except RemoteRankError:
@@ -46,7 +46,7 @@ def main(words: Sequence[str] | None = None) -> int:
         line(err, f"{speaker}: {error}")
         return 2 if isinstance(error, UserError) else 1
     except Stopped as stopped:
-        line(err, f"{speaker}: {stopped}") if launched()[0] == 0 else None
+        line(err, f"{speaker}: {stopped}") if launcher_rank_and_size()[0] == 0 else None
         return 128 + stopped.number
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -111,10 +111,9 @@ def _train(words: list[str], out: Console, err: Console) -> None:
         raise UserError("train takes a config file, the name of a shipped one such as quickstart, or --resume RUN")
     config = load(name, words) if resumed is None else _saved_config(resumed, name, words)
     _quiet_libraries()
-    from forethought.tools import report
-    from forethought.trainer import resume, train
+    from forethought.tools import report, resume, train
 
-    first = launched()[0] == 0
+    first = launcher_rank_and_size()[0] == 0
     with ProgressBar(err) if first else contextlib.nullcontext() as progress:
         summary = train(config, progress) if resumed is None else resume(resumed, progress, config.parallel)
     if first:
@@ -140,7 +139,7 @@ def _saved_config(run: str, name: str | None, words: list[str]) -> Config:
 def _evaluate(words: list[str], out: Console, err: Console) -> None:
     overrides = read_overrides(words[1:])
     _quiet_libraries()
-    from forethought.eval import evaluate
+    from forethought.tools import evaluate
 
     with ProgressBar(err) as progress:
         figures, file = evaluate(words[0], overrides, progress.phase)

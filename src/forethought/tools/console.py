@@ -15,6 +15,7 @@ from rich.text import Text
 from forethought.config import RenamedWarning
 from forethought.config.registry import METRICS
 from forethought.run.diagnostics import Diagnosis
+from forethought.run.trackers import Callbacks
 
 PLAIN_EVERY_S = 5.0
 
@@ -40,7 +41,7 @@ ANSWERS = {
 }
 
 
-class ProgressBar:
+class ProgressBar(Callbacks):
     """Draws a live bar on a terminal and plain lines elsewhere."""
 
     def __init__(self, console: Console):

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from forethought.config import RunError
-from forethought.run.callbacks import Callbacks, NoCallbacks
 from forethought.run.folder import RunLog
 from forethought.run.signals import SignalArrived, Stopped
+from forethought.run.trackers import Callbacks
 from forethought.tools import report
 from forethought.tools.experiment import arms, asked, table
 from forethought.tools.experiment.design import BASE, Experiment, Job, read
-from forethought.tools.experiment.pool import Pool
+from forethought.tools.experiment.workers import WorkerPool
 from forethought.tools.report.comparison import Verdict
 
 DESCRIBED = "experiment.json"
@@ -35,7 +35,7 @@ def compare(
         Stopped: SIGINT or SIGTERM; the same call goes on.
     """
     began, meter = time.perf_counter(), arms.Meter()
-    experiment, observer = read(path, overrides or {}), observer or NoCallbacks()
+    experiment, observer = read(path, overrides or {}), observer or Callbacks()
     todo = [job for job in experiment.jobs if not arms.finished(experiment, job)]
     asked.check(experiment)
     arms.measure_base(experiment, observer, meter)
@@ -44,7 +44,7 @@ def compare(
         if experiment.processes == 1:
             failed = _one_by_one(experiment, todo, observer, meter)
         else:
-            failed = Pool(experiment, todo, {"path": str(path), "overrides": overrides or {}}).run(observer)
+            failed = WorkerPool(experiment, todo).run(observer)
     except (SignalArrived, Stopped) as stopped:
         _publish(experiment, failed, began)
         kept = f"finished arms are kept in {experiment.run}; go on with the same command"
