@@ -60,7 +60,7 @@ test-vllm: env-vllm  ## the vLLM engine for real
 	OMP_NUM_THREADS=1 $(VLLM)/pytest -q -n 0 -o filterwarnings= --show-capture=no tests/test_vllm.py
 
 bench-vllm: env-vllm  ## sampling against vLLM
-	OMP_NUM_THREADS=1 $(VLLM)/python benchmarks/rollout.py --peers vllm-cpu --decoding compiled --clock cpu \
+	OMP_NUM_THREADS=1 $(VLLM)/python benchmarks/rollout.py --peers vllm-cpu --decoding cpp --clock cpu \
 		--grid 512,64,1,16 512,256,1,16 1024,64,1,16 1024,64,4,16 1024,256,1,16 2048,64,1,16 \
 		--json benchmarks/results/rollout-vllm.json
 

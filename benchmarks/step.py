@@ -24,13 +24,12 @@ import torch
 from datasets import Dataset
 from harness import CLOSE, FORM, OPEN
 
-from forethought.algo import RLP
+from forethought.algo.rlp import RLP
 from forethought.data.positions import Positions
-from forethought.models.compute_copy import Network
+from forethought.models.compute_copy import Network, Teacher
 from forethought.models.flops import step_flops
 from forethought.models.logprobs import log_probabilities
 from forethought.models.shape import Shape
-from forethought.models.teacher import Teacher
 from forethought.rollout import Thoughts
 from forethought.rollout.native import NativeEngine, native_engine
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from forethought.config import Config, Method, UserError, find, from_dict, load, shipped, to_dict
+from forethought.config import Config, Method, UserError, find, from_dict, load, option_names, shipped, to_dict
 from forethought.run.folder import RunLog
 
 OPTIONS = """
@@ -23,7 +23,7 @@ method.horizon method.discount method.temperature method.top_p method.reward met
 method.clamp_gain method.min_gain method.clip_low method.clip_high method.inner_steps method.ema
 method.teacher_every method.freeze_teacher method.kl_weight method.unclosed method.unclosed_penalty method.open
 method.close method.prompt
-rollout.engine rollout.cache_gb rollout.patience_s rollout.importance_cap
+rollout.engine rollout.cache_gb rollout.timeout_s rollout.importance_cap
 optim.learning_rate optim.schedule optim.warmup optim.weight_decay optim.beta1 optim.beta2 optim.gradient_clip
 lora.r lora.alpha lora.target_modules
 train.steps train.tokens train.flops train.batch train.rollout_batch train.log_every train.log_thoughts
@@ -62,9 +62,9 @@ def test_the_options_are_these():
         ("--model.prefix copied", "'shared' or 'replicated'"),
         ("--corpus.window 1", "greater than or equal to 2"),
         ("--corpus.shuffle -1", "greater than or equal to 0"),
-        ("--rollout.engine sglang", "'native' or 'vllm'"),
+        ("--rollout.engine sglang", "must be native, vllm or module:attribute"),
         ("--rollout.cache_gb 0", "greater than 0"),
-        ("--rollout.patience_s inf", "finite number"),
+        ("--rollout.timeout_s inf", "finite number"),
         ("--rollout.importance_cap -1", "greater than or equal to 0"),
         ("--method.group 0", "greater than or equal to 1"),
         ("--method.group 1", "at least 2"),
@@ -84,7 +84,7 @@ def test_the_options_are_these():
         ("--method.min_gain nan", "below infinity"),
         ("--method.clip_low 1.1", "less than or equal to 1"),
         ("--method.clamp_gain perhaps", "boolean"),
-        ("--method.name grpo", "'rlp', 'rpt', 'cpt' or 'mixed'"),
+        ("--method.name grpo", "must be rlp, rpt, cpt, mixed or module:attribute"),
         ("--optim.learning_rate -1e-6", "greater than 0"),
         ("--optim.learning_rate nan", "finite number"),
         ("--optim.learning_rate inf", "finite number"),

@@ -35,7 +35,7 @@ def viewed(shown: int = 2, members: int = 3, reference: Any = None, batch: int =
 
 
 def after_thought(context: list[int], thought: dict[str, Any]) -> list[int]:
-    return [*FORM.wrap(context), *(WORDS[word] for word in thought["text"].split()), *FORM.close]
+    return [*FORM.prompt_tokens(context), *(WORDS[word] for word in thought["text"].split()), *FORM.close]
 
 
 def assert_top(top: list[list[Any]], logp: torch.Tensor) -> None:

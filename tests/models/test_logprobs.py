@@ -80,7 +80,7 @@ def test_engine_and_trainer_and_plain_forward_agree_on_thoughts(name, form, shar
     noise = draw_noise((3, 6), [make_generator(1, i) for i in range(len(positions))])
     thoughts = NativeEngine(model, form, Method(temperature=temperature), shared=shared).sample(positions, noise)
     assert not thoughts.closed.all()
-    prompts = [form.wrap(context) for context in positions.contexts()]
+    prompts = [form.prompt_tokens(context) for context in positions.contexts()]
     rows = ThoughtBatch.of(form, positions, thoughts.tokens, thoughts.mask)
     assert [rows.contexts(form)[place] for place in rows.place.tolist()] == [one for one in prompts for _ in range(3)]
     with torch.no_grad():

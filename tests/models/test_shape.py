@@ -7,8 +7,8 @@ import torch
 from transformers import DynamicCache, Gemma3Config, Qwen3Config
 
 from forethought.config import UserError
+from forethought.models.compute_copy import Teacher
 from forethought.models.shape import FAMILIES, Attention, Shape, memory
-from forethought.models.teacher import Teacher
 from helpers.architectures import CONFIGS, model
 from helpers.models import gpt2
 

@@ -86,7 +86,7 @@ def model() -> Any:
     return made
 
 
-class StaticKV:
+class Held:
     """Bytes that autograd keeps for the backward pass: now, and the most so far. Views of one storage count once."""
 
     def __init__(self) -> None:

@@ -229,8 +229,8 @@ def adapted() -> Any:
     ],
 )
 def test_other_models_are_refused_in_a_line(model: Any, line: str):
-    with pytest.raises(UserError, match=rf"^model.decoding = 'compiled': .*{line}.*; use 'auto' or 'plain'$"):
-        native_engine(model(), FORM, Config(model=Model(decoding="compiled")))
+    with pytest.raises(UserError, match=rf"^model.decoding = 'cpp': .*{line}.*; use 'auto' or 'eager'$"):
+        native_engine(model(), FORM, Config(model=Model(decoding="cpp")))
 
 
 @NEEDS_COMPILER
@@ -242,7 +242,7 @@ def test_a_model_that_computes_something_else_is_found_by_the_probe():
 
 
 def test_copies_of_prefixes_are_refused():
-    settings = Config(model=Model(decoding="compiled", prefix="replicated"))
+    settings = Config(model=Model(decoding="cpp", prefix="replicated"))
     with pytest.raises(UserError, match=r"model.prefix must be 'shared'; use 'auto' or 'plain'$"):
         native_engine(network("llama"), FORM, settings)
 
@@ -281,9 +281,9 @@ def test_the_functions_are_compiled_once(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_run_trains_on_such_thoughts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     words = ["train", "quickstart", "--train.steps", "2", "--train.batch", "4", "--evaluate.documents", "4"]
-    for decoding in ("plain", "compiled"):
+    for decoding in ("eager", "cpp"):
         assert main([*words, "--model.decoding", decoding, "--run", decoding]) == 0
-    plain, compiled = (Path(name, "thoughts.jsonl").read_text() for name in ("plain", "compiled"))
+    plain, compiled = (Path(name, "thoughts.jsonl").read_text() for name in ("eager", "cpp"))
     assert plain.count("\n") == compiled.count("\n") > 0
     mismatch = [
         line for line in Path("compiled/metrics.jsonl").read_text().splitlines() if "objective/mismatch" in line

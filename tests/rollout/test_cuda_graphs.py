@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forethought.config import Config, Model, UserError
-from forethought.data.positions import ThoughtFormat, at_positions, draw, make_generator
+from forethought.data.positions import ThoughtFormat, at_positions, draw_positions, make_generator
 from forethought.prefix import enable
 from forethought.rollout import draw_noise
 from forethought.rollout.cuda_graphs import Graphs, capturable
@@ -46,7 +46,7 @@ def test_rows_that_still_think_move_together_when_half_are_done():
     model = MODELS["qwen3"]()
     enable(model)
     settings = config(group=32, thought_length=70, positions=1, temperature=1.0)
-    positions = draw(WINDOWS, settings.method, make_generator(1))
+    positions = draw_positions(WINDOWS, settings.method, make_generator(1))
     noise = draw_noise((32, 70), [make_generator(2, i) for i in range(len(positions))])
     plain = engine(model, settings).sample(positions, noise)
     graphs = Graphs(model, FORM, settings.method, 256, compiled=False)
@@ -90,8 +90,8 @@ def test_draws_at_the_ends_have_weight():
 def test_what_cannot_be_captured_is_refused_and_told():
     assert capturable(tiny.model("llama")) and capturable(tiny.model("qwen3"))
     assert not capturable(tiny.model("mixtral")) and not capturable(tiny.model("nemotron_h"))
-    settings = Config(model=Model(decoding="graphs"))
-    with pytest.raises(UserError, match=r"^model.decoding = 'graphs': there is no GPU; use 'auto' or 'plain'$"):
+    settings = Config(model=Model(decoding="cuda_graphs"))
+    with pytest.raises(UserError, match=r"^model.decoding = 'cuda_graphs': there is no GPU; use 'auto' or 'eager'$"):
         native_engine(MODELS["qwen3"](), FORM, settings)
     assert native_engine(MODELS["qwen3"](), FORM, Config()).graphs is None
 

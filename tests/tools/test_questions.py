@@ -559,7 +559,7 @@ def test_thinking_reads_the_same_prompt_and_the_thought_before_it_answers(tmp_pa
     seen = set()
     for one in questions.measure(model, form, tokenizer, some, config, silent):
         [answer] = one.answers
-        tokens = form.wrap(tokenizer(one.prompt)["input_ids"])
+        tokens = form.prompt_tokens(tokenizer(one.prompt)["input_ids"])
         thought: list[int] = []
         while len(thought) < config.method.thought_length and thought[-1:] != list(form.close):
             logits = model(input_ids=torch.tensor([tokens + thought])).logits[0, -1]

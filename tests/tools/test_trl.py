@@ -15,11 +15,11 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 import forethought
+from forethought.algo.metrics import PositionShard, SampledTokens
 from forethought.algo.objective import group_advantages
-from forethought.algo.policy_gradient import Sampled
 from forethought.config import Config, Corpus, Method, Model, UserError
 from forethought.data.corpus import Windows
-from forethought.data.positions import draw, make_generator
+from forethought.data.positions import draw_positions, make_generator
 from forethought.tools import trl
 from helpers.models import CLOSE, FORM, assert_close, config, plain_targets, qwen3, rlp, word_tokenizer
 
@@ -71,8 +71,8 @@ def test_reward_advantages_loss_and_gradient_are_those_of_our_trainer(settings, 
     model = qwen3(scale=0.2, seed=3)
     windows = Windows(settings.corpus, word_tokenizer(), settings.seed)
     text = [next(windows) for _ in range(4)]
-    positions = draw(text, settings.method, make_generator(settings.seed, "positions", 1))
-    prompts = [FORM.wrap(context) for context in positions.contexts()]
+    positions = draw_positions(text, settings.method, make_generator(settings.seed, "positions", 1))
+    prompts = [FORM.prompt_tokens(context) for context in positions.contexts()]
     with torch.no_grad():
         ends = torch.stack([model.model(torch.tensor([prompt])).last_hidden_state[0, -1] for prompt in prompts])
         model.lm_head.weight[CLOSE] += torch.linalg.pinv(ends) @ (-30 - ends @ model.lm_head.weight[CLOSE])
@@ -101,9 +101,10 @@ def test_reward_advantages_loss_and_gradient_are_those_of_our_trainer(settings, 
     assert torch.allclose(inputs["advantages"][order], advantages, atol=1e-5)
 
     method = rlp(ours, settings)
-    sampled = Sampled(tokens=tokens, mask=mask, logp=torch.zeros(mask.shape))
-    (piece,) = method.learner.pieces(positions, sampled, advantages, len(positions))
-    loss, _ = method.backward(piece)
+    sampled = SampledTokens(tokens=tokens, mask=mask, logp=torch.zeros(mask.shape))
+    shard = PositionShard(positions=positions, global_indices=list(range(len(positions))), global_count=len(positions))
+    (piece,) = method.policy_gradient.microbatches(shard, sampled, advantages)
+    loss, _ = method.forward_backward(piece)
     theirs = trainer.compute_loss(trainer.model, inputs)
     theirs.backward()
     assert loss == pytest.approx(float(theirs.detach()), abs=1e-6)
@@ -154,7 +155,7 @@ def test_prompts_are_the_positions_of_our_trainer(settings):
     method, windows = rlp(qwen3(), settings), Windows(settings.corpus, word_tokenizer(), settings.seed)
     wanted = []
     for step in (1, 2):
-        positions = method.places.draw([next(windows) for _ in range(4)], step)
+        positions = method.position_sampler.draw([next(windows) for _ in range(4)], step)
         wanted += zip(positions.contexts(), positions.targets().tolist(), strict=True)
     rows = trl.prompts(settings, word_tokenizer())
     assert [(row["context"], row["target"]) for row in rows] == wanted

@@ -1,10 +1,12 @@
 """Options, errors, and loading them from files and the command line. Importing it imports no torch."""
 
 from forethought.config.loading import (
+    RenamedWarning,
     difference,
     find,
     flatten,
     from_dict,
+    from_saved,
     load,
     merge,
     option_names,
@@ -27,11 +29,10 @@ from forethought.config.options import (
     Positive,
     Questions,
     Rollout,
-    RunError,
     Train,
     Update,
-    UserError,
 )
+from forethought.config.registry import RunError, UserError
 
 __all__ = [
     "Above0",
@@ -46,6 +47,7 @@ __all__ = [
     "Parallel",
     "Positive",
     "Questions",
+    "RenamedWarning",
     "Rollout",
     "RunError",
     "Train",
@@ -55,6 +57,7 @@ __all__ = [
     "find",
     "flatten",
     "from_dict",
+    "from_saved",
     "load",
     "merge",
     "option_names",

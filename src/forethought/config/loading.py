@@ -7,15 +7,34 @@ and what is allowed.
 
 import dataclasses
 import difflib
+import importlib
 import json
 import math
 import tomllib
+import typing
+import warnings
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from forethought.config.options import Config, Method, Name, UserError
+from forethought.config import registry
+from forethought.config.options import Config
+from forethought.config.registry import UserError
+
+_RENAMED = {"rollout.patience_s": "rollout.timeout_s"}
+"""Options of version 0.1 by their names then."""
+_RENAMED_VALUES = {
+    ("model.decoding", "plain"): "eager",
+    ("model.decoding", "graphs"): "cuda_graphs",
+    ("model.decoding", "compiled"): "",  # depends on the device
+    ("method.unclosed", "penalise"): "penalize",
+    ("parallel.shard", "fsdp2"): "zero1",
+}
+
+
+class RenamedWarning(FutureWarning):
+    """An option or a run folder of version 0.1 was read under its new names; the next version will not."""
 
 
 def load(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
@@ -24,7 +43,7 @@ def load(path: str | Path | None = None, overrides: list[str] | None = None) -> 
     Raises:
         UserError: unknown or missing file, broken TOML, unknown option, wrong type, value out of range.
     """
-    values = {} if path is None else read_toml(find(path))
+    values = {} if path is None else _new_names(read_toml(find(path)))
     if "arms" in values:
         raise UserError(f"config {str(path)!r} is an experiment: forethought compare {path}")
     if "stage" in values:
@@ -44,10 +63,22 @@ def merge(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
 def from_dict(values: dict[str, Any]) -> Config:
     """Check a nested dict and make it a Config. Raises UserError."""
     try:
-        config = TypeAdapter(Config).validate_json(json.dumps(values, default=str))
+        config = TypeAdapter(Config).validate_json(json.dumps(_new_values(_new_names(values)), default=str))
     except ValidationError as error:
         raise UserError(_explain(error)) from None
     _check_together(config)
+    return config
+
+
+def from_saved(values: dict[str, Any], where: str) -> Config:
+    """The config of the run folder `where`; version 0.1 saved none of its own. Raises UserError."""
+    if "version" in values:
+        return from_dict({name: value for name, value in values.items() if name != "version"})
+    if flatten(values).get("method.reward") == "information_gain":  # the default then, whatever the method
+        values = merge(values, {"method": {"reward": "auto"}})
+    with warnings.catch_warnings(action="ignore", category=RenamedWarning):
+        config = from_dict(values)
+    warnings.warn(f"{where} is a run of version 0.1; the next version will not read it", RenamedWarning, stacklevel=3)
     return config
 
 
@@ -67,13 +98,19 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def difference(saved: Config, wanted: Config) -> tuple[str, Any, Any] | None:
     """The first option that two configs disagree on: its name and both values.
 
-    Where the run lies, and how processes share the work, makes no difference.
+    The run folder, and how processes share the work, make no difference.
     """
-    old = flatten(to_dict(saved))
-    for option, value in flatten(to_dict(wanted)).items():
+    old, new = _resolved(saved), _resolved(wanted)
+    for option, value in new.items():
         if option not in ("run", "overwrite") and not option.startswith("parallel.") and old[option] != value:
             return option, old[option], value
     return None
+
+
+def _resolved(config: Config) -> dict[str, Any]:
+    method = config.method
+    automatic = {"method.reward": method.reward_name, "method.position_policy": method.policy}
+    return flatten(to_dict(config)) | automatic
 
 
 def option_names() -> list[str]:
@@ -126,11 +163,15 @@ def read_overrides(words: list[str]) -> dict[str, Any]:
                 raise UserError(f"option --{option} needs a value")
             value = words.pop(0)
         option = option.replace("-", "_")
-        nested: Any = _literal(option, value)
-        for name in reversed(option.split(".")):
-            nested = {name: nested}
-        values = merge(values, nested)
+        values = merge(values, _nested(option, _literal(option, value)))
     return values
+
+
+def _nested(option: str, value: Any) -> dict[str, Any]:
+    """{"a": {"b": value}} of the option a.b."""
+    for name in reversed(option.split(".")):
+        value = {name: value}
+    return value
 
 
 def _literal(option: str, text: str) -> Any:
@@ -138,7 +179,7 @@ def _literal(option: str, text: str) -> Any:
     section, _, name = option.rpartition(".")
     owner = {field.name: field.type for field in dataclasses.fields(Config)}.get(section, Config)
     types = {field.name: field.type for field in dataclasses.fields(owner)} if dataclasses.is_dataclass(owner) else {}
-    if types.get(name) in (str, Name):
+    if str in (types.get(name), *typing.get_args(types.get(name))):
         return text
     if text in ("True", "False"):
         return text == "True"
@@ -160,20 +201,56 @@ def _explain(error: ValidationError) -> str:
     return f"{name} = {first['input']!r}: {message}"
 
 
+def _new_names(values: dict[str, Any]) -> dict[str, Any]:
+    """Options by their names of today. An old name wins over the new one, which a default or saved config gave."""
+    for old, new in _RENAMED.items():
+        section, _, name = old.rpartition(".")
+        if isinstance(inner := values.get(section), dict) and name in inner:
+            warnings.warn(f"option {old} is now {new}", RenamedWarning, stacklevel=4)
+            others = {key: value for key, value in inner.items() if key != name}
+            values = merge({**values, section: others}, _nested(new, inner[name]))
+    return values
+
+
+def _new_values(values: dict[str, Any]) -> dict[str, Any]:
+    """Values by their names of today."""
+    flat = flatten(values)
+    for (option, old), new in _RENAMED_VALUES.items():
+        if flat.get(option) == old:
+            now = new or _compiled(flat.get("model.device", "auto"))
+            warnings.warn(f"{option} = {old!r} is now {now!r}", RenamedWarning, stacklevel=4)
+            values = merge(values, _nested(option, now))
+    return values
+
+
+def _compiled(device: str) -> str:
+    """The decoding that version 0.1 called `compiled`. Whether there is a GPU, only torch can say."""
+    if device == "auto":
+        device = "cuda" if importlib.import_module("torch").cuda.is_available() else "cpu"
+    return "cuda_graphs_compiled" if device == "cuda" else "cpp"
+
+
 def _check_together(config: Config) -> None:
     """The rules that take more than one option."""
-    method, train = config.method, config.train
-    rules = [
+    for broken, message in [*_rules(config), *_rules_of_entries(config)]:
+        if broken:
+            raise UserError(message)
+
+
+def _rules(config: Config) -> list[tuple[bool, str]]:
+    method, train, corpus = config.method, config.train, config.corpus
+    thinks, gained = method.samples_thoughts, method.min_gain > -math.inf
+    return [
         (
-            method.unclosed == "drop" and (method.scale == "std" or method.min_gain > -math.inf),
+            method.unclosed == "drop" and (method.scale == "std" or gained),
             "method.unclosed = 'drop': cannot be combined with method.scale std or method.min_gain",
         ),
         (
-            method.unclosed == "penalise" and method.clamp_gain,
-            "method.unclosed = 'penalise': cannot be combined with method.clamp_gain, which would undo the penalty",
+            method.unclosed == "penalize" and method.clamp_gain,
+            "method.unclosed = 'penalize': cannot be combined with method.clamp_gain, which would undo the penalty",
         ),
         (
-            method.group < 2 and method.baseline == "group" and method.thinks,
+            method.group < 2 and method.baseline == "group" and thinks,
             f"method.group = {method.group}: comparing thoughts takes at least 2 (or another method.baseline)",
         ),
         (
@@ -186,7 +263,7 @@ def _check_together(config: Config) -> None:
             "shift-invariant, because the teacher then shapes the update",
         ),
         (
-            method.thinks and train.batch % method.positions != 0,
+            thinks and train.batch % method.positions != 0,
             f"train.batch = {train.batch}: must be a multiple of method.positions = {method.positions}",
         ),
         (
@@ -194,54 +271,52 @@ def _check_together(config: Config) -> None:
             f"method.prompt = {method.prompt!r}: must hold {{context}} exactly once",
         ),
         (
-            config.corpus.min_tokens > config.corpus.window,
-            f"corpus.min_tokens = {config.corpus.min_tokens}: must be at most corpus.window = {config.corpus.window}",
+            corpus.min_tokens > corpus.window,
+            f"corpus.min_tokens = {corpus.min_tokens}: must be at most corpus.window = {corpus.window}",
         ),
         (
-            config.corpus.min_tokens <= method.horizon,
-            f"corpus.min_tokens = {config.corpus.min_tokens}: must be above method.horizon = {method.horizon}",
+            corpus.min_tokens <= method.horizon,
+            f"corpus.min_tokens = {corpus.min_tokens}: must be above method.horizon = {method.horizon}",
         ),
         (not method.min_gain < math.inf, f"method.min_gain = {method.min_gain}: must be below infinity"),
-    ]
-    for broken, message in [*rules, *_rules_of_predictions(method), *_rules_of_extras(config)]:
-        if broken:
-            raise UserError(message)
-
-
-def _rules_of_predictions(method: Method) -> list[tuple[bool, str]]:
-    """Those of RPT, and of the proxy that picks positions."""
-    return [
         (
-            method.name == "rpt" and (method.clamp_gain or method.min_gain > -math.inf),
-            "method.name = 'rpt': has no gain, so method.clamp_gain and method.min_gain are not for it",
-        ),
-        (
-            method.name == "mixed" and method.reward != "information_gain",
-            f"method.reward = {method.reward!r}: method.name mixed chooses thoughts by their gain",
-        ),
-        (
-            method.proxy != "" and (method.policy != "entropy" or not method.thinks),
-            f"method.proxy = {method.proxy!r}: only method.position_policy entropy asks a proxy",
+            config.lora.r > 0 and config.parallel.shard != "none",
+            f"parallel.shard = {config.parallel.shard!r}: with lora.r = {config.lora.r} the trained weights are few, "
+            "and each process keeps them all; use 'none'",
         ),
     ]
 
 
-def _rules_of_extras(config: Config) -> list[tuple[bool, str]]:
-    """What vLLM and adapters cannot do."""
-    method, asked = config.method, config.rollout.engine == "vllm"
-    return [
+def _rules_of_entries(config: Config) -> list[tuple[bool, str]]:
+    """What methods, rewards, engines and position policies ask of each other and of other options."""
+    method, engine = config.method, registry.entry("engine", config.rollout.engine)
+    policy, reward = registry.entry("position_policy", method.policy), registry.entry("reward", method.reward_name)
+    fitting = [name for name, one in registry.REWARDS.items() if registry.fits(method.entry, one)]
+    rules = [
         (
-            asked and method.name == "rpt",
-            "rollout.engine = 'vllm': samples thoughts only, and method.name rpt writes predictions; use native",
+            method.reward != "auto" and not method.samples_thoughts,
+            f"method.reward = {method.reward!r}: method.name {method.name} samples no thoughts, so it has no reward",
         ),
         (
-            asked and method.top_p < 1,
-            f"rollout.engine = 'vllm': its log-probabilities would be the nucleus's, so method.top_p = {method.top_p} "
-            "must be 1",
+            method.samples_thoughts and not registry.fits(method.entry, reward),
+            f"method.reward = {reward.name!r}: is no reward for method.name {method.name}; use {' or '.join(fitting)}",
         ),
         (
-            config.lora.r > 0 and config.parallel.shard == "fsdp2",
-            f"parallel.shard = 'fsdp2': with lora.r = {config.lora.r} what is trained is small, and whole in each "
-            "process; use 'none'",
+            method.entry.writes and not engine.writes,
+            f"rollout.engine = {engine.name!r}: samples thoughts only, and method.name {method.name} writes "
+            "predictions; use native",
+        ),
+        (
+            method.proxy != "" and not (policy.proxy and method.samples_thoughts),
+            f"method.proxy = {method.proxy!r}: only method.position_policy entropy queries a proxy",
         ),
     ]
+    now, usual = flatten(to_dict(config)), flatten(to_dict(Config()))
+    for kind, one in (("method", method.entry), ("reward", reward), ("engine", engine), ("position_policy", policy)):
+        option = f"{registry.OPTION[kind]} = {one.name!r}"
+        rules += [(now[name] == usual[name], f"{option}: needs {name}") for name in one.required]
+        rules += [
+            (now[name] != usual[name], f"{option}: {reason}; {name} = {now[name]} must be {usual[name]}")
+            for name, reason in one.excluded.items()
+        ]
+    return rules

@@ -15,7 +15,6 @@ from forethought.data.corpus import Window
 from forethought.data.positions import ThoughtFormat, make_generator
 from forethought.eval.heldout import Measured, Records, Subject, think, with_domains
 from forethought.models.logprobs import thought_evidence
-from forethought.rollout.content import Tokens
 
 Progress = Callable[[str, int, int], None]
 """Name of the phase, positions that are done, positions in all."""
@@ -60,9 +59,9 @@ def ordinary_tokens(tokenizer: Any, form: ThoughtFormat) -> list[int]:
     return sorted({*tokenizer.get_vocab().values()} - special - {*tokenizer.all_special_ids, *form.open, *form.close})
 
 
-def random_thoughts(thoughts: Tokens, vocabulary: Sequence[int], name: str) -> Tokens:
+def random_thoughts(thoughts: list[list[list[int]]], vocabulary: Sequence[int], name: str) -> list[list[list[int]]]:
     """Thoughts of the same lengths, of uniformly drawn tokens; each position draws from a generator of its own."""
-    drawn: Tokens = []
+    drawn: list[list[list[int]]] = []
     for i, group in enumerate(thoughts):
         generator = make_generator(0, "random", name, i)
         picks = [torch.randint(len(vocabulary), (len(thought),), generator=generator).tolist() for thought in group]

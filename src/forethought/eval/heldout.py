@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from forethought.algo.metrics import decode_thoughts, leakage, thought_tokens
 from forethought.config import Config
-from forethought.data.corpus import Window, spread
+from forethought.data.corpus import Window, spread_windows
 from forethought.data.positions import Positions, ThoughtFormat, at_positions, make_generator, uniform
 from forethought.eval.intervals import Estimate, Ratio, estimate, resample
 from forethought.eval.statements import checker, statements
 from forethought.models.logprobs import chunk_tokens, no_think_logp
-from forethought.rollout import Engine, content, draw_noise
+from forethought.rollout import Engine, draw_noise
 from forethought.run import distributed
 
 CONTROLS = ("empty", "shuffled", "random")
@@ -36,7 +37,7 @@ class Subject:
     tokenizer: Any
     config: Config
     teacher: Any | None = None  # the EMA teacher of the run that made the model, where there is one
-    calling: Callable[[Any], AbstractContextManager[Any]] = nullcontext  # makes the teacher a model that can be called
+    as_model: Callable[[Any], AbstractContextManager[Any]] = nullcontext  # makes the teacher a model that can be called
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +70,7 @@ class Measured:
     """A group of positions with what was thought there."""
 
     positions: Positions
-    thoughts: content.Tokens  # without closing delimiters
+    thoughts: list[list[list[int]]]  # without closing delimiters
     records: Records
 
 
@@ -79,7 +80,7 @@ Progress = Callable[[int, int], None]
 def held_out(config: Config, tokenizer: Any) -> list[Window]:
     """The windows of evaluate.path, of as many documents as can be; the same for every seed of a run."""
     options = dataclasses.replace(config.corpus, path=config.evaluate.path)
-    return spread(options, tokenizer, 0, config.evaluate.documents, "evaluate.path")
+    return spread_windows(options, tokenizer, 0, config.evaluate.documents, "evaluate.path")
 
 
 def measure(subject: Subject, windows: Sequence[Window], progress: Progress) -> dict[str, Records]:
@@ -103,7 +104,7 @@ def think(subject: Subject, windows: Sequence[Window], progress: Progress) -> di
                 found[turn] = _measure_chunk(subject, chunk, (name, done))
             done += len(chunk)
             progress(done, total)
-        found = {turn: one for some in distributed.gather(found) for turn, one in some.items()}
+        found = {turn: one for some in distributed.all_gather(found) for turn, one in some.items()}
         parts = [found[turn][0] for turn in sorted(found)]
         thoughts = [group for turn in sorted(found) for group in found[turn][1]]
         owners = positions.window.tolist()
@@ -159,7 +160,7 @@ def _places(windows: Sequence[Window], config: Config) -> dict[str, list[list[in
 @torch.no_grad()
 def _measure_chunk(
     subject: Subject, chunk: Positions, key: tuple[str, int]
-) -> tuple[dict[str, list[Any]], content.Tokens]:
+) -> tuple[dict[str, list[Any]], list[list[list[int]]]]:
     config, tokenizer = subject.config, subject.tokenizer
     shape = (config.evaluate.thoughts, config.method.thought_length)
     name, done = key
@@ -167,8 +168,8 @@ def _measure_chunk(
     thoughts = subject.engine.sample(chunk, noise)
     at_once = chunk_tokens(subject.model, config.update.tokens_per_chunk)
     nothink, hit = no_think_logp(subject.model, chunk, at_once)
-    evidence, tokens = thoughts.evidence[..., 0], content.inside(thoughts, subject.form)
-    said = content.texts(tokenizer, tokens)
+    evidence, tokens = thoughts.evidence[..., 0], thought_tokens(thoughts, subject.form)
+    said = decode_thoughts(tokenizer, tokens)
     columns = {
         "nothink": nothink[:, 0].tolist(),
         "nothink_hit": hit[:, 0].tolist(),
@@ -177,10 +178,10 @@ def _measure_chunk(
         "length": thoughts.lengths.float().mean(dim=1).tolist(),
         "closed": thoughts.closed.float().mean(dim=1).tolist(),
         "marginal": (evidence.logsumexp(dim=1) - math.log(evidence.shape[1])).tolist(),
-        "leakage": content.leakage(tokenizer, chunk.targets()[:, 0].tolist(), said),
+        "leakage": leakage(tokenizer, chunk.targets()[:, 0].tolist(), said),
     }
     if subject.teacher is not None:
-        with subject.calling(subject.teacher) as teacher:
+        with subject.as_model(subject.teacher) as teacher:
             columns["teacher"] = no_think_logp(teacher, chunk, at_once)[0][:, 0].tolist()
     if truth := checker(config.evaluate.path):
         columns["right"], columns["stated"] = statements(truth, tokenizer, chunk, said)

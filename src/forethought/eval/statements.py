@@ -5,13 +5,13 @@ from typing import Any
 
 from forethought.data.corpus import Window
 from forethought.data.positions import Positions
-from forethought.data.worlds import WORLDS
+from forethought.data.worlds import load_world
 
 
 def checker(path: str) -> Callable[[str, str], tuple[int, int]] | None:
     """What tells right statements from wrong ones: the `truth` of the embedded world that a corpus path names."""
     kind, _, rest = path.partition(":")
-    return WORLDS[rest.partition("/")[0]].truth if kind == "world" else None
+    return load_world(rest.partition("/")[0]).truth if kind == "world" else None
 
 
 def statements(

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from forethought.algo.metrics import decode_thoughts, thought_tokens
 from forethought.algo.objective import group_advantages
 from forethought.algo.rewards import discounted
 from forethought.data.corpus import Window
@@ -14,7 +15,7 @@ from forethought.data.positions import Positions, at_positions, make_generator
 from forethought.eval.controls import Progress
 from forethought.eval.heldout import Subject
 from forethought.models.logprobs import chunk_tokens, no_think_distribution, no_think_logp, thought_evidence
-from forethought.rollout import content, draw_noise
+from forethought.rollout import draw_noise
 
 VERSION = 1
 TOP = 5
@@ -83,12 +84,12 @@ def _positions(subject: Subject, reference: Any, chunk: Positions, pieces: list[
     shape = (config.evaluate.view_thoughts, config.method.thought_length)
     noise = draw_noise(shape, [make_generator(0, "view", window.document, window.start + t) for t in at])
     thoughts = subject.engine.sample(chunk, noise)
-    tokens = content.inside(thoughts, form)
+    tokens = thought_tokens(thoughts, form)
     tokens_at_once = chunk_tokens(reference, config.update.tokens_per_chunk)
     plain, _ = no_think_logp(reference, chunk, tokens_at_once)
     value = discounted(thoughts.evidence, config.method.discount)
     columns = {
-        "text": content.texts(subject.tokenizer, tokens),
+        "text": decode_thoughts(subject.tokenizer, tokens),
         "length": thoughts.lengths.tolist(),
         "closed": thoughts.closed.tolist(),
         "evidence": thoughts.evidence[..., 0].tolist(),

@@ -106,11 +106,11 @@ class NativeEngine:
         while waiting < len(positions) or rows.alive.numel():
             alive = rows.alive.numel()
             if waiting < len(positions) and (not alive or (self.shared and alive < _REFILL * self.capacity)):
-                end = positions.whole_windows(waiting, (self.capacity - alive) // group, at_least=not alive)
+                end = positions.window_boundary(waiting, (self.capacity - alive) // group, at_least=not alive)
                 if end > waiting:
                     running = (batch, logits) if alive else None
                     batch = logits = None  # a batch that has ended makes room before the next is read
-                    batch, logits = self._begin(positions.part(waiting, end), group, room, running)
+                    batch, logits = self._begin(positions.slice(waiting, end), group, room, running)
                     rows.begin(waiting * group, end * group)
                     waiting = end
             assert batch is not None and logits is not None
@@ -128,7 +128,7 @@ class NativeEngine:
     ) -> tuple[_Batch, Float[Tensor, "row vocab"]]:
         """Read new positions and set their rows behind those that are running."""
         if not self.shared:
-            contexts = [self.form.wrap(context) for context in positions.contexts() for _ in range(group)]
+            contexts = [self.form.prompt_tokens(context) for context in positions.contexts() for _ in range(group)]
             return read_copies(self.model, contexts, self.form.pad)
         batch, logits = read_shared(self.model, self.form, positions, group, room, self.compiled)
         if running is None:
@@ -149,7 +149,7 @@ def native_engine(model: Any, form: ThoughtFormat, config: Config) -> NativeEngi
                 f"({error}); set model.prefix to 'replicated'"
             ) from error
     rows = config.train.rollout_batch
-    graphs, ordered = _graphs(model, form, config), config.model.decoding != "plain"
+    graphs, ordered = _graphs(model, form, config), config.model.decoding != "eager"
     compiled = _compiled(model, config)
     return NativeEngine(model, form, config.method, rows, shared, graphs=graphs, ordered=ordered, compiled=compiled)
 
@@ -160,7 +160,7 @@ def _graphs(model: Any, form: ThoughtFormat, config: Config) -> Graphs | None:
     Raises UserError where it was asked for and cannot be.
     """
     asked = config.model.decoding
-    if asked == "plain" or (asked == "compiled" and model.device.type == "cpu"):
+    if asked in ("eager", "cpp"):
         return None
     hindrance = None
     if config.model.prefix != "shared":
@@ -170,17 +170,21 @@ def _graphs(model: Any, form: ThoughtFormat, config: Config) -> Graphs | None:
     elif not capturable(model):
         hindrance = f"{type(model).__name__} has layers (Mamba, experts) that a graph cannot hold"
     if hindrance and asked != "auto":
-        raise UserError(f"model.decoding = {asked!r}: {hindrance}; use 'auto' or 'plain'")
-    return None if hindrance else Graphs(model, form, config.method, config.train.rollout_batch, asked == "compiled")
+        raise UserError(f"model.decoding = {asked!r}: {hindrance}; use 'auto' or 'eager'")
+    if hindrance:
+        return None
+    return Graphs(model, form, config.method, config.train.rollout_batch, asked == "cuda_graphs_compiled")
 
 
 def _compiled(model: Any, config: Config) -> Compiled | None:
-    """Compiled functions, where they were asked for on a CPU. Raises UserError where they cannot be."""
-    if config.model.decoding != "compiled" or model.device.type != "cpu":
+    """The C++ backend, where it was asked for. Raises UserError where it cannot be."""
+    if config.model.decoding != "cpp":
         return None
     try:
+        if model.device.type != "cpu":
+            raise ValueError("the model is not on a CPU")
         if config.model.prefix != "shared":
             raise ValueError("model.prefix must be 'shared'")
         return Compiled(model)
     except ValueError as error:
-        raise UserError(f"model.decoding = 'compiled': {error}; use 'auto' or 'plain'") from error
+        raise UserError(f"model.decoding = 'cpp': {error}; use 'auto' or 'eager'") from error

@@ -22,7 +22,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from forethought.config import Config, RunError, UserError
 from forethought.data.positions import Positions, ThoughtFormat, pad_rows
 from forethought.models.logprobs import ScoringOptions, ThoughtBatch, chunk_tokens, log_probabilities, target_logp
-from forethought.models.lora import merged
+from forethought.models.lora import merged_weights
 from forethought.rollout import Thoughts
 from forethought.rollout.requests import Request, Sample, as_thoughts, read_back, think
 
@@ -41,8 +41,8 @@ _STILL = 1e-4  # nats a token that a policy may move without the engine's answer
 class Caller:
     """Makes calls in a thread of its own and waits for each, for so long and no longer."""
 
-    def __init__(self, patience_s: float):
-        self.patience_s = patience_s
+    def __init__(self, timeout_s: float):
+        self.timeout_s = timeout_s
         self._tasks: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue[Any]]] = queue.SimpleQueue()
         self._stuck = ""
         threading.Thread(target=self._work, name="vllm", daemon=True).start()
@@ -54,11 +54,11 @@ class Caller:
         answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._tasks.put((function, answer))
         try:
-            value, error = answer.get(timeout=self.patience_s)
+            value, error = answer.get(timeout=self.timeout_s)
         except queue.Empty:
             self._stuck = name
             raise RunError(
-                f"rollout.engine = 'vllm': {name} takes longer than rollout.patience_s = {self.patience_s:g} s; "
+                f"rollout.engine = 'vllm': {name} takes longer than rollout.timeout_s = {self.timeout_s:g} s; "
                 "vLLM hangs, or needs more time; the last checkpoint is whole"
             ) from None
         if error is not None:
@@ -92,7 +92,7 @@ class VLLMEngine:
         self.probe = [i % size for i in range(7, 7 + min(_PROBE, options["max_model_len"] - 1))]
         self.bound = _BOUND[options["dtype"]]
         self.answers: tuple[Tensor, Tensor] | None = None  # the policy's and vLLM's to the last probe
-        self.caller = Caller(config.rollout.patience_s)
+        self.caller = Caller(config.rollout.timeout_s)
         try:
             self.llm = self.caller.call("the start", lambda: vllm.LLM(**options))
         except RunError as error:
@@ -103,14 +103,14 @@ class VLLMEngine:
     @torch.no_grad()
     def sample(self, positions: Positions, noise: Float[Tensor, "batch group thought"]) -> Thoughts:
         """Sample with vLLM, close by force where needed, and read log p of the targets off the policy."""
-        prompts = [self.form.wrap(context) for context in positions.contexts()]
+        prompts = [self.form.prompt_tokens(context) for context in positions.contexts()]
         rows = think(prompts, noise, self.form.close, self._draw)
         return as_thoughts(rows, self.form, *self._evidence(positions, rows, noise.shape[1]))
 
     @torch.no_grad()
     def sync(self) -> None:
         """Load the policy's weights in place. Raises RunError where a probe then tells of others."""
-        own = merged(self.policy, dict(self.policy.named_parameters()), self.config.lora)
+        own = merged_weights(self.policy, dict(self.policy.named_parameters()), self.config.lora)
         weights = revert_weight_conversion(self.policy, own)
         self.caller.call("loading the new weights", lambda: self._reload(list(weights.items())))
         tokens = torch.tensor(self.probe, device=self.policy.device)
@@ -160,7 +160,7 @@ class VLLMEngine:
         for chunk in positions.chunks(max(1, places * (self.reading.tokens // longest))):
             tokens, mask = pad_rows(texts[start : start + len(chunk) * group], self.form.pad, left=False)
             tokens, mask = (some.view(len(chunk), group, -1).to(device) for some in (tokens, mask))
-            again = ThoughtBatch.of(self.form, chunk, tokens, mask)
+            again = ThoughtBatch.from_positions(self.form, chunk, tokens, mask)
             parts.append(target_logp(self.policy, self.form, again, positions.horizon, self.reading))
             start += len(chunk) * group
         evidence, hit = (torch.cat(some).view(len(positions), group, -1) for some in zip(*parts, strict=True))

@@ -113,7 +113,7 @@ CHECKS = (
     Check(
         name="thoughts-not-closing", metric="rollout/closed", size=_missing, warns=0.5, clears=0.35,
         evidence="{recent:.0%} of the thoughts close themselves, the others are cut off",
-        advice="raise method.thought_length, or set method.unclosed to penalise",
+        advice="raise method.thought_length, or set method.unclosed to penalize",
     ),
     Check(
         name="leakage-rising", metric="rollout/leakage", reference="start", size=_rise, warns=0.25, clears=0.15,
@@ -163,14 +163,14 @@ def _ratio_off(updates: int) -> Check:
     )  # fmt: skip
 
 
-class Watch:
+class Monitor:
     """The checks of one run, with what they remember. `updates` is how many a batch gets (method.inner_steps)."""
 
     def __init__(self, updates: int = 1):
         self._checks = (*CHECKS, _ratio_off(updates))
         self._memories = {check.name: _Memory() for check in self._checks}
 
-    def see(self, step: int, metrics: Mapping[str, Any]) -> list[Diagnosis]:
+    def observe(self, step: int, metrics: Mapping[str, Any]) -> list[Diagnosis]:
         """What is newly wrong at a logged step. A metric that is missing or not finite is no observation."""
         found = []
         for check in self._checks:
@@ -194,10 +194,10 @@ class Watch:
 
     def replay(self, rows: Iterable[Mapping[str, Any]]) -> list[Diagnosis]:
         """See the lines of metrics.jsonl again. Returns what was found, which a resumed run has logged already."""
-        return [one for row in rows for one in self.see(row["step"], row)]
+        return [one for row in rows for one in self.observe(row["step"], row)]
 
 
-def of_evaluation(figures: Mapping[str, Any], step: int) -> list[Diagnosis]:
+def diagnose_evaluation(figures: Mapping[str, Any], step: int) -> list[Diagnosis]:
     """Groups of positions where thinking helps for sure, but thoughts of other positions would help nearly as much.
 
     `figures` is what summary.json holds: `after/GROUP/kept_shuffled` is the share of the gain that stays when thoughts

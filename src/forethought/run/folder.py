@@ -28,7 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from forethought.config import Config, RunError, UserError, from_dict, to_dict
+from forethought._version import __version__
+from forethought.config import Config, RunError, UserError, from_saved, to_dict
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
@@ -59,7 +60,7 @@ class RunLog:
             with run.lock():
                 check_free(run.path, config.overwrite)  # again: another process may have got here first
                 _empty(run.path)
-                run.write_json("config.json", to_dict(config))
+                run.write_json("config.json", {"version": __version__, **to_dict(config)})
         except OSError as error:
             raise UserError(f"run = {config.run!r}: cannot be made or written: {error.strerror}") from None
         return run
@@ -81,7 +82,7 @@ class RunLog:
         if not {"run", "method", "train"} <= values.keys():
             raise UserError(f"{self.path / 'config.json'}: is not the config of a Forethought run")
         try:
-            return from_dict(values)
+            return from_saved(values, str(self.path))
         except UserError as error:
             raise UserError(f"{self.path / 'config.json'}: {error}") from None
 

@@ -22,10 +22,10 @@ from transformers import TrainerCallback
 from forethought.algo.rewards import discounted
 from forethought.config import Config, Optim, UserError
 from forethought.data.corpus import Windows
-from forethought.data.positions import ThoughtFormat, draw, make_generator, pad_rows, thought_format
-from forethought.models.loading import check_length, device, load_model, load_tokenizer
+from forethought.data.positions import ThoughtFormat, draw_positions, make_generator, pad_rows, thought_format
+from forethought.models.compute_copy import Teacher
+from forethought.models.loading import check_context_length, device, load_model, load_tokenizer
 from forethought.models.logprobs import chunk_tokens, forward, log_probabilities
-from forethought.models.teacher import Teacher
 
 try:
     from datasets import Dataset
@@ -46,7 +46,7 @@ def parts(config: Config, folder: str | Path, **more: Any) -> dict[str, Any]:
     tokenizer = load_tokenizer(config.model)
     form = thought_format(tokenizer, config.method)
     check(config, form)
-    check_length(config, form)
+    check_context_length(config, form)
     model = load_model(config.model, config.seed)
     rows = prompts(config, tokenizer)
     reward = InformationGain(model, tokenizer, config)
@@ -118,7 +118,7 @@ class InformationGain:
         method, close = self.config.method, self.form.close[0]
         closed = [ids[-1] == close for ids in completion_ids]
         rows = [
-            [*self.form.wrap(before), *ids, *(() if done else (close,))]
+            [*self.form.prompt_tokens(before), *ids, *(() if done else (close,))]
             for before, ids, done in zip(context, completion_ids, closed, strict=True)
         ]
         plain = {(*before, -1, *true): (before, true) for before, true in zip(context, target, strict=True)}
@@ -245,10 +245,10 @@ def prompts(config: Config, tokenizer: Any) -> Dataset:
     while len(rows) < wanted:
         step += 1
         windows = [next(stream_of_windows) for _ in range(train.batch // method.positions)]
-        positions = draw(windows, method, make_generator(config.seed, "positions", step))
+        positions = draw_positions(windows, method, make_generator(config.seed, "positions", step))
         drawn += len(positions)
         for before, true in zip(positions.contexts(), positions.targets().tolist(), strict=True):
-            text = as_text(form.wrap(before), tokenizer)
+            text = as_text(form.prompt_tokens(before), tokenizer)
             if text is not None:
                 rows.append({"prompt": text, "context": before, "target": true})
         if drawn > PATIENCE * max(len(rows), train.batch):

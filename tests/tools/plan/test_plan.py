@@ -274,15 +274,13 @@ def test_the_largest_batch_fits_and_one_more_does_not():
 def test_captured_steps_are_for_attention_on_a_gpu():
     assert captured(job())
     assert not captured(job(machine=CPU))
-    assert not captured(job(config(model={"decoding": "plain"})))
+    assert not captured(job(config(model={"decoding": "eager"})))
     assert not captured(job(config(model={"prefix": "replicated"})))
     assert "decoding's buffers" not in memory(job(machine=CPU)).held
 
 
 def test_compiled_decoding_holds_weights_and_documents_once_more():
-    plain, compiled = (
-        memory(job(config(model={"decoding": way}), machine=CPU)).decode for way in ("plain", "compiled")
-    )
+    plain, compiled = (memory(job(config(model={"decoding": way}), machine=CPU)).decode for way in ("eager", "cpp"))
     assert set(compiled) - set(plain) == {"weights in order", "documents in order"}
     assert compiled["weights in order"] == 4 * (job().shape.multiplied + job().shape.vocab * job().shape.hidden)
     assert 0 < compiled["documents in order"] <= plain["documents' keys, values and states"]

@@ -13,8 +13,8 @@ from forethought.cli import main
 from forethought.config import Config, UserError
 from forethought.data.positions import ThoughtFormat, thought_format
 from forethought.models.loading import EMBEDDED, load_model
-from forethought.run.callbacks import NoCallbacks
 from forethought.run.folder import RunLog
+from forethought.run.trackers import Callbacks
 from forethought.tools.experiment import compare
 from forethought.tools.posttrain import chain, completion_loss, posttrain
 from forethought.tools.posttrain.examples import Verified, examples
@@ -178,7 +178,7 @@ def test_the_command_line_says_what_it_needs(capsys, tmp_path):
 def test_stages_follow_each_other_are_never_redone_and_repeat_to_the_bit(tmp_path):
     weights = []
     for name in ("one", "other"):
-        last = chain([SFT, RLVR], QUICK, tmp_path / name, NoCallbacks())
+        last = chain([SFT, RLVR], QUICK, tmp_path / name, Callbacks())
         assert last == tmp_path / name / "2-rlvr"
         first = load_file(tmp_path / name / "1-sft" / "policy" / "model.safetensors")
         weights.append((first, load_file(last / "policy" / "model.safetensors")))
@@ -190,10 +190,10 @@ def test_stages_follow_each_other_are_never_redone_and_repeat_to_the_bit(tmp_pat
     assert RunLog.open(last).config().model.path == str(tmp_path / "other" / "1-sft" / "policy")
     assert json.loads((last / "policy" / "config.json").read_text())["eos_token_id"] is None
     before = (last / "summary.json").stat().st_mtime_ns
-    assert chain([SFT, RLVR], QUICK, tmp_path / "other", NoCallbacks()) == last
+    assert chain([SFT, RLVR], QUICK, tmp_path / "other", Callbacks()) == last
     assert (last / "summary.json").stat().st_mtime_ns == before
     with pytest.raises(UserError, match="was made by another rlvr stage"):
-        chain([SFT, dataclasses.replace(RLVR, group=4)], QUICK, tmp_path / "other", NoCallbacks())
+        chain([SFT, dataclasses.replace(RLVR, group=4)], QUICK, tmp_path / "other", Callbacks())
     with pytest.raises(UserError, match="exists and is not empty"):
         posttrain("sft-cups", "embedded", {"run": str(last)})
     (last / "summary.json").unlink()

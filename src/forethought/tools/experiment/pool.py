@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from forethought.config import UserError
-from forethought.run.callbacks import Callbacks
 from forethought.run.signals import SignalGuard
+from forethought.run.trackers import Callbacks
 from forethought.tools.experiment.design import Experiment, Job
 
 POLL_S = 0.2

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from forethought.config import RunError, UserError
-from forethought.run.callbacks import NoCallbacks
 from forethought.run.signals import Stopped
+from forethought.run.trackers import Callbacks
 from forethought.tools.experiment import arms, design
 
 WATCH_S = 1.0
@@ -46,7 +46,7 @@ def _do(asked: dict[str, Any], name: str, meter: arms.Meter) -> dict[str, str]:
     """One job. Returns how it `ended`: done, a user's mistake, or failed; and what was `said`."""
     try:
         whole = design.read(asked["path"], asked["overrides"])
-        arms.run_job(whole, next(job for job in whole.jobs if job.name == name), NoCallbacks(), meter)
+        arms.run_job(whole, next(job for job in whole.jobs if job.name == name), Callbacks(), meter)
     except (UserError, RunError) as error:
         print(error, file=sys.stderr)
         return {"ended": "mistake" if isinstance(error, UserError) else "failed", "said": str(error)}

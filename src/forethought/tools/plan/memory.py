@@ -62,7 +62,7 @@ def chunk_tokens(job: Job) -> int:
 
 def captured(job: Job) -> bool:
     """Whether thoughts decode by captured steps: on a GPU, attention layers only (forethought.rollout.cuda_graphs)."""
-    plain = job.config.model.decoding == "plain" or job.config.method.name == "rpt"
+    plain = job.config.model.decoding in ("eager", "cpp") or job.config.method.entry.writes
     return job.machine.name != "cpu" and not job.shape.mamba and job.shared and not plain
 
 
@@ -110,8 +110,8 @@ def _decode(job: Job) -> dict[str, float]:
         "reading, sampling": float(max(reading - own * (not several), sampling)),
     }
     linear, model = shape.multiplied + shape.vocab * shape.hidden, job.config.model
-    if job.machine.name == "cpu" and model.precision == "fp32" and model.decoding != "plain":
-        compiled = model.decoding == "compiled"
+    if job.machine.name == "cpu" and model.precision == "fp32" and model.decoding != "eager":
+        compiled = model.decoding == "cpp"
         if compiled or linear >= ORDERED:
             parts["weights in order"] = 4.0 * linear
         if compiled:  # of the newest documents only

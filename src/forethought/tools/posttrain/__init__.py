@@ -20,9 +20,9 @@ from forethought.data.positions import ThoughtFormat, thought_format
 from forethought.eval import started, trained
 from forethought.models.loading import load_model, load_tokenizer
 from forethought.models.logprobs import forward, log_probabilities
-from forethought.run.callbacks import Callbacks, NoCallbacks
 from forethought.run.checkpoint import tensor_errors
 from forethought.run.folder import RunLog, check_free, disk_errors
+from forethought.run.trackers import Callbacks
 from forethought.tools.posttrain.examples import Example, Verified, examples
 from forethought.tools.posttrain.stage import Stage, of, options_of, read
 
@@ -46,7 +46,7 @@ def posttrain(
     folder = Path(str(own.get("run", f"runs/{Path(start).name}-{Path(path).stem}")))
     if not own.get("overwrite"):
         check_free(folder, overwrite=False)
-    run_stage(stage, options_of(stage, config, folder, int(own.get("seed", config.seed))), observer or NoCallbacks())
+    run_stage(stage, options_of(stage, config, folder, int(own.get("seed", config.seed))), observer or Callbacks())
     return folder
 
 

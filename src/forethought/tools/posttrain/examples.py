@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from forethought.config import Config, UserError
-from forethought.data.corpus import Windows, check
+from forethought.data.corpus import Windows, check_corpus
 from forethought.data.positions import ThoughtFormat
-from forethought.data.readers import decode, numbered_lines
+from forethought.data.readers import decode_text, numbered_lines
 from forethought.tools.posttrain.stage import Stage
 from forethought.tools.questions.answers import judge
 from forethought.tools.questions.prompts import prompt as asked
@@ -53,7 +53,7 @@ def examples(stage: Stage, config: Config, tokenizer: Any, form: ThoughtFormat) 
 def _of_world(stage: Stage, config: Config, tokenizer: Any, form: ThoughtFormat) -> Iterator[Example]:
     """Documents of an embedded world up to their answer; a thought right before it is part of the completion."""
     options = replace(config.corpus, path=stage.data)
-    check(options, "data")
+    check_corpus(options, "data")
     opening = list(form.open)
     for window in Windows(options, tokenizer, config.seed, option="data"):
         tokens, at = window.tokens, next(iter(window.marks.get("answer", ())), 0)
@@ -64,7 +64,7 @@ def _of_world(stage: Stage, config: Config, tokenizer: Any, form: ThoughtFormat)
         answer = tokenizer.decode([tokens[at]]).strip()
         if stage.think:
             completion = tokens[first + len(opening) :] if starts else []
-            yield Example(prompt=form.wrap(tokens[:first]), completion=completion, answer=answer)
+            yield Example(prompt=form.prompt_tokens(tokens[:first]), completion=completion, answer=answer)
         else:
             yield Example(prompt=tokens[:first], completion=tokens[at:], answer=answer)
 
@@ -86,7 +86,7 @@ def _of_questions(stage: Stage, config: Config, tokenizer: Any, form: ThoughtFor
             thought = encoded(f" {steps}") if steps else []
             if stage.think:
                 completion = [*thought, *form.close, *said, *ends] if steps else []
-                yield Example(prompt=form.wrap(read), completion=completion, answer=answer)
+                yield Example(prompt=form.prompt_tokens(read), completion=completion, answer=answer)
             else:
                 yield Example(prompt=read, completion=[*thought, *said, *ends], answer=answer)
 
@@ -100,7 +100,7 @@ def _read(path: str) -> Iterator[tuple[str, str, str]]:
         for number, line in numbered_lines(path):
             where = f"{path}:{number}"
             try:
-                row = json.loads(decode(line, path, number))
+                row = json.loads(decode_text(line, path, number))
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{where}: malformed JSON ({error})") from None
             if not isinstance(row, dict):

@@ -176,7 +176,7 @@ def _think(
     As in training, a thought has at least one token and does not end with the text.
     """
     form, close = asked.form, list(asked.form.close)
-    opened = [form.wrap(context) for context in contexts]
+    opened = [form.prompt_tokens(context) for context in contexts]
     sampling = _sampling(asked, turns, asked.config.method.thought_length, close[0])
     streams = _streams(asked, exam, turns, "thought")
     found = generate(asked.model, opened, sampling, lambda some: some[-len(close) :] == close, streams, asked.step)

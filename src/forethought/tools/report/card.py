@@ -51,7 +51,7 @@ def text(config: Config, summary: Figures, measured: tuple[str, Figures] | None 
 
 
 def _metadata(config: Config) -> str:
-    thinks = config.method.thinks
+    thinks = config.method.samples_thoughts
     return ModelCardData(
         base_model=_hub_id(config.model.path),
         datasets=[name] if (name := _hub_id(config.corpus.path.removeprefix("hub:"))) else None,
@@ -105,7 +105,7 @@ def _data(config: Config) -> dict[str, str]:
 
 def _method(config: Config) -> str:
     method = config.method
-    if not method.thinks:
+    if not method.samples_thoughts:
         return f"cpt, {config.train.batch:,} windows a step"
     control = "; rewards drawn at random, a control" if method.reward == "random" else ""
     return (
@@ -119,7 +119,7 @@ def _budget(config: Config, summary: Figures) -> dict[str, str]:
     shown = {}
     for name in ("steps", "documents", "tokens", "flops", "flops_rollout", "flops_update", "seconds"):
         value = number(summary.get(name))
-        if value is None or (name == "flops_rollout" and not config.method.thinks):
+        if value is None or (name == "flops_rollout" and not config.method.samples_thoughts):
             continue
         label = "wall time" if name == "seconds" else labels[name]
         exact = f"{value:.3g}" if name.startswith("flops") else f"{value:,.0f}"
