@@ -153,6 +153,19 @@ def test_the_architecture_page_lists_every_module():
     assert listed == modules | packages
 
 
+def test_the_reward_of_the_architecture_page_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    block = re.search(r"```python\n(def my_reward.*?)```", (ROOT / "docs" / "architecture.md").read_text(), re.DOTALL)
+    assert block is not None
+    (tmp_path / "my_file.py").write_text(block[1])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    method = {"reward": "my_file:my_reward", "group": 2, "thought_length": 4}
+    corpus, steps = {"window": 64}, {"steps": 1, "batch": 2}
+    summary = train(from_dict({"run": "run", "corpus": corpus, "method": method, "train": steps}))
+    sys.modules.pop("my_file")
+    assert summary["steps"] == 1
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_documents_use_standard_terms(page: Path):
     prose = re.sub(
