@@ -152,13 +152,18 @@ def _read_text(name: str, skip: int, _: Corpus) -> Iterator[Document]:
 
 
 def _read_lines(name: str, skip: int, options: Corpus) -> Iterator[Document]:
+    return (_document(row, options, f"{name}:{number}") for number, row in json_lines(name, skip))
+
+
+def json_lines(name: str, skip: int = 0) -> Iterator[tuple[int, Any]]:
+    """The rows of a .jsonl or .jsonl.gz file after the first `skip`, with their line numbers. Raises UserError."""
     for number, line in itertools.islice(numbered_lines(name), skip, None):
         text = decode_text(line, name, number)
         try:
             row = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{name}:{number}: malformed JSON ({error})") from None
-        yield _document(row, options, f"{name}:{number}")
+        yield number, row
 
 
 def numbered_lines(name: str) -> Iterator[tuple[int, bytes]]:

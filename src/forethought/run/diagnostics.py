@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any, Literal, TypeGuard
 
+from forethought.config.registry import current_metrics
+
 WINDOW = 10
 """Logged steps that a mean is taken over."""
 KEPT_SHUFFLED = 0.5
@@ -121,7 +123,7 @@ CHECKS = (
         advice="read the thoughts in the report and see whether they are reasons or just guesses of the next token",
     ),
     Check(
-        name="groups-flat", metric="reward/flat_groups", size=_itself, warns=0.9, clears=0.8,
+        name="groups-flat", metric="reward/zero_std_fraction", size=_itself, warns=0.9, clears=0.8,
         evidence="at {recent:.0%} of the positions all thoughts earn the same, so that nothing is learned there",
         advice="choose harder positions by method.position_policy, or raise method.group or method.temperature",
     ),
@@ -194,7 +196,7 @@ class Monitor:
 
     def replay(self, rows: Iterable[Mapping[str, Any]]) -> list[Diagnosis]:
         """See the lines of metrics.jsonl again. Returns what was found, which a resumed run has logged already."""
-        return [one for row in rows for one in self.observe(row["step"], row)]
+        return [one for row in rows for one in self.observe(row["step"], current_metrics(row))]
 
 
 def diagnose_evaluation(figures: Mapping[str, Any], step: int) -> list[Diagnosis]:
