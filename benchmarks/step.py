@@ -29,7 +29,7 @@ from forethought.data.positions import Positions
 from forethought.flops import Shape, step_flops
 from forethought.models.compute_copy import Network
 from forethought.models.logprobs import log_probabilities
-from forethought.models.teacher import Teacher
+from forethought.models.compute_copy import Teacher
 from forethought.rollout import Thoughts
 from forethought.rollout.native import NativeEngine, native_engine
 

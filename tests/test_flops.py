@@ -36,7 +36,7 @@ from forethought.flops import (
     step_flops,
     t_flop,
 )
-from forethought.models.teacher import Teacher
+from forethought.models.compute_copy import Teacher
 from forethought.prefix import enable
 from forethought.run.folder import RunLog
 from forethought.trainer import resume, train
