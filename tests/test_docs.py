@@ -91,6 +91,10 @@ def test_files_modules_and_options_named_in_the_documents_exist(page: Path):
         assert any(one.is_file() for one in known), path
     for name in set(re.findall(r"`forethought((?:\.(?!json)[A-Za-z_]\w*)+)`", text)):
         assert resolves(name[1:]), name
+    for name in re.findall(r"^::: forethought\.(\S+)", text, re.MULTILINE):
+        assert resolves(name), name
+    for name in re.findall(r"^\| `(\w+)\(", text, re.MULTILINE) if page.name == "trl.md" else ():
+        assert resolves(f"tools.trl.{name}"), name
     known, sections = set(option_names()), {field.name for field in dataclasses.fields(Config)}
     for name in set(re.findall(r"--([a-z]+\.[a-z_0-9]+)", text)) - {"section.option"}:
         assert name.split(".")[0] not in sections or name in known, name
