@@ -21,7 +21,7 @@ from forethought.algo.metrics import decode_thoughts, thought_tokens
 from forethought.config import Config, UserError, from_dict, merge
 from forethought.data.corpus import Window
 from forethought.data.positions import Positions, at_positions, make_generator, thought_format
-from forethought.eval.viewer import texts
+from forethought.eval.viewer import token_texts
 from forethought.models.compute_copy import compute_copy
 from forethought.models.loading import load_model, load_thinking_options, load_tokenizer
 from forethought.models.logprobs import chunk_tokens, no_think_logp, suffix_logits
@@ -123,7 +123,7 @@ class ThinkingModel:
         """Think before every token of a text but the first, and see what that brought."""
         tokens = self.encode(text)
         places: list[ScoredToken] = []
-        pieces = texts(self.tokenizer, tokens)
+        pieces = token_texts(self.tokenizer, tokens)
         for chunk, found in self._read(tokens, (1, 1), thoughts, seed):
             nothink = self._plain(chunk)[:, 0]
             logp = nothink if found is None else mixture(found.evidence[..., 0].T)
@@ -361,7 +361,7 @@ class ThinkingModel:
 
     def _adds(self, tokens: Sequence[int]) -> str:
         """What the last token adds to the text; "" while a character is not complete."""
-        piece = texts(self.tokenizer, tokens[-_TAIL:])[-1]
+        piece = token_texts(self.tokenizer, tokens[-_TAIL:])[-1]
         return "" if piece.endswith("\N{REPLACEMENT CHARACTER}") else piece
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,11 @@ from forethought.algo import Method, Record
 from forethought.algo.metrics import Sums, add_sums, means
 from forethought.config import Config, Parallel, RunError, UserError, from_dict, registry, to_dict
 from forethought.data import corpus
-from forethought.data.positions import thought_format
+from forethought.data.positions import Positions, thought_format
 from forethought.eval import heldout
+from forethought.flops import Flops, Shape, step_flops, t_flop
 from forethought.models import lora, sharding
-from forethought.models.flops import Flops, step_flops, t_flop
 from forethought.models.loading import check_context_length, load_tokenizer, save_thinking_options
-from forethought.models.shape import Shape
 from forethought.rollout import Responses, Thoughts
 from forethought.rollout.engines import engine
 from forethought.run import checkpoint, distributed
@@ -91,24 +90,25 @@ class TimedEngine:
     def __init__(self, engine: Any):
         self.engine, self.seconds = engine, 0.0
 
-    def sample(self, *args: Any) -> Thoughts:
+    def sample(self, positions: Positions, noise: torch.Tensor) -> Thoughts:
         """The engine's `sample`."""
-        return self._timed(self.engine.sample, *args)
+        with self._timed():
+            return self.engine.sample(positions, noise)
 
-    def respond(self, *args: Any) -> Responses:
+    def respond(self, positions: Positions, noise: torch.Tensor, writing: torch.Tensor) -> Responses:
         """The engine's `respond`."""
-        return self._timed(self.engine.respond, *args)
+        with self._timed():
+            return self.engine.respond(positions, noise, writing)
 
     def sync(self) -> None:
         """The engine's `sync`."""
         self.engine.sync()
 
-    def _timed(self, work: Callable[..., Any], *args: Any) -> Any:
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
         started = time.perf_counter()
-        try:
-            return work(*args)
-        finally:
-            self.seconds += time.perf_counter() - started
+        yield
+        self.seconds += time.perf_counter() - started
 
 
 class Trainer:
@@ -424,7 +424,7 @@ class Trainer:
             }
         for when, records in (("before", before), ("after", after)):
             if records is not None:
-                figures |= {f"{when}/{name}": value for name, value in heldout.summarise(records, before).items()}
+                figures |= {f"{when}/{name}": value for name, value in heldout.summarize(records, before).items()}
         return figures
 
     def _t_flop(self) -> int:

@@ -207,7 +207,7 @@ def draw_positions(
         last = len(window.tokens) - options.horizon
         if not chosen or len(set(chosen)) < len(chosen) or chosen[0] < 1 or chosen[-1] > last:
             raise UserError(
-                f"method.position_policy = {name!r}: returned {chosen[:8]} for a window of {len(window.tokens)} tokens; "
+                f"method.position_policy = {name!r}: returned {chosen[:8]} for {len(window.tokens)} tokens; "
                 f"must be distinct indices from 1 to {last}"
             )
         found.append(chosen)

@@ -46,7 +46,7 @@ def evaluate(
         base = heldout.measure(start, windows, lambda done, total: progress("evaluating the base", done, total))
     reference = start.model if subject.teacher is None else subject.teacher
     shown = viewer.documents(subject, reference, windows, str(target), progress)
-    figures: dict[str, Any] = {"seed": config.seed, **heldout.summarise(records, base)}
+    figures: dict[str, Any] = {"seed": config.seed, **heldout.summarize(records, base)}
     figures["seconds"] = round(time.perf_counter() - began, 2)
     log.write_json("documents.json", shown)
     log.write_json("evaluate.json", figures)

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any, Literal, TypeGuard
 
+from forethought.config.registry import current_metrics
+
 WINDOW = 10
 """Logged steps in a mean."""
 KEPT_SHUFFLED = 0.5
@@ -93,7 +95,7 @@ CHECKS = (
         advice="read the thoughts in the report: are they reasoning, or just guesses of the next token?",
     ),
     Check(
-        name="groups-flat", metric="reward/flat_groups", size=lambda recent, _: recent, warns=0.9, clears=0.8,
+        name="groups-flat", metric="reward/zero_std_fraction", size=lambda recent, _: recent, warns=0.9, clears=0.8,
         evidence="at {recent:.0%} of the positions all thoughts have the same reward, so nothing is learned there",
         advice="choose harder positions with method.position_policy, or raise method.group or method.temperature",
     ),
@@ -167,7 +169,7 @@ class Monitor:
 
     def replay(self, rows: Iterable[Mapping[str, Any]]) -> list[Diagnosis]:
         """Observe the rows of metrics.jsonl again. Returns the warnings, which a resumed run has logged already."""
-        return [one for row in rows for one in self.observe(row["step"], row)]
+        return [one for row in rows for one in self.observe(row["step"], current_metrics(row))]
 
 
 def diagnose_evaluation(figures: Mapping[str, Any], step: int) -> list[Diagnosis]:
