@@ -1,6 +1,5 @@
 """The same step over many GPUs, with thoughts of unequal lengths: who waits for whom, and what the links take."""
 
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +8,7 @@ import numpy as np
 
 from forethought.config import UserError
 from forethought.flops import forward_flops
+from forethought.run.folder import read_jsonl
 from forethought.tools.plan.job import Job
 from forethought.tools.plan.seconds import decode_step, decode_steps, rate, step, sync
 
@@ -51,10 +51,12 @@ def lengths_of_run(run: str, group: int) -> Lengths:
     """The measured lengths in a run's thoughts.jsonl, position by position. Raises UserError."""
     file = Path(run) / "thoughts.jsonl" if Path(run).is_dir() else Path(run)
     try:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        rows = [row for _, row in read_jsonl(file, allow_truncated=True)]
         groups = [[int(thought["length"]) for thought in row["thoughts"]] for row in rows]
     except OSError as error:
         raise UserError(f"--lengths {run}: cannot be read: {error.strerror}") from None
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError):
         raise UserError(f"--lengths {run}: {file.name} holds no thoughts with lengths") from None
     flat = [length for some in groups for length in some]

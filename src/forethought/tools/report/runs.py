@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from forethought.config import UserError
 from forethought.config.registry import current_metrics
+from forethought.run.folder import read_jsonl
 
 T = TypeVar("T")
 
@@ -143,26 +144,13 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _each(path: Path, read: Callable[[dict[str, Any]], T]) -> Iterator[T]:
-    """The file's lines, each a JSON object given to `read`; a last line cut short is a killed run's, and left out."""
-    if not path.is_file():
-        return
-    cut = 0
-    with path.open("rb") as file:
-        for count, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            if cut:
-                raise UserError(f"{path}:{cut} is not valid JSON, and lines follow it")
-            try:
-                row = json.loads(line)
-            except ValueError:
-                cut = count
-                continue
-            try:
-                value = read(row)
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise UserError(f"{path}:{count} is not a line of a run: {type(error).__name__} {error}") from None
-            yield value
+    """The file's rows, each given to `read`; a last line that a killed run left truncated is ignored."""
+    for count, row in read_jsonl(path, allow_truncated=True) if path.is_file() else ():
+        try:
+            value = read(row)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{path}:{count} is not a line of a run: {type(error).__name__} {error}") from None
+        yield value
 
 
 def _metrics_row(row: dict[str, Any]) -> dict[str, Any]:
