@@ -10,7 +10,7 @@ from forethought.models import prepacked as module
 from forethought.models.prepacked import SMALL, packed
 from forethought.rollout import draw_noise
 from forethought.rollout.native import NativeEngine
-from forethought.tools.plan.memory import ORDERED
+from forethought.tools.plan.memory import PREPACK_MIN_WEIGHTS
 from helpers.models import FORM, WINDOWS, qwen3
 
 pytestmark = pytest.mark.skipif(
@@ -79,7 +79,7 @@ def test_what_is_left_as_it_is(small):
 
 
 def test_small_models_are_left_as_they_are():
-    assert SMALL == ORDERED  # what the planner counts with
+    assert SMALL == PREPACK_MIN_WEIGHTS  # what the planner counts with
     with packed(network(), 4) as count:
         assert count == 0
     with packed(nn.Linear(1000, 1000), 4) as count:
