@@ -36,13 +36,13 @@ from forethought.flops import (
     step_flops,
     t_flop,
 )
-from forethought.models.teacher import Teacher
+from forethought.models.compute_copy import Teacher
 from forethought.prefix import enable
 from forethought.run.folder import RunLog
 from forethought.trainer import resume, train
 from helpers.architectures import CONFIGS, model
 from helpers.flops import counted
-from helpers.models import FORM, LONG, MODELS, config, cpt, gpt2, rlp, window
+from helpers.models import FORM, LONG, MODELS, collected, config, cpt, gpt2, rlp, window
 from helpers.runs import figures, options
 
 ATTENTION = Attention(heads=2, kv_heads=1, head_dim=3, window=None)
@@ -234,11 +234,11 @@ def run_step(
     settings = config(tokens=1, rows=1, group=3, thought_length=4, seed=1, prefix=prefix, **changes)
     method = rlp(policy, settings, form)
     with FlopCounterMode(display=False) as rollout:
-        batch = method.collect(WINDOWS, 1)
+        batch = collected(method, WINDOWS, 1)
     with FlopCounterMode(display=False) as update:
         for _ in range(settings.method.inner_steps):
-            for piece in batch.pieces:
-                method.backward(piece)
+            for piece in batch.microbatches:
+                method.forward_backward(piece)
     assert isinstance(batch.work, Work)
     return batch.work, rollout, update
 
@@ -284,7 +284,7 @@ def test_a_real_step_with_shared_prefixes_equals_torchs_count_outside_attention(
 
 def test_work_says_what_was_asked_and_read():
     method = rlp(MODELS["qwen3"](), config(group=3, thought_length=4, positions=2, teacher_every=2, horizon=2), LONG)
-    first, second, third = (method.collect(WINDOWS, step).work for step in (1, 2, 3))
+    first, second, third = (collected(method, WINDOWS, step).work for step in (1, 2, 3))
     assert isinstance(first, Work)
     assert [one.teacher for one in (first, second, third) if isinstance(one, Work)] == [True, True, False]
     assert (first.owners, first.opening, first.horizon) == ((0, 0, 1, 1), 4, 2)
@@ -301,10 +301,10 @@ def test_a_real_step_of_next_token_training_equals_torchs_count():
     policy = MODELS["qwen3"]()
     policy.set_attn_implementation("eager")
     method, shape = cpt(policy, config(tokens=1)), Shape.of(policy.config)
-    batch = method.collect(WINDOWS, 1)
+    batch = collected(method, WINDOWS, 1)
     with FlopCounterMode(display=False) as counter:
-        for piece in batch.pieces:
-            method.backward(piece)
+        for piece in batch.microbatches:
+            method.forward_backward(piece)
     assert isinstance(batch.work, tuple)
     last = 3 * len(WINDOWS) * 2 * shape.hidden * shape.vocab  # logits after each row's last token, which nothing uses
     assert counted(counter) == cpt_step(shape, batch.work, causal=False).total + last

@@ -13,7 +13,7 @@ from rich.console import Console
 
 import forethought
 from forethought.config import Config, RunError, UserError, difference, from_dict, load, merge, read_overrides, to_dict
-from forethought.run.distributed import RemoteRankError, launched, require_single_process
+from forethought.run.distributed import RemoteRankError, launcher_rank_and_size, require_single_process
 from forethought.tools.console import CONTROLS, FIGURES, ProgressBar, answer_table, line, table
 
 USAGE = """\
@@ -102,10 +102,9 @@ def _train(words: list[str], out: Console, err: Console) -> int:
     config = load(name, words) if resumed is None else _saved_config(resumed, name, words)
     _quiet_libraries()
     from forethought.run.signals import Stopped
-    from forethought.tools import report
-    from forethought.trainer import resume, train
+    from forethought.tools import report, resume, train
 
-    first = launched()[0] == 0
+    first = launcher_rank_and_size()[0] == 0
     try:
         with ProgressBar(err) if first else contextlib.nullcontext() as watcher:
             go_on = resumed is not None
@@ -139,7 +138,7 @@ def _evaluate(words: list[str], out: Console, err: Console) -> int:
         raise UserError("evaluate takes a run folder or a model: embedded, a hub id, a folder or a .gguf file")
     overrides = read_overrides(words[1:])
     _quiet_libraries()
-    from forethought.eval import evaluate
+    from forethought.tools import evaluate
 
     with ProgressBar(err) as watcher:
         figures, file = evaluate(words[0], overrides, watcher.phase)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from forethought.cli import main
 from forethought.config import from_dict, merge
 from forethought.run import checkpoint
-from forethought.run.distributed import balance_load, launched
+from forethought.run.distributed import balance_load, launcher_rank_and_size
 from forethought.run.folder import checkpoints, read_lines
 from forethought.trainer import resume, train
 from helpers.runs import (
@@ -209,7 +209,7 @@ def test_dealing_by_hand():
 def test_commands_of_one_process_refuse_several(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert launched() == (1, 2)
+    assert launcher_rank_and_size() == (1, 2)
     for command in ("evaluate", "questions", "compare", "report"):
         assert main([command, "embedded"]) == 2
         line = f"forethought process 1: {command} runs in one process; start it without torchrun or accelerate launch\n"

@@ -13,6 +13,7 @@ import math
 import tomllib
 import typing
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -232,91 +233,72 @@ def _compiled(device: str) -> str:
 
 def _check_together(config: Config) -> None:
     """The rules that take more than one option."""
-    for broken, message in [*_rules(config), *_rules_of_entries(config)]:
-        if broken:
-            raise UserError(message)
+    for conflicts in (_conflicts_of_rewards, _conflicts_of_sizes, _conflicts_of_entries, _excluded):
+        for conflict in conflicts(config):
+            raise UserError(conflict)
 
 
-def _rules(config: Config) -> list[tuple[bool, str]]:
-    method, train, corpus = config.method, config.train, config.corpus
-    thinks, gained = method.samples_thoughts, method.min_gain > -math.inf
-    return [
-        (
-            method.unclosed == "drop" and (method.scale == "std" or gained),
-            "method.unclosed = 'drop': cannot be combined with method.scale std or method.min_gain",
-        ),
-        (
-            method.unclosed == "penalize" and method.clamp_gain,
-            "method.unclosed = 'penalize': cannot be combined with method.clamp_gain, which would undo the penalty",
-        ),
-        (
-            method.group < 2 and method.baseline == "group" and thinks,
-            f"method.group = {method.group}: comparing thoughts takes at least 2 (or another method.baseline)",
-        ),
-        (
-            method.scale == "std" and method.group < 2,
-            f"method.group = {method.group}: method.scale std takes a group of at least 2",
-        ),
-        (
-            method.teacher_every != 1 and not config.shift_invariant,
+def _conflicts_of_rewards(config: Config) -> Iterator[str]:
+    method, filtered = config.method, config.method.min_gain > -math.inf
+    if method.unclosed == "drop" and (method.scale == "std" or filtered):
+        yield "method.unclosed = 'drop': cannot be combined with method.scale std or method.min_gain"
+    if method.unclosed == "penalize" and method.clamp_gain:
+        yield "method.unclosed = 'penalize': cannot be combined with method.clamp_gain, which would undo the penalty"
+    if method.samples_thoughts and method.group < 2 and method.baseline == "group":
+        yield f"method.group = {method.group}: comparing thoughts takes at least 2 (or another method.baseline)"
+    if method.group < 2 and method.scale == "std":
+        yield f"method.group = {method.group}: method.scale std takes a group of at least 2"
+    if method.teacher_every != 1 and not config.shift_invariant:
+        yield (
             f"method.teacher_every = {method.teacher_every}: must be 1 with a baseline, clamp or filter that is not "
-            "shift-invariant, because the teacher then shapes the update",
-        ),
-        (
-            thinks and train.batch % method.positions != 0,
-            f"train.batch = {train.batch}: must be a multiple of method.positions = {method.positions}",
-        ),
-        (
-            method.prompt.count("{context}") != 1,
-            f"method.prompt = {method.prompt!r}: must hold {{context}} exactly once",
-        ),
-        (
-            corpus.min_tokens > corpus.window,
-            f"corpus.min_tokens = {corpus.min_tokens}: must be at most corpus.window = {corpus.window}",
-        ),
-        (
-            corpus.min_tokens <= method.horizon,
-            f"corpus.min_tokens = {corpus.min_tokens}: must be above method.horizon = {method.horizon}",
-        ),
-        (not method.min_gain < math.inf, f"method.min_gain = {method.min_gain}: must be below infinity"),
-        (
-            config.lora.r > 0 and config.parallel.shard != "none",
-            f"parallel.shard = {config.parallel.shard!r}: with lora.r = {config.lora.r} the trained weights are few, "
-            "and each process keeps them all; use 'none'",
-        ),
-    ]
+            "shift-invariant, because the teacher then shapes the update"
+        )
+    if not method.min_gain < math.inf:
+        yield f"method.min_gain = {method.min_gain}: must be below infinity"
 
 
-def _rules_of_entries(config: Config) -> list[tuple[bool, str]]:
-    """What methods, rewards, engines and position policies ask of each other and of other options."""
-    method, engine = config.method, registry.entry("engine", config.rollout.engine)
-    policy, reward = registry.entry("position_policy", method.policy), registry.entry("reward", method.reward_name)
-    fitting = [name for name, one in registry.REWARDS.items() if registry.fits(method.entry, one)]
-    rules = [
-        (
-            method.reward != "auto" and not method.samples_thoughts,
-            f"method.reward = {method.reward!r}: method.name {method.name} samples no thoughts, so it has no reward",
-        ),
-        (
-            method.samples_thoughts and not registry.fits(method.entry, reward),
-            f"method.reward = {reward.name!r}: is no reward for method.name {method.name}; use {' or '.join(fitting)}",
-        ),
-        (
-            method.entry.writes and not engine.writes,
-            f"rollout.engine = {engine.name!r}: samples thoughts only, and method.name {method.name} writes "
-            "predictions; use native",
-        ),
-        (
-            method.proxy != "" and not (policy.proxy and method.samples_thoughts),
-            f"method.proxy = {method.proxy!r}: only method.position_policy entropy queries a proxy",
-        ),
-    ]
-    now, usual = flatten(to_dict(config)), flatten(to_dict(Config()))
-    for kind, one in (("method", method.entry), ("reward", reward), ("engine", engine), ("position_policy", policy)):
-        option = f"{registry.OPTION[kind]} = {one.name!r}"
-        rules += [(now[name] == usual[name], f"{option}: needs {name}") for name in one.required]
-        rules += [
-            (now[name] != usual[name], f"{option}: {reason}; {name} = {now[name]} must be {usual[name]}")
-            for name, reason in one.excluded.items()
-        ]
-    return rules
+def _conflicts_of_sizes(config: Config) -> Iterator[str]:
+    method, corpus, batch, shard = config.method, config.corpus, config.train.batch, config.parallel.shard
+    if method.samples_thoughts and batch % method.positions != 0:
+        yield f"train.batch = {batch}: must be a multiple of method.positions = {method.positions}"
+    if method.prompt.count("{context}") != 1:
+        yield f"method.prompt = {method.prompt!r}: must hold {{context}} exactly once"
+    if corpus.min_tokens > corpus.window:
+        yield f"corpus.min_tokens = {corpus.min_tokens}: must be at most corpus.window = {corpus.window}"
+    if corpus.min_tokens <= method.horizon:
+        yield f"corpus.min_tokens = {corpus.min_tokens}: must be above method.horizon = {method.horizon}"
+    if config.lora.r and shard != "none":
+        yield f"parallel.shard = {shard!r}: with lora.r = {config.lora.r} the trained weights are few; use 'none'"
+
+
+def _conflicts_of_entries(config: Config) -> Iterator[str]:
+    """A method with a reward, an engine or a proxy that does not fit it."""
+    method, entry, engine = config.method, config.method.entry, registry.entry("engine", config.rollout.engine)
+    if not method.samples_thoughts and method.reward != "auto":
+        yield f"method.reward = {method.reward!r}: method.name {method.name} samples no thoughts to reward"
+    if method.samples_thoughts and not registry.fits(entry, reward := registry.entry("reward", method.reward_name)):
+        fitting = [name for name, one in registry.REWARDS.items() if registry.fits(entry, one)]
+        yield f"method.reward = {reward.name!r}: is not for method.name {method.name}; use {' or '.join(fitting)}"
+    if entry.writes and not engine.writes:
+        yield f"rollout.engine = {engine.name!r}: cannot write the predictions of method.name {method.name}; use native"
+    if method.proxy and not (method.samples_thoughts and registry.entry("position_policy", method.policy).proxy):
+        yield f"method.proxy = {method.proxy!r}: only method.position_policy entropy queries a proxy"
+
+
+def _excluded(config: Config) -> Iterator[str]:
+    """Options that an entry needs or excludes."""
+    method, now, default = config.method, flatten(to_dict(config)), flatten(to_dict(Config()))
+    named: dict[registry.Kind, str] = {
+        "method": method.name,
+        "reward": method.reward_name,
+        "engine": config.rollout.engine,
+        "position_policy": method.policy,
+    }
+    for kind, name in named.items():
+        entry, says = registry.entry(kind, name), f"{registry.OPTION[kind]} = {name!r}"
+        for option in entry.required:
+            if now.get(option) == default.get(option):
+                yield f"{says}: needs {option}"
+        for option, reason in entry.excluded.items():
+            if now.get(option) != default.get(option):
+                yield f"{says}: {reason}, so {option} = {now[option]} must be {default[option]}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from forethought.config import Corpus, UserError
-from forethought.data.readers import Document, find
+from forethought.data.readers import Document, find_source
 
 _PATIENCE = 1000  # documents of an endless stream, none of them long enough, after which it is given up
 
@@ -33,17 +33,17 @@ class Window:
     language: str | None = None
 
 
-def check(options: Corpus, option: str = "corpus.path") -> None:
+def check_corpus(options: Corpus, option: str = "corpus.path") -> None:
     """Fail now on what would fail later: every part must exist and open, and its first record must be a document.
 
     Nothing is tokenized. `option` is the name that messages give to the path. Raises UserError.
     """
-    source = find(options, seed=0, option=option)
+    source = find_source(options, seed=0, option=option)
     for part in source.parts:
         next(source.read(part, 0))
 
 
-def take(options: Corpus, tokenizer: Any, seed: int, count: int, option: str = "corpus.path") -> list[Window]:
+def first_windows(options: Corpus, tokenizer: Any, seed: int, count: int, option: str = "corpus.path") -> list[Window]:
     """The first `count` windows of the first epoch, or all of them where there are fewer: the same on every call.
 
     Raises:
@@ -53,11 +53,11 @@ def take(options: Corpus, tokenizer: Any, seed: int, count: int, option: str = "
     return list(itertools.islice(itertools.takewhile(lambda _: windows.epoch == 0, windows), count))
 
 
-def spread(options: Corpus, tokenizer: Any, seed: int, count: int, option: str = "corpus.path") -> list[Window]:
+def spread_windows(options: Corpus, tokenizer: Any, seed: int, count: int, option: str = "corpus.path") -> list[Window]:
     """`count` windows of the first epoch, of as many documents as can be, or all of them where there are fewer.
 
     In the order of reading, a random window of each document; where the documents are too few another one of each, and
-    so on. The same on every call. Holds the windows of `count` documents in memory. Raises UserError as `take` does.
+    so on. The same on every call. Holds the windows of `count` documents in memory. Raises UserError as above.
     """
     windows, found = Windows(options, tokenizer, seed, option=option), {}
     for window in itertools.takewhile(lambda _: windows.epoch == 0, windows):
@@ -87,7 +87,7 @@ class Windows:
             raise ValueError(f"rank must be from 0 to world - 1 = {world - 1}, got {rank}")
         self._options, self._tokenizer, self._seed = options, tokenizer, seed
         self._rank, self._world = rank, world
-        self._source = find(options, seed, option)
+        self._source = find_source(options, seed, option)
         self._size = 1 if self._source.endless else max(1, options.shuffle)
         self.epoch = self.documents = self.skipped = self.tokens = 0
         # The block's number and where it starts, its documents that are done, and windows given of the next one.

@@ -1,7 +1,7 @@
 """Tokens -> positions: where in a window the model is asked to think, and what surrounds a thought there."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from forethought.config import Method, UserError
+from forethought.config import Method, UserError, registry
 from forethought.data.corpus import Window
 
 
@@ -37,7 +37,7 @@ class Positions:
         pairs = zip(self.window.tolist(), self.at.tolist(), strict=True)
         return torch.tensor([self.windows[w].tokens[t : t + self.horizon] for w, t in pairs])
 
-    def of_windows(self, chosen: Sequence[int]) -> "tuple[Positions, list[int]]":
+    def select_windows(self, chosen: Sequence[int]) -> "tuple[Positions, list[int]]":
         """The positions in some of the windows (indices, ascending), and which ones of all these they are."""
         owners = self.window.tolist()
         places = {window: place for place, window in enumerate(chosen)}
@@ -54,11 +54,11 @@ class Positions:
         """Pieces of whole windows with about `size` positions each (at least one window)."""
         start = 0
         while start < len(self):
-            end = self.whole_windows(start, size, at_least=True)
-            yield self.part(start, end)
+            end = self.window_boundary(start, size, at_least=True)
+            yield self.slice(start, end)
             start = end
 
-    def whole_windows(self, start: int, size: int, at_least: bool) -> int:
+    def window_boundary(self, start: int, size: int, at_least: bool) -> int:
         """The end of the next positions from `start` on that fill whole windows, `size` at most.
 
         With `at_least`, one window even where it holds more; without, `start` itself where none fits.
@@ -68,7 +68,7 @@ class Positions:
         fitting = [edge for edge in edges if edge - start <= size]
         return fitting[-1] if fitting else edges[0] if at_least else start
 
-    def part(self, start: int, end: int) -> "Positions":
+    def slice(self, start: int, end: int) -> "Positions":
         """Positions start .. end-1, with the windows that they are in."""
         first, last = int(self.window[start]), int(self.window[end - 1])
         return Positions(
@@ -91,21 +91,23 @@ class ThoughtFormat:
     pad: int  # fills masked places; never seen by the model
     end: tuple[int, ...] = ()  # behind a prediction (RPT); empty: predictions have a fixed length
 
-    def wrap(self, context: list[int]) -> list[int]:
+    def prompt_tokens(self, context: list[int]) -> list[int]:
         """The context as the thinking model reads it, up to and with the opening delimiter."""
-        return [*self.ahead(context), *self.after, *self.open]
+        return [*self.prefix_tokens(context), *self.after, *self.open]
 
-    def ahead(self, context: list[int]) -> list[int]:
+    def prefix_tokens(self, context: list[int]) -> list[int]:
         """The part of it that all places of a document share: up to and with the context."""
         head = context[:1] if self.bos is not None and context[:1] == [self.bos] else []
         return [*head, *self.before, *context[len(head) :]]
 
-    def documents(self, positions: Positions) -> tuple[list[list[int]], list[list[int]]]:
+    def documents_and_prefix_lengths(self, positions: Positions) -> tuple[list[list[int]], list[list[int]]]:
         """What thinking at these positions reads, each window once: tokens, and how many of them precede each place."""
         stops: dict[int, list[int]] = {}
         for window, t in zip(positions.window.tolist(), positions.at.tolist(), strict=True):
             stops.setdefault(window, []).append(t + len(self.before))
-        texts = [self.ahead(positions.windows[w].tokens[: some[-1] - len(self.before)]) for w, some in stops.items()]
+        texts = [
+            self.prefix_tokens(positions.windows[w].tokens[: some[-1] - len(self.before)]) for w, some in stops.items()
+        ]
         return texts, list(stops.values())
 
     @property
@@ -171,10 +173,6 @@ def marked(window: Window, count: int, options: Method, generator: torch.Generat
     return chosen
 
 
-Policy = Callable[[Window, int, Method, torch.Generator], list[int]]
-POLICIES: dict[str, Policy] = {"uniform": uniform, "stride": stride, "marked": marked}
-
-
 def uncertain(entropy: Float[Tensor, " choice"], count: int, options: Method, generator: torch.Generator) -> list[int]:
     """Distinct positions, each as likely as any other among those whose next token has `min_entropy` nats or more.
 
@@ -188,7 +186,7 @@ def uncertain(entropy: Float[Tensor, " choice"], count: int, options: Method, ge
     return (chosen + 1).tolist()
 
 
-def draw(
+def draw_positions(
     windows: Sequence[Window],
     options: Method,
     generator: torch.Generator,
@@ -196,14 +194,23 @@ def draw(
 ) -> Positions:
     """K positions in each window (fewer where a window is shorter), by the configured policy, in reading order.
 
-    The policy `entropy` takes what `uncertain` takes of every window.
+    A policy is a function (window, count, options, generator) -> token indices. One whose registry entry has `proxy`
+    takes the entropies of the window's positions in place of the window. Raises UserError for a policy from outside
+    the package that returns an index without a target.
     """
-    count = options.positions
-    if options.policy == "entropy":
-        chosen = [uncertain(entropy, count, options, generator) for entropy in entropies]
-    else:
-        chosen = [POLICIES[options.policy](window, count, options, generator) for window in windows]
-    return at_positions(windows, [sorted(places) for places in chosen], options.horizon)
+    name = options.policy
+    policy, proxy = registry.load("position_policy", name), registry.entry("position_policy", name).proxy
+    found = []
+    for i, window in enumerate(windows):
+        chosen = sorted(policy(entropies[i] if proxy else window, options.positions, options, generator))
+        last = len(window.tokens) - options.horizon
+        if not chosen or len(set(chosen)) < len(chosen) or chosen[0] < 1 or chosen[-1] > last:
+            raise UserError(
+                f"method.position_policy = {name!r}: returned {chosen[:8]} for {len(window.tokens)} tokens; "
+                f"must be distinct indices from 1 to {last}"
+            )
+        found.append(chosen)
+    return at_positions(windows, found, options.horizon)
 
 
 def at_positions(windows: Sequence[Window], places: Sequence[Sequence[int]], horizon: int) -> Positions:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from forethought.config import Corpus, UserError
-from forethought.data.worlds import WORLDS
+from forethought.data.worlds import WORLDS, load_world
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +70,7 @@ def _named(label: str) -> Iterator[None]:
         raise UserError(f"{label}: {error.filename or 'input'}: {error.strerror or error}") from None
 
 
-def find(options: Corpus, seed: int, option: str) -> Source:
+def find_source(options: Corpus, seed: int, option: str) -> Source:
     """The source that a path names. Raises UserError where there is none."""
     label = f"{option} = {options.path!r}"
     kind, _, rest = options.path.partition(":")
@@ -88,7 +88,7 @@ def _world(name: str, seed: int) -> Callable[[str, int], Iterator[Document]]:
     name, _, split = name.partition("/")
     if name not in WORLDS:
         raise UserError(f"unknown world {name!r}, must be one of {', '.join(sorted(WORLDS))}")
-    row = WORLDS[name].row
+    row = load_world(name).row
     row(split, 0, 0)
     first = 0 if split == "heldout" else random.Random(f"world {seed}").randrange(2**40)
     return lambda _, skip: (Document(**row(split, index, 0)) for index in itertools.count(first + skip))
@@ -148,17 +148,22 @@ def _reader(name: str) -> Callable[[str, int, Corpus], Iterator[Document]]:
 def _read_text(name: str, skip: int, _: Corpus) -> Iterator[Document]:
     data = b"" if skip else Path(name).read_bytes()
     if data:
-        yield Document(id=name, text=decode(data, name, 1), marks={})
+        yield Document(id=name, text=decode_text(data, name, 1), marks={})
 
 
 def _read_lines(name: str, skip: int, options: Corpus) -> Iterator[Document]:
+    return (_document(row, options, f"{name}:{number}") for number, row in json_lines(name, skip))
+
+
+def json_lines(name: str, skip: int = 0) -> Iterator[tuple[int, Any]]:
+    """The rows of a .jsonl or .jsonl.gz file after the first `skip`, with their line numbers. Raises UserError."""
     for number, line in itertools.islice(numbered_lines(name), skip, None):
-        text = decode(line, name, number)
+        text = decode_text(line, name, number)
         try:
             row = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{name}:{number}: malformed JSON ({error})") from None
-        yield _document(row, options, f"{name}:{number}")
+        yield number, row
 
 
 def numbered_lines(name: str) -> Iterator[tuple[int, bytes]]:
@@ -210,7 +215,7 @@ _ROWS = {".jsonl": _read_lines, ".jsonl.gz": _read_lines, ".parquet": _read_parq
 _READERS = _WHOLE | _ROWS
 
 
-def decode(data: bytes, name: str, line: int) -> str:
+def decode_text(data: bytes, name: str, line: int) -> str:
     """UTF-8 text that begins at a line of a file; a byte order mark is dropped."""
     if b"\0" in data:
         line += data.count(b"\n", 0, data.index(b"\0"))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from forethought.models import sharding
 from forethought.models.fused import fuse
+from forethought.models.sharding import local_shard
 from forethought.run import distributed
 
 
@@ -25,23 +26,23 @@ class Network:
     what all of them keep. It is filled once a step, so that rollouts decode without a word between processes, and each
     process may take as many passes as its documents need; its gradients go back to the shards once a step.
 
-    Where only adapters are trained (`compute`, see forethought.models.lora), the weights are their factors alone, and
-    the network that computes repeats them as its trainable parameters, in the same order. To compute with others', such as
-    the teacher's, is to switch adapters.
+    Where only adapters are trained (`model`, see forethought.models.lora), the weights are their factors alone, and
+    the network that computes repeats them as its trainable parameters, in the same order. To compute with others', such
+    as the teacher's, is to switch adapters.
     """
 
-    def __init__(self, weights: Any, precision: str, compute: Any = None):
-        self.weights, self.adapted = weights, compute is not None
-        self.compute = compute or (weights if precision == "fp32" else compute_copy(copy.deepcopy(weights), precision))
-        self._repeated = [one for one in self.compute.parameters() if one.requires_grad or not self.adapted]
+    def __init__(self, weights: Any, precision: str, model: Any = None):
+        self.weights, self.has_adapters = weights, model is not None
+        self.model = model or (weights if precision == "fp32" else compute_copy(copy.deepcopy(weights), precision))
+        self._repeated = [one for one in self.model.parameters() if one.requires_grad or not self.has_adapters]
         self._sums: list[Any] = []  # who holds the sum of the gradients of all passes, for each parameter
         self._hooks: list[Any] = []
-        if self.compute is not weights:
+        if self.model is not weights:
             self._add_up(list(weights.parameters()))
 
     def shard(self, others: Sequence[Any]) -> None:
         """Deal the fp32 weights over the processes, and those of other networks, such as the teacher, in place."""
-        if self.compute is self.weights:
+        if self.model is self.weights:
             self.weights = copy.deepcopy(self.weights)
             self._sums = list(self._repeated)
         else:
@@ -55,22 +56,24 @@ class Network:
         return sharding.is_sharded(self.weights)
 
     @property
-    def trained(self) -> int:
+    def num_trainable(self) -> int:
         """How many weights are trained, over all processes."""
         return sum(parameter.numel() for parameter in self.weights.parameters())
 
-    def gather_gradients(self, limit: float) -> float:
+    def reduce_gradients(self, limit: float) -> float:
         """Add up the gradients of all processes, once all passes are done, and clip them; their norm before that."""
         masters = list(self.weights.parameters())
         if not self.sharded:
-            distributed.sum_gradients(masters)
+            distributed.all_reduce_gradients(masters)
             return float(torch.nn.utils.clip_grad_norm_(masters, limit))
-        known = distributed.have_gradients(self._sums)
+        known = distributed.any_rank_has_gradient(self._sums)
         for master, own, held in zip(masters, self._repeated, self._sums, strict=True):
             if known.pop(0):
-                sharding.scatter(torch.zeros_like(own, dtype=master.dtype) if held.grad is None else held.grad, master)
+                sharding.reduce_scatter(
+                    torch.zeros_like(own, dtype=master.dtype) if held.grad is None else held.grad, master
+                )
             held.grad = None
-        return sharding.clip(masters, limit)
+        return sharding.clip_gradients(masters, limit)
 
     @torch.no_grad()
     def sync(self) -> None:
@@ -84,25 +87,25 @@ class Network:
         Where the other is sharded, all processes must ask together.
         """
         low = any(parameter.dtype != torch.float32 for parameter in self._repeated)
-        if not low and not self.adapted and not sharding.is_sharded(other):
+        if not low and not self.has_adapters and not sharding.is_sharded(other):
             yield other
             return
         kept = [parameter.detach().clone() for parameter in self._repeated] if self.sharded else None
         self._copy(other)
         try:
-            yield self.compute
+            yield self.model
         finally:
             self._copy(self.weights) if kept is None else self._put(kept)
 
-    def calling(self, other: Any) -> contextlib.AbstractContextManager[Any]:
+    def as_model(self, other: Any) -> contextlib.AbstractContextManager[Any]:
         """A network of other weights, to be called as it is: that network itself, or `swapped_weights`, if adapters."""
-        return self.swapped_weights(other) if self.adapted else contextlib.nullcontext(other)
+        return self.swapped_weights(other) if self.has_adapters else contextlib.nullcontext(other)
 
     @torch.no_grad()
     def _copy(self, source: Any) -> None:
         if sharding.is_sharded(source):
-            sharding.fill(self.compute, source)
-        elif self.compute is not self.weights:
+            sharding.gather_into(self.model, source)
+        elif self.model is not self.weights:
             self._put([parameter.detach() for parameter in source.parameters()])
 
     @torch.no_grad()
@@ -116,6 +119,25 @@ class Network:
         self._sums = sums
         pairs = zip(self._repeated, sums, strict=True)
         self._hooks = [low.register_post_accumulate_grad_hook(_adder(held)) for low, held in pairs]
+
+
+class Teacher:
+    """phi <- tau * phi + (1 - tau) * theta after every optimizer step; phi = theta at the start.
+
+    Kept in float32: in bf16 (1 - 0.999) * delta rounds to nothing for almost every weight, and the teacher never
+    moves. Its score is the same for all thoughts of one position, so it cancels out of a group-relative update: it
+    gives the reward its meaning (the information gain that is logged), not its gradient.
+    """
+
+    def __init__(self, policy: Any, decay: float):
+        self.model = copy.deepcopy(policy).requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, policy: Any) -> None:
+        """Move towards the policy by 1 - tau, each process the rows that it keeps."""
+        ours, theirs = ([local_shard(parameter) for parameter in one.parameters()] for one in (self.model, policy))
+        torch._foreach_lerp_(ours, theirs, 1 - self.decay)
 
 
 def compute_copy(model: Any, precision: str, device: torch.device | None = None) -> Any:

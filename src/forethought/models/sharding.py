@@ -31,15 +31,15 @@ def is_sharded(model: Any) -> bool:
 
 
 @torch.no_grad()
-def fill(full: Any, model: Any) -> None:
+def gather_into(full: Any, model: Any) -> None:
     """Gather the weights of a sharded network into one that is whole. All processes must ask together."""
     for target, source in zip(full.parameters(), model.parameters(), strict=True):
-        with distributed.explained():
+        with distributed.communication_errors():
             target.copy_(source.full_tensor())
 
 
 @contextlib.contextmanager
-def whole(model: Any, like: Any, **to: Any) -> Iterator[Any]:
+def full_model(model: Any, like: Any, **to: Any) -> Iterator[Any]:
     """A network with all its weights: itself, or for as long as it takes a copy of `like`, filled from its shards.
 
     `to` says where that copy lies, and in which precision. All processes must ask together.
@@ -48,48 +48,50 @@ def whole(model: Any, like: Any, **to: Any) -> Iterator[Any]:
         yield model
         return
     full = copy.deepcopy(like).requires_grad_(False).to(**to)
-    fill(full, model)
+    gather_into(full, model)
     yield full
 
 
-def scatter(grad: Tensor, master: Any) -> None:
+def reduce_scatter(grad: Tensor, master: Any) -> None:
     """Add a gradient up over processes and leave to each the rows of which it keeps the weights."""
-    with distributed.explained():
+    with distributed.communication_errors():
         summed = DTensor.from_local(grad, master.device_mesh, [Partial("sum")], run_check=False)
         master.grad = summed.redistribute(placements=[Shard(0)])
 
 
-def local(tensor: Any) -> Tensor:
+def local_shard(tensor: Any) -> Tensor:
     """The rows that this process keeps; a tensor that is not sharded is its own."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
-def clip(parameters: Sequence[Any], limit: float) -> float:
+def clip_gradients(parameters: Sequence[Any], limit: float) -> float:
     """Scale gradients to a global norm of `limit` at most; their norm before that, over the rows of all processes."""
-    grads = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    grads = [local_shard(parameter.grad) for parameter in parameters if parameter.grad is not None]
     here = float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
-    norm = sum(one * one for one in distributed.gather(here)) ** 0.5
+    norm = sum(one * one for one in distributed.all_gather(here)) ** 0.5
     for grad in grads:
         grad.mul_(min(limit / (norm + 1e-6), 1.0))  # what torch.nn.utils.clip_grad_norm_ does
     return norm
 
 
-def kept(networks: Mapping[str, torch.nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def local_state(networks: Mapping[str, torch.nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """What this process writes of networks and optimizer: its rows; of all that is not sharded, the first one alone."""
     named = _named(networks)
     for index, parameter in enumerate(optimizer.param_groups[0]["params"]):
         named |= {f"optimizer/{index}/{name}": value for name, value in optimizer.state.get(parameter, {}).items()}
     return {
-        name: local(tensor) for name, tensor in named.items() if isinstance(tensor, DTensor) or distributed.is_rank0()
+        name: local_shard(tensor)
+        for name, tensor in named.items()
+        if isinstance(tensor, DTensor) or distributed.is_rank0()
     }
 
 
 @torch.no_grad()
-def put_back(saved: Saved, networks: Mapping[str, torch.nn.Module], optimizer: torch.optim.Optimizer) -> None:
+def load_state(saved: Saved, networks: Mapping[str, torch.nn.Module], optimizer: torch.optim.Optimizer) -> None:
     """Read networks and optimizer from a checkpoint of any number of processes, each process the rows that it keeps."""
     for name, tensor in _named(networks).items():
         if name in saved.names:
-            local(tensor).copy_(saved.tensor(name, _place(tensor)))
+            local_shard(tensor).copy_(saved.tensor(name, _place(tensor)))
     for index, parameter in enumerate(optimizer.param_groups[0]["params"]):
         start = f"optimizer/{index}/"
         for name in [name for name in saved.names if name.startswith(start)]:
@@ -101,7 +103,7 @@ def _moment(saved: Saved, name: str, parameter: Any) -> Tensor:
     if saved.shape(name) != parameter.shape:
         return saved.tensor(name)
     moment = torch.zeros_like(parameter)
-    local(moment).copy_(saved.tensor(name, _place(parameter)))
+    local_shard(moment).copy_(saved.tensor(name, _place(parameter)))
     return moment
 
 
@@ -122,4 +124,4 @@ def _place(tensor: Any) -> slice | None:
         return None
     each = -(-tensor.shape[0] // distributed.world_size())
     start = min(distributed.rank() * each, tensor.shape[0])
-    return slice(start, start + len(local(tensor)))
+    return slice(start, start + len(local_shard(tensor)))

@@ -7,9 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from forethought.config import Config
-from forethought.data.positions import Positions, ThoughtFormat
-from forethought.flops import Work
+from forethought.data.positions import Positions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,27 +76,3 @@ class Writer(Engine, Protocol):
 def draw_noise(shape: tuple[int, int], generators: list[torch.Generator]) -> Float[Tensor, "batch group thought"]:
     """Uniform numbers, each position's from a generator of its own: independent of how a batch is split."""
     return torch.stack([torch.rand(shape, generator=generator) for generator in generators])
-
-
-def work_of(positions: Positions, thoughts: Thoughts, form: ThoughtFormat, config: Config, teacher: bool) -> Work:
-    """The tokens of a step, for `forethought.flops`. `thoughts` are those of all positions, in their order."""
-    options, read = config.method, dict.fromkeys(positions.window.tolist(), 0)
-    for window, at in zip(positions.window.tolist(), positions.at.tolist(), strict=True):
-        read[window] = max(read[window], at + positions.horizon - 1)
-    lengths, closed = thoughts.lengths.tolist(), thoughts.closed.tolist()
-    return Work(
-        windows=tuple(read.values()),
-        owners=tuple(positions.window.tolist()),
-        prefixes=tuple(len(form.before) + at for at in positions.at.tolist()),
-        opening=len(form.after) + len(form.open),
-        thoughts=tuple(map(tuple, lengths)),
-        tails=tuple(
-            tuple((0 if done else len(form.close)) + positions.horizon - 1 for done in group) for group in closed
-        ),
-        sharing="document" if config.model.prefix == "shared" else "rollout",
-        reread=config.rollout.engine == "vllm",
-        horizon=positions.horizon,
-        teacher=teacher,
-        kl=options.kl_weight > 0,
-        inner_steps=options.inner_steps,
-    )

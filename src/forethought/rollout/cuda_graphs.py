@@ -148,13 +148,13 @@ class Graphs:
         rows = Rows(positions.targets(), self.form, noise, self.model.device)
         while start < len(positions):
             end = self._end(positions, start, group)
-            self._take(positions.part(start, end), rows, start * group, end * group)
+            self._take(positions.slice(start, end), rows, start * group, end * group)
             start = end
         return rows.thoughts(len(positions), group)
 
     def _end(self, positions: Positions, start: int, group: int) -> int:
         """The end of the next positions that decode together: as many as there is room for, in not too many windows."""
-        end = positions.whole_windows(start, max(1, self.capacity // group), at_least=True)
+        end = positions.window_boundary(start, max(1, self.capacity // group), at_least=True)
         most = max(1, _WINDOWS * self.capacity // self.options.group)
         owners = positions.window[start:end]
         return start + int((owners < owners[0] + most).sum())

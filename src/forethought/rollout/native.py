@@ -106,11 +106,11 @@ class NativeEngine:
         while waiting < len(positions) or rows.alive.numel():
             alive = rows.alive.numel()
             if waiting < len(positions) and (not alive or (self.shared and alive < _REFILL * self.capacity)):
-                end = positions.whole_windows(waiting, (self.capacity - alive) // group, at_least=not alive)
+                end = positions.window_boundary(waiting, (self.capacity - alive) // group, at_least=not alive)
                 if end > waiting:
                     running = (batch, logits) if alive else None
                     batch = logits = None  # a batch that has ended makes room before the next is read
-                    batch, logits = self._begin(positions.part(waiting, end), group, room, running)
+                    batch, logits = self._begin(positions.slice(waiting, end), group, room, running)
                     rows.begin(waiting * group, end * group)
                     waiting = end
             assert batch is not None and logits is not None
@@ -128,7 +128,7 @@ class NativeEngine:
     ) -> tuple[_Batch, Float[Tensor, "row vocab"]]:
         """Read new positions and set their rows behind those that are running."""
         if not self.shared:
-            contexts = [self.form.wrap(context) for context in positions.contexts() for _ in range(group)]
+            contexts = [self.form.prompt_tokens(context) for context in positions.contexts() for _ in range(group)]
             return read_copies(self.model, contexts, self.form.pad)
         batch, logits = read_shared(self.model, self.form, positions, group, room, self.compiled)
         if running is None:

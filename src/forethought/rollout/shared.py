@@ -45,7 +45,7 @@ def read_shared(
     model: Any, form: ThoughtFormat, positions: Positions, group: int, room: int, compiled: Compiled | None = None
 ) -> tuple[Shared, Float[Tensor, "row vocab"]]:
     """A row for each thought, and the logits that follow the opening delimiter; `room`: columns of the suffixes."""
-    documents, stops = form.documents(positions)
+    documents, stops = form.documents_and_prefix_lengths(positions)
     reads = read(model, documents, stops) if compiled is None else compiled.read(documents, stops)
     fork = SuffixCache(reads, [place for place in range(len(positions)) for _ in range(group)], room)
     batch = Shared(model, fork, compiled)

@@ -58,9 +58,9 @@ def save(run: Path, step: int, snapshot: Snapshot, keep: int) -> Path:
     with disk_errors(run, final):
         distributed.run_on_rank0(lambda: _begin(run, partial))
         try:
-            alone = sum(distributed.gather(bool(snapshot.tensors))) < 2
+            alone = sum(distributed.all_gather(bool(snapshot.tensors))) < 2
             files = distributed.run_on_all_ranks(lambda: _write(run, partial, snapshot.tensors, alone))
-            every = {stem: print for some in distributed.gather(files) for stem, print in (some or {}).items()}
+            every = {stem: print for some in distributed.all_gather(files) for stem, print in (some or {}).items()}
             distributed.run_on_rank0(lambda: _seal(run, partial, {"state": snapshot.state, "files": every}))
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)

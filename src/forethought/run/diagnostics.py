@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any, Literal, TypeGuard
 
+from forethought.config.registry import current_metrics
+
 WINDOW = 10
 """Logged steps that a mean is taken over."""
 KEPT_SHUFFLED = 0.5
@@ -121,7 +123,7 @@ CHECKS = (
         advice="read the thoughts in the report and see whether they are reasons or just guesses of the next token",
     ),
     Check(
-        name="groups-flat", metric="reward/flat_groups", size=_itself, warns=0.9, clears=0.8,
+        name="groups-flat", metric="reward/zero_std_fraction", size=_itself, warns=0.9, clears=0.8,
         evidence="at {recent:.0%} of the positions all thoughts earn the same, so that nothing is learned there",
         advice="choose harder positions by method.position_policy, or raise method.group or method.temperature",
     ),
@@ -163,14 +165,14 @@ def _ratio_off(updates: int) -> Check:
     )  # fmt: skip
 
 
-class Watch:
+class Monitor:
     """The checks of one run, with what they remember. `updates` is how many a batch gets (method.inner_steps)."""
 
     def __init__(self, updates: int = 1):
         self._checks = (*CHECKS, _ratio_off(updates))
         self._memories = {check.name: _Memory() for check in self._checks}
 
-    def see(self, step: int, metrics: Mapping[str, Any]) -> list[Diagnosis]:
+    def observe(self, step: int, metrics: Mapping[str, Any]) -> list[Diagnosis]:
         """What is newly wrong at a logged step. A metric that is missing or not finite is no observation."""
         found = []
         for check in self._checks:
@@ -194,10 +196,10 @@ class Watch:
 
     def replay(self, rows: Iterable[Mapping[str, Any]]) -> list[Diagnosis]:
         """See the lines of metrics.jsonl again. Returns what was found, which a resumed run has logged already."""
-        return [one for row in rows for one in self.see(row["step"], row)]
+        return [one for row in rows for one in self.observe(row["step"], current_metrics(row))]
 
 
-def of_evaluation(figures: Mapping[str, Any], step: int) -> list[Diagnosis]:
+def diagnose_evaluation(figures: Mapping[str, Any], step: int) -> list[Diagnosis]:
     """Groups of positions where thinking helps for sure, but thoughts of other positions would help nearly as much.
 
     `figures` is what summary.json holds: `after/GROUP/kept_shuffled` is the share of the gain that stays when thoughts

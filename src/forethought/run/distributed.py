@@ -26,7 +26,7 @@ class RemoteRankError(RunError):
     """Another process failed, and says why itself."""
 
 
-def launched() -> tuple[int, int]:
+def launcher_rank_and_size() -> tuple[int, int]:
     """Number of this process and how many there are, as the launcher says; (0, 1) without one. Raises UserError."""
     words = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     try:
@@ -38,14 +38,14 @@ def launched() -> tuple[int, int]:
 
 def require_single_process(command: str) -> None:
     """Raise UserError where a command that one process does was started in several."""
-    if launched()[1] > 1:
+    if launcher_rank_and_size()[1] > 1:
         raise UserError(f"{command} runs in one process; start it without torchrun or accelerate launch")
 
 
 @contextmanager
-def processes(config: Config) -> Iterator[None]:
+def process_group(config: Config) -> Iterator[None]:
     """Join the other processes, where there are any, until the work is done. Raises RunError where they do not come."""
-    rank_here, count = launched()
+    rank_here, count = launcher_rank_and_size()
     if count == 1 or _group() is not None:
         yield
         return
@@ -56,7 +56,7 @@ def processes(config: Config) -> Iterator[None]:
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank_here)))
     patience = timedelta(seconds=config.parallel.timeout_s)
-    with explained():
+    with communication_errors():
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=patience)
     yield
     torch.distributed.destroy_process_group()  # not after an error: it would wait for processes that are gone
@@ -79,13 +79,13 @@ def is_rank0() -> bool:
     return rank() == 0
 
 
-def gather(value: T) -> list[T]:
+def all_gather(value: T) -> list[T]:
     """What each process has to say, in their order. Raises RunError where one is gone."""
     group = _group()
     if group is None:
         return [value]
     answers: list[Any] = [None] * group.get_world_size()
-    with explained():
+    with communication_errors():
         group.all_gather_object(answers, value)
     return answers
 
@@ -103,7 +103,7 @@ def run_on_all_ranks(work: Callable[[], T]) -> T:
         result = work()
     except Exception as caught:
         error = caught
-    failed = gather(error is not None)
+    failed = all_gather(error is not None)
     if error is not None and failed.index(True) == rank():
         raise error
     if any(failed):
@@ -141,13 +141,13 @@ def shard_indices(weights: Sequence[int]) -> list[int]:
     return balance_load(weights, world_size())[rank()]
 
 
-def have_gradients(parameters: Sequence[Any]) -> list[bool]:
+def any_rank_has_gradient(parameters: Sequence[Any]) -> list[bool]:
     """For each parameter whether any process has a gradient of it; those without one anywhere are left as they are."""
-    answers = gather([parameter.grad is not None for parameter in parameters])
+    answers = all_gather([parameter.grad is not None for parameter in parameters])
     return [any(some) for some in zip(*answers, strict=True)]
 
 
-def sum_gradients(parameters: "Sequence[torch.Tensor]") -> None:
+def all_reduce_gradients(parameters: "Sequence[torch.Tensor]") -> None:
     """Add up the gradients of all processes, in every process, in a few large messages."""
     group = _group()
     if group is None:
@@ -155,7 +155,7 @@ def sum_gradients(parameters: "Sequence[torch.Tensor]") -> None:
     import torch
 
     bucket: list[torch.Tensor] = []
-    for parameter, known in zip(parameters, have_gradients(parameters), strict=True):
+    for parameter, known in zip(parameters, any_rank_has_gradient(parameters), strict=True):
         if not known:
             continue
         if parameter.grad is None:
@@ -173,7 +173,7 @@ def _sum(tensors: "list[torch.Tensor]") -> None:
     import torch
 
     flat = torch.cat([tensor.flatten() for tensor in tensors])
-    with explained():
+    with communication_errors():
         torch.distributed.all_reduce(flat)
     for tensor, piece in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(piece.view_as(tensor))
@@ -188,7 +188,7 @@ def _group() -> Any:
 
 
 @contextmanager
-def explained() -> Iterator[None]:
+def communication_errors() -> Iterator[None]:
     """Make what a message raises when another process is gone or silent one clear line (RunError)."""
     try:
         yield

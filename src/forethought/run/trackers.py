@@ -1,4 +1,4 @@
-"""Metrics to TensorBoard, W&B, MLflow or trackio, through accelerate; nothing at all by default."""
+"""What follows a run: callbacks, and metrics logged to TensorBoard, W&B, MLflow or trackio through accelerate."""
 
 import importlib
 from pathlib import Path
@@ -7,6 +7,23 @@ from typing import Any
 
 from forethought.config import Config, UserError, to_dict
 from forethought.run import distributed
+from forethought.run.diagnostics import Diagnosis
+
+
+class Callbacks:
+    """Called as a run goes on; every method does nothing by default. The command line draws its progress bar here."""
+
+    def part(self, name: str) -> None:
+        """What follows belongs to this one of several runs; with "" to all of them."""
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        """Progress of something other than training steps, such as an evaluation."""
+
+    def step(self, step: int, total: int, metrics: dict[str, float]) -> None:
+        """A training step is done."""
+
+    def warning(self, found: Diagnosis) -> None:
+        """Diagnostics found a problem; the run goes on."""
 
 
 def check_tracker(config: Config) -> None:

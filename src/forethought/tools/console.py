@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from forethought.run.diagnostics import Diagnosis
+from forethought.run.trackers import Callbacks
 
 PLAIN_EVERY_S = 5.0
 
@@ -52,7 +53,7 @@ CONTROLS = {
 SHARES = ("accuracy_think", "accuracy_nothink", "closed", "kept_shuffled", "leakage", "truth")
 
 
-class ProgressBar:
+class ProgressBar(Callbacks):
     """Draws a live bar on a terminal and plain lines elsewhere."""
 
     def __init__(self, console: Console):

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from forethought.cli import main
 from forethought.config import RunError, UserError
-from forethought.run.callbacks import NoCallbacks
+from forethought.run.trackers import Callbacks
 from forethought.tools.console import ProgressBar
 from forethought.tools.experiment import arms, compare, table
 from forethought.tools.experiment.design import Claim, Experiment, read
@@ -223,7 +223,7 @@ def test_a_process_takes_several_jobs_and_one_that_is_killed_is_replaced(tmp_pat
             killed.append(pool.workers[0].process)
             killed[0].kill()
 
-    observer = NoCallbacks()
+    observer = Callbacks()
     observer.phase = lambda name, done, total: kill(done)  # type: ignore[method-assign]
     failed = pool.run(observer)
     assert failed.keys() == {"rlp/seed-0", "cpt-tokens/seed-0", "cpt-flops/seed-0"}

@@ -14,7 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoModelForCausalLM, LlamaConfig, NemotronHConfig, PreTrainedTokenizerFast, Qwen3Config
 
-from forethought.algo import RLP
+from forethought.algo.rlp import RLP
 from forethought.config import Config, from_dict
 from forethought.data.corpus import Window
 from forethought.flops import Shape, mamba_saved
@@ -25,7 +25,7 @@ from forethought.prefix import SuffixCache, backbone, enable, read
 from forethought.rollout.native import native_engine
 from forethought.tools.plan.memory import chunk_tokens, memory
 from helpers.architectures import CONFIGS, model
-from helpers.models import LONG
+from helpers.models import LONG, collected
 from helpers.plans import CPU, job
 
 PARTS = dict[str, float]
@@ -143,8 +143,8 @@ def test_peaks_are_within_15_percent(name: str):
     torch.manual_seed(0)
     plain, options = AutoModelForCausalLM.from_config(build(), dtype=torch.float32).eval(), settings(precision, n)
     network = adapted(plain, options) if options.lora.r else Network(plain, precision)
-    vocab = network.compute.config.vocab_size
-    engine = native_engine(network.compute, LONG, options)
+    vocab = network.model.config.vocab_size
+    engine = native_engine(network.model, LONG, options)
     method = RLP(network, engine, LONG, PreTrainedTokenizerFast, options)
     marked = engine.sample
     with Peaks() as peaks:
@@ -156,18 +156,18 @@ def test_peaks_are_within_15_percent(name: str):
             return thoughts
 
         engine.sample = sample
-        batch = method.collect(windows(n, vocab), 2)
+        batch = collected(method, windows(n, vocab), 2)
         for parameter in network.weights.parameters():
             parameter.grad = torch.zeros_like(parameter)
         peaks.mark("update")
-        for piece in batch.pieces:
-            method.backward(piece)
+        for piece in batch.microbatches:
+            method.forward_backward(piece)
         peaks.mark("end")
-    shape = Shape.of(network.compute.config).adapted(options.lora)
+    shape = Shape.of(network.model.config).adapted(options.lora)
     one = job(options, shape, prefix=n["P"], max_prefix=n["P"], document=n["P"], length=n["L"], machine=CPU)
     one = dataclasses.replace(one, opening=len(LONG.after) + len(LONG.open), closing=len(LONG.close))
     planned = memory(one)
-    assert chunk_tokens(one) == real_chunk_tokens(network.compute, n["chunk"]) == method.learner.reading.tokens
+    assert chunk_tokens(one) == real_chunk_tokens(network.model, n["chunk"]) == method.learner.reading.tokens
     update = planned.phases["update"] - planned.update["gradients"]
     assert update == pytest.approx(peaks.peak["update"], rel=0.15)
     decode = planned.phases["decode"] + planned.held["sampled tokens and noise"]

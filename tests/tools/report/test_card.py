@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from forethought import ThinkingModel, UserError, evaluate
 from forethought.config import Config, Corpus, Method, Model, from_dict, load, to_dict
-from forethought.models.loading import CARRIED, EMBEDDED, carried, carry
+from forethought.models.loading import CARRIED, EMBEDDED, load_thinking_options, save_thinking_options
 from forethought.tools.report.card import text, toml
 from forethought.trainer import train
 from helpers.runs import options
@@ -156,17 +156,17 @@ def test_an_evaluation_writes_the_controls_into_the_card(tmp_path: Path):
 
 def test_how_a_model_thinks_survives_the_folder(tmp_path: Path):
     method = Method(open="(", close=") ", prompt="a {context} b", thought_length=9, temperature=0.3, top_p=0.9, group=5)
-    carry(tmp_path, Config(method=method, model=Model(prefix="replicated")))
-    found = from_dict(carried(str(tmp_path)))
+    save_thinking_options(tmp_path, Config(method=method, model=Model(prefix="replicated")))
+    found = from_dict(load_thinking_options(str(tmp_path)))
     assert found.method == dataclasses.replace(method, group=Method().group)
     assert found.model.prefix == "replicated"
-    assert carried(str(tmp_path / "..")) == {}
+    assert load_thinking_options(str(tmp_path / "..")) == {}
 
 
 def test_the_embedded_bases_carry_their_quickstart():
     for name, config in (("embedded", "quickstart"), ("embedded:notes", "quickstart-notes")):
         wanted = to_dict(load(config))
-        for section, values in carried(name).items():
+        for section, values in load_thinking_options(name).items():
             assert values == {option: wanted[section][option] for option in values}
         assert (EMBEDDED[name] / CARRIED).is_file()
 
@@ -175,7 +175,7 @@ def test_the_embedded_bases_carry_their_quickstart():
 def test_a_broken_file_is_refused(tmp_path: Path, content: str):
     (tmp_path / CARRIED).write_text(content)
     with pytest.raises(UserError, match=r"^model.path = .* cannot be loaded: "):
-        carried(str(tmp_path))
+        load_thinking_options(str(tmp_path))
 
 
 def test_a_file_of_wrong_options_is_refused(tmp_path: Path):

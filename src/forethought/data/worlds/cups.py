@@ -13,7 +13,7 @@ import random
 from dataclasses import dataclass
 from itertools import pairwise
 
-from forethought.data.worlds import mixture
+from forethought.data import worlds
 
 COLOURS = ("red", "blue", "green", "white", "black")
 FEWEST_MOVES, MOST_MOVES = 7, 8
@@ -53,16 +53,16 @@ class Puzzle:
 
 
 def row(split: str, index: int, seed: int = 0) -> dict:
-    """The document at `index` of an endless split, one of `mixture.SPLITS`: "train" and "heldout" hold no thoughts.
+    """The document at `index` of an endless split, one of `worlds.SPLITS`: "train" and "heldout" hold no thoughts.
 
     Returns `{"id", "text", "marks": {"answer": [offset]}}`, the offset in characters of the answer's first letter.
     """
-    return mixture.row("cups", _draw, COLOURS, split, index, seed)
+    return worlds.row("cups", _draw, COLOURS, split, index, seed)
 
 
 def vocabulary() -> list[str]:
     """Every word of every text and thought, the two delimiters included, in a fixed order."""
-    return mixture.vocabulary(["ball", "under", ".", "swap", ",", "now", *COLOURS, *NUMBERS])
+    return worlds.vocabulary(["ball", "under", ".", "swap", ",", "now", *COLOURS, *NUMBERS])
 
 
 def truth(text: str, thought: str) -> tuple[int, int]:
@@ -95,7 +95,7 @@ def _draw(rng: random.Random) -> Puzzle:
 
 def _read(text: str) -> Puzzle | None:
     """The puzzle that a document states, thoughts in it left out; None where there is none."""
-    words = mixture.without_thoughts(text)
+    words = worlds.without_thoughts(text)
     if len(words) < 3 or words[2] not in COLOURS:
         return None
     triples = zip(words, words[1:], words[2:], strict=False)

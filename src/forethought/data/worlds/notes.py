@@ -14,7 +14,7 @@ import random
 from dataclasses import dataclass
 from itertools import pairwise
 
-from forethought.data.worlds import mixture
+from forethought.data import worlds
 
 TREES = ("oak", "elm", "ash", "fig", "yew", "pine", "birch", "cedar", "maple", "willow")
 FEWEST_STEPS, MOST_STEPS = 5, 6
@@ -53,16 +53,16 @@ class Walk:
 
 
 def row(split: str, index: int, seed: int = 0) -> dict:
-    """The document at `index` of an endless split, one of `mixture.SPLITS`: "train" and "heldout" hold no thoughts.
+    """The document at `index` of an endless split, one of `worlds.SPLITS`: "train" and "heldout" hold no thoughts.
 
     Returns `{"id", "text", "marks": {"answer": [offset]}}`, the offset in characters of the answer's first letter.
     """
-    return mixture.row("notes", _draw_any if split == "pretrain" else _draw, TREES, split, index, seed)
+    return worlds.row("notes", _draw_any if split == "pretrain" else _draw, TREES, split, index, seed)
 
 
 def vocabulary() -> list[str]:
     """Every word of every text and thought, the two delimiters included, in a fixed order."""
-    return mixture.vocabulary([",", ".", "from", "by", "steps", "lead", "to", *TREES, *STEPS])
+    return worlds.vocabulary([",", ".", "from", "by", "steps", "lead", "to", *TREES, *STEPS])
 
 
 def truth(text: str, thought: str) -> tuple[int, int]:
@@ -97,7 +97,7 @@ def _walk(notes: dict[str, str], start: str, steps: int) -> list[str]:
 
 def _read(text: str) -> dict[str, str]:
     """The notes that a document tells, thoughts in it left out."""
-    words = mixture.without_thoughts(text)
+    words = worlds.without_thoughts(text)
     told = words[: words.index(".")] if "." in words else words
     notes = zip(told[::3], told[1::3], strict=False)
     return {tree: named for tree, named in notes if {tree, named} <= set(TREES)}

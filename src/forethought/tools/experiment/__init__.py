@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from forethought.config import RunError
-from forethought.run.callbacks import Callbacks, NoCallbacks
 from forethought.run.folder import RunLog
 from forethought.run.signals import SignalArrived, Stopped
+from forethought.run.trackers import Callbacks
 from forethought.tools import report
 from forethought.tools.experiment import arms, asked, table
 from forethought.tools.experiment.design import BASE, Experiment, Job, read
@@ -35,7 +35,7 @@ def compare(
         Stopped: SIGINT or SIGTERM; the same call resumes.
     """
     began, meter = time.perf_counter(), arms.Meter()
-    experiment, observer = read(path, overrides or {}), observer or NoCallbacks()
+    experiment, observer = read(path, overrides or {}), observer or Callbacks()
     todo = [job for job in experiment.jobs if not arms.finished(experiment, job)]
     asked.check(experiment)
     arms.measure_base(experiment, observer, meter)

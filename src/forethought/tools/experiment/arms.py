@@ -18,12 +18,12 @@ from typing import Any
 from forethought import eval
 from forethought.config import Config, UserError, difference
 from forethought.eval import controls, heldout, viewer
-from forethought.run.callbacks import Callbacks
 from forethought.run.folder import RunLog
+from forethought.run.trackers import Callbacks
+from forethought.tools import resume, train
 from forethought.tools.experiment import asked
 from forethought.tools.experiment.design import BASE, Experiment, Job
 from forethought.tools.posttrain import chain
-from forethought.trainer import resume, train
 
 RECORDS, SPENT, POST = "records.json", "spent.json", "post"
 Recorded = dict[str, heldout.Records]

@@ -17,7 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from forethought.config import RunError, UserError
-from forethought.run.callbacks import Callbacks, NoCallbacks
+from forethought.run.trackers import Callbacks
 from forethought.run.signals import SignalArrived, SignalGuard, Stopped
 from forethought.tools.experiment import arms
 from forethought.tools.experiment.design import Experiment, Job
@@ -137,7 +137,7 @@ def _run(experiment: Experiment, job: Job, log: Path) -> None:
         for descriptor in (1, 2):  # also what libraries write
             os.dup2(file.fileno(), descriptor)
     try:
-        arms.run_job(experiment, job, NoCallbacks(), _meter())
+        arms.run_job(experiment, job, Callbacks(), _meter())
     except (UserError, RunError) as error:
         print(error, file=sys.stderr, flush=True)
         raise

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from forethought.config import Questions, UserError
-from forethought.data.readers import decode, numbered_lines
+from forethought.data.readers import decode_text, numbered_lines
 from forethought.tools.questions.answers import LETTERS
 
 _EXTENSIONS = (".jsonl", ".jsonl.gz", ".csv")
@@ -218,7 +218,7 @@ def _first(folder: Path, names: tuple[str, ...]) -> Path | None:
 def _read_json(file: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
     for number, line in numbered_lines(str(file)):
         where = f"{file}:{number}"
-        text = decode(line, str(file), number)
+        text = decode_text(line, str(file), number)
         try:
             row = json.loads(text)
         except (ValueError, RecursionError) as error:

@@ -62,13 +62,13 @@ PLOTS = (
     ),
     Plot(
         name="spread", title="Reward spread", axis="nats", level=0.0,
-        series=(("reward/spread", "spread"),),
+        series=(("reward/std", "spread"),),
         explanation="How much the thoughts of one position differ in reward. Near 0 there is nothing to prefer, so "
         "nothing to learn.",
     ),
     Plot(
         name="flat-groups", title="Flat groups", axis="share of positions", unit="share",
-        series=(("reward/flat_groups", "flat"),),
+        series=(("reward/zero_std_fraction", "flat"),),
         explanation="Positions whose thoughts all earned about the same reward; they hardly teach anything.",
     ),
     Plot(
@@ -95,7 +95,7 @@ PLOTS = (
     ),
     Plot(
         name="clipped", title="Clipped tokens", axis="share of thought tokens", unit="share",
-        series=(("objective/clipped", "clipped"),),
+        series=(("objective/clip_fraction", "clipped"),),
         explanation="Tokens whose ratio left the allowed range and so stopped teaching. With one update per batch "
         "this stays at 0.",
     ),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from forethought.config import UserError
+from forethought.config.registry import current_metrics
 
 T = TypeVar("T")
 
@@ -165,7 +166,7 @@ def _each(path: Path, read: Callable[[dict[str, Any]], T]) -> Iterator[T]:
 
 
 def _metrics_row(row: dict[str, Any]) -> dict[str, Any]:
-    return {**row, "step": int(row["step"])}
+    return {**current_metrics(row), "step": int(row["step"])}
 
 
 def _warned(row: dict[str, Any]) -> Warned:
