@@ -109,7 +109,7 @@ class RunLog:
         """
         for path in (self.path / f"{name}.jsonl" for name in ("metrics", "thoughts", "warnings")):
             kept = []
-            for number, row in _numbered(path):
+            for number, row in numbered_rows(path):
                 if type(row.get("step")) is not int:
                     raise UserError(f"{path}:{number}: has no step; mend or delete the line")
                 if row["step"] <= step:
@@ -185,7 +185,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
     A last line that a kill cut off is ignored. Raises UserError, with file and line, for any other broken line.
     """
-    return [row for _, row in _numbered(path)]
+    return [row for _, row in numbered_rows(path)]
 
 
 def checkpoints(run: Path) -> dict[int, Path]:
@@ -287,7 +287,7 @@ def _is_infinite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def _numbered(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers (from 1) and rows. A cut line is the last, has no newline and, as objects do, does not parse."""
     try:
         file = path.open("rb")
