@@ -194,12 +194,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [row for _, row in numbered_rows(path)]
 
 
-def numbered_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """`read_lines`, with line numbers."""
+def numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """`read_lines` one by one, with line numbers."""
     try:
-        return list(read_jsonl(path, allow_truncated=True))
+        yield from read_jsonl(path, allow_truncated=True)
     except FileNotFoundError:
-        return []
+        return
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
