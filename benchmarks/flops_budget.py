@@ -8,18 +8,19 @@ from typing import get_args
 
 from transformers import Qwen3Config
 
-from forethought.models.flops import (
+from forethought.flops import (
     Flops,
+    Shape,
     Sharing,
     Work,
     cpt_step,
     decode_flops,
     equal_flops_steps,
     forward_flops,
+    memory,
     rlp_step,
     t_flop,
 )
-from forethought.models.shape import Shape, memory
 
 SHAPE = Shape.of(
     Qwen3Config(

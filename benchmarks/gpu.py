@@ -27,9 +27,8 @@ from harness import FORM, OPEN
 from forethought.algo.rlp import RLP
 from forethought.config import Config, Update
 from forethought.data.positions import at_positions, make_generator
+from forethought.flops import Shape, step_flops
 from forethought.models.compute_copy import Network
-from forethought.models.flops import step_flops
-from forethought.models.shape import Shape
 from forethought.prefix import SuffixCache, backbone, enable, read
 from forethought.prefix import attention as merged
 from forethought.rollout import draw_noise

@@ -52,7 +52,17 @@ def train(python: str, case: str, words: list[str], run: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [python, "-m", "forethought", "train", *words, "--run", str(run), "--overwrite", "True"]
     if case.startswith("two-"):
-        command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--", *command[2:]]
+        command = [
+            python,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "--",
+            *command[2:],
+        ]
     if case == "resumed":
         child = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
         while child.poll() is None and not (run / "checkpoints" / "step-00000002").exists():

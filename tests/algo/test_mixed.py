@@ -13,9 +13,8 @@ from forethought.algo.mixed import Mixed, best
 from forethought.algo.rlp import RLP
 from forethought.config import UserError, from_dict
 from forethought.data.positions import at_positions
+from forethought.flops import Shape, cpt_step, rlp_step
 from forethought.models.compute_copy import Network
-from forethought.models.flops import cpt_step, rlp_step
-from forethought.models.shape import Shape
 from forethought.run.folder import read_lines
 from helpers.models import (
     CLOSE,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from forethought.algo.policy_gradient import Microbatch
-from forethought.data.positions import ThoughtFormat, draw, make_generator, pad_rows
+from forethought.data.positions import ThoughtFormat, draw_positions, make_generator, pad_rows
 from helpers.models import (
     CLOSE,
     FORM,
@@ -134,8 +134,10 @@ def test_no_gradient_reaches_logits_outside_sampled_tokens(form, prefix):
 def test_nothing_that_is_collected_carries_a_gradient():
     method = rlp(qwen3(), config(inner_steps=2, kl_weight=0.1))
     assert method.teacher is not None
-    thoughts = method.engine.sample(draw(WINDOWS, method.config.method, make_generator(0)), torch.rand(4, 2, 3))
-    nothink = method.teacher_logp(draw(WINDOWS, method.config.method, make_generator(0)), step=1)
+    thoughts = method.engine.sample(
+        draw_positions(WINDOWS, method.config.method, make_generator(0)), torch.rand(4, 2, 3)
+    )
+    nothink = method.teacher_logp(draw_positions(WINDOWS, method.config.method, make_generator(0)), step=1)
     (piece,) = collected(method, WINDOWS, step=1).microbatches
     assert nothink is not None and piece.logp_old is not None and piece.logp_reference is not None
     tensors = [nothink, thoughts.evidence, thoughts.logp, piece.logp_old, piece.logp_reference]
@@ -324,9 +326,10 @@ def trl_loss(model: Any, piece: Microbatch, temperature: float, folder: Any) -> 
     """The loss that TRL's GRPOTrainer computes on the same thoughts, and the copy of the model that it did it with."""
     import copy
 
-    from conftest import word_tokenizer
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
+
+    from helpers.models import word_tokenizer
 
     arguments = GRPOConfig(
         output_dir=str(folder),

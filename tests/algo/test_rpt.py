@@ -19,10 +19,9 @@ from forethought.cli import main
 from forethought.config import Method, UserError, from_dict
 from forethought.data.positions import ThoughtFormat, at_positions, draw_positions, make_generator, uncertain
 from forethought.data.token_bytes import TokenBytes
+from forethought.flops import Shape, Work, forward_flops, rlp_step
 from forethought.models.compute_copy import Network
-from forethought.models.flops import Work, forward_flops, rlp_step
 from forethought.models.loading import EMBEDDED
-from forethought.models.shape import Shape
 from forethought.rollout import Responses, Thoughts, draw_noise
 from forethought.run.folder import RunLog, read_lines
 from forethought.run.trackers import Callbacks

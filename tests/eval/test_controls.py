@@ -62,7 +62,7 @@ def test_the_plain_distribution_is_that_of_one_row(name: str):
 @pytest.mark.parametrize("form", [FORM, LONG], ids=["short", "long"])
 def test_controls_are_those_computed_one_row_at_a_time(form: ThoughtFormat):
     model, windows = qwen3(), documents()
-    measured = heldout.think(subject(model, form=form), windows, quiet)["all"]
+    measured = heldout.sample_groups(subject(model, form=form), windows, quiet)["all"]
     records = controls.measure(subject(model, form=form), windows, quiet)["all"]
     source = controls.derangement(measured.records.document, make_generator(0, "shuffled", "all"))
     vocabulary = controls.ordinary_tokens(word_tokenizer(), form)
@@ -98,7 +98,7 @@ def test_the_controls_leave_everything_else_as_it_is():
 def test_one_position_has_no_other_to_trade_with():
     (one,) = (controls.measure(subject(qwen3()), [window(5, 6)], quiet)).values()
     assert one.shuffled is None and one.empty is not None and one.random is not None
-    assert "all/ce_shuffled" not in heldout.summarise({"all": one}, {"all": one})
+    assert "all/ce_shuffled" not in heldout.summarize({"all": one}, {"all": one})
 
 
 @given(st.lists(st.integers(0, 4), min_size=2, max_size=30), st.integers(0, 99))
@@ -155,7 +155,7 @@ def test_marginal_is_below_the_mean_and_equal_where_there_is_one_thought():
     assert all(bound > mean for bound, mean in zip(many.marginal, many.think, strict=True))
     single = heldout.measure(subject(qwen3(), thoughts=1), documents(), quiet)["all"]
     assert single.marginal == pytest.approx(single.think, abs=1e-6)
-    measured = heldout.think(subject(qwen3(), thoughts=5), documents(), quiet)["all"]
+    measured = heldout.sample_groups(subject(qwen3(), thoughts=5), documents(), quiet)["all"]
     prompt, target = FORM.prompt_tokens(measured.positions.contexts()[0]), measured.positions.targets()[0].tolist()
     with torch.no_grad():
         rows = [[*prompt, *one, *FORM.close] for one in measured.thoughts[0]]
@@ -181,7 +181,7 @@ def test_leakage_looks_for_the_text_of_the_target():
 
 def test_leakage_is_measured_at_the_target_of_each_position():
     found = heldout.measure(subject(qwen3(), thoughts=8), documents(), quiet)["all"].leakage
-    measured = heldout.think(subject(qwen3(), thoughts=8), documents(), quiet)["all"]
+    measured = heldout.sample_groups(subject(qwen3(), thoughts=8), documents(), quiet)["all"]
     targets = [WORDS[target] for target in measured.positions.targets()[:, 0].tolist()]
     said = [[" ".join(WORDS[token] for token in one) for one in group] for group in measured.thoughts]
     naive = [sum(target in one for one in group) / 8 for target, group in zip(targets, said, strict=True)]
@@ -235,7 +235,7 @@ def test_domains_and_languages_are_groups_of_the_uniform_positions():
     for field in dataclasses.fields(heldout.Records):
         whole, part = (getattr(groups[name], field.name) for name in ("all", "domain:books"))
         assert part == (whole and [whole[i] for i in (0, 1, 4, 5)])
-    figures = heldout.summarise(groups, groups)
+    figures = heldout.summarize(groups, groups)
     assert figures["domain:books/positions"] == 4 and figures["domain:books/documents"] == 2
     assert figures["domain:web-x/ce_think"] == pytest.approx(-sum(groups["all"].think[2:4]) / 2)
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from forethought.config import Config, from_dict
-from forethought.models.shape import Attention, Kept, Shape
+from forethought.flops import Attention, Kept, Shape
 from forethought.tools.plan.job import Job
 from forethought.tools.plan.machines import Machine
 

@@ -21,11 +21,10 @@ from forethought.config import Config, Lora, Model, UserError, from_dict, load, 
 from forethought.data.corpus import Window
 from forethought.data.positions import ThoughtFormat
 from forethought.eval import evaluate
+from forethought.flops import Shape, backward_flops, forward_flops
 from forethought.models import lora
 from forethought.models.compute_copy import Network
-from forethought.models.flops import backward_flops, forward_flops
 from forethought.models.logprobs import no_think_logp
-from forethought.models.shape import Shape
 from forethought.prefix import enable
 from forethought.run import checkpoint
 from forethought.run.folder import read_lines

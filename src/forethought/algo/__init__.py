@@ -13,7 +13,7 @@ from forethought.algo.metrics import Sums
 from forethought.config import Config
 from forethought.data.corpus import Window
 from forethought.data.positions import ThoughtFormat
-from forethought.models.flops import Work
+from forethought.flops import Work
 
 
 @runtime_checkable

@@ -14,7 +14,7 @@ from torch import Tensor
 from forethought.algo.rewards import Predictions, Rewards
 from forethought.config import Config
 from forethought.data.positions import Positions, ThoughtFormat
-from forethought.models.flops import Work
+from forethought.flops import Work
 from forethought.rollout import Thoughts
 from forethought.run import distributed
 

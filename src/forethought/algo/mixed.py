@@ -15,8 +15,8 @@ from forethought.algo.rewards import RewardInputs, information_gain
 from forethought.config import Config
 from forethought.data.corpus import Window
 from forethought.data.positions import Positions, ThoughtFormat, make_generator
+from forethought.flops import Work
 from forethought.models.compute_copy import Network, compute_copy
-from forethought.models.flops import Work
 from forethought.models.logprobs import chunk_tokens, no_think_logp
 from forethought.rollout import Engine, Thoughts, draw_noise
 from forethought.rollout.native import native_engine

@@ -10,11 +10,10 @@ from forethought.algo.metrics import PositionShard
 from forethought.config import Config, Method, Model, UserError
 from forethought.data.corpus import Window
 from forethought.data.positions import Positions, ThoughtFormat, at_positions, draw_positions, make_generator
+from forethought.flops import Shape, forward_flops
 from forethought.models.compute_copy import Network
-from forethought.models.flops import forward_flops
 from forethought.models.loading import load_model, load_tokenizer
 from forethought.models.logprobs import chunk_tokens, no_think_entropy
-from forethought.models.shape import Shape
 from forethought.run import distributed
 
 

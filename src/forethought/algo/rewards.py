@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from forethought.config import Method
+from forethought.config import Method, UserError
 from forethought.data.positions import Positions
 from forethought.rollout import Thoughts
 
@@ -86,13 +86,13 @@ def random_reward(inputs: RewardInputs) -> Rewards:
 
 
 def as_rewards(found: Rewards | Tensor, inputs: RewardInputs, name: str) -> Rewards:
-    """What a reward function returned, checked. Raises ValueError for another shape or non-finite values."""
+    """What a reward function returned, checked. Raises UserError for another shape."""
     if isinstance(found, Tensor):
         value = found.detach().float().to(inputs.thoughts.evidence.device)
         found = Rewards(value=value, shift=value.new_zeros(len(value)))
     shape = tuple(inputs.thoughts.closed.shape)
     if tuple(found.value.shape) != shape:
-        raise ValueError(f"method.reward = {name!r}: returned shape {tuple(found.value.shape)}, must be {shape}")
+        raise UserError(f"method.reward = {name!r}: returned shape {tuple(found.value.shape)}, must be {shape}")
     return found
 
 

@@ -1,4 +1,4 @@
-"""A few held-out windows thought at every position: RUN/documents.json, what the thought viewer of a page shows."""
+"""A few held-out windows with thoughts at every position: RUN/documents.json, for the thought viewer of a page."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +19,7 @@ from forethought.rollout import draw_noise
 
 VERSION = 1
 TOP = 5
-"""Likeliest tokens that are shown of each prediction."""
+"""Most likely tokens shown for each prediction."""
 
 
 def documents(
@@ -27,14 +27,14 @@ def documents(
 ) -> dict[str, Any]:
     """The content of documents.json (docs/metrics.md) for the first `evaluate.view` windows.
 
-    `reference` is the model whose prediction without a thought the rewards are compared with: the EMA teacher of a run,
-    else the base. `name` says which model thought.
+    `reference` is the model whose prediction without a thought is the baseline of the rewards: the EMA teacher of a
+    run, else the base. `name` is the model that sampled the thoughts.
     """
     chosen = windows[: subject.config.evaluate.view]
     horizon = subject.config.method.horizon
     total, done, shown = sum(len(window.tokens) - horizon for window in chosen), 0, []
     for window in chosen:
-        pieces = texts(subject.tokenizer, window.tokens)
+        pieces = token_texts(subject.tokenizer, window.tokens)
         positions = []
         for chunk in _chunks(subject, window):
             positions += _positions(subject, reference, chunk, pieces)
@@ -44,8 +44,8 @@ def documents(
     return {"version": VERSION, "model": name, "documents": shown}
 
 
-def texts(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
-    """The text that each token adds. Joined they are the text, but for what the tokenizer itself put before it (BOS).
+def token_texts(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
+    """The text that each token adds. Joined, they are the text without what the tokenizer put before it (BOS).
 
     A token that completes no character adds nothing; the one that completes it adds the whole character.
     """
@@ -69,11 +69,11 @@ def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
 
 
 def _chunks(subject: Subject, window: Window) -> list[Positions]:
-    """Every position of a window, as many at once as decode together."""
+    """Every position of a window, in chunks that decode together."""
     config = subject.config
-    places = list(range(1, len(window.tokens) - config.method.horizon + 1))
+    indices = list(range(1, len(window.tokens) - config.method.horizon + 1))
     size = max(1, config.train.rollout_batch // config.evaluate.view_thoughts)
-    pieces = [places[start : start + size] for start in range(0, len(places), size)]
+    pieces = [indices[start : start + size] for start in range(0, len(indices), size)]
     return [at_positions([window], [piece], config.method.horizon) for piece in pieces]
 
 
@@ -110,7 +110,7 @@ def _positions(subject: Subject, reference: Any, chunk: Positions, pieces: list[
 
 
 def _top(subject: Subject, logp: Float[Tensor, " vocab"], previous: int) -> list[list[Any]]:
-    """The likeliest next tokens, as text that follows the previous token, with their probabilities."""
+    """The most likely next tokens, as text that follows the previous token, with their probabilities."""
     best = logp.topk(min(TOP, len(logp)))
     lead = _decode(subject.tokenizer, [previous])
     found = []

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from forethought.config import Config, Model, UserError, to_dict
 from forethought.data.positions import ThoughtFormat
-from forethought.models.shape import Shape
+from forethought.flops import Shape
 
 _ASSETS = Path(__file__).parents[1] / "assets"
 EMBEDDED = {"embedded": _ASSETS / "base", "embedded:notes": _ASSETS / "notes"}

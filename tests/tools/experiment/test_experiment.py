@@ -20,7 +20,7 @@ from forethought.run.trackers import Callbacks
 from forethought.tools.console import ProgressBar
 from forethought.tools.experiment import arms, compare, table
 from forethought.tools.experiment.design import Claim, Experiment, read
-from forethought.tools.experiment.pool import Pool
+from forethought.tools.experiment.workers import WorkerPool
 from forethought.tools.report import write_comparison
 from forethought.tools.report.comparison import Row
 from helpers.pages import BROWSER
@@ -215,8 +215,7 @@ def test_a_process_that_fails_names_its_arm(tmp_path: Path):
 def test_a_process_takes_several_jobs_and_one_that_is_killed_is_replaced(tmp_path: Path):
     whole = dataclasses.replace(experiment(tmp_path, seeds="0"), processes=1)
     whole.run.mkdir()
-    asked = {"path": str(tmp_path / "small.toml"), "overrides": {"run": str(whole.run), "seeds": "0"}}
-    pool, killed = Pool(whole, list(whole.jobs), asked), []
+    pool, killed = WorkerPool(whole, list(whole.jobs)), []
 
     def kill(done: int) -> None:
         """The first process, as soon as it trains; `phase` is called every POLL_S."""

@@ -15,8 +15,7 @@ from transformers import AutoConfig
 
 from forethought.cli import main
 from forethought.config import UserError, load
-from forethought.models.flops import rlp_step
-from forethought.models.shape import Shape
+from forethought.flops import Shape, rlp_step
 from forethought.tools import plan as planner
 from forethought.tools.plan import advice, as_dict, plan, shipped_shape, words_of
 from forethought.tools.plan.advice import fits, largest

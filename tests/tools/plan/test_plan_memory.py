@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, NemotronHConfig, Pre
 from forethought.algo.rlp import RLP
 from forethought.config import Config, from_dict
 from forethought.data.corpus import Window
+from forethought.flops import Shape, mixer_kept
 from forethought.models.compute_copy import Network
 from forethought.models.logprobs import chunk_tokens as real_chunk_tokens
 from forethought.models.lora import adapted
-from forethought.models.shape import Shape, mixer_kept
 from forethought.prefix import SuffixCache, backbone, enable, read
 from forethought.rollout.native import native_engine
 from forethought.tools.plan.memory import chunk_tokens, memory

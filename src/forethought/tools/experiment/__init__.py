@@ -13,7 +13,7 @@ from forethought.run.trackers import Callbacks
 from forethought.tools import report
 from forethought.tools.experiment import arms, asked, table
 from forethought.tools.experiment.design import BASE, Experiment, Job, read
-from forethought.tools.experiment.pool import Pool
+from forethought.tools.experiment.workers import WorkerPool
 from forethought.tools.report.comparison import Verdict
 
 DESCRIBED = "experiment.json"
@@ -44,7 +44,7 @@ def compare(
         if experiment.processes == 1:
             failed = _one_by_one(experiment, todo, observer, meter)
         else:
-            failed = Pool(experiment, todo, {"path": str(path), "overrides": overrides or {}}).run(observer)
+            failed = WorkerPool(experiment, todo).run(observer)
     except (SignalArrived, Stopped) as stopped:
         _publish(experiment, failed, began)
         kept = f"finished arms are kept in {experiment.run}; go on with the same command"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from forethought.config import Config, UserError
-from forethought.models.shape import Shape
+from forethought.flops import Shape
 from forethought.tools.plan.advice import Change, adapters, advice, fits, largest
 from forethought.tools.plan.job import Job, Layout, job, shipped_shape, with_option
 from forethought.tools.plan.machines import MACHINES, Machine

@@ -8,8 +8,7 @@ from types import SimpleNamespace
 from typing import Literal, get_args
 
 from forethought.config import Config, UserError
-from forethought.models.flops import Work
-from forethought.models.shape import Shape
+from forethought.flops import Shape, Work
 from forethought.tools.plan.machines import Machine, machine
 
 Layout = Literal["one", "ddp", "fsdp2"]

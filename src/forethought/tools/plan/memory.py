@@ -7,7 +7,7 @@ is arithmetic.
 
 from dataclasses import dataclass, replace
 
-from forethought.models.shape import Kept, mixer_kept
+from forethought.flops import Kept, mixer_kept
 from forethought.tools.plan.job import Job, Layout
 
 LOGITS = {"cpu": 2**26, "cuda": 2**28}  # logits that the update holds at once (forethought.models.logprobs)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from forethought.models.flops import Flops, decode_flops, rlp_step, t_flop
+from forethought.flops import Flops, decode_flops, rlp_step, t_flop
 from forethought.tools.plan.job import Job
 from forethought.tools.plan.memory import ELEMENT, cache_numbers, captured, chunk_tokens
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from forethought.config import UserError
-from forethought.models.flops import forward_flops
+from forethought.flops import forward_flops
 from forethought.tools.plan.job import Job
 from forethought.tools.plan.seconds import decode_step, decode_steps, rate, step, sync
 

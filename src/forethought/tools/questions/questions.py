@@ -14,7 +14,7 @@ import torch
 
 from forethought.config import Config, UserError
 from forethought.data.positions import ThoughtFormat, make_generator
-from forethought.rollout.generate import Sampling, Stop, generate
+from forethought.rollout.native import Sampling, Stop, generate
 from forethought.tools.questions import answers
 from forethought.tools.questions.choices import Row, Step, continuation, pick_letters, pick_texts
 from forethought.tools.questions.prompts import STOPS, prompt
@@ -247,7 +247,7 @@ def before(text: str, strings: Sequence[str]) -> str:
     return text[: min((text.find(string) for string in strings if string in text), default=len(text))]
 
 
-def summarise(records: Sequence[Record]) -> Figures:
+def summarize(records: Sequence[Record]) -> Figures:
     """Flat figures MODE/TASK/METRIC, each with /se, and MODE/{math,science,overall}/ACCURACY (docs/metrics.md)."""
     return figures(columns(records))
 
@@ -294,7 +294,7 @@ def _columns(records: Sequence[Record]) -> dict[str, np.ndarray]:
 
 
 def figures(table: Columns) -> Figures:
-    """Flat figures of columns, as `summarise`."""
+    """Flat figures of columns, as `summarize`."""
     found: Figures = {}
     for (mode, task), metrics in table.items():
         for metric, values in metrics.items():
