@@ -24,7 +24,8 @@ def train(config: Config, callbacks: "Callbacks | None" = None) -> dict[str, Any
     from forethought import trainer
 
     summary = trainer.train(config, callbacks)
-    _write_card(Path(config.run))
+    if launcher_rank_and_size()[0] == 0:
+        card.write(Path(config.run))
     return summary
 
 
@@ -33,7 +34,8 @@ def resume(run: str | Path, callbacks: "Callbacks | None" = None, parallel: "Par
     from forethought import trainer
 
     summary = trainer.resume(run, callbacks, parallel)
-    _write_card(Path(run))
+    if launcher_rank_and_size()[0] == 0:
+        card.write(Path(run))
     return summary
 
 
@@ -44,11 +46,5 @@ def evaluate(
     from forethought import eval as held_out
 
     figures, file = held_out.evaluate(target, overrides, progress)
-    _write_card(file.parent, (overrides or {}).get("evaluate", {}).get("path", ""))
+    card.write(file.parent, (overrides or {}).get("evaluate", {}).get("path", ""))
     return figures, file
-
-
-def _write_card(run: Path, held_out: str = "") -> None:
-    """The card of a finished run's model; rank 0 alone writes it."""
-    if launcher_rank_and_size()[0] == 0:
-        card.write(run, held_out)

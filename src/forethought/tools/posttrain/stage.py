@@ -16,6 +16,7 @@ import dataclasses
 import json
 import random
 import re
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -200,7 +201,9 @@ def _read_questions(path: str) -> Iterator[tuple[str, str, str]]:
         for number, row in read_jsonl(path):
             question, answer = row.get("question", row.get("problem")), row.get("answer")
             if not isinstance(question, str) or not isinstance(answer, str | int | float) or not str(answer).strip():
-                raise UserError(f"{path}:{number}: expected the fields question (or problem) and answer")
+                raise UserError(
+                    f"{path}:{number}: expected the fields question (or problem) and answer, got {reprlib.repr(row)}"
+                )
             shown, _, final = str(answer).rpartition("####")
             solution = str(row.get("solution") or shown).split("####")[0]
             yield question.strip(), re.sub(r"<<[^<>]*>>", "", solution).strip(), final.strip()
