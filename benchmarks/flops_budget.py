@@ -8,18 +8,19 @@ from typing import get_args
 
 from transformers import Qwen3Config
 
-from forethought.models.flops import (
+from forethought.flops import (
     Flops,
+    Shape,
     Sharing,
     Work,
     cpt_step,
     decode_flops,
     equal_flops_steps,
     forward_flops,
+    memory,
     rlp_step,
     t_flop,
 )
-from forethought.models.shape import Shape, memory
 
 SHAPE = Shape.of(
     Qwen3Config(
@@ -53,7 +54,7 @@ def step(prefix: int, document: int, length: int, sharing: Sharing) -> Flops:
 
 
 def per_token() -> None:
-    print(f"parameters {SHAPE.parameters:,}; weights that multiply every token {SHAPE.multiplied:,}")
+    print(f"parameters {SHAPE.parameters:,}; weights that multiply every token {SHAPE.matmul_weights:,}")
     read = forward_flops(SHAPE, [(PREFIX, 0)], 0) / PREFIX
     print(f"FLOPs a token: reading {PREFIX} tokens {read:.4g}")
     print(f"FLOPs a token: decoding behind {PREFIX} tokens, head included {decode_flops(SHAPE, [(1, PREFIX)]):.4g}")

@@ -24,12 +24,11 @@ import harness
 import torch
 from harness import FORM, OPEN
 
-from forethought.algo import RLP
+from forethought.algo.rlp import RLP
 from forethought.config import Config, Update
 from forethought.data.positions import at_positions, make_generator
+from forethought.flops import Shape, step_flops
 from forethought.models.compute_copy import Network
-from forethought.models.flops import step_flops
-from forethought.models.shape import Shape
 from forethought.prefix import SuffixCache, backbone, enable, read
 from forethought.prefix import attention as merged
 from forethought.rollout import draw_noise
@@ -129,7 +128,7 @@ class Step:
         self.weights = harness.build(name, "cuda")
         self.settings, self.number = settings, 0
         self.network = Network(self.weights, "bf16")
-        self.engine = native_engine(self.network.compute, FORM, settings)
+        self.engine = native_engine(self.network.model, FORM, settings)
         vocab = self.weights.config.vocab_size
         self.method = RLP(self.network, self.engine, FORM, harness.tokenizer(vocab), settings)
         self.optimizer = torch.optim.AdamW(self.weights.parameters(), lr=1e-6, fused=True)
@@ -258,7 +257,7 @@ def _replaced(settings: Config, rows: int, options: argparse.Namespace) -> Confi
 
 def decoding(options: argparse.Namespace, rates: dict[str, Any]) -> list[dict[str, Any]]:
     """Sampling alone, in bf16: eager, CUDA graphs, of a compiled model too, and Hugging Face's `generate`."""
-    model = Network(harness.build(options.model, "cuda"), "bf16").compute
+    model = Network(harness.build(options.model, "cuda"), "bf16").model
     enable(model)
     rows = []
     for length in [length for length in options.lengths if length <= 256]:

@@ -25,7 +25,7 @@ from typing import Any
 import harness
 import torch
 
-from forethought.data.worlds import WORLDS
+from forethought.data.worlds import load_world
 
 WARMUP = 1  # steps
 
@@ -70,7 +70,7 @@ def main() -> None:
 def shape(folder: Path) -> list[str]:
     """The options of the setting without a config, whose files go to a folder."""
     harness.qwen3(4096, 256, 4).save_pretrained(folder / "architecture")
-    row = WORLDS["cups"].row
+    row = load_world("cups").row
     texts = [" ".join(row("train", 40 * i + k, 0)["text"] for k in range(40)) for i in range(64)]
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return [
@@ -107,9 +107,9 @@ def turn(count: int, config: str, words: list[str], folder: Path) -> dict[str, f
 def worker(folder: str, config: str, words: list[str]) -> None:
     """Train, and note what each step took."""
     import forethought
-    from forethought.trainer import NoCallbacks
+    from forethought.trainer import Callbacks
 
-    class Clock(NoCallbacks):
+    class Clock(Callbacks):
         def __init__(self) -> None:
             self.last, self.steps = (time.perf_counter(), time.process_time()), []
 

@@ -24,13 +24,11 @@ import torch
 from datasets import Dataset
 from harness import CLOSE, FORM, OPEN
 
-from forethought.algo import RLP
+from forethought.algo.rlp import RLP
 from forethought.data.positions import Positions
-from forethought.models.compute_copy import Network
-from forethought.models.flops import step_flops
+from forethought.flops import Shape, step_flops
+from forethought.models.compute_copy import Network, Teacher
 from forethought.models.logprobs import log_probabilities
-from forethought.models.shape import Shape
-from forethought.models.teacher import Teacher
 from forethought.rollout import Thoughts
 from forethought.rollout.native import NativeEngine, native_engine
 
@@ -82,12 +80,13 @@ class Ours:
     def __call__(self) -> None:
         self.number += 1
         started = self.clock()
-        batch = self.method.collect(self.windows, self.number)
+        record = self.method.collect(self.windows, self.number)
+        microbatches = self.method.microbatches(record)
         harness.synchronise()
         collected = self.clock()
         self.optimizer.zero_grad(set_to_none=True)
-        for piece in batch.pieces:
-            self.method.backward(piece)
+        for microbatch in microbatches:
+            self.method.forward_backward(microbatch)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         harness.synchronise()
@@ -100,7 +99,7 @@ class Ours:
             "update": updated - collected,
             "ema": self.clock() - updated,
         }
-        self.work = batch.work
+        self.work = record.work(FORM, self.settings)
         assert self.work.prefixes == self.stops
 
 
@@ -189,10 +188,10 @@ class Trl:
 def gate(name: str, options: argparse.Namespace) -> float:
     """Largest difference of loss and gradient between shared and replicated prefixes, relative to the largest."""
     one, other = (Ours(name, (96, 12, 2, 4), shared, options) for shared in (True, False))
-    batch = one.method.collect(one.windows, 1)
+    microbatches = one.method.microbatches(one.method.collect(one.windows, 1))
     results = []
     for side in (one, other):
-        loss = sum(side.method.backward(piece)[0] for piece in batch.pieces)
+        loss = sum(side.method.forward_backward(microbatch)[0] for microbatch in microbatches)
         results.append((loss, torch.cat([p.grad.flatten() for p in side.model.parameters() if p.grad is not None])))
     (loss, grad), (wanted_loss, wanted) = results
     gap = float((grad - wanted).abs().max() / wanted.abs().max())
@@ -208,14 +207,14 @@ def peak_mib(name: str, grid: Grid, shared: bool, chunk: int = 0) -> float:
 def report_peak(name: str, grid: list[int], shared: bool, chunk: int) -> None:
     options = argparse.Namespace(device="cpu", clock="wall", chunk=chunk)
     side = Ours(name, (grid[0], grid[1], grid[2], grid[3]), shared, options)
-    batch = side.method.collect(side.windows, 1)
+    microbatches = side.method.microbatches(side.method.collect(side.windows, 1))
     for parameter in side.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     Path("/proc/self/clear_refs").write_text("5")  # start the high-water mark anew, where the system knows how
     before = min(before, _resident_kib())
-    for piece in batch.pieces:
-        side.method.backward(piece)
+    for microbatch in microbatches:
+        side.method.forward_backward(microbatch)
     print((_high_water_kib() - before) / 1024)
 
 

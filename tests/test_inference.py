@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from forethought import ThinkingModel, UserError, load
+from forethought.algo.metrics import thought_tokens
 from forethought.config import Method
 from forethought.data.positions import at_positions, make_generator, thought_format
-from forethought.inference import Place, Prediction, mixture
+from forethought.inference import Prediction, ScoredToken, mixture
 from forethought.rollout import draw_noise
-from forethought.rollout.content import inside
 from helpers.models import FORM, LONG, MODELS, WORDS, config, plain_logits, plain_targets, qwen3, window, word_tokenizer
 from helpers.tokenizers import byte_level
 
@@ -23,8 +23,8 @@ def thinker(model: Any = None, tokenizer: Any = None, **method: Any) -> Thinking
     return ThinkingModel(model or qwen3(), tokenizer or word_tokenizer(), config(thought_length=5, **method))
 
 
-def rows(one: ThinkingModel, context: list[int], place: Place | Prediction) -> list[list[int]]:
-    return [[*one.form.wrap(context), *thought.tokens, *one.form.close] for thought in place.thoughts]
+def rows(one: ThinkingModel, context: list[int], place: ScoredToken | Prediction) -> list[list[int]]:
+    return [[*one.form.prompt_tokens(context), *thought.tokens, *one.form.close] for thought in place.thoughts]
 
 
 @torch.no_grad()
@@ -52,7 +52,7 @@ def test_thoughts_are_those_of_the_engine():
     noise = draw_noise((3, 5), [make_generator(4, "think", TOKENS)])
     found = one.engine.sample(at_positions([window(*TOKENS, 6)], [[5]], 1), noise)
     told = one.next_token(TOKENS, thoughts=3, seed=4).thoughts
-    assert [list(thought.tokens) for thought in told] == inside(found, one.form)[0]
+    assert [list(thought.tokens) for thought in told] == thought_tokens(found, one.form)[0]
     assert [thought.closed for thought in told] == found.closed[0].tolist()
     assert [thought.text for thought in told] == one.tokenizer.batch_decode([thought.tokens for thought in told])
     again, other = one.next_token(TEXT, thoughts=3, seed=4), one.next_token(TEXT, thoughts=3, seed=5)

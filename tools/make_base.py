@@ -6,8 +6,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from forethought.config import load
-from forethought.data.worlds import WORLDS
-from forethought.models.loading import EMBEDDED, carry
+from forethought.data.worlds import load_world
+from forethought.models.loading import EMBEDDED, save_thinking_options
 
 PAD, BEGIN, UNKNOWN = "<pad>", "<s>", "<unk>"
 BASES = {"embedded": ("cups", "quickstart"), "embedded:notes": ("notes", "quickstart-notes")}
@@ -15,8 +15,8 @@ BASES = {"embedded": ("cups", "quickstart"), "embedded:notes": ("notes", "quicks
 
 def main() -> None:
     for name, (world, config) in BASES.items():
-        write(WORLDS[world].vocabulary(), EMBEDDED[name])
-        carry(EMBEDDED[name], load(config))
+        write(load_world(world).vocabulary(), EMBEDDED[name])
+        save_thinking_options(EMBEDDED[name], load(config))
 
 
 def write(vocabulary: list[str], folder: Path) -> None:

@@ -18,8 +18,8 @@ mkdir "$work/empty" && cd "$work/empty"
 "$bin/forethought" train quickstart --train.steps 3 --train.batch 8 --evaluate.documents 20 --evaluate.positions 2
 "$bin/forethought" evaluate runs/quickstart --evaluate.view 1
 if command -v c++ > /dev/null; then  # the C++ functions come with the wheel
-  "$bin/forethought" train quickstart --model.decoding compiled --train.steps 1 --train.batch 8 --evaluate.documents 4 \
-    --run runs/compiled
+  "$bin/forethought" train quickstart --model.decoding cpp --train.steps 1 --train.batch 8 --evaluate.documents 4 \
+    --run runs/cpp
 fi
 "$bin/python" - <<'END'
 import pathlib

@@ -12,18 +12,17 @@ if TYPE_CHECKING:
     from forethought.algo.objective import clipped_surrogate, group_advantages, kl_to_reference, next_token_loss
     from forethought.algo.rewards import information_gain
     from forethought.config import Config, RunError, UserError, load
-    from forethought.eval import evaluate
     from forethought.inference import ThinkingModel
+    from forethought.models.compute_copy import Teacher
     from forethought.models.loading import load_model, load_tokenizer
-    from forethought.models.teacher import Teacher
     from forethought.rollout import Thoughts
     from forethought.rollout.native import NativeEngine
     from forethought.run.signals import Stopped
+    from forethought.tools import evaluate, resume, train
     from forethought.tools.experiment import compare
     from forethought.tools.posttrain import posttrain
     from forethought.tools.questions.ask import ask
     from forethought.tools.report import write as write_report
-    from forethought.trainer import resume, train
 
 _HOMES = {
     "Config": "config",
@@ -31,9 +30,9 @@ _HOMES = {
     "RunError": "config",
     "Stopped": "run.signals",
     "load": "config",
-    "train": "trainer",
-    "resume": "trainer",
-    "evaluate": "eval",
+    "train": "tools",
+    "resume": "tools",
+    "evaluate": "tools",
     "ask": "tools.questions.ask",
     "compare": "tools.experiment",
     "posttrain": "tools.posttrain",
@@ -47,7 +46,7 @@ _HOMES = {
     "clipped_surrogate": "algo.objective",
     "kl_to_reference": "algo.objective",
     "next_token_loss": "algo.objective",
-    "Teacher": "models.teacher",
+    "Teacher": "models.compute_copy",
     "ThinkingModel": "inference",
 }
 

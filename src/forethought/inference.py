@@ -17,14 +17,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from forethought.algo.metrics import decode_thoughts, thought_tokens
 from forethought.config import Config, UserError, from_dict, merge
 from forethought.data.corpus import Window
 from forethought.data.positions import Positions, at_positions, make_generator, thought_format
-from forethought.eval.viewer import texts
+from forethought.eval.viewer import token_texts
 from forethought.models.compute_copy import compute_copy
-from forethought.models.loading import carried, load_model, load_tokenizer
+from forethought.models.loading import load_model, load_thinking_options, load_tokenizer
 from forethought.models.logprobs import chunk_tokens, no_think_logp, suffix_logits
-from forethought.rollout import Thoughts, content, draw_noise
+from forethought.rollout import Thoughts, draw_noise
 from forethought.rollout.decoder import ReplicatedBatch, sample
 from forethought.rollout.native import Sampling, Stop, generate, native_engine
 from forethought.tools.questions.questions import ends
@@ -55,7 +56,7 @@ class Prediction:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class ScoredToken:
     """One token of a text that was read, or one that was written. Log-probabilities at temperature 1, in nats."""
 
     at: int  # its index among the text's tokens
@@ -90,7 +91,7 @@ class ThinkingModel:
         It thinks as the model carries it in forethought.json, or by the defaults; `overrides` is a nested dict of
         options such as {"method": {"thought_length": 64}}. Raises UserError.
         """
-        start = merge({"model": {"path": str(source)}}, carried(str(source)))
+        start = merge({"model": {"path": str(source)}}, load_thinking_options(str(source)))
         config = from_dict(merge(start, overrides or {}))
         model = compute_copy(load_model(config.model, config.seed), config.model.precision)
         return cls(model, load_tokenizer(config.model), config)
@@ -116,17 +117,17 @@ class ThinkingModel:
         return Prediction(logp=logp, nothink=logits[-1], thoughts=said, top=top)
 
     @torch.no_grad()
-    def gains(self, text: Text, *, thoughts: int = 1, seed: int = 0) -> list[Place]:
+    def gains(self, text: Text, *, thoughts: int = 1, seed: int = 0) -> list[ScoredToken]:
         """Think before every token of a text but the first, and see what that brought."""
         tokens = self.encode(text)
-        places: list[Place] = []
-        pieces = texts(self.tokenizer, tokens)
+        places: list[ScoredToken] = []
+        pieces = token_texts(self.tokenizer, tokens)
         for chunk, found in self._read(tokens, (1, 1), thoughts, seed):
             nothink = self._plain(chunk)[:, 0]
             logp = nothink if found is None else mixture(found.evidence[..., 0].T)
             told = [()] * len(chunk) if found is None else self._told(found)
             for t, mine, plain, said in zip(chunk.at.tolist(), logp.tolist(), nothink.tolist(), told, strict=True):
-                place = Place(at=t, token=tokens[t], text=pieces[t], logp=mine, nothink=plain, thoughts=said)
+                place = ScoredToken(at=t, token=tokens[t], text=pieces[t], logp=mine, nothink=plain, thoughts=said)
                 places.append(place)
         return places
 
@@ -185,7 +186,7 @@ class ThinkingModel:
         thoughts: int = 1,
         temperature: float = 1.0,
         seed: int = 0,
-    ) -> Iterator[Place]:
+    ) -> Iterator[ScoredToken]:
         """Write on, token by token as they come, and think before every `think_every`-th of them.
 
         Tokens up to the next pause follow the same thoughts. `temperature` is that of the text (0: the likeliest
@@ -195,7 +196,7 @@ class ThinkingModel:
         tokens = self.encode(text)
         if max_tokens < 1 or think_every < 1 or temperature < 0:
             raise UserError("max_tokens and think_every must be at least 1, temperature at least 0")
-        self.check_room(len(tokens) + max_tokens, thoughts)
+        self.check_length(len(tokens) + max_tokens, thoughts)
         return self._write(tokens, (max_tokens, think_every), thoughts, temperature, seed)
 
     @torch.no_grad()
@@ -207,7 +208,7 @@ class ThinkingModel:
         A text that was drawn after one thought is drawn from the mixture over all of them, so more would not help.
         Raises UserError where the model has no positions for a context, its thought and sampling.limit tokens.
         """
-        self.check_room(max(map(len, contexts)) + sampling.limit, thoughts)
+        self.check_length(max(map(len, contexts)) + sampling.limit, thoughts)
         streams = [make_generator(seed, "answer", context) for seed, context in zip(seeds, contexts, strict=True)]
         told = self._think(contexts, min(thoughts, 1), seeds)
         prompts = [[*self._rows(context, said), context][0] for context, said in zip(contexts, told, strict=True)]
@@ -215,7 +216,7 @@ class ThinkingModel:
 
     def _write(
         self, tokens: list[int], lengths: tuple[int, int], thoughts: int, temperature: float, seed: int
-    ) -> Iterator[Place]:
+    ) -> Iterator[ScoredToken]:
         """`generate`, a stretch between two pauses at a time. `tokens` grows."""
         left, every = lengths
         while left:
@@ -229,7 +230,7 @@ class ThinkingModel:
                 token = self._draw(mixed, tokens, temperature, seed)
                 weights = weights + logp[: len(weights), token]
                 tokens.append(token)
-                yield Place(
+                yield ScoredToken(
                     at=len(tokens) - 1,
                     token=token,
                     text=self._adds(tokens),
@@ -261,15 +262,16 @@ class ThinkingModel:
         noise = torch.rand(1, generator=make_generator(seed, "write", before)).to(logp.device)
         return int(sample(logp[None], noise, temperature, 1.0))
 
-    def check_room(self, tokens: int, thoughts: int) -> None:
+    def check_length(self, tokens: int, thoughts: int) -> None:
         """Refuse a text that is too long for the model with the thoughts in it. Raises UserError."""
-        if tokens > self.room(thoughts):
+        limit = self.max_text_tokens(thoughts)
+        if tokens > limit:
             raise UserError(
-                f"a text of {tokens} tokens: the model has positions for {self.room(thoughts)} beside its thoughts; "
+                f"a text of {tokens} tokens: the model has positions for {limit} beside its thoughts; "
                 "shorten the text or method.thought_length"
             )
 
-    def room(self, thoughts: int) -> int:
+    def max_text_tokens(self, thoughts: int) -> int:
         """Tokens of text that the model has positions for, with a thought in it unless `thoughts` is 0."""
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return sys.maxsize if limit is None else limit - self._overhead(thoughts)
@@ -279,7 +281,7 @@ class ThinkingModel:
 
     def _think(self, contexts: Sequence[list[int]], thoughts: int, seeds: Sequence[int]) -> list[tuple[Thought, ...]]:
         """Thoughts at the end of each context."""
-        self.check_room(max(map(len, contexts)) + 1, thoughts)
+        self.check_length(max(map(len, contexts)) + 1, thoughts)
         if thoughts < 1:
             return [()] * len(contexts)
         windows = [_window([*context, self.form.pad]) for context in contexts]  # an engine scores some token behind
@@ -298,7 +300,7 @@ class ThinkingModel:
     ) -> Iterator[tuple[Positions, Thoughts | None]]:
         """Every n-th token of a text from some first on, with the thoughts before it; behind its end stands padding."""
         first, horizon = steps
-        self.check_room(len(tokens) + horizon - 1, thoughts)
+        self.check_length(len(tokens) + horizon - 1, thoughts)
         window, places = _window([*tokens, *[self.form.pad] * (horizon - 1)]), list(range(first, len(tokens), horizon))
         size = max(1, self.config.train.rollout_batch // max(1, thoughts))
         for start in range(0, len(places), size):
@@ -309,8 +311,8 @@ class ThinkingModel:
         return no_think_logp(self.model, positions, chunk_tokens(self.model, self.config.update.tokens_per_chunk))[0]
 
     def _told(self, found: Thoughts) -> list[tuple[Thought, ...]]:
-        inside = content.inside(found, self.form)
-        columns = zip(inside, content.texts(self.tokenizer, inside), found.closed.tolist(), strict=True)
+        inside = thought_tokens(found, self.form)
+        columns = zip(inside, decode_thoughts(self.tokenizer, inside), found.closed.tolist(), strict=True)
         return [
             tuple(
                 Thought(text=text, tokens=tuple(tokens), closed=closed)
@@ -321,7 +323,7 @@ class ThinkingModel:
 
     def _rows(self, context: list[int], said: Sequence[Thought]) -> list[list[int]]:
         """What the model reads before it predicts: a row for each thought."""
-        return [[*self.form.wrap(context), *thought.tokens, *self.form.close] for thought in said]
+        return [[*self.form.prompt_tokens(context), *thought.tokens, *self.form.close] for thought in said]
 
     def _fitting(self, order: Sequence[int], pairs: Sequence[Pair], thoughts: int) -> Iterator[list[int]]:
         """Pairs whose rows go through the model together."""
@@ -357,7 +359,7 @@ class ThinkingModel:
 
     def _adds(self, tokens: Sequence[int]) -> str:
         """What the last token adds to the text; "" while a character is not complete."""
-        piece = texts(self.tokenizer, tokens[-_TAIL:])[-1]
+        piece = token_texts(self.tokenizer, tokens[-_TAIL:])[-1]
         return "" if piece.endswith("\N{REPLACEMENT CHARACTER}") else piece
 
 

@@ -1,47 +1,45 @@
-"""The loop: batches, backward, clip, step, sync, checkpoint. Lines 14 and 15 of Algorithm 1 live here."""
+"""The training loop: read, collect, backward, clip, step, sync, checkpoint; lines 14 and 15 of Algorithm 1."""
 
 import contextlib
 import dataclasses
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from forethought.algo import METHODS, Collected, Method, Sums, add, means
-from forethought.config import Config, Parallel, RunError, UserError, from_dict, to_dict
+from forethought.algo import Method, Record
+from forethought.algo.metrics import Sums, add_sums, means
+from forethought.config import Config, Parallel, RunError, UserError, from_dict, registry, to_dict
 from forethought.data import corpus
-from forethought.data.positions import thought_format
+from forethought.data.positions import Positions, thought_format
 from forethought.eval import heldout
+from forethought.flops import Flops, Shape, step_flops, t_flop
 from forethought.models import lora, sharding
-from forethought.models.flops import Flops, step_flops, t_flop
-from forethought.models.loading import carry, check_length, load_tokenizer
-from forethought.models.shape import Shape
-from forethought.rollout import engine
+from forethought.models.loading import check_context_length, load_tokenizer, save_thinking_options
+from forethought.rollout import Responses, Thoughts, engine
 from forethought.run import checkpoint, distributed
-from forethought.run.callbacks import Callbacks, NoCallbacks
-from forethought.run.diagnostics import Diagnosis, Watch, of_evaluation
+from forethought.run.diagnostics import Diagnosis, Monitor, diagnose_evaluation
 from forethought.run.folder import RunLog, check_free, disk_errors, read_lines
 from forethought.run.signals import SignalArrived, SignalGuard, Stopped
-from forethought.run.trackers import Tracker, check_tracker
-from forethought.tools.report import card
+from forethought.run.trackers import Callbacks, Tracker, check_tracker
 
 
-def train(config: Config, observer: Callbacks | None = None) -> dict[str, Any]:
+def train(config: Config, callbacks: Callbacks | None = None) -> dict[str, Any]:
     """Run a config from its start. Returns what summary.json holds. Raises UserError, RunError, Stopped."""
-    with distributed.processes(config):
+    with distributed.process_group(config):
         log = RunLog(Path(config.run))
         distributed.run_on_rank0(lambda: check_free(log.path, config.overwrite))
         trainer = _trainer(config)
         distributed.run_on_rank0(lambda: RunLog.create(config))
         with _held(log):
-            return trainer.run(log, observer or NoCallbacks())
+            return trainer.run(log, callbacks or Callbacks())
 
 
-def resume(run: str | Path, observer: Callbacks | None = None, parallel: Parallel | None = None) -> dict[str, Any]:
+def resume(run: str | Path, callbacks: Callbacks | None = None, parallel: Parallel | None = None) -> dict[str, Any]:
     """Continue a run from its last checkpoint, bit for bit. Raises UserError for a run that is finished or none.
 
     Any number of processes may do that, whatever it was before, and share the weights (`parallel`) in another way; with
@@ -50,27 +48,26 @@ def resume(run: str | Path, observer: Callbacks | None = None, parallel: Paralle
     log = RunLog.open(run)
     more = {"parallel": dataclasses.asdict(parallel)} if parallel else {}
     config = from_dict(to_dict(log.config()) | {"run": str(log.path)} | more)
-    with distributed.processes(config), _held(log):
+    with distributed.process_group(config), _held(log):
         finished, stage = ((log.path / name).is_file() for name in ("summary.json", "stage.json"))
-        if distributed.gather(finished)[0]:
+        if distributed.all_gather(finished)[0]:
             raise distributed.rank0_error(
                 UserError(f"--resume {run}: this run is finished; its figures are in summary.json")
             )
-        if distributed.gather(stage)[0]:
+        if distributed.all_gather(stage)[0]:
             again = "begin it again with --overwrite True"
             raise distributed.rank0_error(UserError(f"--resume {run}: is a stage of post-training; {again}"))
         trainer = _trainer(config)
         trainer.restore(log)
-        return trainer.run(log, observer or NoCallbacks())
+        return trainer.run(log, callbacks or Callbacks())
 
 
 def _trainer(config: Config) -> "Trainer":
     """The trainer of each process. Raises UserError where one cannot be made, or they would not train the same."""
     trainer = distributed.run_on_all_ranks(lambda: Trainer(config))
-    assert trainer is not None
-    weights = trainer.network.compute.parameters()
+    weights = trainer.network.model.parameters()
     start = sum(float(parameter.detach().sum(dtype=torch.float64)) for parameter in weights)
-    found = distributed.gather((start, config))
+    found = distributed.all_gather((start, config))
     if any(other != found[0] for other in found):
         raise distributed.rank0_error(
             UserError("the processes do not see the same model and options; give each the same files")
@@ -86,29 +83,57 @@ def _held(log: RunLog) -> Iterator[None]:
         yield
 
 
+class TimedEngine:
+    """An engine whose sampling time is added up in `seconds`."""
+
+    def __init__(self, engine: Any):
+        self.engine, self.seconds = engine, 0.0
+
+    def sample(self, positions: Positions, noise: torch.Tensor) -> Thoughts:
+        """The engine's `sample`."""
+        with self._timed():
+            return self.engine.sample(positions, noise)
+
+    def respond(self, positions: Positions, noise: torch.Tensor, writing: torch.Tensor) -> Responses:
+        """The engine's `respond`."""
+        with self._timed():
+            return self.engine.respond(positions, noise, writing)
+
+    def sync(self) -> None:
+        """The engine's `sync`."""
+        self.engine.sync()
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - started
+
+
 class Trainer:
-    """Everything that changes while a run goes on."""
+    """Everything that changes during a run."""
 
     def __init__(self, config: Config):
         self.config = config
         check_tracker(config)
-        corpus.check(config.corpus)
+        corpus.check_corpus(config.corpus)
         if config.evaluate.path:
-            corpus.check(dataclasses.replace(config.corpus, path=config.evaluate.path), "evaluate.path")
+            corpus.check_corpus(dataclasses.replace(config.corpus, path=config.evaluate.path), "evaluate.path")
         if self._windows_per_step() < distributed.world_size():
             raise UserError(
                 f"train.batch = {config.train.batch}: fewer documents a step than {distributed.world_size()} processes"
             )
         self.tokenizer = load_tokenizer(config.model)
         self.form = thought_format(self.tokenizer, config.method)
-        check_length(config, self.form)
+        check_context_length(config, self.form)
         next(corpus.Windows(config.corpus, self.tokenizer, config.seed))  # a corpus of short texts fails now
         self.held_out = heldout.held_out(config, self.tokenizer) if config.evaluate.path else []
-        self.network = lora.network(config)
-        self.policy = self.network.compute
-        self.engine = engine(self.network.compute, self.form, config)
-        self.method: Method = METHODS[config.method.name](self.network, self.engine, self.form, self.tokenizer, config)
-        if config.parallel.shard == "fsdp2" and distributed.world_size() > 1:
+        self.network = lora.load_network(config)
+        self.policy = self.network.model
+        self.engine = TimedEngine(engine(self.network.model, self.form, config))
+        method = registry.load("method", config.method.name)
+        self.method: Method = method(self.network, self.engine, self.form, self.tokenizer, config)
+        if config.parallel.shard == "zero1" and distributed.world_size() > 1:
             self.network.shard([one for name, one in self.method.state().items() if name == "teacher"])
         options = config.optim
         self.optimizer = torch.optim.AdamW(
@@ -119,16 +144,16 @@ class Trainer:
             fused=self.policy.device.type == "cuda" or None,  # in place, without a copy of all weights
         )
         self.stream = corpus.Windows(config.corpus, self.tokenizer, config.seed)
-        self.watch = Watch(config.method.inner_steps)
+        self.monitor = Monitor(config.method.inner_steps)
         self.step, self.saved = 0, -1
-        self.asked = 0  # the signal on which several processes have agreed to stop
+        self.stop_signal = 0  # the signal on which all ranks have agreed to stop
         self.shape, self.cost = Shape.known(self.policy.config), Flops()
-        if self.shape is not None and self.network.adapted:
-            self.shape = self.shape.with_adapter(self.network.trained)
+        if self.shape is not None and self.network.has_adapters:
+            self.shape = self.shape.with_adapter(self.network.num_trainable)
         if config.train.flops and self.shape is None:
             kind = self.policy.config.model_type
             raise UserError(f"train.flops = {config.train.flops}: the FLOPs of a {kind} model are not known; use steps")
-        self.whole = True  # False from a batch's first optimizer step until its last one is taken and logged
+        self.consistent = True  # False from a batch's first optimizer step until its last one is taken and logged
         self._seconds, self._started = 0.0, time.perf_counter()
 
     @property
@@ -148,114 +173,128 @@ class Trainer:
         """Wall time of the run so far, earlier parts of a resumed run included."""
         return self._seconds + time.perf_counter() - self._started
 
-    def run(self, log: RunLog, observer: Callbacks) -> dict[str, Any]:
+    def run(self, log: RunLog, callbacks: Callbacks) -> dict[str, Any]:
         """Evaluate, train, evaluate; leave a finished run folder."""
-        gate, train = SignalGuard(held=distributed.world_size() > 1), self.config.train
-        with Tracker(self.config, log.path) as tracker, gate.installed():
+        guard, train = SignalGuard(deferred=distributed.world_size() > 1), self.config.train
+        with Tracker(self.config, log.path) as tracker, guard.installed():
             try:
-                before = self._evaluate(log, observer, gate, "before")
+                before = self._evaluate(log, callbacks, guard, "before")
                 while not self.over:
-                    self._step(log, observer, gate, tracker)
+                    self._step(log, callbacks, guard, tracker)
                     if self.step % train.checkpoint_every == 0 or self.over:
                         self._save(log)
-                    if self.asked:
-                        raise SignalArrived(self.asked)
-                after = self._evaluate(log, observer, gate, "after")
+                    if self.stop_signal:
+                        raise SignalArrived(self.stop_signal)
+                after = self._evaluate(log, callbacks, guard, "after")
             except (SignalArrived, UserError, RunError) as error:
-                if self.whole and (distributed.world_size() == 1 or isinstance(error, SignalArrived)):
-                    self._save(log)  # several processes that did not agree to stop cannot save together
+                if self.consistent and (distributed.world_size() == 1 or isinstance(error, SignalArrived)):
+                    self._save(log)  # ranks that did not agree to stop cannot save together
                 if isinstance(error, SignalArrived):
                     again = f"forethought train --resume {log.path}"
                     raise Stopped(error.number, f"saved after step {self.step}; go on with: {again}") from None
                 raise
-            summary = distributed.run_on_rank0(lambda: self._summary(before, after))
             network, to = self.network, {"device": "cpu", "dtype": torch.float32}
-            with sharding.whole(network.weights, network.compute, **to) as policy:
-                distributed.run_on_rank0(lambda: self._export(log, policy, summary or {}))
-        summary = distributed.gather(summary)[0]
-        assert summary is not None
+            with sharding.full_model(network.weights, network.model, **to) as policy:
+                distributed.run_on_rank0(lambda: self._export(log, policy))
+        summary = distributed.all_gather(self._summary(before, after))[0]
         if distributed.is_rank0():
-            self._warn(log, observer, of_evaluation(summary, self.step))
+            self._warn(log, callbacks, diagnose_evaluation(summary, self.step))
             log.write_json("summary.json", summary)
         return summary
 
-    def _step(self, log: RunLog, observer: Callbacks, gate: SignalGuard, tracker: Tracker) -> None:
-        """One batch of text: collect, then `inner_steps` times backward, clip, step, and what follows a step."""
+    def _step(self, log: RunLog, callbacks: Callbacks, guard: SignalGuard, tracker: Tracker) -> None:
+        """One step: read text, collect, then `inner_steps` times backward, clip, optimizer step and sync."""
         started, cursor, number = time.perf_counter(), self.stream.cursor(), self.step + 1
-        self._set_rate(number)
+        rate = learning_rate(self.config, number, self.spent)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         try:
-            with gate.passing():
+            with guard.interruptible():
                 windows = self._read()
-                batch = self.method.collect(windows, number)
-                metrics, sums = self._backward(batch, windows, number)
+                record, microbatches, sums = self._collect(windows, number)
+                metrics, more = self._backward(microbatches, windows, number)
         except BaseException:
             self.stream.seek(cursor)
             raise
-        self.whole = False
+        self.consistent = False
         metrics |= self._update()
-        first = {name: sums[name] for name in ("objective/mismatch",) if name in sums}  # before any update
+        first = {name: more[name] for name in ("objective/mismatch",) if name in more}  # before any update
         for _ in range(1, self.config.method.inner_steps):
-            metrics, sums = self._backward(batch, windows, number)
-            metrics, sums = metrics | self._update(), sums | first
+            metrics, more = self._backward(microbatches, windows, number)
+            metrics, more = metrics | self._update(), more | first
         self.step, spent = number, self.cost
-        sums, thoughts = self._exchange(batch, batch.sums | sums, gate)
-        metrics |= means(sums) | self._rates(sums, time.perf_counter() - started) | self._costs(spent)
+        sums, rows = self._gather(record, sums | more, guard)
+        metrics |= means(sums) | self._rates(sums, time.perf_counter() - started, spent)
         if distributed.is_rank0() and (self.config.train.logs(number) or self.over):
             log.metrics(number, metrics)
-            log.thoughts(thoughts)
-            self._warn(log, observer, self.watch.see(number, metrics))
+            log.thoughts([{"step": number, **row} for row in rows])
+            self._warn(log, callbacks, self.monitor.observe(number, metrics))
             tracker.log(number, metrics)
-        self.whole = True
+        self.consistent = True
         done = max(self.spent, number / self.config.train.steps)
-        observer.step(number, max(number, round(number / done)), metrics)
+        callbacks.step(number, max(number, round(number / done)), metrics)
+
+    def _collect(self, windows: list[corpus.Window], number: int) -> tuple[Record, Sequence[Any], Sums]:
+        """What the step is trained on, and how long its phases took."""
+        started, sampling = time.perf_counter(), self.engine.seconds
+        record = self.method.collect(windows, number)
+        microbatches = self.method.microbatches(record)
+        sums = record.metrics()
+        if sampled := self.engine.seconds - sampling:
+            sums["time/rollout_s"] = (sampled, 1)
+            sums["time/score_s"] = (time.perf_counter() - started - sampled, 1)
+        return record, microbatches, sums
 
     def _read(self) -> list[corpus.Window]:
-        """The windows of the next step: all of them in every process, which then takes its share."""
-        windows = distributed.run_on_all_ranks(lambda: [next(self.stream) for _ in range(self._windows_per_step())])
-        assert windows is not None
-        return windows
+        """The windows of the next step: every rank reads all of them and takes its share later."""
+        return distributed.run_on_all_ranks(lambda: [next(self.stream) for _ in range(self._windows_per_step())])
 
-    def _exchange(self, batch: Collected, sums: Sums, gate: SignalGuard) -> tuple[Sums, list[dict[str, Any]]]:
-        """Sums and thoughts of all processes; what all of them cost is added up, and a signal to one is one to all."""
-        cost = None if self.shape is None else step_flops(self.shape, batch.work)
-        told = distributed.gather((sums, batch.thoughts, cost, gate.pending))
-        whole: Sums = {}
-        for theirs, _, cost, _ in told:
-            add(whole, theirs)
-            self.cost += cost or Flops()
-        self.asked = max(pending for *_, pending in told) if distributed.world_size() > 1 else 0
-        rows = sorted((row for _, thoughts, _, _ in told for row in thoughts), key=lambda row: row["number"])
-        return whole, rows
+    def _gather(self, record: Record, sums: Sums, guard: SignalGuard) -> tuple[Sums, list[dict[str, Any]]]:
+        """Metrics and logged rows of all ranks. Adds up their FLOPs, and passes a signal to one rank on to all."""
+        rows: list[dict[str, Any]] = []
+        if self.config.train.logs(self.step):
+            more, rows = record.text(self.tokenizer, self.form, self.config.train.log_thoughts)
+            sums = sums | more
+        cost = None if self.shape is None else step_flops(self.shape, record.work(self.form, self.config))
+        gathered = distributed.all_gather((sums, rows, cost, guard.pending))
+        total: Sums = {}
+        for theirs, _, flops, _ in gathered:
+            add_sums(total, theirs)
+            self.cost += flops or Flops()
+        self.stop_signal = max(pending for *_, pending in gathered) if distributed.world_size() > 1 else 0
+        return total, sorted((row for _, some, _, _ in gathered for row in some), key=lambda row: row["number"])
 
-    def _warn(self, log: RunLog, observer: Callbacks, found: list[Diagnosis]) -> None:
-        """Log and tell what is new; a run that was killed after its evaluation finds the same again."""
+    def _warn(self, log: RunLog, callbacks: Callbacks, found: list[Diagnosis]) -> None:
+        """Log and report new warnings; a run that was killed after its evaluation finds the same ones again."""
         known = read_lines(log.path / "warnings.jsonl") if found else []
         new = [one for one in found if one.row() not in known]
         log.warnings([one.row() for one in new])
         for one in new:
-            observer.warning(one)
+            callbacks.warning(one)
 
     def _windows_per_step(self) -> int:
         """Windows that hold train.batch positions, or (cpt) train.batch windows."""
         method = self.config.method
-        return self.config.train.batch // (method.positions if method.thinks else 1)
+        return self.config.train.batch // (method.positions if method.samples_thoughts else 1)
 
-    def _backward(self, batch: Collected, windows: list[corpus.Window], number: int) -> tuple[dict[str, float], Sums]:
-        """Gradients of one pass over the batch. A loss or gradient that is no number stops the run (RunError)."""
+    def _backward(
+        self, microbatches: Sequence[Any], windows: list[corpus.Window], number: int
+    ) -> tuple[dict[str, float], Sums]:
+        """Gradients of one pass over the step. A non-finite loss or gradient norm stops the run (RunError)."""
         self.optimizer.zero_grad(set_to_none=True)
         total, sums = 0.0, Sums()
-        for piece in batch.pieces:
-            value, more = self.method.backward(piece)
+        for microbatch in microbatches:
+            value, more = self.method.forward_backward(microbatch)
             total += value
-            add(sums, more)
+            add_sums(sums, more)
         ready = time.perf_counter()
-        total = sum(distributed.gather(total))
+        total = sum(distributed.all_gather(total))
         if distributed.world_size() > 1:
             sums["time/wait_s"] = (time.perf_counter() - ready, 1)
-        norm = self.network.gather_gradients(self.config.optim.gradient_clip or math.inf)
+        norm = self.network.reduce_gradients(self.config.optim.gradient_clip or math.inf)
         if not (math.isfinite(total) and math.isfinite(norm)):
             names = ", ".join(dict.fromkeys(window.document for window in windows[:3]))
-            good = self.step if self.whole else self.saved
+            good = self.step if self.consistent else self.saved
             what = (
                 f"step {number}: the loss is {total} and the gradient norm {norm}; its batch began with documents "
                 f"{names}; " + (f"the last good state is that of step {good}" if good >= 0 else "no state was saved")
@@ -263,19 +302,16 @@ class Trainer:
             raise distributed.rank0_error(RunError(what))
         return {"objective/loss": total, "optim/gradient_norm": norm}, sums
 
-    def _set_rate(self, number: int) -> None:
-        rate = learning_rate(self.config, number, self.spent)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-
     def _update(self) -> dict[str, float]:
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)  # what the next thoughts need is room
+        self.optimizer.zero_grad(set_to_none=True)  # frees memory for the next thoughts
         self.network.sync()
         self.method.after_step()
+        self.engine.sync()
         return {"optim/learning_rate": self.optimizer.param_groups[0]["lr"]}
 
-    def _rates(self, sums: Sums, seconds: float) -> dict[str, float]:
+    def _rates(self, sums: Sums, seconds: float, spent: Flops) -> dict[str, float]:
+        """Times and throughput of a step, its FLOPs (`spent` before it), and what was read so far."""
         phases = [sums.get(f"time/{phase}_s", (0.0, 1)) for phase in ("rollout", "score")]
         collect = sum(value / count for value, count in phases)
         figures = {"time/step_s": seconds, "time/update_s": seconds - collect}
@@ -284,36 +320,30 @@ class Trainer:
             figures["time/positions_per_s"] = self.config.train.batch / seconds
         else:
             figures["time/windows_per_s"] = self.config.train.batch / seconds
-        return figures | {
-            "corpus/documents": self.stream.documents,
-            "corpus/skipped": self.stream.skipped,
-            "corpus/tokens": self.stream.tokens,
-            "corpus/epoch": self.stream.epoch,
-        }
-
-    def _costs(self, before: Flops) -> dict[str, float]:
-        if self.shape is None:
-            return {}
-        return {"cost/flops": float(self.cost.total - before.total), "cost/flops_total": float(self.cost.total)}
+        if self.shape is not None:
+            figures["cost/flops"] = float(self.cost.total - spent.total)
+            figures["cost/flops_total"] = float(self.cost.total)
+        corpus_metrics = ("documents", "skipped", "tokens", "epoch")
+        return figures | {f"corpus/{name}": getattr(self.stream, name) for name in corpus_metrics}
 
     def _evaluate(
-        self, log: RunLog, observer: Callbacks, gate: SignalGuard, when: str
+        self, log: RunLog, callbacks: Callbacks, guard: SignalGuard, when: str
     ) -> dict[str, heldout.Records] | None:
-        """Held-out records; those of before training are kept in the run folder, so a resumed run has them too."""
+        """Held-out records; those from before training are kept in the run folder for resumed runs."""
         if not self.config.evaluate.path:
             return None
         name = f"evaluation-{when}.json"
-        if distributed.gather((log.path / name).is_file())[0]:
+        if distributed.all_gather((log.path / name).is_file())[0]:
             return {group: heldout.Records(**fields) for group, fields in log.read_json(name).items()}
         subject = heldout.Subject(
-            model=self.network.compute, engine=self.engine, form=self.form, tokenizer=self.tokenizer, config=self.config
+            model=self.network.model, engine=self.engine, form=self.form, tokenizer=self.tokenizer, config=self.config
         )
-        with gate.passing(), contextlib.ExitStack() as stack:
+        with guard.interruptible(), contextlib.ExitStack() as stack:
             if (teacher := self.method.state().get("teacher")) is not None:
-                teacher = stack.enter_context(sharding.whole(teacher, self.network.compute))
-                subject = dataclasses.replace(subject, teacher=teacher, calling=self.network.calling)
+                teacher = stack.enter_context(sharding.full_model(teacher, self.network.model))
+                subject = dataclasses.replace(subject, teacher=teacher, as_model=self.network.as_model)
             records = heldout.measure(
-                subject, self.held_out, lambda done, total: observer.phase(f"evaluating {when} training", done, total)
+                subject, self.held_out, lambda done, total: callbacks.phase(f"evaluating {when} training", done, total)
             )
         rows = {group: dataclasses.asdict(fields) for group, fields in records.items()}
         distributed.run_on_rank0(lambda: log.write_json(name, rows))
@@ -323,7 +353,7 @@ class Trainer:
         """A checkpoint of this moment, unless there is one."""
         if self.saved == self.step:
             return
-        tensors = sharding.kept(self._networks(), self.optimizer)
+        tensors = sharding.local_state(self._networks(), self.optimizer)
         state = {"step": self.step, "seconds": self.seconds, "cursor": self.stream.cursor()}
         state["cost"] = dataclasses.asdict(self.cost)
         snapshot = checkpoint.Snapshot(tensors=tensors, state=state)
@@ -331,18 +361,17 @@ class Trainer:
         self.saved = self.step
 
     def _networks(self) -> dict[str, torch.nn.Module]:
-        """Whose weights a checkpoint must hold."""
+        """The networks whose weights a checkpoint holds."""
         return {"policy": self.network.weights, **self.method.state()}
 
     def restore(self, log: RunLog) -> None:
-        """Take up the run's newest checkpoint (or its start, where it has none) and drop what was logged after it."""
-        path = distributed.gather(checkpoint.latest(log.path))[0]
+        """Load the run's newest checkpoint, or its start where there is none, and drop what was logged after it."""
+        path = distributed.all_gather(checkpoint.latest(log.path))[0]
         if path is None:
             distributed.run_on_rank0(lambda: log.rewind(0))
             return
         saved = distributed.run_on_all_ranks(lambda: checkpoint.Saved(path, check=distributed.is_rank0()))
-        assert saved is not None
-        sharding.put_back(saved, self._networks(), self.optimizer)
+        sharding.load_state(saved, self._networks(), self.optimizer)
         self.step = self.saved = saved.state["step"]
         self._seconds = saved.state["seconds"]
         self.cost = Flops(**saved.state["cost"])
@@ -350,50 +379,43 @@ class Trainer:
         self.network.sync()
         self.engine.sync()
         distributed.run_on_rank0(lambda: log.rewind(self.step))
-        self.watch.replay(read_lines(log.path / "metrics.jsonl"))
+        self.monitor.replay(read_lines(log.path / "metrics.jsonl"))
 
-    def _export(self, log: RunLog, policy: Any, summary: dict[str, Any]) -> None:
-        """The trained model as a Hugging Face folder, RUN/policy, with how it thinks and a card."""
+    def _export(self, log: RunLog, policy: Any) -> None:
+        """The trained model as a Hugging Face folder, RUN/policy, with the options of its thoughts."""
         partial, final = log.path / ".policy-partial", log.path / "policy"
         shutil.rmtree(partial, ignore_errors=True)
         with disk_errors(log.path, partial), checkpoint.tensor_errors(partial):
             lora.export(policy, partial, self.network, self.config.lora)
             self.tokenizer.save_pretrained(partial)
-            carry(partial, self.config)
-            (partial / "README.md").write_text(card.text(self.config, summary), encoding="utf-8")
+            save_thinking_options(partial, self.config)
             for file in partial.rglob("*.safetensors"):
                 shutil.copymode(partial / "config.json", file)  # safetensors lets nobody but the owner read its files
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
 
     def _summary(self, before: Any, after: Any) -> dict[str, Any]:
+        """What summary.json holds. The paper's T_flop counts method.thought_length tokens per thought, text once."""
+        method, read = self.config.method, self.stream.tokens
+        thoughts = method.group if method.samples_thoughts else 0
         figures: dict[str, Any] = {
             "method": self.config.method.name,
             "seed": self.config.seed,
             "steps": self.step,
             "seconds": round(self.seconds, 2),
-            "trained_parameters": self.network.trained,
+            "trained_parameters": self.network.num_trainable,
             "documents": self.stream.documents,
-            "tokens": self.stream.tokens,
+            "tokens": read,
             "skipped": self.stream.skipped,
-            "t_flop_tokens": self._t_flop(),
+            "t_flop_tokens": t_flop(thoughts, method.thought_length, self.config.train.batch, self.step, read),
         }
         if self.shape is not None:
-            figures |= {
-                "flops": self.cost.total,
-                "flops_rollout": self.cost.rollout,
-                "flops_update": self.cost.training,
-            }
+            cost = self.cost
+            figures |= {"flops": cost.total, "flops_rollout": cost.rollout, "flops_update": cost.training}
         for when, records in (("before", before), ("after", after)):
             if records is not None:
-                figures |= {f"{when}/{name}": value for name, value in heldout.summarise(records, before).items()}
+                figures |= {f"{when}/{name}": value for name, value in heldout.summarize(records, before).items()}
         return figures
-
-    def _t_flop(self) -> int:
-        """The paper's estimate for this run: a thought counts as method.thought_length tokens, text once."""
-        method = self.config.method
-        thoughts = method.group if method.thinks else 0
-        return t_flop(thoughts, method.thought_length, self.config.train.batch, self.step, self.stream.tokens)
 
 
 def learning_rate(config: Config, step: int, spent: float = 0.0) -> float:

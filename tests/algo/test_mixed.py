@@ -9,13 +9,12 @@ import pytest
 import torch
 
 from forethought import load, train
-from forethought.algo import RLP, Mixed
-from forethought.algo.mixed import best
+from forethought.algo.mixed import Mixed, best
+from forethought.algo.rlp import RLP
 from forethought.config import UserError, from_dict
 from forethought.data.positions import at_positions
+from forethought.flops import Shape, cpt_step, rlp_step
 from forethought.models.compute_copy import Network
-from forethought.models.flops import cpt_step, rlp_step
-from forethought.models.shape import Shape
 from forethought.run.folder import read_lines
 from helpers.models import (
     CLOSE,
@@ -23,6 +22,7 @@ from helpers.models import (
     OPEN,
     WINDOWS,
     assert_close,
+    collected,
     config,
     engine,
     gradients,
@@ -40,9 +40,9 @@ def mixed(model: Any, settings: Any = SETTINGS) -> Mixed:
 
 
 def rows_of(method: Mixed, step: int = 1) -> list[list[int]]:
-    collected = method.collect(WINDOWS, step)
+    batch = collected(method, WINDOWS, step)
     return [
-        row[mask].tolist() for piece in collected.pieces for row, mask in zip(piece.tokens, piece.mask, strict=True)
+        row[mask].tolist() for piece in batch.microbatches for row, mask in zip(piece.tokens, piece.mask, strict=True)
     ]
 
 
@@ -89,7 +89,7 @@ def test_the_thoughts_stay_those_of_the_start():
 def test_the_gradient_is_that_of_next_token_prediction_on_all_rows():
     model = qwen3(scale=0.2, seed=3)
     method = mixed(model)
-    pieces = method.collect(WINDOWS, 1).pieces
+    pieces = collected(method, WINDOWS, 1).microbatches
     total, count = torch.zeros(()), 0
     for row in rows_of(method):
         learned = torch.tensor(row[1:]) != OPEN
@@ -103,10 +103,10 @@ def test_its_flops_are_those_of_the_thoughts_and_of_the_rows():
     shape = Shape.known(model.config)
     assert shape is not None
     method = mixed(model)
-    work = method.collect(WINDOWS, 1).work
-    rival = (
-        RLP(Network(model, "fp32"), engine(model, SETTINGS), FORM, word_tokenizer(), SETTINGS).collect(WINDOWS, 1).work
-    )
+    work = collected(method, WINDOWS, 1).work
+    rival = collected(
+        RLP(Network(model, "fp32"), engine(model, SETTINGS), FORM, word_tokenizer(), SETTINGS), WINDOWS, 1
+    ).work
     mine, theirs = rlp_step(shape, work), rlp_step(shape, rival)
     assert mine.rollout == theirs.rollout > 0
     assert mine.training == cpt_step(shape, [len(row) for row in rows_of(method)]).total

@@ -9,8 +9,8 @@ import torch
 from forethought.algo.rewards import information_gain
 from forethought.config import Method
 from forethought.data.positions import ThoughtFormat, at_positions, make_generator
+from forethought.models.compute_copy import Teacher
 from forethought.models.logprobs import no_think_logp
-from forethought.models.teacher import Teacher
 from forethought.rollout import Thoughts, draw_noise
 from forethought.rollout.native import NativeEngine
 from helpers.enumerate import CLOSE, FORM, OPEN, VOCAB, Enumerated, every_thought, expected_group_gradient, tiny

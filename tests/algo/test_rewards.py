@@ -1,14 +1,24 @@
 import math
+from typing import Any
 
 import pytest
 import torch
 
-from forethought.algo import policy_gradient
-from forethought.algo.rewards import Rewards, discounted, information_gain, random_control
+from forethought.algo.policy_gradient import compute_advantages
+from forethought.algo.rewards import (
+    RewardInputs,
+    Rewards,
+    apply_unclosed_penalty,
+    discounted,
+    information_gain,
+    random_reward,
+)
 from forethought.config import Method
-from forethought.data.positions import make_generator
+from forethought.data.positions import at_positions, make_generator
 from forethought.rollout import Thoughts
-from helpers.models import WINDOWS, assert_close, config, qwen3, rlp, update
+from helpers.models import WINDOWS, assert_close, collected, config, qwen3, rlp, update, word_tokenizer
+
+OPTIONS = Method()
 
 
 def thoughts(evidence: list[list[list[float]]], closed: list[list[bool]] | None = None) -> Thoughts:
@@ -24,18 +34,33 @@ def thoughts(evidence: list[list[list[float]]], closed: list[list[bool]] | None 
     )
 
 
+def inputs(sampled: Thoughts, nothink: Any = None, options: Method = OPTIONS, **more: Any) -> RewardInputs:
+    """What a reward is given; the positions of these rewards do not matter."""
+    batch = len(sampled.closed)
+    found: dict[str, Any] = {
+        "thoughts": sampled,
+        "positions": at_positions(WINDOWS[:1], [[1] * batch], 1),
+        "tokenizer": word_tokenizer(),
+        "no_think_logp": None if nothink is None else torch.tensor(nothink),
+        "options": options,
+        "generator": make_generator(3),
+        "global_indices": range(batch),
+    }
+    return RewardInputs(**(found | more))
+
+
 def test_information_gain_by_hand():
     """The target has probability 1/2 and 1/8 with the two thoughts, 1/4 without: gains of ln 2 and -ln 2."""
     sampled = thoughts([[[math.log(1 / 2)], [math.log(1 / 8)]]])
-    rewards = information_gain(sampled, torch.tensor([[math.log(1 / 4)]]), Method(), make_generator(0))
+    rewards = information_gain(inputs(sampled, [[math.log(1 / 4)]]))
     assert rewards.total is not None
     assert rewards.total.tolist() == [pytest.approx([math.log(2), -math.log(2)])]
 
 
 def test_information_gain_over_a_discounted_horizon_by_hand():
     sampled = thoughts([[[-1.0, -2.0, -4.0]], [[-1.0, 0.0, 0.0]]])
-    nothink = torch.tensor([[-2.0, -2.0, -8.0], [0.0, 0.0, 0.0]])
-    rewards = information_gain(sampled, nothink, Method(discount=0.5), make_generator(0))
+    nothink = [[-2.0, -2.0, -8.0], [0.0, 0.0, 0.0]]
+    rewards = information_gain(inputs(sampled, nothink, Method(discount=0.5)))
     assert rewards.value.tolist() == [[-3.0], [-1.0]]
     assert rewards.shift is not None
     assert rewards.shift.tolist() == [-5.0, 0.0]
@@ -49,14 +74,14 @@ def test_discount_by_hand(discount, wanted):
 
 
 def test_without_a_teacher_the_total_is_not_known():
-    rewards = information_gain(thoughts([[[-1.0], [-2.0]]]), None, Method(), make_generator(0))
+    rewards = information_gain(inputs(thoughts([[[-1.0], [-2.0]]])))
     assert rewards.value.tolist() == [[-1.0, -2.0]]
     assert rewards.shift is rewards.total is None
 
 
 def test_random_control_knows_nothing_of_the_evidence():
-    one = random_control(thoughts([[[0.0]] * 64] * 64), None, Method(), make_generator(3))
-    other = random_control(thoughts([[[-9.0]] * 64] * 64), torch.full((64, 1), 5.0), Method(), make_generator(3))
+    one = random_reward(inputs(thoughts([[[0.0]] * 64] * 64)))
+    other = random_reward(inputs(thoughts([[[-9.0]] * 64] * 64), [[5.0]] * 64))
     assert torch.equal(one.value, other.value)
     assert one.total is not None
     assert torch.equal(one.total, one.value)
@@ -66,10 +91,13 @@ def test_random_control_knows_nothing_of_the_evidence():
 
 def test_random_control_does_not_depend_on_how_a_step_is_split():
     sampled = thoughts([[[0.0]] * 5] * 6)
-    whole = random_control(sampled, None, Method(), make_generator(3)).value
-    generator = make_generator(3)
-    parts = [random_control(thoughts([[[0.0]] * 5] * n), None, Method(), generator).value for n in (1, 3, 2)]
-    assert torch.equal(torch.cat(parts), whole)
+    whole = random_reward(inputs(sampled)).value
+    parts = [[0], [4, 1, 3], [2, 5]]  # of three ranks
+    found = {}
+    for some in parts:
+        value = random_reward(inputs(thoughts([[[0.0]] * 5] * len(some)), global_indices=some)).value
+        found |= dict(zip(some, value, strict=True))
+    assert torch.equal(torch.stack([found[i] for i in range(6)]), whole)
 
 
 def compare(value, shift, closed=None, **method):
@@ -77,7 +105,7 @@ def compare(value, shift, closed=None, **method):
     settings = config(group=len(value[0]), **method)
     rewards = Rewards(value=torch.tensor(value), shift=torch.tensor(shift))
     sampled = thoughts([[[0.0]] * len(value[0])] * len(value), closed)
-    advantages, kept = policy_gradient.compare(rewards, sampled.closed, settings)
+    advantages, kept = compute_advantages(rewards, sampled.closed, settings)
     return advantages.tolist(), kept.tolist()
 
 
@@ -117,8 +145,8 @@ def test_scale_divides_by_the_standard_deviation_of_the_group():
 def test_penalty_is_taken_from_unclosed_thoughts_only():
     closed = [[True, False], [False, False]]
     sampled = thoughts([[[-1.0], [-1.0]], [[-2.0], [-3.0]]], closed)
-    method = rlp(qwen3(), config(unclosed="penalise", unclosed_penalty=0.5))
-    rewards = method._rewards(sampled, torch.tensor([[-1.0], [-1.0]]), step=1)
+    options = Method(unclosed="penalize", unclosed_penalty=0.5)
+    rewards = apply_unclosed_penalty(information_gain(inputs(sampled, [[-1.0], [-1.0]])), sampled.closed, options)
     assert rewards.total is not None
     assert rewards.total.tolist() == [[0.0, -0.5], [-1.5, -2.5]]
 
@@ -129,7 +157,7 @@ def test_chunks_change_nothing_with(option, prefix):
     model, results, counts = qwen3(scale=0.1), [], []
     for tokens, rows in ((1, 4), (14, 8), (0, 16)):
         method = rlp(model, config(tokens=tokens, rows=rows, prefix=prefix, thought_length=9, **option))
-        pieces = method.collect(WINDOWS, step=1).pieces
+        pieces = collected(method, WINDOWS, step=1).microbatches
         counts.append(len(pieces))
         results.append(update(method, pieces))
     assert counts == [4, 2, 1]

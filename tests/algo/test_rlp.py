@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from forethought.algo import Experience
-from forethought.data.positions import ThoughtFormat, draw, make_generator, pad_rows
+from forethought.algo.policy_gradient import Microbatch
+from forethought.data.positions import ThoughtFormat, draw_positions, make_generator, pad_rows
 from helpers.models import (
     CLOSE,
     FORM,
@@ -15,6 +15,7 @@ from helpers.models import (
     OPEN,
     WINDOWS,
     assert_close,
+    collected,
     config,
     cpt,
     gradients,
@@ -32,7 +33,7 @@ BOTH = pytest.mark.parametrize("prefix", ["shared", "replicated"])
 
 
 def reinforce(
-    model: Any, pieces: Sequence[Experience], form: ThoughtFormat, temperature: float, close: int
+    model: Any, pieces: Sequence[Microbatch], form: ThoughtFormat, temperature: float, close: int
 ) -> torch.Tensor:
     """-(1/rows) sum_i A_i (1/|c_i|) sum_u log pi(l_u), each row by one plain forward without padding."""
     total, rows = torch.zeros(()), 0
@@ -49,8 +50,8 @@ def reinforce(
 def test_gradient_at_ratio_one_is_length_normalised_reinforce(form, tokens, prefix):
     model = qwen3(scale=0.2)
     method = rlp(model, config(tokens=tokens, prefix=prefix, thought_length=9, positions=2), form)
-    pieces = method.collect(WINDOWS, step=1).pieces
-    lengths = torch.cat([piece.continuations.mask.sum(-1) for piece in pieces])
+    pieces = collected(method, WINDOWS, step=1).microbatches
+    lengths = torch.cat([piece.batch.mask.sum(-1) for piece in pieces])
     assert lengths.min() < lengths.max() == 9 or form is LONG
     assert len(lengths) == 32
     assert_close(update(method, pieces), gradients(model, reinforce(model, pieces, form, 0.7, CLOSE)))
@@ -61,28 +62,28 @@ def test_a_sampler_that_is_not_the_policy_is_weighed_up_to_the_cap(inner: int, c
     """One that gave each token half the policy's probability."""
     model = qwen3(scale=0.2)
     settings = config(thought_length=6, inner_steps=inner)
-    pieces = rlp(model, settings).collect(WINDOWS, step=1).pieces
+    pieces = collected(rlp(model, settings), WINDOWS, step=1).microbatches
     half = [dataclasses.replace(piece, logp_sampler=piece.logp_sampler - math.log(2)) for piece in pieces]
     corrected = dataclasses.replace(settings, rollout=dataclasses.replace(settings.rollout, importance_cap=cap))
     wanted = [factor * one for one in update(rlp(model, settings), pieces)]
     method = rlp(model, corrected)
     assert_close(update(method, half), wanted)
-    value, tokens = method.backward(half[0])[1].get("objective/importance", (0.0, 1))
+    value, tokens = method.forward_backward(half[0])[1].get("objective/importance_weight", (0.0, 1))
     assert value / tokens == pytest.approx(factor if cap else 0.0, rel=1e-5)
 
 
 def test_inner_steps_keep_the_log_probabilities_of_before():
     model = qwen3(scale=0.2)
     method = rlp(model, config(inner_steps=2, clip_low=1.0, clip_high=100.0))
-    (piece,) = method.collect(WINDOWS, step=1).pieces
-    (single,) = rlp(model, config()).collect(WINDOWS, step=1).pieces
+    (piece,) = collected(method, WINDOWS, step=1).microbatches
+    (single,) = collected(rlp(model, config()), WINDOWS, step=1).microbatches
     assert single.logp_old is None
     assert_close(update(method, [piece]), update(rlp(model, config()), [single]))
     piece = dataclasses.replace(piece, advantage=torch.linspace(-2, 3, 16) ** 3)
-    before = method.backward(piece)[0]
+    before = method.forward_backward(piece)[0]
     with torch.no_grad():
         model.lm_head.weight.mul_(1.1)
-    loss, sums = method.backward(piece)
+    loss, sums = method.forward_backward(piece)
     logp = [plain_thought(model, prompt, thought, 0.7, CLOSE).detach() for prompt, thought in written(piece)]
     ratios = [(new - old[: len(new)]).exp() for new, old in zip(logp, piece.logp_sampler, strict=True)]
     wanted = -sum(float(a * r.mean()) for a, r in zip(piece.advantage, ratios, strict=True)) / len(ratios)
@@ -98,8 +99,8 @@ def test_no_gradient_reaches_logits_outside_sampled_tokens(form, prefix):
     """Caught behind the head, at logits, and behind the last layer, at every token that is read."""
     model = qwen3(scale=0.2)
     method = rlp(model, config(prefix=prefix, thought_length=9), form)
-    (piece,) = method.collect(WINDOWS, step=1).pieces
-    mask = piece.continuations.mask
+    (piece,) = collected(method, WINDOWS, step=1).microbatches
+    mask = piece.batch.mask
     used = mask & (piece.advantage != 0)[:, None]
     assert not mask.all() or form is LONG
     caught: dict[str, list[torch.Tensor]] = {"head": [], "last": []}
@@ -116,7 +117,7 @@ def test_no_gradient_reaches_logits_outside_sampled_tokens(form, prefix):
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("forethought.models.logprobs._BUCKET", 100)  # all rows in one chunk, in their order
-        method.backward(piece)
+        method.forward_backward(piece)
     for handle in handles:
         handle.remove()
     (logits,), (hidden,) = caught["head"], caught["last"]
@@ -133,9 +134,11 @@ def test_no_gradient_reaches_logits_outside_sampled_tokens(form, prefix):
 def test_nothing_that_is_collected_carries_a_gradient():
     method = rlp(qwen3(), config(inner_steps=2, kl_weight=0.1))
     assert method.teacher is not None
-    thoughts = method.engine.sample(draw(WINDOWS, method.config.method, make_generator(0)), torch.rand(4, 2, 3))
-    nothink = method._nothink(draw(WINDOWS, method.config.method, make_generator(0)), step=1)
-    (piece,) = method.collect(WINDOWS, step=1).pieces
+    thoughts = method.engine.sample(
+        draw_positions(WINDOWS, method.config.method, make_generator(0)), torch.rand(4, 2, 3)
+    )
+    nothink = method.teacher_logp(draw_positions(WINDOWS, method.config.method, make_generator(0)), step=1)
+    (piece,) = collected(method, WINDOWS, step=1).microbatches
     assert nothink is not None and piece.logp_old is not None and piece.logp_reference is not None
     tensors = [nothink, thoughts.evidence, thoughts.logp, piece.logp_old, piece.logp_reference]
     tensors += [piece.logp_sampler, piece.advantage]
@@ -150,7 +153,7 @@ def test_targets_and_forced_delimiters_are_not_even_read(prefix):
         model.lm_head.weight[11] = model.lm_head.weight[CLOSE] = 0.0
         model.lm_head.weight[5] *= 4
     method = rlp(model, config(prefix=prefix, thought_length=3, horizon=1))
-    (piece,) = method.collect([window(5, 11), window(6, 11)], step=1).pieces
+    (piece,) = collected(method, [window(5, 11), window(6, 11)], step=1).microbatches
     rows = written(piece)
     assert all(CLOSE not in thought[:-1] for _, thought in rows)
     read = {token for prompt, thought in rows for token in [*prompt, *thought[:-1]]}
@@ -167,11 +170,11 @@ def test_equal_rewards_give_exactly_no_gradient():
     for layer in model.model.layers:
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)  # the thought is ignored, so all rewards are the same
     method = rlp(model, config(thought_length=3))
-    collected = method.collect(WINDOWS, step=1)
-    assert not any(slope.any() for slope in update(method, collected.pieces))
-    rewards = [member["reward"] for member in collected.thoughts[0]["thoughts"]]
+    batch = collected(method, WINDOWS, step=1)
+    assert not any(slope.any() for slope in update(method, batch.microbatches))
+    rewards = [member["reward"] for member in batch.rows[0]["thoughts"]]
     assert max(rewards) - min(rewards) == 0
-    assert abs(rewards[0]) > 0.001 or collected.sums["reward/gain"][0] == 0
+    assert abs(rewards[0]) > 0.001 or batch.metrics["reward/gain"][0] == 0
 
 
 @pytest.mark.parametrize("clamp", [False, True], ids=["as it is", "clamped"])
@@ -183,14 +186,14 @@ def test_the_teacher_cancels_to_the_bit(clamp):
         method = rlp(model, config(clamp_gain=clamp, group=6))
         assert method.teacher is not None
         method.teacher.model = qwen3(seed=seed, scale=0.5).requires_grad_(False)
-        collected = method.collect(WINDOWS, step=1)
+        batch = collected(method, WINDOWS, step=1)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        for piece in collected.pieces:
-            method.backward(piece)
+        for piece in batch.microbatches:
+            method.forward_backward(piece)
         slopes = [parameter.grad for parameter in model.parameters()]
         optimizer.step()
         results.append([*slopes, *(parameter.detach() for parameter in model.parameters())])
-        gains.append(collected.sums["reward/gain"][0])
+        gains.append(batch.metrics["reward/gain"][0])
     assert abs(gains[0] - gains[1]) > 1
     equal = [torch.equal(one, other) for one, other in zip(*results, strict=True)]
     assert all(equal) != clamp
@@ -202,9 +205,9 @@ def test_a_teacher_that_is_asked_less_often_changes_nothing(every, step, asked):
     slopes = []
     for often in (1, every):
         method = rlp(model, config(teacher_every=often))
-        collected = method.collect(WINDOWS, step)
-        assert ("reward/gain" in collected.sums) == (often == 1 or asked)
-        slopes.append(update(method, collected.pieces))
+        batch = collected(method, WINDOWS, step)
+        assert ("reward/gain" in batch.metrics) == (often == 1 or asked)
+        slopes.append(update(method, batch.microbatches))
     assert all(torch.equal(one, other) for one, other in zip(*slopes, strict=True))
 
 
@@ -216,10 +219,10 @@ def test_rlp_chunks_and_copied_prefixes_change_nothing(positions):
         for tokens, rows in ((1, 64), (20, 4), (56, 16), (0, 64)):
             settings = config(tokens=tokens, rows=rows, prefix=prefix, positions=positions, thought_length=9)
             method = rlp(model, settings)
-            collected = method.collect(MORE, step=1)
-            counts.append(len(collected.pieces))
-            thoughts.append([row for piece in collected.pieces for row in written(piece)])
-            results.append(update(method, collected.pieces))
+            batch = collected(method, MORE, step=1)
+            counts.append(len(batch.microbatches))
+            thoughts.append([row for piece in batch.microbatches for row in written(piece)])
+            results.append(update(method, batch.microbatches))
     assert counts == [8, 4, 1, 1] * 2
     assert len(thoughts[0]) == 32 * positions
     for one, said in zip(results[:-1], thoughts[:-1], strict=True):
@@ -233,7 +236,7 @@ def test_cpt_chunks_change_nothing_and_the_mean_is_over_all_tokens():
     for prefix in ("replicated", "shared"):
         for tokens in (1, 14, 28, 56, 0):
             method = cpt(model, config(tokens=tokens, prefix=prefix))
-            pieces = method.collect(text, step=1).pieces
+            pieces = collected(method, text, step=1).microbatches
             counts.append(len(pieces))
             results.append(update(method, pieces))
     assert counts == [8, 4, 2, 1, 1] * 2
@@ -249,19 +252,21 @@ def test_cpt_chunks_change_nothing_and_the_mean_is_over_all_tokens():
 
 def test_cpt_never_learns_the_opening_delimiter():
     text = [window(7, 8, OPEN, 5, 6, 9, CLOSE, 10), window(OPEN, 5, 6, 5, OPEN, 5), window(5, 6)]
-    (piece,) = cpt(qwen3(), config()).collect(text, step=1).pieces
+    (piece,) = collected(cpt(qwen3(), config()), text, step=1).microbatches
     assert piece.learned.tolist() == [
         [True, False, True, True, True, True, True],
         [True, True, True, False, True, False, False],
         [True, False, False, False, False, False, False],
     ]
-    (piece,) = cpt(qwen3(), config(), LONG).collect(text, step=1).pieces  # opens with three tokens: <think> a b
+    (piece,) = collected(
+        cpt(qwen3(), config(), LONG), text, step=1
+    ).microbatches  # opens with three tokens: <think> a b
     assert piece.learned.tolist() == [
         [True, False, False, False, True, True, True],
         [False, False, True, True, True, False, False],
         [True, False, False, False, False, False, False],
     ]
-    (short,) = cpt(qwen3(), config(), LONG).collect(text[2:], step=1).pieces
+    (short,) = collected(cpt(qwen3(), config(), LONG), text[2:], step=1).microbatches
     assert short.learned.tolist() == [[True]]
 
 
@@ -271,10 +276,10 @@ def test_nothing_of_the_template_reaches_the_score_without_thinking():
     for form in (FORM, LONG):
         method = rlp(model, config(), form)
         assert method.teacher is not None
-        collected = method.collect(text, step=1)
-        total, count = collected.sums["reward/nothink"]
+        batch = collected(method, text, step=1)
+        total, count = batch.metrics["reward/nothink"]
         sums.append(total / count)
-        assert form.wrap([5]) == written(collected.pieces[0], form)[0][0]
+        assert form.prompt_tokens([5]) == written(batch.microbatches[0], form)[0][0]
     plain = [float(plain_targets(model, one.tokens[:1], one.tokens[1:]).detach()) for one in text]
     assert sums == [pytest.approx(sum(plain) / 3, abs=1e-5)] * 2
 
@@ -283,12 +288,12 @@ def test_kl_weight_adds_the_divergence_from_the_start():
     model = qwen3(scale=0.2)
     method = rlp(model, config(kl_weight=0.5))
     assert method.reference is not None
-    (piece,) = method.collect(WINDOWS, step=1).pieces
+    (piece,) = collected(method, WINDOWS, step=1).microbatches
     plain = dataclasses.replace(piece, advantage=torch.zeros_like(piece.advantage))
-    assert method.backward(plain)[0] == 0
+    assert method.forward_backward(plain)[0] == 0
     with torch.no_grad():
         model.lm_head.weight.mul_(1.2)
-    loss, sums = method.backward(plain)
+    loss, sums = method.forward_backward(plain)
     kl = []
     for prompt, thought in written(piece):
         d = plain_thought(method.reference, prompt, thought, 0.7, CLOSE) - plain_thought(
@@ -317,13 +322,14 @@ def test_after_a_step_the_teacher_follows():
     assert set(rlp(model, config(teacher_every=0, kl_weight=0.1)).state()) == {"reference"}
 
 
-def trl_loss(model: Any, piece: Experience, temperature: float, folder: Any) -> Any:
+def trl_loss(model: Any, piece: Microbatch, temperature: float, folder: Any) -> Any:
     """The loss that TRL's GRPOTrainer computes on the same thoughts, and the copy of the model that it did it with."""
     import copy
 
-    from conftest import word_tokenizer
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
+
+    from helpers.models import word_tokenizer
 
     arguments = GRPOConfig(
         output_dir=str(folder),
@@ -356,8 +362,8 @@ def trl_loss(model: Any, piece: Experience, temperature: float, folder: Any) -> 
     inputs = {
         "prompt_ids": prompts,
         "prompt_mask": mask.long(),
-        "completion_ids": piece.continuations.tokens,
-        "completion_mask": piece.continuations.mask.long(),
+        "completion_ids": piece.batch.tokens,
+        "completion_mask": piece.batch.mask.long(),
         "advantages": piece.advantage,
         "old_per_token_logps": piece.logp_old,
     }
@@ -375,16 +381,16 @@ def test_loss_is_that_of_trl(group, moved, tmp_path):
     model, temperature = qwen3(scale=0.2), 0.7
     settings = config(group=group, thought_length=9, temperature=temperature, clip_high=0.3, inner_steps=2)
     method = rlp(model, settings)
-    prompts = [FORM.wrap(one.tokens[:t]) for one in WINDOWS for t in range(1, len(one.tokens))]
+    prompts = [FORM.prompt_tokens(one.tokens[:t]) for one in WINDOWS for t in range(1, len(one.tokens))]
     with torch.no_grad():
         ends = torch.stack([model.model(torch.tensor([prompt])).last_hidden_state[0, -1] for prompt in prompts])
         model.lm_head.weight[CLOSE] = torch.linalg.pinv(ends) @ torch.full((len(prompts),), -60.0)
-    (piece,) = method.collect(WINDOWS, step=1).pieces
+    (piece,) = collected(method, WINDOWS, step=1).microbatches
     assert piece.logp_old is not None
     noise = torch.randn(piece.logp_old.shape, generator=torch.Generator().manual_seed(0))
-    piece = dataclasses.replace(piece, logp_old=piece.logp_old + moved * noise * piece.continuations.mask)
-    ours, sums = method.backward(piece)
-    assert (sums["objective/clipped"][0] > 3) == (moved > 0)
+    piece = dataclasses.replace(piece, logp_old=piece.logp_old + moved * noise * piece.batch.mask)
+    ours, sums = method.forward_backward(piece)
+    assert (sums["objective/clip_fraction"][0] > 3) == (moved > 0)
     theirs, copied = trl_loss(model, piece, temperature, tmp_path)
     assert ours == pytest.approx(float(theirs.detach()), abs=1e-6)
     assert [name for name, _ in copied.named_parameters()] == [name for name, _ in model.named_parameters()]
@@ -393,14 +399,14 @@ def test_loss_is_that_of_trl(group, moved, tmp_path):
 
 def test_thoughts_are_described_in_words():
     method = rlp(qwen3(), config(), ThoughtFormat(before=(), after=(), open=(OPEN,), close=(CLOSE,), bos=None, pad=0))
-    collected = method.collect([window(5, 6), window(8, 9), window(9, 10)], step=4)
-    assert [(row["step"], row["context"], row["target"]) for row in collected.thoughts] == [
-        (4, "a", "b"),
-        (4, "d", "e"),
+    batch = collected(method, [window(5, 6), window(8, 9), window(9, 10)], step=4)
+    assert [(row["number"], row["context"], row["target"]) for row in batch.rows] == [
+        (0, "a", "b"),
+        (1, "d", "e"),
     ]
-    members = collected.thoughts[0]["thoughts"]
+    members = batch.rows[0]["thoughts"]
     assert len(members) == 4
     for member in members:
         assert len(member["text"].split()) == member["length"]
-        assert member["reward"] == pytest.approx(member["evidence"] - collected.thoughts[0]["nothink"], abs=1e-6)
+        assert member["reward"] == pytest.approx(member["evidence"] - batch.rows[0]["nothink"], abs=1e-6)
     assert sum(member["advantage"] for member in members) == pytest.approx(0, abs=1e-5)

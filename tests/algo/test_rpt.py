@@ -12,21 +12,19 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerFast
 
-from forethought.algo import RPT
 from forethought.algo.position_sampler import PositionSampler
 from forethought.algo.rewards import prefix_match
-from forethought.algo.rpt import joined, read
+from forethought.algo.rpt import RPT, join, parse_predictions
 from forethought.cli import main
 from forethought.config import Method, UserError, from_dict
-from forethought.data.positions import ThoughtFormat, at_positions, draw, make_generator, uncertain
+from forethought.data.positions import ThoughtFormat, at_positions, draw_positions, make_generator, uncertain
 from forethought.data.token_bytes import TokenBytes
+from forethought.flops import Shape, Work, forward_flops, rlp_step
 from forethought.models.compute_copy import Network
-from forethought.models.flops import Work, forward_flops, rlp_step
 from forethought.models.loading import EMBEDDED
-from forethought.models.shape import Shape
 from forethought.rollout import Responses, Thoughts, draw_noise
-from forethought.run.callbacks import NoCallbacks
 from forethought.run.folder import RunLog, read_lines
+from forethought.run.trackers import Callbacks
 from forethought.trainer import Trainer, resume, train
 from helpers.enumerate import Enumerated, every_thought, expected_group_gradient, tiny
 from helpers.flops import counted
@@ -38,6 +36,7 @@ from helpers.models import (
     WINDOWS,
     A,
     assert_close,
+    collected,
     config,
     engine,
     gradients,
@@ -169,19 +168,19 @@ def responses(written: list[list[int]], closed: list[bool], lengths: list[int]) 
 
 def test_predictions_by_hand():
     sampled = responses([[8, 9, A], [A, 8, 9], [8, A, 9], [8, 9, 8], [8, A, 8]], [True] * 4 + [False], [2, 1, 2, 3, 3])
-    ended = read(sampled, ENDED)
-    assert ended.tokens == [[[8, 9], [], [8], [], []]]
-    assert ended.learned.tolist() == [[3, 1, 2, 3, 0]]
-    fixed = read(sampled, FORM)
-    assert fixed.tokens == [[[8, 9, A], [A, 8, 9], [8, A, 9], [8, 9, 8], []]]
-    assert fixed.learned.tolist() == [[3, 3, 3, 3, 0]]
+    tokens, trained = parse_predictions(sampled, ENDED)
+    assert tokens == [[[8, 9], [], [8], [], []]]
+    assert trained.tolist() == [[3, 1, 2, 3, 0]]
+    tokens, trained = parse_predictions(sampled, FORM)
+    assert tokens == [[[8, 9, A], [A, 8, 9], [8, A, 9], [8, 9, 8], []]]
+    assert trained.tolist() == [[3, 3, 3, 3, 0]]
     two = ThoughtFormat(before=(), after=(), open=(OPEN,), close=(CLOSE,), bos=None, pad=0, end=(A, 8))
-    assert read(sampled, two).tokens == [[[8, 9, A][:0], [], [], [], []]]
+    assert parse_predictions(sampled, two)[0] == [[[8, 9, A][:0], [], [], [], []]]
 
 
 def test_thought_and_prediction_are_joined_and_nothing_else():
     sampled = responses([[8, A, 9], [8, 9, 8]], [True, False], [1, 3])
-    whole = joined(sampled, read(sampled, ENDED), ENDED)
+    whole = join(sampled, parse_predictions(sampled, ENDED)[1], ENDED.pad)
     assert whole.tokens.tolist() == [[[7, 8, A, 0, 0, 0], [7, 7, 7, 0, 0, 0]]]
     assert whole.mask.long().tolist() == [[[1, 1, 1, 0, 0, 0], [1, 1, 1, 0, 0, 0]]]
     assert whole.logp.tolist() == [[[-1, -10, -20, 0, 0, 0], [-1, -2, -3, 0, 0, 0]]]
@@ -205,7 +204,7 @@ def test_what_is_written_has_the_probability_of_plain_rows(form, way, temperatur
     for i, context in enumerate(positions.contexts()):
         for g in range(5):
             thought = thoughts.tokens[i, g][thoughts.mask[i, g]].tolist()
-            ahead = [*form.wrap(context), *thought, *(() if thoughts.closed[i, g] else form.close)]
+            ahead = [*form.prompt_tokens(context), *thought, *(() if thoughts.closed[i, g] else form.close)]
             tokens = found.written[i, g]
             logp = (plain_logits(model, [*ahead, *tokens.tolist()]) / temperature).log_softmax(-1)
             logp = logp[len(ahead) - 1 : -1]
@@ -225,9 +224,9 @@ def test_gradient_is_length_normalised_reinforce_of_all_that_was_sampled(prefix,
         settings(tokens=tokens, prefix=prefix, prediction_length=2, positions=2, thought_length=3, reward="random"),
         form,
     )
-    batch = method.collect([window(5, 5, 5, 5), window(6, 5, 6, 5, 6), window(5, 6, 5)], step=1)
+    batch = collected(method, [window(5, 5, 5, 5), window(6, 5, 6, 5, 6), window(5, 6, 5)], step=1)
     total, rows, kinds = torch.zeros(()), 0, set()
-    for piece in batch.pieces:
+    for piece in batch.microbatches:
         for advantage, (prompt, response) in zip(piece.advantage, written(piece, form), strict=True):
             total = total - advantage * plain_thought(model, prompt, response, 0.7, CLOSE).mean()
             rows += 1
@@ -235,8 +234,8 @@ def test_gradient_is_length_normalised_reinforce_of_all_that_was_sampled(prefix,
     assert (False, 3) in kinds  # cut off: nothing behind it
     assert {length for closed, length in kinds if closed} <= {3, 4, 5}
     assert any(closed for closed, _ in kinds)
-    assert_close(update(method, batch.pieces), gradients(model, total / rows))
-    gap, count = method.backward(batch.pieces[0])[1]["objective/mismatch"]
+    assert_close(update(method, batch.microbatches), gradients(model, total / rows))
+    gap, count = method.forward_backward(batch.microbatches[0])[1]["objective/mismatch"]
     assert gap / count < 1e-5
 
 
@@ -245,16 +244,16 @@ def test_rewards_are_those_of_the_text(form):
     model = biased({A: 4, 9: 4, CLOSE: 3})
     method = rpt(model, settings(group=16, prediction_length=2, positions=3, thought_length=4), form)
     windows = [window(9, 5, 9, 5, 9, 5), window(10, 10, 10, 10, 10)]
-    batch = method.collect(windows, step=1)
+    batch = collected(method, windows, step=1)
     right = seen = 0
-    for piece in batch.pieces:
+    for piece in batch.microbatches:
         stops = [
             tuple(doc[:stop])
-            for doc, some in zip(piece.continuations.documents, piece.continuations.stops, strict=True)
+            for doc, some in zip(piece.batch.documents, piece.batch.prefix_lengths, strict=True)
             for stop in some
         ]
         values = []
-        for place, (_, response) in zip(piece.continuations.place.tolist(), written(piece, form), strict=True):
+        for place, (_, response) in zip(piece.batch.position_index.tolist(), written(piece, form), strict=True):
             context = stops[place]
             truth = next(one.tokens[len(context) :] for one in windows if tuple(one.tokens[: len(context)]) == context)
             closed = response.index(CLOSE) if CLOSE in response[:4] else None
@@ -267,17 +266,17 @@ def test_rewards_are_those_of_the_text(form):
         assert torch.allclose(piece.advantage.view(-1, 16), wanted, atol=1e-6)
         right, seen = right + sum(values), seen + len(values)
     assert 0 < right < seen == 96
-    assert batch.sums["reward/match"] == batch.sums["reward/mean"] == (right, seen)
+    assert batch.metrics["reward/match"] == batch.metrics["reward/mean"] == (right, seen)
 
 
 def test_equal_rewards_give_exactly_no_gradient():
     """Nothing in the text can be written: every group is flat."""
     model = qwen3()
     method = rpt(model, settings())
-    batch = method.collect([window(5, 1, 1, 1)], step=1)
-    assert batch.sums["reward/match"][0] == 0
-    assert batch.sums["reward/flat_groups"] == (1, 1)
-    assert not any(slope.any() for slope in update(method, batch.pieces))
+    batch = collected(method, [window(5, 1, 1, 1)], step=1)
+    assert batch.metrics["reward/match"][0] == 0
+    assert batch.metrics["reward/zero_std_fraction"] == (1, 1)
+    assert not any(slope.any() for slope in update(method, batch.microbatches))
 
 
 def test_expected_gradient_over_all_that_can_be_sampled():
@@ -307,10 +306,10 @@ def test_expected_gradient_over_all_that_can_be_sampled():
 
 def test_random_rewards_know_nothing_of_the_text():
     model = qwen3(scale=0.1)
-    one, other = (rpt(model, settings(reward="random")).collect([window(5, x, 6, x)], 1) for x in (7, 8))
-    assert one.pieces[0].advantage.unique().numel() == 4
-    assert torch.equal(one.pieces[0].advantage, other.pieces[0].advantage)
-    assert one.sums["reward/mean"][0] != one.sums["reward/match"][0]
+    one, other = (collected(rpt(model, settings(reward="random")), [window(5, x, 6, x)], 1) for x in (7, 8))
+    assert one.microbatches[0].advantage.unique().numel() == 4
+    assert torch.equal(one.microbatches[0].advantage, other.microbatches[0].advantage)
+    assert one.metrics["reward/mean"][0] != one.metrics["reward/match"][0]
 
 
 def no_think_entropy(model: Any, tokens: list[int]) -> torch.Tensor:
@@ -324,7 +323,7 @@ def test_positions_are_those_where_the_proxy_is_unsure(tokens):
     model = qwen3(scale=0.5)
     least = float(torch.cat([no_think_entropy(model, one.tokens) for one in WINDOWS]).median())
     options = settings(position_policy="entropy", min_entropy=least, positions=2, tokens=tokens)
-    places = PositionSampler(Network(model, "fp32"), None, word_tokenizer(), options)
+    places = PositionSampler(Network(model, "fp32"), None, FORM, word_tokenizer(), options)
     chosen: list[set[int]] = [set() for _ in WINDOWS]
     for step in range(60):
         positions = places.draw(WINDOWS, step)
@@ -370,6 +369,7 @@ def test_the_proxy_stays_what_the_start_was():
     places = PositionSampler(
         Network(model, "fp32"),
         None,
+        FORM,
         word_tokenizer(),
         settings(position_policy="entropy", min_entropy=1.0, positions=2),
     )
@@ -385,7 +385,7 @@ def test_the_proxy_stays_what_the_start_was():
 def test_auto_is_what_each_paper_does_and_rlp_takes_entropy_too():
     assert [Method(name=name).policy for name in ("rlp", "rpt")] == ["uniform", "entropy"]
     assert Method(name="rpt", position_policy="marked").policy == "marked"
-    same = [draw(WINDOWS, Method(position_policy=name), make_generator(3)).at for name in ("auto", "uniform")]
+    same = [draw_positions(WINDOWS, Method(position_policy=name), make_generator(3)).at for name in ("auto", "uniform")]
     assert torch.equal(*same)
 
 
@@ -399,10 +399,10 @@ def test_a_real_step_equals_torchs_count(prediction_length):
     )  # fmt: skip
     method, windows = rpt(policy, options), [window(5, 6, 7, 8, 9, 5, 7), window(9, 10, 5, 7, 11, 6, 8)]
     with FlopCounterMode(display=False) as rollout:
-        batch = method.collect(windows, 1)
+        batch = collected(method, windows, 1)
     with FlopCounterMode(display=False) as backward:
-        for piece in batch.pieces:
-            method.backward(piece)
+        for piece in batch.microbatches:
+            method.forward_backward(piece)
     work, shape = batch.work, Shape.of(policy.config)
     assert isinstance(work, Work)
     expected = rlp_step(shape, work, causal=False)
@@ -420,7 +420,7 @@ def test_a_run_resumes_to_the_bit(tmp_path: Path):
     stopped = Trainer(from_dict(options(tmp_path, "run", method=method)))
     log = RunLog.create(stopped.config)
 
-    class Stopper(NoCallbacks):
+    class Stopper(Callbacks):
         def step(self, step: int, total: int, metrics: dict[str, float]) -> None:
             if step == 3:
                 raise KeyboardInterrupt
@@ -474,9 +474,9 @@ def test_a_proxy_must_speak_the_same_tokens(tmp_path: Path):
     values = options(tmp_path, "run", method={"name": "rpt", "proxy": str(EMBEDDED["embedded"])})
     trainer = Trainer(from_dict(values))
     assert isinstance(trainer.method, RPT)
-    proxy: Any = trainer.method.places.proxy
+    proxy: Any = trainer.method.position_sampler.proxy
     assert proxy.config.hidden_size != trainer.policy.config.hidden_size
-    assert trainer.method.places.flops([window(5, 6, 7)]) > 0
+    assert trainer.method.position_sampler.flops([window(5, 6, 7)]) > 0
     folder = tmp_path / "other"
     proxy.save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from forethought.config import Config, Method, UserError, find, from_dict, load, shipped, to_dict
+from forethought.config import Config, Method, UserError, find, from_dict, load, option_names, shipped, to_dict
 from forethought.run.folder import RunLog
 
 OPTIONS = """
@@ -62,7 +62,7 @@ def test_the_options_are_these():
         ("--model.prefix copied", "'shared' or 'replicated'"),
         ("--corpus.window 1", "greater than or equal to 2"),
         ("--corpus.shuffle -1", "greater than or equal to 0"),
-        ("--rollout.engine sglang", "'native' or 'vllm'"),
+        ("--rollout.engine sglang", "must be native, vllm or module:attribute"),
         ("--rollout.cache_gb 0", "greater than 0"),
         ("--rollout.timeout_s inf", "finite number"),
         ("--rollout.importance_cap -1", "greater than or equal to 0"),
@@ -84,7 +84,7 @@ def test_the_options_are_these():
         ("--method.min_gain nan", "below infinity"),
         ("--method.clip_low 1.1", "less than or equal to 1"),
         ("--method.clamp_gain perhaps", "boolean"),
-        ("--method.name grpo", "'rlp', 'rpt', 'cpt' or 'mixed'"),
+        ("--method.name grpo", "must be rlp, rpt, cpt, mixed or module:attribute"),
         ("--optim.learning_rate -1e-6", "greater than 0"),
         ("--optim.learning_rate nan", "finite number"),
         ("--optim.learning_rate inf", "finite number"),

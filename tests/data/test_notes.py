@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from forethought.config import Model, UserError, from_dict, load, to_dict
-from forethought.data.corpus import take
+from forethought.data import worlds
+from forethought.data.corpus import first_windows
 from forethought.data.positions import thought_format
-from forethought.data.worlds import WORLDS, mixture, notes
+from forethought.data.worlds import load_world, notes
 from forethought.eval import started
 from forethought.models.loading import EMBEDDED, load_model, load_tokenizer
 from helpers.worlds import SPLITS, split_thought
@@ -81,7 +82,7 @@ def test_held_out_walks_occur_nowhere_else():
             end = words.index(".")
             told = [(words[i], words[i + 1]) for i in range(0, end, 3)]
             walk = notes.Walk(tuple(told), words[end + 2], int(words[end + 5]))
-            assert mixture.held_out(walk) == (split == "heldout")
+            assert worlds.held_out(walk) == (split == "heldout")
     assert all(len(texts) > 0.9 * asked[split] for split, texts in found.items())
     assert not found["heldout"] & (found["train"] | found["pretrain"])
 
@@ -100,12 +101,12 @@ def test_an_unknown_split_is_refused():
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_only_pretraining_documents_hold_thoughts(split: str):
-    assert all(mixture.OPEN not in notes.row(split, i)["text"] for i in range(500))
+    assert all(worlds.OPEN not in notes.row(split, i)["text"] for i in range(500))
 
 
 def test_thoughts_are_trails_over_the_notes_told_so_far_or_musings():
     count = Counter()
-    musing = {word for phrase in mixture.MUSINGS for word in phrase.split()}
+    musing = {word for phrase in worlds.MUSINGS for word in phrase.split()}
     for index in range(3000):
         words, thought, place = split_thought(notes.row("pretrain", index)["text"])
         if place < 0:
@@ -192,7 +193,8 @@ def test_every_pretraining_trail_is_true():
 
 
 def test_the_world_is_listed():
-    assert WORLDS["notes"] is notes
+    assert "notes" in worlds.WORLDS
+    assert load_world("notes") is notes
 
 
 def test_the_base_knows_every_word_of_its_world():
@@ -202,7 +204,7 @@ def test_the_base_knows_every_word_of_its_world():
     encoded = tokenizer(" ".join(words))["input_ids"]
     assert tokenizer.convert_ids_to_tokens(encoded) == ["<s>", *words]
     thought_format(tokenizer, config.method)
-    for window in take(config.corpus, tokenizer, 0, 20):
+    for window in first_windows(config.corpus, tokenizer, 0, 20):
         assert tokenizer.unk_token_id not in window.tokens and window.marks["answer"] == (39,)
         assert len(window.tokens) == 41
 
@@ -220,7 +222,7 @@ def test_the_base_follows_a_trail_that_it_is_given():
     for index in range(20):
         words = notes.row("heldout", index)["text"].split(" ")
         trail = follow(words, words[31], int(words[34]))
-        text = [*words[:-2], mixture.OPEN, *trail, mixture.CLOSE, *words[-2:]]
+        text = [*words[:-2], worlds.OPEN, *trail, worlds.CLOSE, *words[-2:]]
         tokens = torch.tensor([tokenizer(" ".join(text))["input_ids"]])
         said = tokenizer.convert_ids_to_tokens(model(tokens).logits[0].argmax(-1).tolist())
         # Behind the beginning of text, the word at `i` is followed by what is said at i + 1

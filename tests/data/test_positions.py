@@ -10,7 +10,17 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from forethought.config import Method, UserError
-from forethought.data.positions import POLICIES, Positions, at_positions, draw, make_generator, pad_rows, thought_format
+from forethought.data.positions import (
+    Positions,
+    at_positions,
+    draw_positions,
+    make_generator,
+    marked,
+    pad_rows,
+    stride,
+    thought_format,
+    uniform,
+)
 from helpers.models import CLOSE, LONG, OPEN, A, window, word_tokenizer
 
 LONG_WINDOW = window(*range(5, 25), marks=(3, 7, 12))
@@ -35,6 +45,7 @@ def test_every_position_is_equally_likely(policy, count):
     assert abs(chances(counts)) < 4
 
 
+POLICIES = {"uniform": uniform, "stride": stride, "marked": marked}
 METHODS = st.builds(
     Method,
     position_policy=st.sampled_from(sorted(POLICIES)),
@@ -49,7 +60,7 @@ METHODS = st.builds(
 def test_positions_are_distinct_and_in_range_and_as_many_as_there_are(options, size, marks, seed):
     count, horizon = options.positions, options.horizon
     places = tuple(mark for mark in sorted(marks) if mark < size)
-    positions = draw([window(*range(size), marks=places)], options, make_generator(seed))
+    positions = draw_positions([window(*range(size), marks=places)], options, make_generator(seed))
     at = positions.at.tolist()
     assert len(at) == min(count, size - horizon)
     assert at == sorted(set(at))
@@ -144,10 +155,10 @@ def test_blank_delimiter_is_refused():
 
 
 def test_template_goes_behind_a_leading_bos():
-    assert LONG.wrap([2, 9, 10]) == [2, 6, 7, 9, 10, 8, OPEN, 5, 6]
-    assert LONG.wrap([9, 2]) == [6, 7, 9, 2, 8, OPEN, 5, 6]
+    assert LONG.prompt_tokens([2, 9, 10]) == [2, 6, 7, 9, 10, 8, OPEN, 5, 6]
+    assert LONG.prompt_tokens([9, 2]) == [6, 7, 9, 2, 8, OPEN, 5, 6]
     form = thought_format(word_tokenizer(), Method(prompt="c {context} d"))
-    assert form.wrap([2, 9]) == [7, 2, 9, 8, OPEN]
+    assert form.prompt_tokens([2, 9]) == [7, 2, 9, 8, OPEN]
 
 
 def test_pad_rows_by_hand():

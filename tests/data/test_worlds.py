@@ -3,7 +3,8 @@ from collections import Counter
 
 import pytest
 
-from forethought.data.worlds import WORLDS, cups, mixture, notes
+from forethought.data import worlds
+from forethought.data.worlds import cups, load_world, notes
 from helpers.worlds import SPLITS, split_thought
 
 TRACK = "1 blue 2 blue 3 black"
@@ -20,7 +21,7 @@ TEXT = "ball under red . swap 1 blue red , 2 green white , 3 black blue . now un
 
 def simulate(words: list[str]) -> list[str]:
     """Where the ball is after each move, found by moving five labelled cups and not by the world's own code."""
-    table = {colour: colour == words[2] for colour in cups.COLOURS}
+    table = {colour: colour == words[2] for colour in cups.COLORS}
     moves = " ".join(words[5 : words.index("now") - 1]).split(" , ")
     found = []
     for number, move in enumerate(moves, start=1):
@@ -78,15 +79,15 @@ def test_held_out_puzzles_occur_nowhere_else():
         for index in range(count):
             words, _, _ = split_thought(cups.row(split, index, seed=index % 2)["text"])
             puzzles[split].add(" ".join(words))
-            assert mixture.held_out(cups._read(" ".join(words))) == (split == "heldout")
+            assert worlds.held_out(cups._read(" ".join(words))) == (split == "heldout")
     assert all(len(found) > 0.99 * asked[split] for split, found in puzzles.items())
     assert not puzzles["heldout"] & (puzzles["train"] | puzzles["pretrain"])
 
 
 def test_the_held_out_side_has_its_share_of_puzzles():
     rng = random.Random(0)
-    share = sum(mixture.held_out(cups._draw(rng)) for _ in range(4000)) / 4000
-    assert share == pytest.approx(1 / mixture.HELD_OUT, abs=0.02)
+    share = sum(worlds.held_out(cups._draw(rng)) for _ in range(4000)) / 4000
+    assert share == pytest.approx(1 / worlds.HELD_OUT, abs=0.02)
 
 
 @pytest.mark.parametrize("world", [cups, notes])
@@ -107,14 +108,14 @@ def test_worked_documents_carry_the_whole_way_right_before_the_answer(world):
                 assert thought[-1] == words[-2]
         shares[split] = thoughtful / 400
     assert shares["worked"] == 1
-    assert shares["mixed"] == pytest.approx(mixture.MIXED, abs=0.1)
+    assert shares["mixed"] == pytest.approx(worlds.MIXED, abs=0.1)
 
 
 def test_no_worked_document_holds_a_held_out_puzzle():
     for split in ("worked", "mixed"):
         for index in range(500):
             words = split_thought(cups.row(split, index)["text"])[0]
-            assert not mixture.held_out(cups._read(" ".join(words)))
+            assert not worlds.held_out(cups._read(" ".join(words)))
 
 
 def test_an_unknown_split_is_refused():
@@ -133,22 +134,22 @@ def test_vocabulary_holds_exactly_the_words_in_use():
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_only_pretraining_documents_hold_thoughts(split):
-    assert all(mixture.OPEN not in cups.row(split, i)["text"] for i in range(500))
+    assert all(worlds.OPEN not in cups.row(split, i)["text"] for i in range(500))
 
 
 def test_thoughts_are_right_tracks_so_far_or_musings():
     musings = {
         phrase.format(one, other)
-        for phrase in mixture.MUSINGS
-        for one in cups.COLOURS
-        for other in cups.COLOURS
+        for phrase in worlds.MUSINGS
+        for one in cups.COLORS
+        for other in cups.COLORS
         if one != other
     }
     partial = 0
     for index in range(2000):
         text = cups.row("pretrain", index)["text"]
         words, thought, place = split_thought(text)
-        assert text.count(mixture.OPEN) == text.count(mixture.CLOSE) == (place >= 0)
+        assert text.count(worlds.OPEN) == text.count(worlds.CLOSE) == (place >= 0)
         if place >= 0 and " ".join(thought) not in musings:
             # A move is finished once the word after its two cups stands before the thought
             finished = sum(5 + 4 * number < place + 1 for number in range(1, len(simulate(words)) + 1))
@@ -167,10 +168,10 @@ def test_mixture_shares():
             count[where] += 1
             count[where, thought[0] == "1"] += 1
     thoughts = count["answer"] + count["elsewhere"]
-    assert thoughts / 4000 == pytest.approx(mixture.THOUGHTFUL, abs=0.02)
-    assert count["answer"] / thoughts == pytest.approx(mixture.AT_ANSWER + (1 - mixture.AT_ANSWER) / 40, abs=0.03)
-    assert count["answer", True] / count["answer"] == pytest.approx(mixture.WORKED, abs=0.04)
-    assert 0.2 < count["elsewhere", True] / count["elsewhere"] < mixture.WORKED
+    assert thoughts / 4000 == pytest.approx(worlds.THOUGHTFUL, abs=0.02)
+    assert count["answer"] / thoughts == pytest.approx(worlds.AT_ANSWER + (1 - worlds.AT_ANSWER) / 40, abs=0.03)
+    assert count["answer", True] / count["answer"] == pytest.approx(worlds.WORKED, abs=0.04)
+    assert 0.2 < count["elsewhere", True] / count["elsewhere"] < worlds.WORKED
 
 
 def test_neither_the_start_nor_the_last_cup_named_gives_the_answer_away():
@@ -232,4 +233,5 @@ def test_every_pretraining_track_is_true():
 
 
 def test_the_world_is_listed():
-    assert WORLDS["cups"] is cups
+    assert "cups" in worlds.WORLDS
+    assert load_world("cups") is cups

@@ -10,12 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from forethought.algo.metrics import leakage, thought_tokens
 from forethought.data.positions import ThoughtFormat, at_positions, make_generator
 from forethought.eval import controls, heldout, statements
 from forethought.models.loading import load_tokenizer
 from forethought.models.logprobs import no_think_distribution, thought_evidence
-from forethought.rollout import Thoughts, content, draw_noise
-from forethought.rollout.content import inside
+from forethought.rollout import Thoughts, draw_noise
 from helpers.heldout import EVALUATION, TEXTS, documents, quiet, setup, subject
 from helpers.models import (
     FORM,
@@ -41,7 +41,7 @@ def test_evidence_of_sampled_thoughts_is_what_the_engine_reports(name: str, form
     noise = draw_noise((3, 6), [make_generator(2, i) for i in range(5)])
     thoughts = engine(model, config(), form).sample(positions, noise)
     with torch.no_grad():
-        logp = thought_evidence(model, positions, form, inside(thoughts, form), shared)
+        logp = thought_evidence(model, positions, form, thought_tokens(thoughts, form), shared)
     assert logp.shape == (5, 3, len(WORDS))
     assert torch.allclose(logp.exp().sum(-1), torch.ones(5, 3), atol=1e-5)
     found = logp.gather(-1, positions.targets()[:, None].expand(-1, 3, 1))
@@ -62,7 +62,7 @@ def test_the_plain_distribution_is_that_of_one_row(name: str):
 @pytest.mark.parametrize("form", [FORM, LONG], ids=["short", "long"])
 def test_controls_are_those_computed_one_row_at_a_time(form: ThoughtFormat):
     model, windows = qwen3(), documents()
-    measured = heldout.think(subject(model, form=form), windows, quiet)["all"]
+    measured = heldout.sample_groups(subject(model, form=form), windows, quiet)["all"]
     records = controls.measure(subject(model, form=form), windows, quiet)["all"]
     source = controls.derangement(measured.records.document, make_generator(0, "shuffled", "all"))
     vocabulary = controls.ordinary_tokens(word_tokenizer(), form)
@@ -73,7 +73,7 @@ def test_controls_are_those_computed_one_row_at_a_time(form: ThoughtFormat):
         means = []
         for context, target, group in zip(contexts, targets, given, strict=True):
             with torch.no_grad():
-                rows = [[*form.wrap(context), *one, *form.close] for one in group]
+                rows = [[*form.prompt_tokens(context), *one, *form.close] for one in group]
                 means.append(sum(float(plain_targets(model, row, target)) for row in rows) / len(rows))
         return means
 
@@ -98,7 +98,7 @@ def test_the_controls_leave_everything_else_as_it_is():
 def test_one_position_has_no_other_to_trade_with():
     (one,) = (controls.measure(subject(qwen3()), [window(5, 6)], quiet)).values()
     assert one.shuffled is None and one.empty is not None and one.random is not None
-    assert "all/ce_shuffled" not in heldout.summarise({"all": one}, {"all": one})
+    assert "all/ce_shuffled" not in heldout.summarize({"all": one}, {"all": one})
 
 
 @given(st.lists(st.integers(0, 4), min_size=2, max_size=30), st.integers(0, 99))
@@ -143,9 +143,9 @@ def test_the_inside_of_a_thought_is_without_its_sampled_delimiter():
         evidence=torch.zeros(2, 2, 1),
         hit=torch.zeros(2, 2, 1).bool(),
     )
-    assert inside(thoughts, FORM) == [[[5], [5, 6, 7, 8]], [[6, 7], [4, 6, 4, 4]]]
+    assert thought_tokens(thoughts, FORM) == [[[5], [5, 6, 7, 8]], [[6, 7], [4, 6, 4, 4]]]
     closed = dataclasses.replace(thoughts, closed=torch.tensor([[False, False], [True, False]]))
-    assert inside(closed, dataclasses.replace(FORM, close=(7, 4)))[1][0] == [6]
+    assert thought_tokens(closed, dataclasses.replace(FORM, close=(7, 4)))[1][0] == [6]
 
 
 def test_marginal_is_below_the_mean_and_equal_where_there_is_one_thought():
@@ -155,8 +155,8 @@ def test_marginal_is_below_the_mean_and_equal_where_there_is_one_thought():
     assert all(bound > mean for bound, mean in zip(many.marginal, many.think, strict=True))
     single = heldout.measure(subject(qwen3(), thoughts=1), documents(), quiet)["all"]
     assert single.marginal == pytest.approx(single.think, abs=1e-6)
-    measured = heldout.think(subject(qwen3(), thoughts=5), documents(), quiet)["all"]
-    prompt, target = FORM.wrap(measured.positions.contexts()[0]), measured.positions.targets()[0].tolist()
+    measured = heldout.sample_groups(subject(qwen3(), thoughts=5), documents(), quiet)["all"]
+    prompt, target = FORM.prompt_tokens(measured.positions.contexts()[0]), measured.positions.targets()[0].tolist()
     with torch.no_grad():
         rows = [[*prompt, *one, *FORM.close] for one in measured.thoughts[0]]
         p = [math.exp(float(plain_targets(qwen3(), row, target))) for row in rows]
@@ -176,12 +176,12 @@ def test_leakage_looks_for_the_text_of_the_target():
     targets = tokenizer.convert_tokens_to_ids(["Ġcat", "c", "Ċ", "Å", "cat"])
     assert tokenizer.batch_decode([[token] for token in targets]) == [" cat", "c", "\n", "\ufffd", "cat"]
     said = [["the cat", "dog"], ["a", "b"], ["any", "\n"], ["\ufffd", "x"], ["CAT", "concatenate"]]
-    assert content.leakage(tokenizer, targets, said) == [0.5, 0.0, None, None, 0.5]
+    assert leakage(tokenizer, targets, said) == [0.5, 0.0, None, None, 0.5]
 
 
 def test_leakage_is_measured_at_the_target_of_each_position():
     found = heldout.measure(subject(qwen3(), thoughts=8), documents(), quiet)["all"].leakage
-    measured = heldout.think(subject(qwen3(), thoughts=8), documents(), quiet)["all"]
+    measured = heldout.sample_groups(subject(qwen3(), thoughts=8), documents(), quiet)["all"]
     targets = [WORDS[target] for target in measured.positions.targets()[:, 0].tolist()]
     said = [[" ".join(WORDS[token] for token in one) for one in group] for group in measured.thoughts]
     naive = [sum(target in one for one in group) / 8 for target, group in zip(targets, said, strict=True)]
@@ -235,7 +235,7 @@ def test_domains_and_languages_are_groups_of_the_uniform_positions():
     for field in dataclasses.fields(heldout.Records):
         whole, part = (getattr(groups[name], field.name) for name in ("all", "domain:books"))
         assert part == (whole and [whole[i] for i in (0, 1, 4, 5)])
-    figures = heldout.summarise(groups, groups)
+    figures = heldout.summarize(groups, groups)
     assert figures["domain:books/positions"] == 4 and figures["domain:books/documents"] == 2
     assert figures["domain:web-x/ce_think"] == pytest.approx(-sum(groups["all"].think[2:4]) / 2)
 

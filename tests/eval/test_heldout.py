@@ -30,7 +30,7 @@ def measure(model: Any, engine: NativeEngine, config: Config) -> dict[str, heldo
 def test_figures_by_hand():
     mine = records([0, 0, 1], think=[-1.0, -2.0, -3.0], nothink=[-2.0, -2.0, -5.0], closed=[1.0, 0.0, 0.5])
     base = records([0, 0, 1], think=[-9.0, -9.0, -9.0], nothink=[-1.0, -4.0, -4.0])
-    figures = heldout.summarise({"all": mine}, {"all": base})
+    figures = heldout.summarize({"all": mine}, {"all": base})
     expected = {
         "ce_think": 2,
         "ce_nothink": 3,
@@ -50,7 +50,7 @@ def test_figures_by_hand():
 
 def test_drift_is_what_not_thinking_lost():
     mine, base = records([0], [-1.0], [-3.0]), records([0], [-1.0], [-2.0])
-    figures = heldout.summarise({"all": mine}, {"all": base})
+    figures = heldout.summarize({"all": mine}, {"all": base})
     assert figures["all/drift"] == 1.0
     assert figures["all/gain_over_base"] == 1.0
     assert figures["all/gain_self"] == 2.0
@@ -65,7 +65,7 @@ def test_the_bootstrap_draws_documents_and_not_positions():
     apart = dataclasses.replace(copies, document=list(range(120)))
 
     def width(some: heldout.Records) -> float:
-        figures = heldout.summarise({"all": some}, {"all": some})
+        figures = heldout.summarize({"all": some}, {"all": some})
         return figures["all/ce_think/high"] - figures["all/ce_think/low"]
 
     assert width(copies) == pytest.approx(width(once))
@@ -76,14 +76,14 @@ def test_the_interval_covers_a_known_mean_as_often_as_it_says():
     rng, covered = random.Random(1), 0
     for _ in range(60):
         sample = [rng.gauss(-2, 1) for _ in range(30)]
-        figures = heldout.summarise({"all": (one := records(list(range(30)), sample, sample))}, {"all": one})
+        figures = heldout.summarize({"all": (one := records(list(range(30)), sample, sample))}, {"all": one})
         covered += figures["all/ce_think/low"] <= 2 <= figures["all/ce_think/high"]
     assert 50 <= covered <= 60
 
 
 def test_one_document_has_an_interval_of_no_width():
     one = records([0, 0], [-1.0, -3.0], [-1.0, -1.0])
-    figures = heldout.summarise({"all": one}, {"all": one})
+    figures = heldout.summarize({"all": one}, {"all": one})
     assert figures["all/ce_think/low"] == figures["all/ce_think"] == figures["all/ce_think/high"] == 2.0
 
 
@@ -166,7 +166,7 @@ def test_evaluating_a_model_makes_a_folder_once(
     assert main(command) == 0
     shown = capsys.readouterr().out
     assert "figures: runs/evaluate-model/evaluate.json" in shown
-    for row in ("gain over itself (nats)", "... with another's thought", "statements in a thought", "mixture"):
+    for row in ("gain over itself (nats)", "gain of another's thought (nats)", "statements in a thought", "mixture"):
         assert row in shown
     assert "gain over the teacher" not in shown  # a model alone has none
     figures = json.loads(Path("runs/evaluate-model/evaluate.json").read_text())

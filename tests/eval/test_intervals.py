@@ -58,7 +58,7 @@ def test_resamples_without_a_denominator_do_not_count():
 
 def test_one_seed_pooled_is_the_plain_summary():
     one = noisy(30)
-    assert pooled([one]) == heldout.summarise({"all": one}, {"all": one})
+    assert pooled([one]) == heldout.summarize({"all": one}, {"all": one})
 
 
 def test_pooling_takes_the_mean_over_seeds_and_widens_by_their_spread():
@@ -116,7 +116,7 @@ def test_pairs_of_seeds_are_drawn_together():
 def test_records_of_other_positions_are_refused():
     one = records([0, 1], [-1.0, -1.0], [-1.0, -1.0])
     moved = dataclasses.replace(one, at=[1, 3])
-    for call in (heldout.paired, heldout.summarise):
+    for call in (heldout.paired, heldout.summarize):
         with pytest.raises(ValueError, match="same positions"):
             call({"all": one}, {"all": moved})
 
@@ -141,7 +141,7 @@ def test_the_new_figures_by_hand():
         shuffled=[-2.0, -3.5],
         random=[-3.0, -6.0],
     )
-    figures = heldout.summarise({"all": mine}, {"all": mine})
+    figures = heldout.summarize({"all": mine}, {"all": mine})
     expected = {
         "marginal": 1.0,
         "gain_over_teacher": 1.5,
@@ -158,22 +158,22 @@ def test_the_new_figures_by_hand():
     }
     assert {name: figures.get(f"all/{name}") for name in expected} == pytest.approx(expected)
     plain = records([0, 1], think=[-1.0, -2.0], nothink=[-2.0, -4.0])
-    assert not {f"all/{name}" for name in expected} & heldout.summarise({"all": plain}, {"all": plain}).keys()
+    assert not {f"all/{name}" for name in expected} & heldout.summarize({"all": plain}, {"all": plain}).keys()
 
 
 def test_targets_without_text_do_not_count_as_leaked():
     one = records([0, 0, 1, 1], [-1.0] * 4, [-1.0] * 4)
     half = dataclasses.replace(one, leakage=[1.0, None, 0.5, None])
-    assert heldout.summarise({"all": half}, {"all": half})["all/leakage"] == 0.75
+    assert heldout.summarize({"all": half}, {"all": half})["all/leakage"] == 0.75
     # Half of the documents know of none: a quarter of all resamples has nothing to count.
     poor = dataclasses.replace(one, leakage=[1.0, None, None, None])
-    assert "all/leakage" not in heldout.summarise({"all": poor}, {"all": poor})
+    assert "all/leakage" not in heldout.summarize({"all": poor}, {"all": poor})
 
 
 @pytest.mark.parametrize("think", [[-2.0, -2.0], [-2.0, -2.1], [-2.5, -1.0]])
 def test_where_there_is_no_sure_gain_none_is_kept(think: list[float]):
     one = dataclasses.replace(records([0, 1], think, [-2.0, -2.0]), shuffled=[-2.0, -2.0])
-    figures = heldout.summarise({"all": one}, {"all": one})
+    figures = heldout.summarize({"all": one}, {"all": one})
     assert "all/kept_shuffled" not in figures and figures["all/gain_shuffled"] == 0
     sure = dataclasses.replace(one, think=[-1.0, -1.0])
-    assert heldout.summarise({"all": sure}, {"all": sure})["all/kept_shuffled"] == 0
+    assert heldout.summarize({"all": sure}, {"all": sure})["all/kept_shuffled"] == 0

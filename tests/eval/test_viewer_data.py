@@ -35,7 +35,7 @@ def viewed(shown: int = 2, members: int = 3, reference: Any = None, batch: int =
 
 
 def after_thought(context: list[int], thought: dict[str, Any]) -> list[int]:
-    return [*FORM.wrap(context), *(WORDS[word] for word in thought["text"].split()), *FORM.close]
+    return [*FORM.prompt_tokens(context), *(WORDS[word] for word in thought["text"].split()), *FORM.close]
 
 
 def assert_top(top: list[list[Any]], logp: torch.Tensor) -> None:
@@ -107,19 +107,19 @@ TEXT = "zażółć gęślą jaźń \N{SNOWMAN}\N{GRINNING FACE}  two  spaces\n\t
 def test_pieces_of_bytes_join_to_the_text():
     tokenizer = byte_level(["plain words only"], trim=False)
     tokens = tokenizer(TEXT)["input_ids"]
-    pieces = viewer.texts(tokenizer, tokens)
+    pieces = viewer.token_texts(tokenizer, tokens)
     assert len(pieces) == len(tokens) > len(TEXT) - 5
     assert "".join(pieces) == TEXT
     assert "" in pieces and "ż" in pieces
-    cut = viewer.texts(tokenizer, tokens[: pieces.index("ż")])
+    cut = viewer.token_texts(tokenizer, tokens[: pieces.index("ż")])
     assert "".join(cut).rstrip("\ufffd") == "za"
 
 
 def test_pieces_of_words_have_the_spaces_between_them_and_no_bos():
     tokenizer = word_tokenizer(bos=True)
-    assert viewer.texts(tokenizer, [2, 5, 6, 2, 7]) == ["", "a", " b", " <bos>", " c"]
-    assert viewer.texts(tokenizer, [5]) == ["a"]
-    assert viewer.texts(tokenizer, []) == []
+    assert viewer.token_texts(tokenizer, [2, 5, 6, 2, 7]) == ["", "a", " b", " <bos>", " c"]
+    assert viewer.token_texts(tokenizer, [5]) == ["a"]
+    assert viewer.token_texts(tokenizer, []) == []
 
 
 def nothink(shown: dict[str, Any]) -> list[float]:

@@ -1,5 +1,6 @@
 """Tiny models of random weights, a word tokenizer, and plain one-row forwards to compare everything with."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -19,7 +20,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from forethought.algo import CPT, RLP, RPT, Experience
+from forethought.algo.cpt import CPT
+from forethought.algo.metrics import Sums
+from forethought.algo.policy_gradient import Microbatch
+from forethought.algo.rlp import RLP
+from forethought.algo.rpt import RPT
 from forethought.config import Config, Method, Model, Train, Update
 from forethought.data.corpus import Window
 from forethought.data.positions import ThoughtFormat
@@ -148,21 +153,39 @@ def engine(model: Any, settings: Config, form: ThoughtFormat = FORM) -> NativeEn
 
 def rlp(model: Any, settings: Config, form: ThoughtFormat = FORM) -> RLP:
     network = Network(model, settings.model.precision)
-    return RLP(network, engine(network.compute, settings, form), form, word_tokenizer(), settings)
+    return RLP(network, engine(network.model, settings, form), form, word_tokenizer(), settings)
 
 
 def cpt(model: Any, settings: Config, form: ThoughtFormat = FORM) -> CPT:
     network = Network(model, settings.model.precision)
-    return CPT(network, engine(network.compute, settings, form), form, word_tokenizer(), settings)
+    return CPT(network, engine(network.model, settings, form), form, word_tokenizer(), settings)
 
 
-def written(piece: Experience, form: ThoughtFormat = FORM) -> list[tuple[list[int], list[int]]]:
+@dataclasses.dataclass(frozen=True)
+class Collected:
+    """What the trainer makes of a step's record."""
+
+    microbatches: list[Any]
+    metrics: Sums
+    rows: list[dict[str, Any]]  # of thoughts.jsonl, two positions
+    work: Any
+
+
+def collected(method: Any, windows: list[Window], step: int) -> Collected:
+    """One step of a method, up to the backward pass."""
+    record = method.collect(windows, step)
+    text, rows = record.text(word_tokenizer(), method.form, 2)
+    work = record.work(method.form, method.config)
+    return Collected(list(method.microbatches(record)), record.metrics() | text, rows, work)
+
+
+def written(piece: Microbatch, form: ThoughtFormat = FORM) -> list[tuple[list[int], list[int]]]:
     """What stands ahead of each thought, and its sampled tokens, row by row."""
-    rows = piece.continuations
-    contexts = rows.contexts(form)
+    rows = piece.batch
+    prompts = rows.prompts(form)
     return [
-        (contexts[place], tokens[mask].tolist())
-        for place, tokens, mask in zip(rows.place.tolist(), rows.tokens, rows.mask, strict=True)
+        (prompts[i], tokens[mask].tolist())
+        for i, tokens, mask in zip(rows.position_index.tolist(), rows.tokens, rows.mask, strict=True)
     ]
 
 
@@ -177,7 +200,7 @@ def update(method: RLP | RPT | CPT, pieces: Sequence[Any]) -> list[torch.Tensor]
     parameters = list(method.network.weights.parameters())
     method.network.weights.zero_grad()
     for piece in pieces:
-        method.backward(piece)
+        method.forward_backward(piece)
     slopes = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
     method.network.weights.zero_grad()
     return slopes

@@ -29,13 +29,13 @@ def metrics(method: str, steps: int, seed: int) -> list[dict]:
             rows.append(row | {"objective/loss": loss, "objective/accuracy": 0.4 + 0.2 * done + draw.gauss(0, 0.01)})
             continue
         evidence, nothink = -1.6 + 0.9 * done + draw.gauss(0, 0.08), -1.5 + 0.2 * done + draw.gauss(0, 0.03)
-        row |= {"reward/evidence": evidence, "reward/spread": 0.4 + 0.2 * done + draw.gauss(0, 0.04)}
+        row |= {"reward/evidence": evidence, "reward/std": 0.4 + 0.2 * done + draw.gauss(0, 0.04)}
         if step % 2:
             row |= {"reward/gain": evidence - nothink, "reward/nothink": nothink}
         row |= {"rollout/length": 18 - 6 * done + draw.gauss(0, 0.5), "rollout/closed": min(1, 0.4 + 0.6 * done)}
         row |= {"objective/loss": draw.gauss(0, 0.01), "objective/ratio": 1 + draw.gauss(0, 1e-6)}
-        row |= {"objective/clipped": 0.0, "objective/mismatch": 1e-6 * draw.random()}
-        row |= {"reward/flat_groups": 0.3 - 0.2 * done, "time/thought_tokens_per_s": 170 + draw.gauss(0, 8)}
+        row |= {"objective/clip_fraction": 0.0, "objective/mismatch": 1e-6 * draw.random()}
+        row |= {"reward/zero_std_fraction": 0.3 - 0.2 * done, "time/thought_tokens_per_s": 170 + draw.gauss(0, 8)}
         rows.append(row)
     return rows
 

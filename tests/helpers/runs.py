@@ -36,7 +36,7 @@ def options(tmp_path: Path, name: str, **changes: Any) -> dict[str, Any]:
         "run": str(tmp_path / name),
         "model": {"path": str(architecture), "tokenizer": "embedded", "init": "random"},
         "corpus": {"window": 48, "shuffle": 16},
-        "method": {"group": 3, "thought_length": 4, "positions": 2, "ema": 0.9, "unclosed": "penalise"},
+        "method": {"group": 3, "thought_length": 4, "positions": 2, "ema": 0.9, "unclosed": "penalize"},
         "optim": {"learning_rate": 1e-2, "schedule": "cosine", "warmup": 2, "weight_decay": 0.01},
         "train": {"steps": 6, "batch": 4, "checkpoint_every": 1},
         "update": {"tokens_per_chunk": 48},

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from forethought.config import Config, Method
-from forethought.data.positions import ThoughtFormat, draw, make_generator
+from forethought.data.positions import ThoughtFormat, draw_positions, make_generator
 from forethought.rollout import Thoughts, draw_noise
 from forethought.rollout.cuda_graphs import CUDAGraphDecoder
 from forethought.rollout.native import NativeEngine
@@ -32,7 +32,7 @@ def biased(bias: dict[int, float]) -> Any:
 
 def both(model: Any, form: ThoughtFormat, settings: Config, rows: int, horizon: int = 1) -> tuple[Thoughts, Thoughts]:
     options = dataclasses.replace(settings.method, horizon=horizon)
-    positions = draw(WINDOWS, options, make_generator(1))
+    positions = draw_positions(WINDOWS, options, make_generator(1))
     noise = draw_noise((options.group, options.thought_length), [make_generator(2, i) for i in range(len(positions))])
     eager = engine(model, settings, form).sample(positions, noise)
     return eager, cuda_graphs(model, form, options, rows).sample(positions, noise)

@@ -1,6 +1,6 @@
 """Shared by tests: worlds."""
 
-from forethought.data.worlds import mixture
+from forethought.data import worlds
 
 SPLITS = ("pretrain", "train", "heldout")
 
@@ -8,7 +8,7 @@ SPLITS = ("pretrain", "train", "heldout")
 def split_thought(text: str) -> tuple[list[str], list[str], int]:
     """A text's words without its thought, the thought's words, and where the thought stood (-1: nowhere)."""
     words = text.split(" ")
-    if mixture.OPEN not in words:
+    if worlds.OPEN not in words:
         return words, [], -1
-    first, last = words.index(mixture.OPEN), words.index(mixture.CLOSE)
+    first, last = words.index(worlds.OPEN), words.index(worlds.CLOSE)
     return words[:first] + words[last + 1 :], words[first + 1 : last], first

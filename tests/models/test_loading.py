@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, Mamba2Config
 from forethought.config import Config, Model, UserError, from_dict
 from forethought.data.positions import ThoughtFormat
 from forethought.models.compute_copy import compute_copy
-from forethought.models.loading import check_length, device, load_model, load_tokenizer
+from forethought.models.loading import check_context_length, device, load_model, load_tokenizer
 from helpers.runs import options
 
 
@@ -93,12 +93,12 @@ def test_rows_that_fit_exactly_are_let_through_and_one_token_more_is_not(start: 
     def config(window: int, **method: Any) -> Config:
         return from_dict(options(Path(start.run).parent, "x", corpus={"window": window}, method=method))
 
-    check_length(config(248), form(4))
+    check_context_length(config(248), form(4))
     with pytest.raises(UserError, match=r"^corpus.window = 249: with 8 tokens .* makes 257, .* positions for 256;"):
-        check_length(config(249), form(4))
-    check_length(config(256, name="cpt"), form(4))
+        check_context_length(config(249), form(4))
+    check_context_length(config(256, name="cpt"), form(4))
     with pytest.raises(UserError, match=r"^corpus.window = 257: with 0 tokens .* makes 257"):
-        check_length(config(257, name="cpt"), form(4))
+        check_context_length(config(257, name="cpt"), form(4))
 
 
 def write_gguf(file: Path, width: int = 32, heads: int = 2) -> dict[str, torch.Tensor]:

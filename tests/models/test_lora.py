@@ -16,16 +16,15 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from forethought.algo import METHODS, RLP
-from forethought.config import Config, Lora, Model, UserError, from_dict, load
+from forethought.algo.rlp import RLP
+from forethought.config import Config, Lora, Model, UserError, from_dict, load, registry
 from forethought.data.corpus import Window
 from forethought.data.positions import ThoughtFormat
 from forethought.eval import evaluate
+from forethought.flops import Shape, backward_flops, forward_flops
 from forethought.models import lora
 from forethought.models.compute_copy import Network
-from forethought.models.flops import backward_flops, forward_flops
 from forethought.models.logprobs import no_think_logp
-from forethought.models.shape import Shape
 from forethought.prefix import enable
 from forethought.run import checkpoint
 from forethought.run.folder import read_lines
@@ -39,6 +38,7 @@ from helpers.models import (
     MODELS,
     WINDOWS,
     assert_close,
+    collected,
     config,
     engine,
     plain_logits,
@@ -69,29 +69,29 @@ def shaken(network: Network, seed: int = 0, scale: float = 0.3) -> Network:
 
 
 def adapted(model: Any, options: Config) -> Network:
-    network = lora.adapted(model, options)
-    enable(network.compute)
+    network = lora.add_adapters(model, options)
+    enable(network.model)
     return network
 
 
 def method(network: Network, options: Config, form: ThoughtFormat = FORM) -> Any:
-    build = METHODS[options.method.name]
-    return build(network, engine(network.compute, options, form), form, word_tokenizer(), options)
+    build = registry.load("method", options.method.name)
+    return build(network, engine(network.model, options, form), form, word_tokenizer(), options)
 
 
 def merged(network: Network, options: Config) -> dict[str, torch.Tensor]:
     factors = {name.replace("/", "."): one for name, one in network.weights.named_parameters()}
-    return lora.merged(network.compute, factors, options.lora)
+    return lora.merged_weights(network.model, factors, options.lora)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_fresh_adapters_change_nothing_and_the_merged_weights_compute_what_adapters_do(name: str):
     plain, options = MODELS[name](), with_adapters(config())
     network = adapted(copy.deepcopy(plain), options)
-    assert type(network.compute) is type(plain)
-    assert torch.equal(plain_logits(network.compute, TOKENS), plain_logits(plain, TOKENS))
+    assert type(network.model) is type(plain)
+    assert torch.equal(plain_logits(network.model, TOKENS), plain_logits(plain, TOKENS))
     shaken(network)
-    changed = plain_logits(network.compute, TOKENS).detach()
+    changed = plain_logits(network.model, TOKENS).detach()
     assert not torch.allclose(changed, plain_logits(plain, TOKENS), atol=1e-2)
     plain.load_state_dict(merged(network, options))
     assert_close([plain_logits(plain, TOKENS).detach()], [changed])
@@ -103,9 +103,9 @@ def test_the_gradient_is_that_of_the_merged_weights_by_the_chain_rule():
     network = shaken(adapted(copy.deepcopy(plain), options))
     plain.load_state_dict(merged(network, options))
     learned = method(network, options)
-    pieces = learned.collect(WINDOWS, 1).pieces
+    pieces = collected(learned, WINDOWS, 1).microbatches
     found = dict(zip(dict(network.weights.named_parameters()), update(learned, pieces), strict=True))
-    assert all(one.grad is None for one in network.compute.parameters())
+    assert all(one.grad is None for one in network.model.parameters())
     whole = method(Network(plain, "fp32"), options)
     slopes = dict(zip(dict(plain.named_parameters()), update(whole, pieces), strict=True))
     scale, got, wanted = options.lora.alpha / options.lora.r, [], []
@@ -126,7 +126,7 @@ def test_shared_prefixes_and_checkpointed_layers_have_the_gradients_of_copies(na
         options = with_adapters(config(tokens=24, prefix=prefix, positions=2, batch=8))
         options = dataclasses.replace(options, update=dataclasses.replace(options.update, checkpointing=checkpointing))
         learned = method(shaken(adapted(MODELS[name](), options), scale=0.1), options, LONG)
-        pieces = learned.collect(WINDOWS, 1).pieces
+        pieces = collected(learned, WINDOWS, 1).microbatches
         found.append(update(learned, pieces))
     for other in found[1:]:
         assert_close(other, found[0])
@@ -136,7 +136,7 @@ def test_shared_prefixes_and_checkpointed_layers_have_the_gradients_of_copies(na
 
 def held_bytes(learned: RLP, pieces: Sequence[Any]) -> int:
     """Bytes that autograd holds at most during an update, each storage once, weights left out."""
-    known = {one.untyped_storage().data_ptr() for one in learned.network.compute.parameters()}
+    known = {one.untyped_storage().data_ptr() for one in learned.network.model.parameters()}
     held: dict[int, list[int]] = {}
     most = 0
 
@@ -168,7 +168,7 @@ def test_checkpointing_bounds_what_is_held_for_the_backward_pass():
         options = with_adapters(config(batch=1, tokens=1024))
         options = dataclasses.replace(options, update=dataclasses.replace(options.update, checkpointing=checkpointing))
         learned = method(adapted(qwen3(width=64), options), options)
-        found.append(held_bytes(learned, learned.collect([document], 1).pieces))
+        found.append(held_bytes(learned, collected(learned, [document], 1).microbatches))
     assert found[1] < 0.4 * found[0]
 
 
@@ -178,20 +178,20 @@ def test_the_teacher_is_an_average_of_factors_on_the_same_model():
     network = adapted(qwen3(), options)
     learned = method(network, options)
     positions = learned.places.draw(WINDOWS, 1)
-    policy = no_think_logp(network.compute, positions, 64)[0]
+    policy = no_think_logp(network.model, positions, 64)[0]
     assert torch.equal(learned._nothink(positions, 1), policy)
     start = [one.detach().clone() for one in network.weights.parameters()]
     shaken(network)
     learned.after_step()
-    moved = no_think_logp(network.compute, positions, 64)[0]
+    moved = no_think_logp(network.model, positions, 64)[0]
     got = learned._nothink(positions, 1)
-    assert torch.equal(no_think_logp(network.compute, positions, 64)[0], moved)
+    assert torch.equal(no_think_logp(network.model, positions, 64)[0], moved)
     twin = adapted(qwen3(), options)
     with torch.no_grad():
         for mine, first, last in zip(twin.weights.parameters(), start, network.weights.parameters(), strict=True):
             mine.copy_(0.75 * first + 0.25 * last)
     twin.sync()
-    assert_close([got], [no_think_logp(twin.compute, positions, 64)[0].detach()])
+    assert_close([got], [no_think_logp(twin.model, positions, 64)[0].detach()])
     assert not torch.allclose(got, policy, atol=1e-3)
     assert not torch.allclose(got, moved, atol=1e-3)
 
@@ -200,7 +200,7 @@ def test_thoughts_decode_over_static_buffers_as_without():
     """What a GPU captures, and where adapters are switched in place between two replays."""
     options = with_adapters(config(group=8, thought_length=12, positions=2, temperature=1.2))
     network = shaken(adapted(qwen3(), options), scale=0.1)
-    assert_same(*both(network.compute, FORM, options, 64))
+    assert_same(*both(network.model, FORM, options, 64))
 
 
 @pytest.mark.parametrize(
@@ -218,24 +218,24 @@ def test_in_bf16_the_weights_lie_there_once_and_every_method_trains_fp32_factors
     options = dataclasses.replace(options, model=Model(precision="bf16", device="cpu"))
     network = adapted(qwen3(), options)
     learned = method(network, options)
-    assert {one.dtype for one in network.compute.parameters()} == {torch.bfloat16}
+    assert {one.dtype for one in network.model.parameters()} == {torch.bfloat16}
     assert {one.dtype for one in network.weights.parameters()} == {torch.float32}
-    frozen = [one.detach().clone() for one in network.compute.parameters() if not one.requires_grad]
+    frozen = [one.detach().clone() for one in network.model.parameters() if not one.requires_grad]
     optimizer = torch.optim.AdamW(network.weights.parameters(), lr=1e-2, weight_decay=0.0)
     start = [one.detach().clone() for one in network.weights.parameters()]
     for step in (1, 2):
         optimizer.zero_grad()
-        batch = learned.collect(WINDOWS, step)
-        for piece in batch.pieces:
+        batch = collected(learned, WINDOWS, step)
+        for piece in batch.microbatches:
             learned.backward(piece)
         optimizer.step()
         network.sync()
         learned.after_step()
     assert any(not torch.equal(one, then) for one, then in zip(network.weights.parameters(), start, strict=True))
-    still = [one for one in network.compute.parameters() if not one.requires_grad]
+    still = [one for one in network.model.parameters() if not one.requires_grad]
     assert all(torch.equal(one, then) for one, then in zip(still, frozen, strict=True))
     for low, own in zip(
-        [one for one in network.compute.parameters() if one.requires_grad], network.weights.parameters(), strict=True
+        [one for one in network.model.parameters() if one.requires_grad], network.weights.parameters(), strict=True
     ):
         assert torch.equal(low, own.bfloat16())
     held = sum(one.numel() for some in learned.state().values() for one in some.parameters())
@@ -269,11 +269,11 @@ def test_the_mismatch_of_sampler_and_trainer_stays_rounding(run: Path):
 
 def test_what_is_exported_is_the_policy_with_its_adapter_for_all_and_for_peft(run: Path):
     options = from_dict(json.loads((run / "config.json").read_text()))
-    network = lora.load(options)
+    network = lora.load_with_adapters(options)
     tensors = checkpoint.load(checkpoint.latest(run), only="policy").tensors  # type: ignore[arg-type]
     network.weights.load_state_dict({name.partition("/")[2]: one for name, one in tensors.items()})
     network.sync()
-    wanted = plain_logits(network.compute, TOKENS).detach()
+    wanted = plain_logits(network.model, TOKENS).detach()
     policy = AutoModelForCausalLM.from_pretrained(run / "policy")
     assert policy.dtype == torch.float32
     assert_close([plain_logits(policy, TOKENS).detach()], [wanted])
@@ -307,7 +307,7 @@ def test_two_processes_are_one(tmp_path: Path, processes: ForkServerContext):
     [
         ("--lora.target_modules q_proj,qkv", "lora.target_modules = 'qkv': the model's linear layers are "),
         ("--lora.target_modules lm_head", "lora.target_modules = 'lm_head': the model's linear layers are "),
-        ("--parallel.shard fsdp2", "parallel.shard = 'fsdp2': with lora.r = 2 "),
+        ("--parallel.shard zero1", "parallel.shard = 'zero1': with lora.r = 2 "),
         ("--lora.r -1", "lora.r = -1: "),
     ],
 )
@@ -331,7 +331,7 @@ def test_adapters_are_counted_without_torch(name: str):
     Nothing wants a gradient of what goes into the first layer: there autograd leaves out products that are counted.
     """
     policy, tokens, rows = tiny_model(name), torch.ones(2, 11, dtype=torch.long), [(11, 0)] * 2
-    lora.adapt(policy, with_adapters(config(), r=2))
+    lora.inject_adapters(policy, with_adapters(config(), r=2))
     shape = Shape.of(policy.config).adapted(Lora(r=2))
     assert shape.adapter == sum(one.numel() for one in policy.parameters() if one.requires_grad)
     for backward in (False, True):

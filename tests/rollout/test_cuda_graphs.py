@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forethought.config import Config, Model, UserError
-from forethought.data.positions import ThoughtFormat, at_positions, draw, make_generator
+from forethought.data.positions import ThoughtFormat, at_positions, draw_positions, make_generator
 from forethought.prefix import enable
 from forethought.rollout import draw_noise
 from forethought.rollout.cuda_graphs import capturable, sample_by_cells
@@ -45,7 +45,7 @@ def test_unfinished_rows_move_to_the_front_when_half_are_finished():
     model = MODELS["qwen3"]()
     enable(model)
     settings = config(group=32, thought_length=70, positions=1, temperature=1.0)
-    positions = draw(WINDOWS, settings.method, make_generator(1))
+    positions = draw_positions(WINDOWS, settings.method, make_generator(1))
     noise = draw_noise((32, 70), [make_generator(2, i) for i in range(len(positions))])
     eager = engine(model, settings).sample(positions, noise)
     graphs = cuda_graphs(model, FORM, settings.method)

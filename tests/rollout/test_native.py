@@ -18,6 +18,7 @@ from helpers.models import (
     LONG,
     WINDOWS,
     closed_by_force,
+    collected,
     config,
     engine,
     plain_targets,
@@ -126,7 +127,7 @@ def test_evidence_follows_the_closing_delimiter_forced_or_not(form, horizon, way
         for i, (context, targets) in enumerate(zip(positions.contexts(), positions.targets().tolist(), strict=True)):
             for g in range(8):
                 text = thoughts.tokens[i, g][thoughts.mask[i, g]].tolist()
-                prompt = form.wrap(context)
+                prompt = form.prompt_tokens(context)
                 evidence = plain_targets(model, prompt + closed_by_force(text, form), targets)
                 assert torch.allclose(thoughts.evidence[i, g], evidence, atol=1e-5)
                 plain = plain_thought(model, prompt, text, 0.7, CLOSE)
@@ -196,7 +197,7 @@ def test_top_p_keeps_to_the_nucleus_and_reports_untruncated_log_probabilities():
     assert counts[2:].tolist() == [0.0, 0.0]
     assert float(counts[0]) == pytest.approx(2 / 3, abs=0.04)
     assert set(sample(logits, noise, 1.0, top_p=0.1).tolist()) == {0}
-    model, context = qwen3(), FORM.wrap(WINDOWS[0].tokens[:1])
+    model, context = qwen3(), FORM.prompt_tokens(WINDOWS[0].tokens[:1])
     thoughts = think(model, top_p=0.5, temperature=1.0)
     with torch.no_grad():
         plain = plain_thought(model, context, texts(thoughts)[0], 1.0, CLOSE)
@@ -233,20 +234,22 @@ def test_sample_never_draws_what_is_impossible():
 def test_ratios_to_the_sampler_are_one_before_the_first_step(form, temperature, prefix):
     model = biased({CLOSE: 3.0, 5: 3.0, 6: 3.0})
     method = rlp(model, config(temperature=temperature, prefix=prefix, group=8, thought_length=8), form)
-    pieces = method.collect(WINDOWS, step=1).pieces
+    pieces = collected(method, WINDOWS, step=1).microbatches
     for piece in pieces:
         with torch.no_grad():
-            ratio = (thought_logp(model, form, piece.continuations, method.learner.reading) - piece.logp_sampler).exp()
+            ratio = (thought_logp(model, form, piece.batch, method.policy_gradient.scoring) - piece.logp_sampler).exp()
         assert float((ratio - 1).abs().max()) < 1e-5
-        lengths = piece.continuations.mask.sum(-1)
+        lengths = piece.batch.mask.sum(-1)
         assert lengths.min() < lengths.max() == 8
-    ends = [bool((piece.continuations.tokens == form.close[-1]).any()) for piece in pieces]
+    ends = [bool((piece.batch.tokens == form.close[-1]).any()) for piece in pieces]
     assert any(ends)
 
 
 def test_positions_and_members_and_steps_think_with_noise_of_their_own():
     method = rlp(biased({}), config(group=2, thought_length=8, temperature=1.5))
     seen = [
-        row.tolist() for step in (1, 2) for row in method.collect([WINDOWS[3]] * 4, step).pieces[0].continuations.tokens
+        row.tolist()
+        for step in (1, 2)
+        for row in collected(method, [WINDOWS[3]] * 4, step).microbatches[0].batch.tokens
     ]
     assert len({tuple(thought[:5]) for thought in seen}) == len(seen) == 16

@@ -148,7 +148,9 @@ def test_evidence_scored_by_the_policy_is_that_of_the_native_engine(form, shared
     flat = zip(wanted.tokens.flatten(0, 1), wanted.mask.flatten(0, 1), strict=True)
     rows = [Sample(tokens=(own := some[mask].tolist()), logp=[0.0] * len(own)) for some, mask in flat]
     texts, mask = pad_rows(scored_texts(rows, form.close, positions.targets().tolist()), form.pad, left=False)
-    again = ThoughtBatch.of(form, positions, texts.view(len(positions), 4, -1), mask.view(len(positions), 4, -1))
+    again = ThoughtBatch.from_positions(
+        form, positions, texts.view(len(positions), 4, -1), mask.view(len(positions), 4, -1)
+    )
     evidence, hit = target_logp(model, form, again, 2, ScoringOptions(temperature=1.0, tokens=tokens, shared=shared))
     assert torch.allclose(evidence.view_as(wanted.evidence), wanted.evidence, atol=1e-5)
     assert torch.equal(hit.view_as(wanted.hit), wanted.hit)

@@ -87,7 +87,7 @@ def test_log_probabilities_and_evidence_are_the_policys(engine: VLLMEngine, poli
     contexts, targets = positions(2).contexts(), positions(2).targets()
     for i, g in itertools.product(range(3), range(8)):
         own = thoughts.tokens[i, g][thoughts.mask[i, g]].tolist()
-        prompt = form.wrap(contexts[i])
+        prompt = form.prompt_tokens(contexts[i])
         with torch.no_grad():
             wanted = plain_thought(policy, prompt, own, 0.8, CLOSE)
             whole = [*prompt, *own, *(() if thoughts.closed[i, g] else form.close), *targets[i].tolist()]
@@ -102,16 +102,16 @@ def test_log_probabilities_and_evidence_are_the_policys(engine: VLLMEngine, poli
 def test_adapters_come_merged(engine: VLLMEngine, policy: Any):
     options = dataclasses.replace(engine.config, lora=Lora(r=3, alpha=6))
     network = adapted(copy.deepcopy(policy), options)
-    enable(network.compute)
+    enable(network.model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for factor in network.weights.parameters():
             factor.add_(torch.randn(factor.shape, generator=generator), alpha=0.1)
     network.sync()
     other = with_form(engine, ONE)
-    other.policy, other.config = network.compute, options
+    other.policy, other.config = network.model, options
     other.sync()
-    test_log_probabilities_and_evidence_are_the_policys(other, network.compute, ONE)
+    test_log_probabilities_and_evidence_are_the_policys(other, network.model, ONE)
     other.policy, other.config = policy, engine.config
     other.sync()
 
@@ -130,7 +130,7 @@ def test_thoughts_have_the_policys_distribution(engine: VLLMEngine, policy: Any,
     theirs = native.sample(positions(), draw_noise((count, length), [make_generator(2, i) for i in range(3)]))
     for i, context in enumerate(positions().contexts()):
         with torch.no_grad():
-            logits = plain_logits(policy, form.wrap(context))[-1] / 0.8
+            logits = plain_logits(policy, form.prompt_tokens(context))[-1] / 0.8
         logits[CLOSE] = -torch.inf
         seen = Counter(thoughts.tokens[i, :, 0].tolist())
         exact = {token: count * float(p) for token, p in enumerate(logits.softmax(-1)) if token != CLOSE}
@@ -193,7 +193,7 @@ def test_new_weights_are_taken_and_old_ones_are_noticed(engine: VLLMEngine, poli
     thoughts = sample(engine, 2)
     with torch.no_grad():
         own = thoughts.tokens[0, 0][thoughts.mask[0, 0]].tolist()
-        wanted = plain_thought(policy, ONE.wrap(positions().contexts()[0]), own, 0.8, CLOSE)
+        wanted = plain_thought(policy, ONE.prompt_tokens(positions().contexts()[0]), own, 0.8, CLOSE)
     assert torch.allclose(thoughts.logp[0, 0, : len(own)], wanted, atol=1e-4), (
         "prefixes of the old weights are forgotten"
     )

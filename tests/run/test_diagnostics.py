@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from forethought.config import Config, from_dict
-from forethought.run.callbacks import NoCallbacks
-from forethought.run.diagnostics import CHECKS, WINDOW, Diagnosis, Watch, of_evaluation
+from forethought.run.diagnostics import CHECKS, WINDOW, Diagnosis, Monitor, diagnose_evaluation
 from forethought.run.folder import RunLog, read_lines
+from forethought.run.trackers import Callbacks
 from forethought.trainer import resume, train
 from helpers.runs import options
 
@@ -20,7 +20,7 @@ SOUND = {
     "rollout/length": 8.0,
     "rollout/closed": 0.95,
     "rollout/leakage": 0.25,
-    "reward/flat_groups": 0.5,
+    "reward/zero_std_fraction": 0.5,
     "reward/nothink": -1.0,
     "objective/ratio": 1.0,
     "objective/mismatch": 1e-6,
@@ -32,7 +32,7 @@ ILL = {
     "thoughts-shrinking": (SOUND, "rollout/length", 3.9),
     "thoughts-not-closing": (SOUND, "rollout/closed", 0.4),
     "leakage-rising": (SOUND, "rollout/leakage", 0.55),
-    "groups-flat": (SOUND, "reward/flat_groups", 0.95),
+    "groups-flat": (SOUND, "reward/zero_std_fraction", 0.95),
     "plain-prediction-drifting": (SOUND, "reward/nothink", -1.6),
     "ratio-off": (SOUND, "objective/ratio", 1.01),
     "sampler-mismatch": (SOUND, "objective/mismatch", 0.2),
@@ -53,7 +53,7 @@ def names(found: list[Diagnosis]) -> list[str]:
 
 @pytest.mark.parametrize("name", ILL)
 def test_each_check_fires_once_and_names_what_it_saw(name):
-    found = Watch().replay(history(*ILL[name], ILL[name][2]))
+    found = Monitor().replay(history(*ILL[name], ILL[name][2]))
     assert names(found) == [name]
     assert 20 < found[0].step <= 20 + WINDOW
     assert not re.search("[{}]", found[0].evidence)
@@ -78,20 +78,20 @@ def test_a_sound_run_is_left_alone(base):
     rows = [{name: value * draw.uniform(0.95, 1.0) for name, value in base.items()} for _ in range(200)]
     for row in rows:
         row |= {name: value for name, value in base.items() if name == "objective/ratio"}
-    assert Watch().replay({"step": step, **row} for step, row in enumerate(rows)) == []
+    assert Monitor().replay({"step": step, **row} for step, row in enumerate(rows)) == []
 
 
 def test_one_bad_step_is_not_enough_and_ten_are_the_least():
     rows = history(SOUND)
     rows[12] |= {"rollout/closed": 0.0}
-    assert Watch().replay(rows) == []
+    assert Monitor().replay(rows) == []
     ill = [{"step": step, "rollout/closed": 0.1} for step in range(1, 30)]
-    assert [one.step for one in Watch().replay(ill)] == [WINDOW]
+    assert [one.step for one in Monitor().replay(ill)] == [WINDOW]
 
 
 def test_a_check_warns_again_only_after_it_cleared():
     def closed(*values: float) -> list[str]:
-        return names(Watch().replay(history(SOUND, "rollout/closed", *values)))
+        return names(Monitor().replay(history(SOUND, "rollout/closed", *values)))
 
     assert closed(0.4, 0.6, 0.4) == ["thoughts-not-closing"], "0.4 of the thoughts cut off is above what clears"
     assert closed(0.4, 0.7, 0.4) == ["thoughts-not-closing"] * 2
@@ -99,40 +99,40 @@ def test_a_check_warns_again_only_after_it_cleared():
 
 def test_levels_of_the_ratio_follow_the_updates():
     rows = history(SOUND, "objective/ratio", 1.1)
-    assert names(Watch(1).replay(rows)) == ["ratio-off"]
-    assert Watch(4).replay(rows) == []
-    assert names(Watch(4).replay(history(SOUND, "objective/ratio", 0.75))) == ["ratio-off"]
+    assert names(Monitor(1).replay(rows)) == ["ratio-off"]
+    assert Monitor(4).replay(rows) == []
+    assert names(Monitor(4).replay(history(SOUND, "objective/ratio", 0.75))) == ["ratio-off"]
 
 
 def test_loss_is_watched_where_it_is_a_loss():
-    assert Watch().replay(history(SOUND, "objective/loss", 5.0)) == []
+    assert Monitor().replay(history(SOUND, "objective/loss", 5.0)) == []
 
 
 def test_missing_and_odd_figures_are_no_observations():
     rows = history(SOUND, "rollout/length", 3.0)
     holes = [{"step": 0, "rollout/length": odd} for odd in (math.nan, None, "x", True, -math.inf)]
     mixed = [row for pair in zip(rows, holes * 8, strict=True) for row in pair]
-    assert [one.row() for one in Watch().replay(mixed)] == [one.row() for one in Watch().replay(rows)]
-    assert Watch().see(1, {}) == []
+    assert [one.row() for one in Monitor().replay(mixed)] == [one.row() for one in Monitor().replay(rows)]
+    assert Monitor().observe(1, {}) == []
 
 
 def test_a_watch_that_replayed_goes_on_as_the_one_that_saw():
     rows = history(SOUND, "rollout/length", 3.0, 8.0, 3.0)
-    whole = Watch().replay(rows)
+    whole = Monitor().replay(rows)
     assert len(whole) == 2
     for cut in range(0, len(rows), 7):
-        resumed = Watch()
+        resumed = Monitor()
         assert resumed.replay(rows[:cut]) + resumed.replay(rows[cut:]) == whole
 
 
 def test_gain_that_other_thoughts_keep_is_told():
     figures = {"after/answer/kept_shuffled": 0.6, "after/answer/gain_self/low": 0.2, "before/answer/kept_shuffled": 0.9}
-    [found] = of_evaluation(figures, 80)
+    [found] = diagnose_evaluation(figures, 80)
     assert (found.step, found.name) == (80, "content-unused")
     assert "60% of the gain on answer" in found.evidence
-    assert of_evaluation(figures | {"after/answer/kept_shuffled": 0.4}, 80) == []
-    assert of_evaluation(figures | {"after/answer/gain_self/low": -0.1}, 80) == []
-    assert of_evaluation({"after/answer/kept_shuffled": None}, 80) == []
+    assert diagnose_evaluation(figures | {"after/answer/kept_shuffled": 0.4}, 80) == []
+    assert diagnose_evaluation(figures | {"after/answer/gain_self/low": -0.1}, 80) == []
+    assert diagnose_evaluation({"after/answer/kept_shuffled": None}, 80) == []
 
 
 def test_warnings_are_rewound_with_the_run(tmp_path):
@@ -145,7 +145,7 @@ def test_warnings_are_rewound_with_the_run(tmp_path):
     assert read_lines(log.path / "warnings.jsonl") == rows[:1]
 
 
-class Listener(NoCallbacks):
+class Listener(Callbacks):
     def __init__(self):
         self.heard: list[Diagnosis] = []
 

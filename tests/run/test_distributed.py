@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from forethought.cli import main
 from forethought.config import from_dict, merge
 from forethought.run import checkpoint
-from forethought.run.distributed import balance_load, launched
+from forethought.run.distributed import balance_load, launcher_rank_and_size
 from forethought.run.folder import checkpoints, read_lines
 from forethought.trainer import resume, train
 from helpers.runs import (
@@ -49,11 +49,11 @@ def test_processes_shards_and_resuming_on_another_count_do_not_change_the_trajec
     one = tmp_path / "one"
     train(from_dict(settings(tmp_path, "one", model)))
     two = together(processes, settings(tmp_path, "two", model))
-    sharded = together(processes, settings(tmp_path, "sharded", model, parallel={"shard": "fsdp2"}))
+    sharded = together(processes, settings(tmp_path, "sharded", model, parallel={"shard": "zero1"}))
     alone = cut(sharded, "two-shards-then-one", 2)
     resume(alone)
     more = cut(two, "two-then-three-shards", 2)
-    command = ["train", "--resume", str(more), "--parallel.shard", "fsdp2"]
+    command = ["train", "--resume", str(more), "--parallel.shard", "zero1"]
     assert end(begin(processes, command, tmp_path, 3)) == [0, 0, 0], lines(tmp_path, 3)
     for other in (two, sharded, alone, more):
         print(other.name, f"drift {drift(one, other):.1e} at most, {mean_drift(one, other):.1e} on average")
@@ -74,7 +74,7 @@ VARIANTS = {
     "cpt, a bf16 copy of shards": {
         "method": {"name": "cpt"},
         "model": {"precision": "bf16"},
-        "parallel": {"shard": "fsdp2"},
+        "parallel": {"shard": "zero1"},
     },
     "rpt, with what processes must tell each other": {
         "method": {
@@ -109,7 +109,7 @@ def test_a_mistake_is_told_once(changes: Any, message: str, tmp_path: Path, proc
     assert not (tmp_path / "run").exists()
 
 
-INTERRUPTED = {"train": {"steps": 8}, "parallel": {"shard": "fsdp2"}, "evaluate": {"path": ""}}
+INTERRUPTED = {"train": {"steps": 8}, "parallel": {"shard": "zero1"}, "evaluate": {"path": ""}}
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def kills(processes: ForkServerContext, tmp_path: Path, count: int, changes: dic
         line = kill_one(processes, tmp_path, command, rng, step_s)
         print(f"saved up to step {max(checkpoints(tmp_path / 'killed'))}: {line}")
         assert "another process has died" in line
-        assert "nothing is lost since the last checkpoint" in line
+        assert "nothing is lost up to the last checkpoint" in line
         command = ["train", "--resume", str(tmp_path / "killed")]
     assert end(begin(processes, command, tmp_path)) == [0, 0], lines(tmp_path)
     return tmp_path / "killed"
@@ -209,7 +209,7 @@ def test_dealing_by_hand():
 def test_commands_of_one_process_refuse_several(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert launched() == (1, 2)
+    assert launcher_rank_and_size() == (1, 2)
     for command in ("evaluate", "questions", "compare", "report"):
         assert main([command, "embedded"]) == 2
         line = f"forethought process 1: {command} runs in one process; start it without torchrun or accelerate launch\n"

@@ -18,9 +18,9 @@ import torch
 from forethought.cli import main
 from forethought.config import RunError, from_dict, merge
 from forethought.run import checkpoint
-from forethought.run.callbacks import NoCallbacks
 from forethought.run.folder import RunLog, checkpoints
 from forethought.run.signals import SignalArrived, SignalGuard, Stopped
+from forethought.run.trackers import Callbacks
 from forethought.trainer import Trainer, resume, train
 from helpers.runs import assert_same_run, figures, options, words
 
@@ -131,7 +131,7 @@ def test_a_signal_during_an_optimizer_step_waits_for_the_whole_step(tmp_path: Pa
 
     handle = trainer.optimizer.register_step_pre_hook(send)
     with pytest.raises(Stopped, match="saved after step 1;"):
-        trainer.run(RunLog.create(config), NoCallbacks())
+        trainer.run(RunLog.create(config), Callbacks())
     assert list(checkpoints(run)) == [1]
     resume(run)
     assert_same_run(run, tmp_path / "whole")
@@ -143,7 +143,7 @@ def test_the_gate_holds_a_signal_back_and_puts_the_old_handlers_back():
     with gate.installed():
         os.kill(os.getpid(), signal.SIGINT)
         reached.append("after the signal")
-        with pytest.raises(SignalArrived) as caught, gate.passing():
+        with pytest.raises(SignalArrived) as caught, gate.interruptible():
             reached.append("not here")
         assert caught.value.number == signal.SIGINT
     assert reached == ["after the signal"]
@@ -196,7 +196,7 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(tmp_path: Path, whole:
     assert_same_run(run, whole)
 
 
-class Filler(NoCallbacks):
+class Filler(Callbacks):
     """Lets the disk be full for thoughts.jsonl after the third step."""
 
     def __init__(self, run: Path):

@@ -21,7 +21,7 @@ from lm_eval.tasks import TaskManager
 from forethought import UserError
 from forethought.cli import main
 from forethought.config import Corpus
-from forethought.data.corpus import Window, take
+from forethought.data.corpus import Window, first_windows
 from forethought.inference import ThinkingModel
 from forethought.tools.lm_eval import ForethoughtLM
 
@@ -60,7 +60,7 @@ def one() -> ForethoughtLM:
 @pytest.fixture(scope="module")
 def rows(one: ForethoughtLM) -> list[dict[str, str]]:
     """Held-out documents of the world of cups, up to the colour that tells where the ball is."""
-    documents = take(Corpus(path="world:cups/heldout", window=128), one.tokenizer, 0, 40)
+    documents = first_windows(Corpus(path="world:cups/heldout", window=128), one.tokenizer, 0, 40)
     return [row(one, document) for document in documents]
 
 
@@ -124,7 +124,7 @@ def test_a_likelihood_is_the_mean_over_thoughts(one: ForethoughtLM, rows: list[d
     context, continuation = one.tok_encode(text), one.tok_encode(answer, add_special_tokens=False)
     told = one.thinker.next_token(context, thoughts=3).thoughts
     form = one.thinker.form
-    prompts = [[*form.wrap(context), *thought.tokens, *form.close] for thought in told]
+    prompts = [[*form.prompt_tokens(context), *thought.tokens, *form.close] for thought in told]
     chances = [math.exp(float(plain_targets(one.thinker.model, prompt, continuation).sum())) for prompt in prompts]
     assert context[0] == one.tokenizer.bos_token_id
     assert len({tuple(prompt) for prompt in prompts}) > 1

@@ -435,7 +435,7 @@ def test_figures_by_hand():
         record("gsm8k", [False, True, False], lengths=6),
         record("gsm8k", [True, False, False], lengths=4),
     ]
-    figures = questions.summarise(records)
+    figures = questions.summarize(records)
     assert figures["nothink/gsm8k/pass_at_1"] == pytest.approx((1 + 0.5 + 0) / 3)
     assert figures["nothink/gsm8k/pass_at_1/se"] == pytest.approx(0.5 / math.sqrt(3))
     assert figures["nothink/gsm8k/greedy"] == pytest.approx(2 / 3)
@@ -452,8 +452,8 @@ def test_figures_by_hand():
 
 def test_many_answers_to_one_question_are_no_more_questions():
     """The standard error is clustered: copies of an answer tell nothing new."""
-    few = questions.summarise([record("gsm8k", [True, one]) for one in (True, False, True)])
-    many = questions.summarise([record("gsm8k", [True] + [one] * 9) for one in (True, False, True)])
+    few = questions.summarize([record("gsm8k", [True, one]) for one in (True, False, True)])
+    many = questions.summarize([record("gsm8k", [True] + [one] * 9) for one in (True, False, True)])
     assert few["nothink/gsm8k/pass_at_1/se"] == pytest.approx(many["nothink/gsm8k/pass_at_1/se"])
 
 
@@ -461,7 +461,7 @@ def test_averages_weigh_tasks_alike_and_add_variances():
     records = [record("gsm8k", [one]) for one in (True, True, False, False)]
     records += [record("aime25", [one]) for one in (True, False)]
     records += [record("mmlu", [True], loglik_letter=letter) for letter in "AB"]
-    figures = questions.summarise(records)
+    figures = questions.summarize(records)
     se = {task: figures[f"nothink/{task}/greedy/se"] for task in ("gsm8k", "aime25", "mmlu")}
     assert se["gsm8k"] == pytest.approx(math.sqrt(1 / 3) / 2)
     assert figures["nothink/math/greedy"] == 0.5
@@ -475,14 +475,14 @@ def test_averages_weigh_tasks_alike_and_add_variances():
 
 def test_modes_are_kept_apart_and_thoughts_are_counted():
     records = [record("gsm8k", [True, False], mode) for mode in ("nothink", "think") for _ in range(2)]
-    figures = questions.summarise(records)
+    figures = questions.summarize(records)
     assert figures["think/gsm8k/thought_length"] == 2
     assert figures["think/gsm8k/closed"] == 0.5
     assert "nothink/gsm8k/closed" not in figures
 
 
 def test_one_question_has_no_standard_error():
-    figures = questions.summarise([record("gsm8k", [True])])
+    figures = questions.summarize([record("gsm8k", [True])])
     assert figures["nothink/gsm8k/greedy"] == 1
     assert not [name for name in figures if name.endswith("/se")]
 
@@ -559,7 +559,7 @@ def test_thinking_reads_the_same_prompt_and_the_thought_before_it_answers(tmp_pa
     seen = set()
     for one in questions.measure(model, form, tokenizer, some, config, silent):
         [answer] = one.answers
-        tokens = form.wrap(tokenizer(one.prompt)["input_ids"])
+        tokens = form.prompt_tokens(tokenizer(one.prompt)["input_ids"])
         thought: list[int] = []
         while len(thought) < config.method.thought_length and thought[-1:] != list(form.close):
             logits = model(input_ids=torch.tensor([tokens + thought])).logits[0, -1]

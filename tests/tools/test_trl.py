@@ -1,4 +1,4 @@
-"""RLP inside an unmodified GRPOTrainer: the same reward, advantages, loss and gradient as our own trainer."""
+"""RLP in an unmodified GRPOTrainer: reward, advantages, loss and gradient equal those of `forethought train`."""
 
 import copy
 import dataclasses
@@ -15,11 +15,12 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 import forethought
+from forethought.algo.metrics import PositionShard
 from forethought.algo.objective import group_advantages
-from forethought.algo.policy_gradient import Sampled
 from forethought.config import Config, Corpus, Method, Model, UserError
 from forethought.data.corpus import Windows
-from forethought.data.positions import draw, make_generator
+from forethought.data.positions import draw_positions, make_generator
+from forethought.rollout import Thoughts
 from forethought.tools import trl
 from helpers.models import CLOSE, FORM, assert_close, config, plain_targets, qwen3, rlp, word_tokenizer
 
@@ -53,8 +54,8 @@ def trainer_of(model: Any, settings: Config, folder: Path, **more: Any) -> tuple
         reward_funcs=reward,
         args=trl.arguments(settings, folder, disable_tqdm=True, **more),
         train_dataset=rows,
-        processing_class=trl.ending_with(CLOSE, tokenizer, model),
-        callbacks=[trl.TeacherFollows(reward)],
+        processing_class=trl.stopping_at(CLOSE, tokenizer, model),
+        callbacks=[trl.TeacherUpdate(reward)],
     )
     return trainer, reward
 
@@ -71,8 +72,8 @@ def test_reward_advantages_loss_and_gradient_are_those_of_our_trainer(settings, 
     model = qwen3(scale=0.2, seed=3)
     windows = Windows(settings.corpus, word_tokenizer(), settings.seed)
     text = [next(windows) for _ in range(4)]
-    positions = draw(text, settings.method, make_generator(settings.seed, "positions", 1))
-    prompts = [FORM.wrap(context) for context in positions.contexts()]
+    positions = draw_positions(text, settings.method, make_generator(settings.seed, "positions", 1))
+    prompts = [FORM.prompt_tokens(context) for context in positions.contexts()]
     with torch.no_grad():
         ends = torch.stack([model.model(torch.tensor([prompt])).last_hidden_state[0, -1] for prompt in prompts])
         model.lm_head.weight[CLOSE] += torch.linalg.pinv(ends) @ (-30 - ends @ model.lm_head.weight[CLOSE])
@@ -101,9 +102,17 @@ def test_reward_advantages_loss_and_gradient_are_those_of_our_trainer(settings, 
     assert torch.allclose(inputs["advantages"][order], advantages, atol=1e-5)
 
     method = rlp(ours, settings)
-    sampled = Sampled(tokens=tokens, mask=mask, logp=torch.zeros(mask.shape))
-    (piece,) = method.learner.pieces(positions, sampled, advantages, len(positions))
-    loss, _ = method.backward(piece)
+    sampled = Thoughts(
+        tokens=tokens,
+        mask=mask,
+        closed=mask.any(-1),
+        logp=torch.zeros(mask.shape),
+        evidence=torch.zeros(4, 4, 1),
+        hit=torch.zeros(4, 4, 1, dtype=torch.bool),
+    )
+    shard = PositionShard(positions=positions, global_indices=list(range(len(positions))), global_count=len(positions))
+    (piece,) = method.policy_gradient.microbatches(shard, sampled, advantages)
+    loss, _ = method.forward_backward(piece)
     theirs = trainer.compute_loss(trainer.model, inputs)
     theirs.backward()
     assert loss == pytest.approx(float(theirs.detach()), abs=1e-6)
@@ -143,7 +152,7 @@ def test_the_teacher_follows_each_step_and_resumes(settings, tmp_path):
     assert not torch.allclose(fresh.teacher.model.lm_head.weight, 0.5 * start + 0.5 * second, atol=1e-3)
 
 
-def test_accumulated_pieces_hold_the_same_batch(settings, tmp_path):
+def test_gradient_accumulation_keeps_the_batch(settings, tmp_path):
     whole = trl.arguments(settings, tmp_path)
     split = trl.arguments(settings, tmp_path, gradient_accumulation_steps=4)
     assert (whole.per_device_train_batch_size, split.per_device_train_batch_size) == (16, 4)
@@ -154,13 +163,13 @@ def test_prompts_are_the_positions_of_our_trainer(settings):
     method, windows = rlp(qwen3(), settings), Windows(settings.corpus, word_tokenizer(), settings.seed)
     wanted = []
     for step in (1, 2):
-        positions = method.places.draw([next(windows) for _ in range(4)], step)
+        positions = method.position_sampler.draw([next(windows) for _ in range(4)], step)
         wanted += zip(positions.contexts(), positions.targets().tolist(), strict=True)
     rows = trl.prompts(settings, word_tokenizer())
     assert [(row["context"], row["target"]) for row in rows] == wanted
 
 
-def test_positions_that_text_cannot_carry_are_left_out():
+def test_positions_whose_text_does_not_tokenize_back_are_skipped():
     """The embedded tokenizer puts a token before every text, so no window but a document's first is a prompt."""
     words = ["--train.steps", "3", "--train.batch", "8", "--corpus.window", "16", "--model.device", "cpu"]
     quick = forethought.load("quickstart", words)
@@ -172,10 +181,10 @@ def test_positions_that_text_cannot_carry_are_left_out():
         assert tokenizer(row["prompt"])["input_ids"] == [*row["context"], *tokenizer.encode("<think>")[1:]]
 
 
-def test_a_corpus_that_text_cannot_carry_is_refused(settings):
+def test_a_corpus_whose_text_does_not_tokenize_back_is_refused(settings):
     tokenizer = word_tokenizer()
     tokenizer.backend_tokenizer.decoder = decoders.Fuse()
-    with pytest.raises(UserError, match="prompts are tokenized otherwise when TRL reads them as text"):
+    with pytest.raises(UserError, match="does not tokenize back to the same tokens"):
         trl.prompts(settings, tokenizer)
 
 
@@ -183,11 +192,12 @@ def test_a_corpus_that_text_cannot_carry_is_refused(settings):
     ("options", "message"),
     [
         ({"close": "</think> a"}, "is 2 tokens of this tokenizer"),
-        ({"inner_steps": 2}, "method.inner_steps = 2: within TRL it must be 1"),
+        ({"inner_steps": 2}, "method.inner_steps = 2: must be 1 with TRL"),
         ({"unclosed": "drop"}, "method.unclosed = 'drop'"),
         ({"kl_weight": 0.1}, "method.kl_weight"),
         ({"baseline": "batch"}, "method.baseline"),
         ({"name": "rpt"}, "method.name = 'rpt'"),
+        ({"reward": "random"}, "method.reward = .random.: must be .information_gain."),
         ({"position_policy": "entropy"}, "position_policy = 'entropy'"),
     ],
 )
@@ -207,10 +217,10 @@ def test_weights_in_bf16_and_patched_or_other_models_are_refused(settings, tmp_p
     with pytest.raises(UserError, match="must be fp32"):
         trl.InformationGain(qwen3().bfloat16(), word_tokenizer(), settings)
     trainer, reward = trainer_of(qwen3(), settings, tmp_path)
-    with pytest.raises(UserError, match="make the reward before the trainer"):
+    with pytest.raises(UserError, match="create the reward before the trainer"):
         trl.InformationGain(trainer.model, word_tokenizer(), settings)
     reward.policy = qwen3()
-    with pytest.raises(UserError, match="trains another model"):
+    with pytest.raises(UserError, match="have different models"):
         trainer.train()
 
 

@@ -1,4 +1,4 @@
-"""CPT: next-token pretraining (eq. 1)."""
+"""CPT: continued next-token pretraining (eq. 1)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from forethought.algo.base import Collected, Sums
+from forethought.algo.metrics import Sums
 from forethought.algo.objective import next_token_loss
 from forethought.config import Config
 from forethought.data.corpus import Window
@@ -20,53 +20,81 @@ from forethought.run import distributed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rows:
+class TextRecord:
+    """The windows of one step on this rank, for next-token training."""
+
+    windows: list[Window]
+    global_count: int  # tokens of the step that carry loss, on all ranks
+
+    def metrics(self) -> Sums:
+        """Nothing was sampled."""
+        return {}
+
+    def text(self, tokenizer: Any, form: ThoughtFormat, positions: int) -> tuple[Sums, list[dict[str, Any]]]:
+        """No thoughts to log."""
+        return {}, []
+
+    def work(self, form: ThoughtFormat, config: Config) -> tuple[int, ...]:
+        """Tokens of each window, for FLOP counts."""
+        return tuple(len(window.tokens) for window in self.windows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextMicrobatch:
     """A few windows for next-token training."""
 
     tokens: Int[Tensor, "row token"]  # padded on the right
     mask: Bool[Tensor, "row token"]  # True at real tokens
     learned: Bool[Tensor, "row predicted"]  # True at the tokens (from the second on) that carry loss
-    share: float  # 1 / tokens that carry loss in the whole step
+    scale: float  # 1 / tokens of the whole step that carry loss
 
 
 class CPT:
-    """Continued next-token pretraining (eq. 1): the baseline, and how the embedded base is made.
+    """Continued next-token pretraining (eq. 1): the baseline, and how the embedded base models are made.
 
-    An opening delimiter in the text is never a target: it is inserted by whoever wants a thought, not predicted.
+    An opening delimiter in the text is never a target: it is inserted to request a thought, not predicted.
     """
 
     def __init__(self, network: Network, engine: Engine, form: ThoughtFormat, tokenizer: Any, config: Config):
-        self.network, self.policy, self.form, self.config = network, network.compute, form, config
+        self.network, self.policy, self.form, self.config = network, network.model, form, config
 
-    def collect(self, windows: list[Window], step: int) -> Collected:
-        """Pad the windows into pieces."""
-        device, pieces = self.policy.device, []
+    def collect(self, windows: list[Window], step: int) -> TextRecord:
+        """This rank's share of the windows."""
         count = sum(int((~self._opens(torch.tensor([window.tokens]))[:, 1:]).sum()) for window in windows)
-        windows = [windows[i] for i in distributed.shard_indices([len(window.tokens) for window in windows])]
+        mine = [windows[i] for i in distributed.shard_indices([len(window.tokens) for window in windows])]
+        return TextRecord(windows=mine, global_count=count)
+
+    def microbatches(self, record: TextRecord) -> list[TextMicrobatch]:
+        """The windows padded, as many at a time as update.tokens_per_chunk allows."""
+        device, windows, found = self.policy.device, record.windows, []
         longest = max(len(window.tokens) for window in windows)
         size = max(1, chunk_tokens(self.policy, self.config.update.tokens_per_chunk) // longest)
         for start in range(0, len(windows), size):
-            tokens, mask = pad_rows(
-                [window.tokens for window in windows[start : start + size]], self.form.pad, left=False
-            )
+            rows = [window.tokens for window in windows[start : start + size]]
+            tokens, mask = pad_rows(rows, self.form.pad, left=False)
             learned = mask[:, 1:] & ~self._opens(tokens)[:, 1:]
-            pieces.append((tokens.to(device), mask.to(device), learned.to(device)))
-        rows = [Rows(tokens=t, mask=m, learned=x, share=1 / max(count, 1)) for t, m, x in pieces]
-        work = tuple(len(window.tokens) for window in windows)
-        return Collected(pieces=rows, sums={}, thoughts=[], work=work)
+            found.append(
+                TextMicrobatch(
+                    tokens=tokens.to(device),
+                    mask=mask.to(device),
+                    learned=learned.to(device),
+                    scale=1 / max(record.global_count, 1),
+                )
+            )
+        return found
 
-    def backward(self, piece: Rows) -> tuple[float, Sums]:
-        """Next-token cross-entropy."""
+    def forward_backward(self, microbatch: TextMicrobatch) -> tuple[float, Sums]:
+        """Next-token cross-entropy and its gradients."""
         with activation_checkpointing(self.policy, self.config.update.checkpointing):
-            logits = forward(self.policy, piece.tokens, piece.mask, keep=0)[:, :-1]
-        target = piece.tokens[:, 1:]
-        hit = (logits.argmax(dim=-1) == target)[piece.learned]
-        loss = next_token_loss(log_probabilities(logits, target), piece.learned) * piece.share
+            logits = forward(self.policy, microbatch.tokens, microbatch.mask, keep=0)[:, :-1]
+        target = microbatch.tokens[:, 1:]
+        hit = (logits.argmax(dim=-1) == target)[microbatch.learned]
+        loss = next_token_loss(log_probabilities(logits, target), microbatch.learned) * microbatch.scale
         loss.backward()
         return float(loss.detach()), {"objective/accuracy": (float(hit.sum()), hit.numel())}
 
     def after_step(self) -> None:
-        """Nothing follows the policy here."""
+        """No network follows the policy."""
 
     def state(self) -> dict[str, torch.nn.Module]:
         """No further networks."""

@@ -1,107 +1,149 @@
 """Mixed: supervised training on text with and without thoughts, in one stage; the thoughts are the start's own."""
 
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from forethought.algo.base import Collected, Sums
-from forethought.algo.cpt import CPT, Rows
-from forethought.algo.policy_gradient import figures
+from forethought.algo.cpt import CPT, TextMicrobatch, TextRecord
+from forethought.algo.metrics import PositionShard, Sums, ThoughtRecord, thought_tokens
 from forethought.algo.position_sampler import PositionSampler
-from forethought.algo.rewards import information_gain
+from forethought.algo.rewards import RewardInputs, information_gain
 from forethought.config import Config
 from forethought.data.corpus import Window
 from forethought.data.positions import Positions, ThoughtFormat, make_generator
+from forethought.flops import Work
 from forethought.models.compute_copy import Network, compute_copy
 from forethought.models.logprobs import chunk_tokens, no_think_logp
-from forethought.rollout import Engine, Thoughts, content, draw_noise, work_of
+from forethought.rollout import Engine, Thoughts, draw_noise
 from forethought.rollout.native import native_engine
 
 
-class Mixed:
-    """A cheap supervised rival of RLP (after arXiv:2608.23256): next-token loss on text and on text with good thoughts.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixedRecord:
+    """The start's thoughts at a step's positions, and the text that the policy is trained on."""
 
-    The start, kept frozen, thinks at the positions that RLP would. Of a window's thoughts the one that gained most
-    (eq. 5, by the start itself) is written into the window, if it closed and gained anything; the policy learns
-    the window without it and the window with it, thought included. Nothing is compared, and no policy is sampled.
+    thoughts: ThoughtRecord  # its `kept` are the thoughts that were written into the text
+    rows: list[Window]  # all rows of the step
+    text_record: TextRecord  # this rank's share of them
+
+    def metrics(self) -> Sums:
+        """Those of the thoughts. The mean reward is the gain: the teacher is the start itself."""
+        sums = self.thoughts.metrics()
+        return sums | {"reward/gain": sums["reward/mean"]}
+
+    def text(self, tokenizer: Any, form: ThoughtFormat, positions: int) -> tuple[Sums, list[dict[str, Any]]]:
+        """The policy's own thoughts are not sampled, so none are logged."""
+        return {}, []
+
+    def work(self, form: ThoughtFormat, config: Config) -> Work:
+        """Thoughts and their scores without an update, and the rows."""
+        rows = tuple(len(row.tokens) for row in self.rows)
+        return replace(self.thoughts.work(form, config), teacher=True, inner_steps=0, kl=False, supervised=rows)
+
+
+class Mixed:
+    """A cheap supervised rival of RLP (after arXiv:2608.23256): next-token loss on text with and without good thoughts.
+
+    The frozen start thinks at the positions that RLP would use. Of a window's thoughts the one with the largest gain
+    (eq. 5, by the start itself) is written into the window, if it closed and its gain is positive. The policy is
+    trained on the window without it and on the window with it, thought included. The policy itself is not sampled.
     """
 
     def __init__(self, network: Network, engine: Engine, form: ThoughtFormat, tokenizer: Any, config: Config):
-        self.network, self.form, self.config = network, form, config
+        self.network, self.form, self.tokenizer, self.config = network, form, tokenizer, config
         self.start = copy.deepcopy(network.weights).requires_grad_(False)
-        if not network.adapted:
+        if not network.has_adapters:
             compute_copy(self.start, config.model.precision)
-        self.engine = native_engine(network.compute if network.adapted else self.start, form, config)
-        self.places = PositionSampler(network, self.start, tokenizer, config)
-        self.supervised = CPT(network, engine, form, tokenizer, config)
+        self.engine = native_engine(network.model if network.has_adapters else self.start, form, config)
+        self.position_sampler = PositionSampler(network, self.start, form, tokenizer, config)
+        self.cpt = CPT(network, engine, form, tokenizer, config)
 
-    def collect(self, windows: list[Window], step: int) -> Collected:
+    def collect(self, windows: list[Window], step: int) -> MixedRecord:
         """The windows, and those with a thought that gained."""
-        options, seed = self.config.method, self.config.seed
-        positions = self.places.draw(windows, step)
-        shape = (options.group, options.thought_length)
-        noise = draw_noise(shape, [make_generator(seed, "thoughts", step, i) for i in range(len(positions))])
-        with torch.no_grad(), self.network.calling(self.start) as start:
-            thoughts = self.engine.sample(positions, noise)
-            nothink = no_think_logp(start, positions, chunk_tokens(start, self.config.update.tokens_per_chunk))[0]
-        rewards = information_gain(thoughts, nothink, options, make_generator(seed, "rewards", step))
-        assert rewards.total is not None
-        kept = best(positions, rewards.total, thoughts.closed, options.min_gain)
-        rows = [*windows, *self._with_thoughts(positions, thoughts, kept)]
-        learned = self.supervised.collect(rows, step)
-        sums: Sums = figures(thoughts, rewards, kept)
-        sums["reward/gain"] = sums["reward/mean"]
-        work = work_of(positions, thoughts, self.form, self.config, teacher=True)
-        work = replace(
-            work,
-            inner_steps=0,
-            kl=False,
-            proxy=self.places.flops(windows),
-            supervised=tuple(len(r.tokens) for r in rows),
-        )
-        return Collected(pieces=learned.pieces, sums=sums, thoughts=[], work=work)
+        thoughts = self._think(windows, step)
+        rows = [*windows, *self._with_thoughts(thoughts.shard.positions, thoughts.thoughts, thoughts.kept)]
+        return MixedRecord(thoughts=thoughts, rows=rows, text_record=self.cpt.collect(rows, step))
 
-    def backward(self, piece: Rows) -> tuple[float, Sums]:
+    def microbatches(self, record: MixedRecord) -> list[TextMicrobatch]:
+        """The rows, padded."""
+        return self.cpt.microbatches(record.text_record)
+
+    def forward_backward(self, microbatch: TextMicrobatch) -> tuple[float, Sums]:
         """Next-token cross-entropy (eq. 1)."""
-        return self.supervised.backward(piece)
+        return self.cpt.forward_backward(microbatch)
 
     def after_step(self) -> None:
-        """The start stays."""
+        """The start stays as it is."""
 
     def state(self) -> dict[str, torch.nn.Module]:
-        """The start is found again where it was."""
+        """The start is loaded again from where it came."""
         return {}
+
+    def _think(self, windows: list[Window], step: int) -> ThoughtRecord:
+        options, seed = self.config.method, self.config.seed
+        positions = self.position_sampler.draw(windows, step)
+        indices = list(range(len(positions)))
+        shape = (options.group, options.thought_length)
+        noise = draw_noise(shape, [make_generator(seed, "thoughts", step, i) for i in indices])
+        with torch.no_grad(), self.network.as_model(self.start) as start:
+            thoughts = self.engine.sample(positions, noise)
+            plain = no_think_logp(start, positions, chunk_tokens(start, self.config.update.tokens_per_chunk))[0]
+        rewards = information_gain(
+            RewardInputs(
+                thoughts=thoughts,
+                positions=positions,
+                tokenizer=self.tokenizer,
+                no_think_logp=plain,
+                options=options,
+                generator=make_generator(seed, "rewards", step),
+                global_indices=indices,
+            )
+        )
+        assert rewards.total is not None
+        flops = self.position_sampler.flops(windows)
+        shard = PositionShard(
+            positions=positions, global_indices=indices, global_count=len(positions), proxy_flops=flops
+        )
+        return ThoughtRecord(
+            shard=shard,
+            thoughts=thoughts,
+            sampled=thoughts,
+            no_think_logp=None,
+            rewards=rewards,
+            advantages=torch.zeros_like(rewards.value),
+            kept=best(positions, rewards.total, thoughts.closed, options.min_gain),
+        )
 
     def _with_thoughts(
         self, positions: Positions, thoughts: Thoughts, kept: Bool[Tensor, "batch group"]
     ) -> list[Window]:
         """Each window that has a kept thought, with it: `before x_<t after open c close x_t ...`."""
-        inside, contexts = content.inside(thoughts, self.form), positions.contexts()
+        tokens, contexts = thought_tokens(thoughts, self.form), positions.contexts()
         found = []
         for i, member in kept.nonzero().tolist():
             window = positions.windows[int(positions.window[i])]
             rest = window.tokens[int(positions.at[i]) :]
-            tokens = [*self.form.wrap(contexts[i]), *inside[i][member], *self.form.close, *rest]
-            found.append(replace(window, tokens=tokens, marks={}))
+            row = [*self.form.prompt_tokens(contexts[i]), *tokens[i][member], *self.form.close, *rest]
+            found.append(replace(window, tokens=row, marks={}))
         return found
 
 
 def best(
     positions: Positions, gains: Float[Tensor, "batch group"], closed: Bool[Tensor, "batch group"], least: float
 ) -> Bool[Tensor, "batch group"]:
-    """True at the thought of each window that gains most, of those that closed and gain more than 0 and `least`."""
+    """True at the thought with the largest gain in each window, among those that closed and gain over 0 and `least`."""
     fit = gains.masked_fill(~closed | (gains <= 0) | (gains < least), -torch.inf)
     kept = torch.zeros_like(closed)
     for window in range(len(positions.windows)):
-        places = (positions.window == window).nonzero().squeeze(-1)
-        if not len(places):
+        members = (positions.window == window).nonzero().squeeze(-1)
+        if not len(members):
             continue
-        some = fit[places]
+        some = fit[members]
         top = int(some.argmax())
         if some.flatten()[top] > 0:
-            kept[int(places[top // fit.shape[1]]), top % fit.shape[1]] = True
+            kept[int(members[top // fit.shape[1]]), top % fit.shape[1]] = True
     return kept

@@ -1,4 +1,4 @@
-"""Where a method thinks: the configured policy, and the proxy that one of them asks."""
+"""Where a step thinks: the configured position policy, the proxy of the policy `entropy`, and each rank's share."""
 
 import contextlib
 import copy
@@ -6,52 +6,62 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from forethought.config import Config, Model, UserError
+from forethought.algo.metrics import PositionShard
+from forethought.config import Config, Method, Model, UserError
 from forethought.data.corpus import Window
-from forethought.data.positions import Positions, at_positions, draw, make_generator
+from forethought.data.positions import Positions, ThoughtFormat, at_positions, draw_positions, make_generator
+from forethought.flops import Shape, forward_flops
 from forethought.models.compute_copy import Network
-from forethought.models.flops import forward_flops
 from forethought.models.loading import load_model, load_tokenizer
 from forethought.models.logprobs import chunk_tokens, no_think_entropy
-from forethought.models.shape import Shape
 from forethought.run import distributed
 
 
 class PositionSampler:
-    """Draws the positions of each step. With the policy `entropy` it keeps a proxy, frozen: a network more in memory.
+    """Draws the positions of each step. The policy `entropy` keeps a frozen proxy: one more network in memory.
 
-    That is the model that method.proxy names, else `reference`, a copy of the start, else a copy of the policy as it is
-    now. It never changes and is found again where it was, so checkpoints do not hold it.
+    The proxy is the model that method.proxy names, else `reference`, a copy of the start, else a copy of the policy as
+    it is now. It never changes and is rebuilt from where it came, so checkpoints do not hold it.
     """
 
-    def __init__(self, network: Network, reference: Any, tokenizer: Any, config: Config):
-        self.config, self.proxy, self.calling, kind = config, None, network.calling, network.compute.config
+    def __init__(self, network: Network, reference: Any, form: ThoughtFormat, tokenizer: Any, config: Config):
+        self.form, self.config = form, config
+        self.proxy, self.as_model, architecture = None, network.as_model, network.model.config
         if config.method.policy == "entropy":
             self.proxy = reference
             if config.method.proxy:
-                self.proxy, self.calling = _named(tokenizer, config), contextlib.nullcontext
-                kind = self.proxy.config
+                self.proxy, self.as_model = _load_proxy(tokenizer, config), contextlib.nullcontext
+                architecture = self.proxy.config
             elif reference is None:
                 self.proxy = copy.deepcopy(network.weights).requires_grad_(False)
-        self.shape = None if self.proxy is None else Shape.known(kind)
+        self.shape = None if self.proxy is None else Shape.known(architecture)
+
+    def shard(self, windows: list[Window], step: int) -> PositionShard:
+        """This rank's share of the step's positions."""
+        positions = self.draw(windows, step)
+        mine, global_indices = shard_positions(positions, self.form, self.config.method)
+        flops = self.flops(mine.windows)
+        return PositionShard(
+            positions=mine, global_indices=global_indices, global_count=len(positions), proxy_flops=flops
+        )
 
     def draw(self, windows: list[Window], step: int) -> Positions:
-        """K positions in each window."""
+        """K positions in each window, the same on every rank."""
         options = self.config.method
         generator = make_generator(self.config.seed, "positions", step)
         if self.proxy is None:
-            return draw(windows, options, generator)
-        everywhere = at_positions(windows, [self._choices(window) for window in windows], 1)
+            return draw_positions(windows, options, generator)
+        choices = at_positions(windows, [self._choices(window) for window in windows], 1)
         mine = distributed.shard_indices([len(window.tokens) for window in windows])
-        places, _ = everywhere.of_windows(mine)
-        with self.calling(self.proxy) as proxy:
-            entropy = no_think_entropy(proxy, places, chunk_tokens(proxy, self.config.update.tokens_per_chunk))
+        positions, _ = choices.select_windows(mine)
+        with self.as_model(self.proxy) as proxy:
+            entropy = no_think_entropy(proxy, positions, chunk_tokens(proxy, self.config.update.tokens_per_chunk))
         found = dict(zip(mine, entropy.split([len(self._choices(windows[i])) for i in mine]), strict=True))
-        known = {i: one for some in distributed.gather(found) for i, one in some.items()}
-        return draw(windows, options, generator, [known[i] for i in range(len(windows))])
+        entropies = {i: one for gathered in distributed.all_gather(found) for i, one in gathered.items()}
+        return draw_positions(windows, options, generator, [entropies[i] for i in range(len(windows))])
 
     def flops(self, windows: Sequence[Window]) -> int:
-        """What the proxy takes for a step; 0 where none is asked, or its architecture is not known."""
+        """FLOPs of the proxy on these windows; 0 without a proxy, or where its architecture is unknown."""
         if self.shape is None:
             return 0
         sizes = [len(self._choices(window)) for window in windows]
@@ -61,8 +71,23 @@ class PositionSampler:
         return range(1, len(window.tokens) - self.config.method.horizon + 1)
 
 
-def _named(tokenizer: Any, config: Config) -> Any:
-    """The model that method.proxy names. Raises UserError for one of other tokens, or of too few positions."""
+def shard_positions(positions: Positions, form: ThoughtFormat, options: Method) -> tuple[Positions, list[int]]:
+    """The positions of this rank, whole documents, and their indices among all positions.
+
+    Documents are balanced by the most tokens they may take: their own up to the last position, and all their thoughts.
+    """
+    thoughts = options.group * (form.overhead + options.thought_length)
+    weights = [0] * len(positions.windows)
+    for window in positions.window.tolist():
+        weights[window] += thoughts
+    documents, _ = form.documents_and_prefix_lengths(positions)
+    for window, document in zip(dict.fromkeys(positions.window.tolist()), documents, strict=True):
+        weights[window] += len(document)
+    return positions.select_windows(distributed.shard_indices(weights))
+
+
+def _load_proxy(tokenizer: Any, config: Config) -> Any:
+    """The model of method.proxy. Raises UserError for another tokenizer or a context window that is too short."""
     path = config.method.proxy
     options: Model = dataclasses.replace(config.model, path=path, tokenizer="", init="pretrained")
     try:

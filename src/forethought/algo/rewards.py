@@ -1,77 +1,113 @@
-"""Evidence or prediction -> reward. A new reward of evidence is one function here, named in REWARDS."""
+"""Rewards of thoughts: the information gain (eq. 5), RPT's prefix match, and the random control.
+
+A reward is a function of `RewardInputs` that returns `Rewards`, or a tensor (batch, group). One more is one function
+and one entry in `forethought.config.registry`, or `--method.reward my_file:my_reward` for code outside the package.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from forethought.config import Method
+from forethought.config import Method, UserError
+from forethought.data.positions import Positions
 from forethought.rollout import Thoughts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rewards:
-    """r = value - shift. The shift is one number for a whole group, so it cancels out of a group-relative update.
+    """r = value - shift. The shift is one number for a whole group, so it cancels in group-relative advantages.
 
     Keeping the two apart lets it cancel exactly, and not only up to rounding.
     """
 
-    value: Float[Tensor, "batch group"]  # what differs between the thoughts of a position
-    shift: Float[Tensor, " batch"] | None  # what does not; None where the teacher was not asked
+    value: Float[Tensor, "batch group"]  # what differs between the thoughts of a position, nats
+    shift: Float[Tensor, " batch"] | None  # what does not; None where the teacher was not evaluated
 
     @property
     def total(self) -> Float[Tensor, "batch group"] | None:
-        """The reward itself; None where the shift is not known."""
+        """The reward itself; None where the shift is unknown."""
         return None if self.shift is None else self.value - self.shift[:, None]
 
 
-Reward = Callable[
-    [Thoughts, Float[Tensor, "batch horizon"] | None, Method, torch.Generator, Sequence[int] | None], Rewards
-]
-"""The last argument: which positions of the step these are, where several processes share it; None: all of them."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Predictions:
+    """The predictions that RPT samples after its thoughts."""
+
+    tokens: list[list[list[int]]]  # of each thought, without method.end; empty where there is no prediction
+    trained: Int[Tensor, "batch group"]  # tokens of each that the policy is trained on, a sampled method.end included
+    match: Float[Tensor, "batch group"]  # 1 where the prediction matches the text, else 0
 
 
-def information_gain(
-    thoughts: Thoughts,
-    nothink: Float[Tensor, "batch horizon"] | None,
-    options: Method,
-    generator: torch.Generator,
-    numbers: Sequence[int] | None = None,
-) -> Rewards:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardInputs:
+    """What a reward may use. Positions and thoughts are those of this rank."""
+
+    thoughts: Thoughts  # with evidence: log p(x_t+k | x_<t, c), nats, (batch, group, horizon)
+    positions: Positions  # contexts() and targets() give the tokens around each thought
+    tokenizer: Any
+    no_think_logp: Float[Tensor, "batch horizon"] | None  # the teacher's (eq. 4), nats; None where not evaluated
+    options: Method
+    generator: torch.Generator  # seeded by the run's seed and the step, the same on every rank
+    global_indices: Sequence[int]  # of these positions among all positions of the step
+    predictions: Predictions | None = None  # what RPT sampled after the thoughts
+
+
+Reward = Callable[[RewardInputs], Rewards | Tensor]
+
+
+def information_gain(inputs: RewardInputs) -> Rewards:
     """The paper's reward (eq. 5): r(c) = log p_theta(x_t | x_<t, c) - log p_phi(x_t | x_<t), in nats.
 
     With a horizon of several tokens both terms are sums discounted by gamma^k.
     """
-    value = discounted(thoughts.evidence, options.discount)
-    return Rewards(value=value, shift=None if nothink is None else discounted(nothink, options.discount))
+    discount, plain = inputs.options.discount, inputs.no_think_logp
+    value = discounted(inputs.thoughts.evidence, discount)
+    return Rewards(value=value, shift=None if plain is None else discounted(plain, discount))
 
 
-def random_control(
-    thoughts: Thoughts,
-    nothink: Float[Tensor, "batch horizon"] | None,
-    options: Method,
-    generator: torch.Generator,
-    numbers: Sequence[int] | None = None,
-) -> Rewards:
-    """The control: standard normal numbers. Whatever a run gains with these is not the method."""
-    batch, group = thoughts.closed.shape
-    numbers = range(batch) if numbers is None else numbers
-    # One draw for all would depend on their number. Positions of other processes are drawn too, and left out.
-    rows = [torch.randn(group, generator=generator) for _ in range(max(numbers, default=-1) + 1)]
-    value = torch.stack([rows[number] for number in numbers]).to(thoughts.evidence.device)
+def prefix_match_reward(inputs: RewardInputs) -> Rewards:
+    """RPT's reward: 1 where the prediction matches the text (see `prefix_match`), else 0."""
+    assert inputs.predictions is not None, "method rpt samples predictions"
+    match = inputs.predictions.match
+    return Rewards(value=match, shift=torch.zeros_like(match[:, 0]))
+
+
+def random_reward(inputs: RewardInputs) -> Rewards:
+    """The control: standard normal numbers. What a run gains with these is not due to the method."""
+    group, generator, device = inputs.thoughts.closed.shape[1], inputs.generator, inputs.thoughts.evidence.device
+    # A position's numbers must not depend on how positions are sharded, so those of other ranks are drawn as well.
+    rows = [torch.randn(group, generator=generator) for _ in range(max(inputs.global_indices, default=-1) + 1)]
+    value = torch.stack([rows[number] for number in inputs.global_indices]).to(device)
     return Rewards(value=value, shift=torch.zeros_like(value[:, 0]))
 
 
-REWARDS: dict[str, Reward] = {"information_gain": information_gain, "random": random_control}
+def as_rewards(found: Rewards | Tensor, inputs: RewardInputs, name: str) -> Rewards:
+    """What a reward function returned, a tensor as `Rewards` without a shift. Raises UserError for another shape."""
+    value, shape = found if isinstance(found, Tensor) else found.value, tuple(inputs.thoughts.closed.shape)
+    if tuple(value.shape) != shape:
+        raise UserError(f"method.reward = {name!r}: returned shape {tuple(value.shape)}, must be {shape}")
+    if isinstance(found, Rewards):
+        return found
+    value = value.detach().float().to(inputs.thoughts.evidence.device)
+    return Rewards(value=value, shift=value.new_zeros(len(value)))
+
+
+def apply_unclosed_penalty(rewards: Rewards, closed: Bool[Tensor, "batch group"], options: Method) -> Rewards:
+    """Subtract method.unclosed_penalty from the reward of thoughts that were cut off, with method.unclosed penalize."""
+    if options.unclosed != "penalize":
+        return rewards
+    return replace(rewards, value=rewards.value - options.unclosed_penalty * ~closed)
 
 
 def prefix_match(prediction: Sequence[bytes], truth: Iterable[bytes]) -> bool:
-    """RPT's reward (arXiv:2506.08007): whether a prediction begins the true text and ends where one of its tokens does.
+    """Whether a prediction is a prefix of the true text that ends on one of its token boundaries (arXiv:2506.08007).
 
-    Both are the bytes of tokens one after the other: [b" under"] is right before [b" un", b"der", b" red"], [b" u"]
-    ends inside a token, and what has no bytes predicts nothing.
+    Both are the bytes of consecutive tokens: [b" under"] matches [b" un", b"der", b" red"], [b" u"] ends inside a
+    token, and a prediction without bytes does not match.
     """
     wanted = b"".join(prediction)
     found, tokens = b"", iter(truth)
@@ -83,7 +119,7 @@ def prefix_match(prediction: Sequence[bytes], truth: Iterable[bytes]) -> bool:
     return bool(wanted) and found == wanted
 
 
-def discounted(evidence: Float[Tensor, "*rows horizon"], discount: float) -> Float[Tensor, "*rows"]:
-    """sum_k gamma^k log p(x_t+k | ...); the evidence itself at horizon 1."""
-    weights = discount ** torch.arange(evidence.shape[-1], device=evidence.device)
-    return (evidence * weights).sum(dim=-1)
+def discounted(logp: Float[Tensor, "*rows horizon"], discount: float) -> Float[Tensor, "*rows"]:
+    """sum_k gamma^k log p(x_t+k | ...), nats; at horizon 1 the log-probability itself."""
+    weights = discount ** torch.arange(logp.shape[-1], device=logp.device)
+    return (logp * weights).sum(dim=-1)

@@ -1,10 +1,12 @@
 """Options, errors, and loading them from files and the command line. Importing it imports no torch."""
 
 from forethought.config.loading import (
+    RenamedWarning,
     difference,
     find,
     flatten,
     from_dict,
+    from_saved,
     load,
     merge,
     option_names,
@@ -27,39 +29,14 @@ from forethought.config.options import (
     Positive,
     Questions,
     Rollout,
-    RunError,
     Train,
     Update,
-    UserError,
 )
+from forethought.config.registry import RunError, UserError
 
 __all__ = [
-    "Above0",
-    "Config",
-    "Corpus",
-    "Evaluate",
-    "Lora",
-    "Method",
-    "Model",
-    "Name",
-    "Optim",
-    "Parallel",
-    "Positive",
-    "Questions",
-    "Rollout",
-    "RunError",
-    "Train",
-    "Update",
-    "UserError",
-    "difference",
-    "find",
-    "flatten",
-    "from_dict",
-    "load",
-    "merge",
-    "option_names",
-    "read_overrides",
-    "read_toml",
-    "shipped",
-    "to_dict",
-]
+    "Above0", "Config", "Corpus", "Evaluate", "Lora", "Method", "Model", "Name", "Optim", "Parallel", "Positive",
+    "Questions", "RenamedWarning", "Rollout", "RunError", "Train", "Update", "UserError", "difference", "find",
+    "flatten", "from_dict", "from_saved", "load", "merge", "option_names", "read_overrides", "read_toml",
+    "shipped", "to_dict",
+]  # fmt: skip

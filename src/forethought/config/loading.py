@@ -7,15 +7,35 @@ and what is allowed.
 
 import dataclasses
 import difflib
+import importlib
 import json
 import math
 import tomllib
+import typing
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from forethought.config.options import Config, Method, Name, UserError
+from forethought.config import registry
+from forethought.config.options import Config
+from forethought.config.registry import UserError
+
+_RENAMED = {"rollout.patience_s": "rollout.timeout_s"}
+"""Options of version 0.1 by their names then."""
+_RENAMED_VALUES = {
+    ("model.decoding", "plain"): "eager",
+    ("model.decoding", "graphs"): "cuda_graphs",
+    ("model.decoding", "compiled"): "",  # depends on the device
+    ("method.unclosed", "penalise"): "penalize",
+    ("parallel.shard", "fsdp2"): "zero1",
+}
+
+
+class RenamedWarning(FutureWarning):
+    """An option or a run folder of version 0.1 was read under its new names; the next version will not."""
 
 
 def load(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
@@ -24,7 +44,7 @@ def load(path: str | Path | None = None, overrides: list[str] | None = None) -> 
     Raises:
         UserError: unknown or missing file, broken TOML, unknown option, wrong type, value out of range.
     """
-    values = {} if path is None else read_toml(find(path))
+    values = {} if path is None else _new_names(read_toml(find(path)))
     if "arms" in values:
         raise UserError(f"config {str(path)!r} is an experiment: forethought compare {path}")
     if "stage" in values:
@@ -44,10 +64,22 @@ def merge(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
 def from_dict(values: dict[str, Any]) -> Config:
     """Check a nested dict and make it a Config. Raises UserError."""
     try:
-        config = TypeAdapter(Config).validate_json(json.dumps(values, default=str))
+        config = TypeAdapter(Config).validate_json(json.dumps(_new_values(_new_names(values)), default=str))
     except ValidationError as error:
         raise UserError(_explain(error)) from None
     _check_together(config)
+    return config
+
+
+def from_saved(values: dict[str, Any], where: str) -> Config:
+    """The config of the run folder `where`; version 0.1 saved none of its own. Raises UserError."""
+    if "version" in values:
+        return from_dict({name: value for name, value in values.items() if name != "version"})
+    if flatten(values).get("method.reward") == "information_gain":  # the default then, whatever the method
+        values = merge(values, {"method": {"reward": "auto"}})
+    with warnings.catch_warnings(action="ignore", category=RenamedWarning):
+        config = from_dict(values)
+    warnings.warn(f"{where} is a run of version 0.1; the next version will not read it", RenamedWarning, stacklevel=3)
     return config
 
 
@@ -67,13 +99,19 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def difference(saved: Config, wanted: Config) -> tuple[str, Any, Any] | None:
     """The first option that two configs disagree on: its name and both values.
 
-    Where the run lies, and how processes share the work, makes no difference.
+    The run folder, and how processes share the work, make no difference.
     """
-    old = flatten(to_dict(saved))
-    for option, value in flatten(to_dict(wanted)).items():
+    old, new = _resolved(saved), _resolved(wanted)
+    for option, value in new.items():
         if option not in ("run", "overwrite") and not option.startswith("parallel.") and old[option] != value:
             return option, old[option], value
     return None
+
+
+def _resolved(config: Config) -> dict[str, Any]:
+    method = config.method
+    automatic = {"method.reward": method.reward_name, "method.position_policy": method.policy}
+    return flatten(to_dict(config)) | automatic
 
 
 def option_names() -> list[str]:
@@ -126,11 +164,15 @@ def read_overrides(words: list[str]) -> dict[str, Any]:
                 raise UserError(f"option --{option} needs a value")
             value = words.pop(0)
         option = option.replace("-", "_")
-        nested: Any = _literal(option, value)
-        for name in reversed(option.split(".")):
-            nested = {name: nested}
-        values = merge(values, nested)
+        values = merge(values, _nested(option, _literal(option, value)))
     return values
+
+
+def _nested(option: str, value: Any) -> dict[str, Any]:
+    """{"a": {"b": value}} of the option a.b."""
+    for name in reversed(option.split(".")):
+        value = {name: value}
+    return value
 
 
 def _literal(option: str, text: str) -> Any:
@@ -138,7 +180,7 @@ def _literal(option: str, text: str) -> Any:
     section, _, name = option.rpartition(".")
     owner = {field.name: field.type for field in dataclasses.fields(Config)}.get(section, Config)
     types = {field.name: field.type for field in dataclasses.fields(owner)} if dataclasses.is_dataclass(owner) else {}
-    if types.get(name) in (str, Name):
+    if str in (types.get(name), *typing.get_args(types.get(name))):
         return text
     if text in ("True", "False"):
         return text == "True"
@@ -160,88 +202,103 @@ def _explain(error: ValidationError) -> str:
     return f"{name} = {first['input']!r}: {message}"
 
 
+def _new_names(values: dict[str, Any]) -> dict[str, Any]:
+    """Options by their names of today. An old name wins over the new one, which a default or saved config gave."""
+    for old, new in _RENAMED.items():
+        section, _, name = old.rpartition(".")
+        if isinstance(inner := values.get(section), dict) and name in inner:
+            warnings.warn(f"option {old} is now {new}", RenamedWarning, stacklevel=4)
+            others = {key: value for key, value in inner.items() if key != name}
+            values = merge({**values, section: others}, _nested(new, inner[name]))
+    return values
+
+
+def _new_values(values: dict[str, Any]) -> dict[str, Any]:
+    """Values by their names of today."""
+    flat = flatten(values)
+    for (option, old), new in _RENAMED_VALUES.items():
+        if flat.get(option) == old:
+            now = new or _compiled(flat.get("model.device", "auto"))
+            warnings.warn(f"{option} = {old!r} is now {now!r}", RenamedWarning, stacklevel=4)
+            values = merge(values, _nested(option, now))
+    return values
+
+
+def _compiled(device: str) -> str:
+    """The decoding that version 0.1 called `compiled`. Whether there is a GPU, only torch can say."""
+    if device == "auto":
+        device = "cuda" if importlib.import_module("torch").cuda.is_available() else "cpu"
+    return "cuda_graphs_compiled" if device == "cuda" else "cpp"
+
+
 def _check_together(config: Config) -> None:
     """The rules that take more than one option."""
-    method, train = config.method, config.train
-    rules = [
-        (
-            method.unclosed == "drop" and (method.scale == "std" or method.min_gain > -math.inf),
-            "method.unclosed = 'drop': cannot be combined with method.scale std or method.min_gain",
-        ),
-        (
-            method.unclosed == "penalise" and method.clamp_gain,
-            "method.unclosed = 'penalise': cannot be combined with method.clamp_gain, which would undo the penalty",
-        ),
-        (
-            method.group < 2 and method.baseline == "group" and method.thinks,
-            f"method.group = {method.group}: comparing thoughts takes at least 2 (or another method.baseline)",
-        ),
-        (
-            method.scale == "std" and method.group < 2,
-            f"method.group = {method.group}: method.scale std takes a group of at least 2",
-        ),
-        (
-            method.teacher_every != 1 and not config.shift_invariant,
+    for conflicts in (_conflicts_of_rewards, _conflicts_of_sizes, _conflicts_of_entries, _excluded):
+        for conflict in conflicts(config):
+            raise UserError(conflict)
+
+
+def _conflicts_of_rewards(config: Config) -> Iterator[str]:
+    method, filtered = config.method, config.method.min_gain > -math.inf
+    if method.unclosed == "drop" and (method.scale == "std" or filtered):
+        yield "method.unclosed = 'drop': cannot be combined with method.scale std or method.min_gain"
+    if method.unclosed == "penalize" and method.clamp_gain:
+        yield "method.unclosed = 'penalize': cannot be combined with method.clamp_gain, which would undo the penalty"
+    if method.samples_thoughts and method.group < 2 and method.baseline == "group":
+        yield f"method.group = {method.group}: comparing thoughts takes at least 2 (or another method.baseline)"
+    if method.group < 2 and method.scale == "std":
+        yield f"method.group = {method.group}: method.scale std takes a group of at least 2"
+    if method.teacher_every != 1 and not config.shift_invariant:
+        yield (
             f"method.teacher_every = {method.teacher_every}: must be 1 with a baseline, clamp or filter that is not "
-            "shift-invariant, because the teacher then shapes the update",
-        ),
-        (
-            method.thinks and train.batch % method.positions != 0,
-            f"train.batch = {train.batch}: must be a multiple of method.positions = {method.positions}",
-        ),
-        (
-            method.prompt.count("{context}") != 1,
-            f"method.prompt = {method.prompt!r}: must hold {{context}} exactly once",
-        ),
-        (
-            config.corpus.min_tokens > config.corpus.window,
-            f"corpus.min_tokens = {config.corpus.min_tokens}: must be at most corpus.window = {config.corpus.window}",
-        ),
-        (
-            config.corpus.min_tokens <= method.horizon,
-            f"corpus.min_tokens = {config.corpus.min_tokens}: must be above method.horizon = {method.horizon}",
-        ),
-        (not method.min_gain < math.inf, f"method.min_gain = {method.min_gain}: must be below infinity"),
-    ]
-    for broken, message in [*rules, *_rules_of_predictions(method), *_rules_of_extras(config)]:
-        if broken:
-            raise UserError(message)
+            "shift-invariant, because the teacher then shapes the update"
+        )
+    if not method.min_gain < math.inf:
+        yield f"method.min_gain = {method.min_gain}: must be below infinity"
 
 
-def _rules_of_predictions(method: Method) -> list[tuple[bool, str]]:
-    """Those of RPT, and of the proxy that picks positions."""
-    return [
-        (
-            method.name == "rpt" and (method.clamp_gain or method.min_gain > -math.inf),
-            "method.name = 'rpt': has no gain, so method.clamp_gain and method.min_gain are not for it",
-        ),
-        (
-            method.name == "mixed" and method.reward != "information_gain",
-            f"method.reward = {method.reward!r}: method.name mixed chooses thoughts by their gain",
-        ),
-        (
-            method.proxy != "" and (method.policy != "entropy" or not method.thinks),
-            f"method.proxy = {method.proxy!r}: only method.position_policy entropy asks a proxy",
-        ),
-    ]
+def _conflicts_of_sizes(config: Config) -> Iterator[str]:
+    method, corpus, batch, shard = config.method, config.corpus, config.train.batch, config.parallel.shard
+    if method.samples_thoughts and batch % method.positions != 0:
+        yield f"train.batch = {batch}: must be a multiple of method.positions = {method.positions}"
+    if method.prompt.count("{context}") != 1:
+        yield f"method.prompt = {method.prompt!r}: must hold {{context}} exactly once"
+    if corpus.min_tokens > corpus.window:
+        yield f"corpus.min_tokens = {corpus.min_tokens}: must be at most corpus.window = {corpus.window}"
+    if corpus.min_tokens <= method.horizon:
+        yield f"corpus.min_tokens = {corpus.min_tokens}: must be above method.horizon = {method.horizon}"
+    if config.lora.r and shard != "none":
+        yield f"parallel.shard = {shard!r}: with lora.r = {config.lora.r} the trained weights are few; use 'none'"
 
 
-def _rules_of_extras(config: Config) -> list[tuple[bool, str]]:
-    """What vLLM and adapters cannot do."""
-    method, asked = config.method, config.rollout.engine == "vllm"
-    return [
-        (
-            asked and method.name == "rpt",
-            "rollout.engine = 'vllm': samples thoughts only, and method.name rpt writes predictions; use native",
-        ),
-        (
-            asked and method.top_p < 1,
-            f"rollout.engine = 'vllm': its log-probabilities would be the nucleus's, so method.top_p = {method.top_p} "
-            "must be 1",
-        ),
-        (
-            config.lora.r > 0 and config.parallel.shard == "fsdp2",
-            f"parallel.shard = 'fsdp2': with lora.r = {config.lora.r} what is trained is small, and whole in each "
-            "process; use 'none'",
-        ),
-    ]
+def _conflicts_of_entries(config: Config) -> Iterator[str]:
+    """A method with a reward, an engine or a proxy that does not fit it."""
+    method, entry, engine = config.method, config.method.entry, registry.entry("engine", config.rollout.engine)
+    if not method.samples_thoughts and method.reward != "auto":
+        yield f"method.reward = {method.reward!r}: method.name {method.name} samples no thoughts to reward"
+    if method.samples_thoughts and not registry.fits(entry, reward := registry.entry("reward", method.reward_name)):
+        fitting = entry.rewards or [name for name, one in registry.REWARDS.items() if registry.fits(entry, one)]
+        yield f"method.reward = {reward.name!r}: is not for method.name {method.name}; use {' or '.join(fitting)}"
+    if entry.writes and not engine.writes:
+        yield f"rollout.engine = {engine.name!r}: cannot write the predictions of method.name {method.name}; use native"
+    if method.proxy and not (method.samples_thoughts and registry.entry("position_policy", method.policy).proxy):
+        yield f"method.proxy = {method.proxy!r}: only method.position_policy entropy queries a proxy"
+
+
+def _excluded(config: Config) -> Iterator[str]:
+    """Options that an entry needs or excludes."""
+    method, now, default = config.method, flatten(to_dict(config)), flatten(to_dict(Config()))
+    named: dict[registry.Kind, str] = {
+        "method": method.name,
+        "reward": method.reward_name,
+        "engine": config.rollout.engine,
+        "position_policy": method.policy,
+    }
+    for kind, name in named.items():
+        entry, says = registry.entry(kind, name), f"{registry.OPTION[kind]} = {name!r}"
+        for option in entry.required:
+            if now.get(option) == default.get(option):
+                yield f"{says}: needs {option}"
+        for option, reason in entry.excluded.items():
+            if now.get(option) != default.get(option):
+                yield f"{says}: {reason}, so {option} = {now[option]} must be {default[option]}"

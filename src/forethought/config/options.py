@@ -1,11 +1,15 @@
-"""Every option of Forethought, nested by stage, and the two errors. The docstring under a field is its `--help`."""
+"""Every option of Forethought, nested by stage. The docstring under a field is its `--help`."""
 
 import dataclasses
 import math
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
+
+from forethought.config import registry
+from forethought.config.registry import Entry, Kind
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -19,12 +23,14 @@ _SPLIT = BeforeValidator(lambda names: names.split(",") if isinstance(names, str
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
 
-class UserError(ValueError):
-    """A user's mistake, in one line that names the option or file, the value and what is allowed; exit status 2."""
+def _registered(kind: Kind, *more: str) -> AfterValidator:
+    def check(name: str) -> str:
+        if name in more or registry.known(kind, name):
+            return name
+        names = ", ".join([*more, *registry.TABLES[kind]])
+        raise PydanticCustomError("registry", "must be {names} or module:attribute", {"names": names})
 
-
-class RunError(RuntimeError):
-    """A run that cannot go on (full disk, loss that is no number), in one line that says what is safe; status 1."""
+    return AfterValidator(check)
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -44,8 +50,8 @@ class Model:
     prefix: Literal["shared", "replicated"] = "shared"
     """Read a document once for all its thoughts, or (for families that cannot share) a copy for each; same result."""
     decoding: Literal["auto", "eager", "cuda_graphs", "cuda_graphs_compiled", "cpp"] = "auto"
-    """Backend that decodes thoughts: PyTorch calls, CUDA graphs, CUDA graphs of a compiled model, or C++ on a CPU (for
-    Llama-style decoders). `auto`: CUDA graphs where they work, else eager, on a CPU with prepacked weights."""
+    """Backend that decodes thoughts: eager PyTorch, CUDA graphs (also of a compiled model), or on a CPU C++ functions
+    for Llama-style decoders. `auto`: CUDA graphs where they work, else eager, on a CPU with prepacked weights."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -74,17 +80,16 @@ class Corpus:
 class Method:
     """The objective. Defaults are the paper's where it gives a value (arXiv:2510.01265); see docs/paper.md."""
 
-    name: Literal["rlp", "rpt", "cpt", "mixed"] = "rlp"
-    """Reinforcement learning pretraining, or a baseline: `rpt` (predictions right or wrong), `cpt` (next token),
-    `mixed` (next token, on text with and without the start's own thoughts that gained)."""
+    name: Annotated[Name, _registered("method")] = "rlp"
+    """The training method, or `module:attribute` for a class of your own."""
     group: Positive = 16
     """Thoughts per position (G); at least 2 unless the baseline is not the group's."""
     thought_length: Positive = 2048
     """Longest thought, in sampled tokens, its sampled closing delimiter included (L)."""
     positions: Positive = 1
     """Positions drawn from each window (K)."""
-    position_policy: Literal["auto", "uniform", "stride", "marked", "entropy"] = "auto"
-    """Uniform, evenly spaced, partly at marked tokens, or where a proxy is unsure. `auto`: uniform, in rpt entropy."""
+    position_policy: Annotated[Name, _registered("position_policy", "auto")] = "auto"
+    """How positions are drawn from a window, or `module:attribute`. `auto`: uniform; for rpt, entropy."""
     marked_share: Share = 0.5
     """Chance that a position is drawn among the tokens that the corpus marks (position_policy `marked`)."""
     min_entropy: NonNegative = 1.0
@@ -103,8 +108,8 @@ class Method:
     """Sampling temperature of thoughts; ratios are taken at the same temperature, evidence always at 1."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus of the sampler. Below 1 the ratios stay those of the untruncated distribution."""
-    reward: Literal["information_gain", "random"] = "information_gain"
-    """The method's own (rpt: its prefix match), or the control: standard normal numbers that know nothing."""
+    reward: Annotated[Name, _registered("reward", "auto")] = "auto"
+    """Reward of a thought, or `module:attribute` for a function of your own. `auto`: the method's own reward."""
     baseline: Literal["group", "batch", "none"] = "group"
     """What a reward is compared with: its group's mean (eq. 7), the mean of all positions of the step, or nothing."""
     scale: Literal["none", "std"] = "none"
@@ -127,10 +132,10 @@ class Method:
     """Keep the start as teacher instead of its EMA (a control: the update must not change)."""
     kl_weight: NonNegative = 0.0
     """Weight (beta) of a token-level KL to the frozen start, on thought tokens; above 0 keeps a third copy."""
-    unclosed: Literal["score", "drop", "penalise"] = "score"
-    """A thought cut off at thought_length is closed by force, then: scored as it is, left out, or penalised."""
+    unclosed: Literal["score", "drop", "penalize"] = "score"
+    """A thought cut off at thought_length is closed by force, then scored as it is, dropped, or penalized."""
     unclosed_penalty: NonNegative = 1.0
-    """Nats taken from the reward of an unclosed thought (unclosed `penalise`)."""
+    """Nats subtracted from the reward of an unclosed thought (unclosed `penalize`)."""
     open: Name = "<think>"
     """Text before a thought."""
     close: Name = "</think>"
@@ -139,27 +144,39 @@ class Method:
     """Template around the prefix when thinking; holds {context} once. The no-think score never sees it."""
 
     @property
-    def thinks(self) -> bool:
+    def entry(self) -> Entry:
+        """The method's entry in the registry."""
+        return registry.entry("method", self.name)
+
+    @property
+    def samples_thoughts(self) -> bool:
         """Whether training samples thoughts."""
-        return self.name != "cpt"
+        return self.entry.samples_thoughts
 
     @property
     def policy(self) -> str:
-        """The policy that picks positions; `auto` is what each method's paper does."""
-        automatic = {"rlp": "uniform", "rpt": "entropy", "cpt": "uniform", "mixed": "uniform"}[self.name]
-        return automatic if self.position_policy == "auto" else self.position_policy
+        """The position policy, `auto` resolved."""
+        return self.position_policy if self.position_policy != "auto" else self._default("method.position_policy")
+
+    @property
+    def reward_name(self) -> str:
+        """The reward, `auto` resolved."""
+        return self.reward if self.reward != "auto" else self._default("method.reward")
+
+    def _default(self, option: str) -> str:
+        return (registry.AUTOMATIC | dict(self.entry.defaults))[option]
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Rollout:
     """Who samples the thoughts, in training and on held-out text."""
 
-    engine: Literal["native", "vllm"] = "native"
-    """`native`: the policy itself. `vllm`: vLLM in the same process, given the new weights after every step."""
+    engine: Annotated[Name, _registered("engine")] = "native"
+    """The engine that samples thoughts, or `module:attribute` for one of your own."""
     cache_gb: Above0 = 1.0
     """Memory of vLLM's key-value cache, in GiB; its weights, a second copy of the policy's, come on top."""
     timeout_s: Above0 = 600.0
-    """A call of vLLM that takes longer than this counts as hung, and the run stops with an error."""
+    """Seconds after which a call of vLLM counts as hung, and the run stops with an error."""
     importance_cap: NonNegative = 0.0
     """Weigh each thought token by min(policy / sampler, cap), where the sampler is not quite the policy; 0: do not."""
 
@@ -240,8 +257,9 @@ class Update:
 class Parallel:
     """Several processes, started by torchrun or `accelerate launch`."""
 
-    shard: Literal["none", "fsdp2"] = "none"
-    """`fsdp2`: each process keeps only its part of masters, optimizer and teacher; `none`: all of them (DDP)."""
+    shard: Literal["none", "zero1"] = "none"
+    """`zero1`: fp32 weights, optimizer state and teacher are sharded over the processes, each of which keeps a full
+    compute copy. `none`: each process keeps all of them (DDP)."""
     timeout_s: Positive = 1800
     """Seconds that a process waits for the others before it gives up; more than the longest step or evaluation."""
 

@@ -12,10 +12,9 @@ from forethought.data.positions import thought_format
 from forethought.eval import controls, heldout, viewer
 from forethought.models import lora
 from forethought.models.compute_copy import compute_copy
-from forethought.models.loading import carried, check_length, load_model, load_tokenizer
+from forethought.models.loading import check_context_length, load_model, load_thinking_options, load_tokenizer
 from forethought.run import checkpoint
 from forethought.run.folder import RunLog, check_free
-from forethought.tools.report import card
 
 
 def evaluate(
@@ -33,7 +32,7 @@ def evaluate(
     if not config.evaluate.path:
         unknown = f", and {str(target)!r} is no run that names any" if log is None else ""
         raise UserError(f"evaluate.path = '': name the held-out text to evaluate on{unknown}")
-    corpus.check(dataclasses.replace(config.corpus, path=config.evaluate.path), "evaluate.path")
+    corpus.check_corpus(dataclasses.replace(config.corpus, path=config.evaluate.path), "evaluate.path")
     if log is None:
         check_free(Path(config.run), config.overwrite)
         subject = start = subject_of(config)
@@ -47,17 +46,11 @@ def evaluate(
         base = heldout.measure(start, windows, lambda done, total: progress("evaluating the base", done, total))
     reference = start.model if subject.teacher is None else subject.teacher
     shown = viewer.documents(subject, reference, windows, str(target), progress)
-    figures: dict[str, Any] = {"seed": config.seed, **heldout.summarise(records, base)}
+    figures: dict[str, Any] = {"seed": config.seed, **heldout.summarize(records, base)}
     figures["seconds"] = round(time.perf_counter() - began, 2)
     log.write_json("documents.json", shown)
     log.write_json("evaluate.json", figures)
-    if (log.path / "summary.json").is_file():
-        log.write_text("policy/README.md", _card(log, config.evaluate.path, figures))
     return figures, log.path / "evaluate.json"
-
-
-def _card(log: RunLog, held_out: str, figures: dict[str, Any]) -> str:
-    return card.text(log.config(), log.read_json("summary.json"), (held_out, figures))
 
 
 def started(target: str | Path, overrides: dict[str, Any], command: str) -> tuple[RunLog | None, Config]:
@@ -71,7 +64,7 @@ def started(target: str | Path, overrides: dict[str, Any], command: str) -> tupl
 def _model_options(model: str, command: str) -> dict[str, Any]:
     """Options for measuring a model that no run made: the defaults (an embedded base: its quickstart), and its own."""
     start = to_dict(load({"embedded": "quickstart", "embedded:notes": "quickstart-notes"}.get(model)))
-    own = merge(carried(model), {"run": f"runs/{command}-{Path(model).name}", "model": {"path": model}})
+    own = merge(load_thinking_options(model), {"run": f"runs/{command}-{Path(model).name}", "model": {"path": model}})
     return merge(start, own)
 
 
@@ -93,10 +86,10 @@ def trained_subject(config: Config, run: Path) -> heldout.Subject:
         return subject
     weights = {name.partition("/")[2]: tensor for name, tensor in saved.items()}
     if config.lora.r:
-        network = lora.load(config)
+        network = lora.load_with_adapters(config)
         network.weights.load_state_dict(weights)
         network.sync()
-        return dataclasses.replace(subject, teacher=network.compute)
+        return dataclasses.replace(subject, teacher=network.model)
     teacher = load_model(subject.config.model, config.seed)
     teacher.load_state_dict(weights, strict=False)
     return dataclasses.replace(subject, teacher=compute_copy(teacher, config.model.precision))
@@ -106,7 +99,7 @@ def subject_of(config: Config) -> heldout.Subject:
     """Load all that a measurement takes, so that what is wrong with it is known before a folder is made."""
     tokenizer = load_tokenizer(config.model)
     form = thought_format(tokenizer, config.method)
-    check_length(config, form)
+    check_context_length(config, form)
     model = compute_copy(load_model(config.model, config.seed), config.model.precision)
     engine = rollout.engine(model, form, config)
     return heldout.Subject(model=model, engine=engine, form=form, tokenizer=tokenizer, config=config)

@@ -1,8 +1,8 @@
-"""Controls: the same score after a thought that nobody thought here. A gain that survives shuffling is not reasoning.
+"""Controls: the same score after a thought that does not belong there. A gain that survives shuffling is not reasoning.
 
-empty      the opening delimiter, then at once the closing one
+empty      the opening delimiter, immediately followed by the closing one
 shuffled   another position's thought
-random     as many tokens as the thought has, drawn uniformly from the vocabulary
+random     as many tokens as the thought, drawn uniformly from the vocabulary
 """
 
 import dataclasses
@@ -13,17 +13,16 @@ import torch
 
 from forethought.data.corpus import Window
 from forethought.data.positions import ThoughtFormat, make_generator
-from forethought.eval.heldout import Measured, Records, Subject, think, with_domains
+from forethought.eval.heldout import Measured, Records, Subject, sample_groups, with_domains
 from forethought.models.logprobs import thought_evidence
-from forethought.rollout.content import Tokens
 
 Progress = Callable[[str, int, int], None]
-"""Name of the phase, positions that are done, positions in all."""
+"""Name of the phase, positions done, positions in total."""
 
 
 def measure(subject: Subject, windows: Sequence[Window], progress: Progress) -> dict[str, Records]:
-    """What `text.measure` measures, and the controls at the same positions."""
-    measured = think(subject, windows, lambda done, total: progress("evaluating", done, total))
+    """What `heldout.measure` measures, and the controls at the same positions."""
+    measured = sample_groups(subject, windows, lambda done, total: progress("evaluating", done, total))
     total, before = sum(len(group.thoughts) for group in measured.values()), 0
     records = {}
     for name, group in measured.items():
@@ -34,23 +33,23 @@ def measure(subject: Subject, windows: Sequence[Window], progress: Progress) -> 
 
 
 def derangement(documents: Sequence[int], generator: torch.Generator) -> list[int]:
-    """A random permutation that leaves nothing in place, and takes as few as can be from a place's own document.
+    """A random permutation without fixed points that takes as few positions as possible from their own document.
 
-    In an order that keeps documents together, the largest first, everything moves on by the size of the largest: that
-    leads out of every document, unless the largest holds more than half of the places. Raises ValueError for one place.
+    Positions are ordered by document, the largest first, and shifted by the size of the largest: that leaves every
+    document, unless the largest holds more than half of the positions. Raises ValueError for a single position.
     """
     size = len(documents)
     if size < 2:
-        raise ValueError(f"trading thoughts takes at least 2 positions, got {size}")
+        raise ValueError(f"shuffling thoughts takes at least 2 positions, got {size}")
     members: dict[int, list[int]] = {}
-    for place in torch.randperm(size, generator=generator).tolist():
-        members.setdefault(documents[place], []).append(place)
+    for i in torch.randperm(size, generator=generator).tolist():
+        members.setdefault(documents[i], []).append(i)
     order = sorted(members.values(), key=len, reverse=True)
-    row = [place for places in order for place in places]
+    row = [i for group in order for i in group]
     shift = min(len(order[0]), size // 2)
     source = [0] * size
-    for i, place in enumerate(row):
-        source[place] = row[(i + shift) % size]
+    for i, position in enumerate(row):
+        source[position] = row[(i + shift) % size]
     return source
 
 
@@ -60,9 +59,9 @@ def ordinary_tokens(tokenizer: Any, form: ThoughtFormat) -> list[int]:
     return sorted({*tokenizer.get_vocab().values()} - special - {*tokenizer.all_special_ids, *form.open, *form.close})
 
 
-def random_thoughts(thoughts: Tokens, vocabulary: Sequence[int], name: str) -> Tokens:
+def random_thoughts(thoughts: list[list[list[int]]], vocabulary: Sequence[int], name: str) -> list[list[list[int]]]:
     """Thoughts of the same lengths, of uniformly drawn tokens; each position draws from a generator of its own."""
-    drawn: Tokens = []
+    drawn: list[list[list[int]]] = []
     for i, group in enumerate(thoughts):
         generator = make_generator(0, "random", name, i)
         picks = [torch.randint(len(vocabulary), (len(thought),), generator=generator).tolist() for thought in group]
@@ -72,7 +71,7 @@ def random_thoughts(thoughts: Tokens, vocabulary: Sequence[int], name: str) -> T
 
 @torch.no_grad()
 def _scores(subject: Subject, name: str, group: Measured, progress: Callable[[int], None]) -> dict[str, list[float]]:
-    """log p of the true token after each control, mean over thoughts; nothing is shuffled where there is one place."""
+    """log p of the true token after each control, mean over thoughts; a single position is not shuffled."""
     thoughts, config = group.thoughts, subject.config
     controls = {
         "empty": [[[]] for _ in thoughts],

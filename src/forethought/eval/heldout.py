@@ -1,4 +1,4 @@
-"""Held-out text: what a model's own thoughts are worth, at the same seeded positions for every model.
+"""Held-out text: what a model's own thoughts gain, at the same seeded positions for every model.
 
 Groups of positions: `all` (drawn uniformly); one for each kind of mark in the corpus, such as `answer`; and, where the
 corpus tells them apart, the positions of `all` in each domain (`domain:books`) and language (`language:pl`).
@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from forethought.algo.metrics import decode_thoughts, leakage, thought_tokens
 from forethought.config import Config
-from forethought.data.corpus import Window, spread
+from forethought.data.corpus import Window, spread_windows
 from forethought.data.positions import Positions, ThoughtFormat, at_positions, make_generator, uniform
+from forethought.data.worlds import load_world
 from forethought.eval.intervals import Estimate, Ratio, estimate, resample
-from forethought.eval.statements import checker, statements
 from forethought.models.logprobs import chunk_tokens, no_think_logp
-from forethought.rollout import Engine, content, draw_noise
+from forethought.rollout import Engine, draw_noise
 from forethought.run import distributed
 
 CONTROLS = ("empty", "shuffled", "random")
@@ -28,7 +29,7 @@ CONTROLS = ("empty", "shuffled", "random")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """What is measured: a model, the engine that samples its thoughts, and their surroundings."""
+    """What is evaluated: a model, the engine that samples its thoughts, and the format of a thought."""
 
     model: Any
     engine: Engine
@@ -36,29 +37,29 @@ class Subject:
     tokenizer: Any
     config: Config
     teacher: Any | None = None  # the EMA teacher of the run that made the model, where there is one
-    calling: Callable[[Any], AbstractContextManager[Any]] = nullcontext  # makes the teacher a model that can be called
+    as_model: Callable[[Any], AbstractContextManager[Any]] = nullcontext  # makes the teacher a model that can be called
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Records:
-    """One entry a position, in the order of the held-out documents; log-probabilities of the true token in nats.
+    """One entry per position, in the order of the held-out documents; log-probabilities of the true token in nats.
 
     A field that is None was not measured.
     """
 
-    document: list[int]  # number of the held-out document
+    document: list[int]  # index of the held-out document
     at: list[int]  # index of the true token in it
     nothink: list[float]  # log p without a thought
-    nothink_hit: list[bool]  # whether the true token was then the likeliest
+    nothink_hit: list[bool]  # whether the true token was the argmax
     think: list[float]  # log p after a thought of the model's own, mean over the sampled thoughts
-    think_hit: list[float]  # share of thoughts after which the true token was the likeliest
+    think_hit: list[float]  # share of thoughts after which the true token was the argmax
     length: list[float]  # tokens, mean over thoughts
     closed: list[float]  # share of thoughts that closed themselves
     marginal: list[float] | None = None  # log of the mean over thoughts of p
     teacher: list[float] | None = None  # log p without a thought by the EMA teacher
-    leakage: list[float | None] | None = None  # share of thoughts that hold the target's text; None: it has none
-    right: list[float] | None = None  # right statements of a thought, mean over thoughts
-    stated: list[float] | None = None  # checkable statements of a thought, mean over thoughts
+    leakage: list[float | None] | None = None  # share of thoughts that contain the target's text; None: it has none
+    right: list[float] | None = None  # correct statements in a thought, mean over thoughts
+    stated: list[float] | None = None  # checkable statements in a thought, mean over thoughts
     empty: list[float] | None = None  # log p after an empty thought
     shuffled: list[float] | None = None  # log p after another position's thoughts, mean
     random: list[float] | None = None  # log p after thoughts of random tokens, mean
@@ -66,10 +67,10 @@ class Records:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """A group of positions with what was thought there."""
+    """A group of positions with the thoughts sampled there."""
 
     positions: Positions
-    thoughts: content.Tokens  # without closing delimiters
+    thoughts: list[list[list[int]]]  # without closing delimiters
     records: Records
 
 
@@ -77,25 +78,25 @@ Progress = Callable[[int, int], None]
 
 
 def held_out(config: Config, tokenizer: Any) -> list[Window]:
-    """The windows of evaluate.path, of as many documents as can be; the same for every seed of a run."""
+    """The windows of evaluate.path, from as many documents as possible; the same for every seed of a run."""
     options = dataclasses.replace(config.corpus, path=config.evaluate.path)
-    return spread(options, tokenizer, 0, config.evaluate.documents, "evaluate.path")
+    return spread_windows(options, tokenizer, 0, config.evaluate.documents, "evaluate.path")
 
 
 def measure(subject: Subject, windows: Sequence[Window], progress: Progress) -> dict[str, Records]:
-    """Let the model think at every chosen position; one `Records` a group."""
-    measured = think(subject, windows, progress)
+    """Sample the model's thoughts at every chosen position; one `Records` per group."""
+    measured = sample_groups(subject, windows, progress)
     return with_domains({name: group.records for name, group in measured.items()}, windows)
 
 
-def think(subject: Subject, windows: Sequence[Window], progress: Progress) -> dict[str, Measured]:
-    """The groups of positions that are thought at, and the thoughts themselves."""
+def sample_groups(subject: Subject, windows: Sequence[Window], progress: Progress) -> dict[str, Measured]:
+    """The groups of positions, with their thoughts and records; chunks are distributed over the ranks."""
     config = subject.config
-    places = _places(windows, config)
-    total, done = sum(len(group) for chosen in places.values() for group in chosen), 0
+    groups = _group_positions(windows, config)
+    total, done = sum(len(group) for chosen in groups.values() for group in chosen), 0
     numbers = _numbers(windows)
     result = {}
-    for name, chosen in places.items():
+    for name, chosen in groups.items():
         positions = at_positions(windows, chosen, config.method.horizon)
         found = {}
         for turn, chunk in enumerate(positions.chunks(max(1, config.train.rollout_batch // config.evaluate.thoughts))):
@@ -103,7 +104,7 @@ def think(subject: Subject, windows: Sequence[Window], progress: Progress) -> di
                 found[turn] = _measure_chunk(subject, chunk, (name, done))
             done += len(chunk)
             progress(done, total)
-        found = {turn: one for some in distributed.gather(found) for turn, one in some.items()}
+        found = {turn: one for some in distributed.all_gather(found) for turn, one in some.items()}
         parts = [found[turn][0] for turn in sorted(found)]
         thoughts = [group for turn in sorted(found) for group in found[turn][1]]
         owners = positions.window.tolist()
@@ -136,15 +137,15 @@ def _pick(records: Records, picks: list[int]) -> Records:
 
 
 def _numbers(windows: Sequence[Window]) -> list[int]:
-    """For each window the number of its document, from 0 in the order that they come in."""
+    """For each window the index of its document, in the order of first appearance."""
     seen: dict[str, int] = {}
     return [seen.setdefault(window.document, len(seen)) for window in windows]
 
 
-def _places(windows: Sequence[Window], config: Config) -> dict[str, list[list[int]]]:
-    """Token indices to think at, by group and window."""
+def _group_positions(windows: Sequence[Window], config: Config) -> dict[str, list[list[int]]]:
+    """Token indices of the positions, by group and window."""
     last = [len(window.tokens) - config.method.horizon for window in windows]
-    places = {
+    groups = {
         "all": [
             sorted(uniform(window, config.evaluate.positions, config.method, make_generator(0, "evaluate", i)))
             for i, window in enumerate(windows)
@@ -152,14 +153,14 @@ def _places(windows: Sequence[Window], config: Config) -> dict[str, list[list[in
     }
     for name in sorted({name for window in windows for name in window.marks}):
         marks = [window.marks.get(name, ()) for window in windows]
-        places[name] = [[t for t in some if 1 <= t <= end] for some, end in zip(marks, last, strict=True)]
-    return {name: chosen for name, chosen in places.items() if any(chosen)}
+        groups[name] = [[t for t in some if 1 <= t <= end] for some, end in zip(marks, last, strict=True)]
+    return {name: chosen for name, chosen in groups.items() if any(chosen)}
 
 
 @torch.no_grad()
 def _measure_chunk(
     subject: Subject, chunk: Positions, key: tuple[str, int]
-) -> tuple[dict[str, list[Any]], content.Tokens]:
+) -> tuple[dict[str, list[Any]], list[list[list[int]]]]:
     config, tokenizer = subject.config, subject.tokenizer
     shape = (config.evaluate.thoughts, config.method.thought_length)
     name, done = key
@@ -167,8 +168,8 @@ def _measure_chunk(
     thoughts = subject.engine.sample(chunk, noise)
     at_once = chunk_tokens(subject.model, config.update.tokens_per_chunk)
     nothink, hit = no_think_logp(subject.model, chunk, at_once)
-    evidence, tokens = thoughts.evidence[..., 0], content.inside(thoughts, subject.form)
-    said = content.texts(tokenizer, tokens)
+    evidence, tokens = thoughts.evidence[..., 0], thought_tokens(thoughts, subject.form)
+    said = decode_thoughts(tokenizer, tokens)
     columns = {
         "nothink": nothink[:, 0].tolist(),
         "nothink_hit": hit[:, 0].tolist(),
@@ -177,17 +178,43 @@ def _measure_chunk(
         "length": thoughts.lengths.float().mean(dim=1).tolist(),
         "closed": thoughts.closed.float().mean(dim=1).tolist(),
         "marginal": (evidence.logsumexp(dim=1) - math.log(evidence.shape[1])).tolist(),
-        "leakage": content.leakage(tokenizer, chunk.targets()[:, 0].tolist(), said),
+        "leakage": leakage(tokenizer, chunk.targets()[:, 0].tolist(), said),
     }
     if subject.teacher is not None:
-        with subject.calling(subject.teacher) as teacher:
+        with subject.as_model(subject.teacher) as teacher:
             columns["teacher"] = no_think_logp(teacher, chunk, at_once)[0][:, 0].tolist()
     if truth := checker(config.evaluate.path):
         columns["right"], columns["stated"] = statements(truth, tokenizer, chunk, said)
     return columns, tokens
 
 
-def summarise(records: dict[str, Records], base: dict[str, Records]) -> dict[str, float]:
+def checker(path: str) -> Callable[[str, str], tuple[int, int]] | None:
+    """What checks statements: the `truth` of the embedded world that a corpus path names; None for other corpora."""
+    kind, _, rest = path.partition(":")
+    return load_world(rest.partition("/")[0]).truth if kind == "world" else None
+
+
+def statements(
+    truth: Callable[[str, str], tuple[int, int]], tokenizer: Any, positions: Positions, texts: list[list[str]]
+) -> tuple[list[float], list[float]]:
+    """Correct and checkable statements in a thought, mean over each position's thoughts.
+
+    They are checked against the whole window, including what follows the position. Of a document cut into several
+    windows, only the first is text that a world can parse.
+    """
+    known = [
+        "" if window.start else tokenizer.decode(window.tokens, skip_special_tokens=True)
+        for window in positions.windows
+    ]
+    right, stated = [], []
+    for owner, group in zip(positions.window.tolist(), texts, strict=True):
+        counts = [truth(known[owner], thought) for thought in group]
+        right.append(sum(count[0] for count in counts) / len(group))
+        stated.append(sum(count[1] for count in counts) / len(group))
+    return right, stated
+
+
+def summarize(records: dict[str, Records], base: dict[str, Records]) -> dict[str, float]:
     """Flat figures `GROUP/METRIC` with `/low` and `/high`, the 95 % bootstrap interval over documents.
 
     `base` holds the untouched model's records at the same positions; pass the records themselves for the base.
@@ -212,7 +239,7 @@ def paired(ours: dict[str, Records], theirs: dict[str, Records]) -> dict[str, fl
     """Figures of one model minus those of another at the same positions, with the interval of the difference.
 
     The same documents are drawn for both, so what makes a document hard for both does not widen the interval.
-    What is held against the base is left out: its differences are those of `ce_think` and `ce_nothink`.
+    Metrics relative to the base are left out: their differences are those of `ce_think` and `ce_nothink`.
     Raises ValueError for models that were measured at different positions.
     """
     return pooled_paired([ours], [theirs])
@@ -232,7 +259,7 @@ class Drawn:
 
 
 def drawn_together(seeds: Sequence[dict[str, Records]]) -> dict[str, Drawn]:
-    """What `differences` takes of each side, by group; apart from it, for one arm that is held against many."""
+    """One side of `differences`, by group; computed once for an arm that is compared with many."""
     names = [name for name in seeds[0] if all(name in one for one in seeds)]
     return {
         name: Drawn(first=seeds[0][name], estimates=_estimates([one[name] for one in seeds], None)) for name in names

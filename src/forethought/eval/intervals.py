@@ -1,9 +1,9 @@
-"""Bootstrap intervals of figures that are one sum over another: over documents, and over seeds where there are several.
+"""Bootstrap intervals of ratios of sums, over documents and, where there are several, over seeds.
 
 Positions of one document are not independent, so whole documents are drawn with replacement. Seeds of an arm share the
 documents: in each resample seeds are drawn, and apart from them one set of documents for all of them (a crossed, or
 pigeonhole, bootstrap; A. B. Owen, 2007). Drawing documents for each seed anew would average away what they share.
-With few seeds the spread between them is itself known roughly, and the interval is on the narrow side.
+With few seeds their spread is itself poorly known, and the interval is too narrow.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""A few held-out windows thought at every position: RUN/documents.json, what the thought viewer of a page shows."""
+"""A few held-out windows with thoughts at every position: RUN/documents.json, for the thought viewer of a page."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from forethought.algo.metrics import decode_thoughts, thought_tokens
 from forethought.algo.objective import group_advantages
 from forethought.algo.rewards import discounted
 from forethought.data.corpus import Window
@@ -14,11 +15,11 @@ from forethought.data.positions import Positions, at_positions, make_generator
 from forethought.eval.controls import Progress
 from forethought.eval.heldout import Subject
 from forethought.models.logprobs import chunk_tokens, no_think_distribution, no_think_logp, thought_evidence
-from forethought.rollout import content, draw_noise
+from forethought.rollout import draw_noise
 
 VERSION = 1
 TOP = 5
-"""Likeliest tokens that are shown of each prediction."""
+"""Most likely tokens shown for each prediction."""
 
 
 def documents(
@@ -26,14 +27,14 @@ def documents(
 ) -> dict[str, Any]:
     """The content of documents.json (docs/metrics.md) for the first `evaluate.view` windows.
 
-    `reference` is the model whose prediction without a thought the rewards are compared with: the EMA teacher of a run,
-    else the base. `name` says which model thought.
+    `reference` is the model whose prediction without a thought is the baseline of the rewards: the EMA teacher of a
+    run, else the base. `name` is the model that sampled the thoughts.
     """
     chosen = windows[: subject.config.evaluate.view]
     horizon = subject.config.method.horizon
     total, done, shown = sum(len(window.tokens) - horizon for window in chosen), 0, []
     for window in chosen:
-        pieces = texts(subject.tokenizer, window.tokens)
+        pieces = token_texts(subject.tokenizer, window.tokens)
         positions = []
         for chunk in _chunks(subject, window):
             positions += _positions(subject, reference, chunk, pieces)
@@ -43,8 +44,8 @@ def documents(
     return {"version": VERSION, "model": name, "documents": shown}
 
 
-def texts(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
-    """The text that each token adds. Joined they are the text, but for what the tokenizer itself put before it (BOS).
+def token_texts(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
+    """The text that each token adds. Joined, they are the text without what the tokenizer put before it (BOS).
 
     A token that completes no character adds nothing; the one that completes it adds the whole character.
     """
@@ -68,11 +69,11 @@ def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
 
 
 def _chunks(subject: Subject, window: Window) -> list[Positions]:
-    """Every position of a window, as many at once as decode together."""
+    """Every position of a window, in chunks that decode together."""
     config = subject.config
-    places = list(range(1, len(window.tokens) - config.method.horizon + 1))
+    indices = list(range(1, len(window.tokens) - config.method.horizon + 1))
     size = max(1, config.train.rollout_batch // config.evaluate.view_thoughts)
-    pieces = [places[start : start + size] for start in range(0, len(places), size)]
+    pieces = [indices[start : start + size] for start in range(0, len(indices), size)]
     return [at_positions([window], [piece], config.method.horizon) for piece in pieces]
 
 
@@ -83,12 +84,12 @@ def _positions(subject: Subject, reference: Any, chunk: Positions, pieces: list[
     shape = (config.evaluate.view_thoughts, config.method.thought_length)
     noise = draw_noise(shape, [make_generator(0, "view", window.document, window.start + t) for t in at])
     thoughts = subject.engine.sample(chunk, noise)
-    tokens = content.inside(thoughts, form)
+    tokens = thought_tokens(thoughts, form)
     tokens_at_once = chunk_tokens(reference, config.update.tokens_per_chunk)
     plain, _ = no_think_logp(reference, chunk, tokens_at_once)
     value = discounted(thoughts.evidence, config.method.discount)
     columns = {
-        "text": content.texts(subject.tokenizer, tokens),
+        "text": decode_thoughts(subject.tokenizer, tokens),
         "length": thoughts.lengths.tolist(),
         "closed": thoughts.closed.tolist(),
         "evidence": thoughts.evidence[..., 0].tolist(),
@@ -109,7 +110,7 @@ def _positions(subject: Subject, reference: Any, chunk: Positions, pieces: list[
 
 
 def _top(subject: Subject, logp: Float[Tensor, " vocab"], previous: int) -> list[list[Any]]:
-    """The likeliest next tokens, as text that follows the previous token, with their probabilities."""
+    """The most likely next tokens, as text that follows the previous token, with their probabilities."""
     best = logp.topk(min(TOP, len(logp)))
     lead = _decode(subject.tokenizer, [previous])
     found = []

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from forethought.config import Config, Model, UserError, to_dict
 from forethought.data.positions import ThoughtFormat
-from forethought.models.shape import Shape
+from forethought.flops import Shape
 
 _ASSETS = Path(__file__).parents[1] / "assets"
 EMBEDDED = {"embedded": _ASSETS / "base", "embedded:notes": _ASSETS / "notes"}
@@ -69,14 +69,14 @@ def load_shape(options: Model) -> Shape:
         return Shape.of(AutoConfig.from_pretrained(source, **extra).get_text_config())
 
 
-def carry(folder: Path, config: Config) -> None:
+def save_thinking_options(folder: Path, config: Config) -> None:
     """Write into an exported model's folder how it was trained to think. Raises OSError."""
     options = to_dict(config)
     habits = {section: {name: options[section][name] for name in names} for section, names in _HABITS.items()}
     (folder / CARRIED).write_text(json.dumps({"version": 1, **habits}, indent=2) + "\n", encoding="utf-8")
 
 
-def carried(source: str) -> dict[str, Any]:
+def load_thinking_options(source: str) -> dict[str, Any]:
     """Nested options that a model carries (model.path, as load_model takes it); empty where it carries none.
 
     Raises UserError for a forethought.json that is broken or of a later version.
@@ -110,14 +110,14 @@ def device(options: Model) -> torch.device:
     return torch.device(options.device)
 
 
-def check_length(config: Config, form: ThoughtFormat) -> None:
+def check_context_length(config: Config, form: ThoughtFormat) -> None:
     """Refuse rows that the model has no positions for: window, template, delimiters and thought together."""
     with _explained("model.path", config.model.path):
         folder, extra = _locate(config.model.path)
         source = str(folder) if folder.exists() else config.model.path
         limit = getattr(AutoConfig.from_pretrained(source, **extra).get_text_config(), "max_position_embeddings", None)
     method = config.method
-    thought = form.overhead + method.thought_length if method.thinks or config.evaluate.path else 0
+    thought = form.overhead + method.thought_length if method.samples_thoughts or config.evaluate.path else 0
     thought += method.prediction_length - 1 if method.name == "rpt" else 0
     need = config.corpus.window + thought
     if limit is not None and need > limit:

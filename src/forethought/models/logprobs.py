@@ -1,4 +1,9 @@
-"""The one place where logits become log-probabilities (eqs. 3 and 4): float32, in nats."""
+"""The one place where logits become log-probabilities (eqs. 3 and 4): float32, in nats.
+
+Three questions are answered here: how likely sampled tokens are, with or without gradients (`thought_logp`,
+`forward_backward`); how likely the true tokens are without a thought (`no_think_logp`); and with one (`target_logp`,
+`thought_evidence`, `suffix_logits`). Engines that see their own logits answer the last one while they sample.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,11 +16,11 @@ from torch import Tensor
 from forethought.data.positions import Positions, ThoughtFormat, pad_rows
 from forethought.prefix import Prefix, SuffixCache, activation_checkpointing, backbone, lm_head, read
 
-_ROWS = 4096  # rows of vocabulary size that are normalised at once
-_LOGITS = {"cpu": 2**26, "cuda": 2**28}  # logits that are held at once, with their gradients
-_ACTIVATIONS_BYTES = 2**30  # what a chunk's activations may take where update.tokens_per_chunk is automatic
-_WITHOUT_GRADIENTS = 4  # on a GPU, a pass that keeps nothing for a backward pass reads this many times the tokens
-_BUCKET = 8  # thoughts whose lengths differ by less than this many tokens go together
+_ROWS = 4096  # rows of vocabulary size that are normalized at once
+_LOGITS = {"cpu": 2**26, "cuda": 2**28}  # logits that are in memory at once, with their gradients
+_ACTIVATIONS_BYTES = 2**30  # activations of a chunk where update.tokens_per_chunk is automatic
+_NO_GRAD_FACTOR = 4  # on a GPU, a pass without gradients reads this many times the tokens of one with gradients
+_BUCKET = 8  # thoughts whose lengths differ by less than this many tokens share a chunk
 
 
 def log_probabilities(
@@ -33,10 +38,7 @@ def log_probabilities(
 def mask_token(
     logits: Float[Tensor, "*rows vocab"], token: int, where: Bool[Tensor, "*rows"] | None = None
 ) -> Float[Tensor, "*rows vocab"]:
-    """Logits in which one token cannot be drawn (a thought may not begin with its closing delimiter).
-
-    `where`: in these rows only.
-    """
+    """Logits with one token masked out, in all rows or those of `where`: a thought may not close before it began."""
     if where is None:
         where = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
     rows = where.nonzero(as_tuple=True)
@@ -47,66 +49,72 @@ def mask_token(
 
 
 def position_ids(mask: Bool[Tensor, "row width"]) -> Int[Tensor, "row width"]:
-    """0, 1, 2, ... from each row's first real token, so that padding moves nothing."""
+    """0, 1, 2, ... from each row's first real token, so that padding does not shift positions."""
     return (mask.cumsum(dim=-1) - 1).clamp(min=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoringOptions:
-    """How thoughts are read again."""
+    """How the log-probabilities of thoughts are computed."""
 
     temperature: float  # of the log-probabilities
-    tokens: int  # at most so many in one forward and backward pass
-    shared: bool  # read a document once for all its thoughts, or a copy for each
-    checkpointing: bool = False  # keep only what goes into each layer for the backward pass
+    tokens: int  # at most this many in one forward and backward pass
+    shared: bool  # compute a document once for all its thoughts, or once for each
+    checkpointing: bool = False  # keep only the inputs of each layer for the backward pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThoughtBatch:
-    """Documents and the thoughts that continue them, one row a thought.
+    """Documents and the thoughts that continue them, one row per thought.
 
-    Example: one document of 5 tokens with two places, stops [3, 5], two thoughts each: place [0, 0, 1, 1].
+    Example: one document of 5 tokens with two positions, prefix_lengths [[3, 5]], two thoughts at each:
+    position_index [0, 0, 1, 1].
     """
 
-    documents: list[list[int]]  # tokens up to the last place, as the thinking model reads them
-    stops: list[list[int]]  # for each document the tokens ahead of its places
-    place: Int[Tensor, " row"]  # index of the row's place, counted through all documents
+    documents: list[list[int]]  # tokens up to the last position, template included
+    prefix_lengths: list[list[int]]  # for each document, the tokens before each of its positions
+    position_index: Int[Tensor, " row"]  # the row's position, counted over all documents
     tokens: Int[Tensor, "row thought"]  # padded on the right
-    mask: Bool[Tensor, "row thought"]  # True at tokens that the policy sampled, at least one a row
+    mask: Bool[Tensor, "row thought"]  # True at tokens that the policy sampled, at least one in each row
 
     @classmethod
-    def of(
+    def from_positions(
         cls,
         form: ThoughtFormat,
         positions: Positions,
         tokens: Int[Tensor, "batch group thought"],
         mask: Bool[Tensor, "batch group thought"],
     ) -> "ThoughtBatch":
-        """The thoughts at some positions."""
-        documents, stops = form.documents(positions)
-        place = torch.arange(len(tokens), device=tokens.device).repeat_interleave(tokens.shape[1])
-        return cls(documents=documents, stops=stops, place=place, tokens=tokens.flatten(0, 1), mask=mask.flatten(0, 1))
+        """The thoughts sampled at some positions."""
+        documents, prefix_lengths = form.documents_and_prefix_lengths(positions)
+        return cls(
+            documents=documents,
+            prefix_lengths=prefix_lengths,
+            position_index=torch.arange(len(tokens), device=tokens.device).repeat_interleave(tokens.shape[1]),
+            tokens=tokens.flatten(0, 1),
+            mask=mask.flatten(0, 1),
+        )
 
     def chunks(self, tokens: int, ahead: int) -> Iterator[tuple[Int[Tensor, " row"], int]]:
-        """Rows that go together, by place, and their longest thought; with `ahead` more each, `tokens` at most."""
-        lengths, places = self.mask.sum(dim=-1).tolist(), self.place.tolist()
-        order = sorted(range(len(lengths)), key=lambda i: (lengths[i] // _BUCKET, places[i]))
+        """Rows of similar length, at most `tokens` at once with `ahead` more per row; and their longest thought."""
+        lengths, positions = self.mask.sum(dim=-1).tolist(), self.position_index.tolist()
+        order = sorted(range(len(lengths)), key=lambda i: (lengths[i] // _BUCKET, positions[i]))
         start = 0
         while start < len(order):
             end, longest = start + 1, lengths[order[start]]
             while end < len(order) and (end + 1 - start) * (max(longest, lengths[order[end]]) + ahead) <= tokens:
                 longest = max(longest, lengths[order[end]])
                 end += 1
-            rows = sorted(order[start:end], key=places.__getitem__)
-            yield torch.tensor(rows, device=self.place.device), longest
+            rows = sorted(order[start:end], key=positions.__getitem__)
+            yield torch.tensor(rows, device=self.position_index.device), longest
             start = end
 
-    def contexts(self, form: ThoughtFormat) -> list[list[int]]:
-        """What stands ahead of the thoughts at each place, the opening delimiter included."""
+    def prompts(self, form: ThoughtFormat) -> list[list[int]]:
+        """The tokens before the thoughts of each position, the opening delimiter included."""
         return [
-            [*document[:stop], *form.after, *form.open]
-            for document, some in zip(self.documents, self.stops, strict=True)
-            for stop in some
+            [*document[:length], *form.after, *form.open]
+            for document, lengths in zip(self.documents, self.prefix_lengths, strict=True)
+            for length in lengths
         ]
 
 
@@ -132,43 +140,43 @@ def chunk_tokens(model: Any, asked: int) -> int:
 
 
 def thought_logp(
-    model: Any, form: ThoughtFormat, rows: ThoughtBatch, reading: ScoringOptions
+    model: Any, form: ThoughtFormat, rows: ThoughtBatch, options: ScoringOptions
 ) -> Float[Tensor, "row thought"]:
     """log pi(l_u | x_<t, l_<u) of each sampled token at the sampling temperature; 0 where the mask is False."""
     found = torch.zeros(rows.tokens.shape, device=rows.tokens.device)
     with torch.no_grad():
-        prefix = read(model, rows.documents, rows.stops) if reading.shared else None
-        for chunk, width in _chunks(rows, form, reading):
+        prefix = read(model, rows.documents, rows.prefix_lengths) if options.shared else None
+        for chunk, width in _chunks(rows, form, options):
             hidden = _hidden(model, form, rows, (chunk, width), prefix)
-            found[chunk, :width] = _logp(model, form, rows, (chunk, hidden), reading.temperature)
+            found[chunk, :width] = _logp(model, form, rows, (chunk, hidden), options.temperature)
     return found
 
 
-def forward_backward(model: Any, form: ThoughtFormat, rows: ThoughtBatch, reading: ScoringOptions, loss: Loss) -> None:
-    """Score all thoughts and add the gradients of `loss` to the weights, in memory bounded by `reading.tokens`.
+def forward_backward(model: Any, form: ThoughtFormat, rows: ThoughtBatch, options: ScoringOptions, loss: Loss) -> None:
+    """Score all thoughts and add the gradients of `loss` to the weights, in memory bounded by `options.tokens`.
 
     Exact, in phases that each end at detached leaves: documents once, rows chunk by chunk over them, and the vocabulary
     head on bounded numbers of scored tokens. `loss` sees whole thoughts, and its values must add up to the whole.
     """
-    with activation_checkpointing(model, reading.checkpointing):
-        prefix = read(model, rows.documents, rows.stops) if reading.shared else None
+    with activation_checkpointing(model, options.checkpointing):
+        prefix = read(model, rows.documents, rows.prefix_lengths) if options.shared else None
     leaves = None if prefix is None else prefix.detached()
-    for chunk, width in _chunks(rows, form, reading):
-        with activation_checkpointing(model, reading.checkpointing):
+    for chunk, width in _chunks(rows, form, options):
+        with activation_checkpointing(model, options.checkpointing):
             hidden = _hidden(model, form, rows, (chunk, width), leaves)
         leaf = hidden.detach().requires_grad_()
         size = max(1, _LOGITS[model.device.type] // (width * model.get_output_embeddings().weight.shape[0]))
         for part, piece in zip(chunk.split(size), leaf.split(size), strict=True):
-            logp = _logp(model, form, rows, (part, piece), reading.temperature)
+            logp = _logp(model, form, rows, (part, piece), options.temperature)
             loss(logp, part).backward()
         hidden.backward(leaf.grad)
     if prefix is not None and leaves is not None:
         prefix.backward(leaves)
 
 
-def _chunks(rows: ThoughtBatch, form: ThoughtFormat, reading: ScoringOptions) -> Iterator[tuple[Tensor, int]]:
-    longest = 0 if reading.shared else max(stop for some in rows.stops for stop in some)
-    return rows.chunks(reading.tokens, longest + len(form.after) + len(form.open))
+def _chunks(rows: ThoughtBatch, form: ThoughtFormat, options: ScoringOptions) -> Iterator[tuple[Tensor, int]]:
+    longest = 0 if options.shared else max(length for lengths in rows.prefix_lengths for length in lengths)
+    return rows.chunks(options.tokens, longest + len(form.after) + len(form.open))
 
 
 def _hidden(
@@ -178,8 +186,8 @@ def _hidden(
     some, width = chunk
     thought = rows.tokens[some, :width]
     if prefix is None:
-        contexts = rows.contexts(form)
-        lead, mask = pad_rows([contexts[place] for place in rows.place[some].tolist()], form.pad, left=True)
+        prompts = rows.prompts(form)
+        lead, mask = pad_rows([prompts[i] for i in rows.position_index[some].tolist()], form.pad, left=True)
         tokens = torch.cat([lead.to(thought.device), thought], dim=1)
         mask = torch.cat([mask.to(thought.device), rows.mask[some, :width]], dim=1)
         hidden = model.base_model(
@@ -187,7 +195,7 @@ def _hidden(
         ).last_hidden_state
     else:
         ahead = torch.tensor([*form.after, *form.open], device=thought.device).expand(len(some), -1)
-        fork = SuffixCache(prefix, rows.place[some].tolist())
+        fork = SuffixCache(prefix, rows.position_index[some].tolist())
         tokens = torch.cat([ahead, thought], dim=1)
         hidden = backbone(model, tokens, fork, fork.position_ids(tokens.shape[1]))
     return hidden[:, -width - 1 : -1]
@@ -242,7 +250,7 @@ def _plain_logits(
 ) -> Iterator[tuple[Float[Tensor, "part horizon vocab"], Int[Tensor, "part horizon"]]]:
     """The logits that predict the targets of each position, a bounded number of positions at a time; the targets."""
     longest = max(len(window.tokens) for window in positions.windows)
-    tokens *= _WITHOUT_GRADIENTS if model.device.type == "cuda" else 1
+    tokens *= _NO_GRAD_FACTOR if model.device.type == "cuda" else 1
     windows = max(1, tokens // longest) * max(1, len(positions) // len(positions.windows))
     for chunk in positions.chunks(windows):
         targets = chunk.targets().to(model.device)
@@ -293,11 +301,11 @@ def suffix_logits(
     places = [place for place, group in enumerate(suffixes) for _ in group]
     if shared:
         tokens, mask = pad_rows(rows, form.pad, left=False)
-        fork = SuffixCache(read(model, *form.documents(positions)), places)
+        fork = SuffixCache(read(model, *form.documents_and_prefix_lengths(positions)), places)
         hidden = backbone(model, tokens.to(model.device), fork, fork.position_ids(tokens.shape[1]))
         columns = (mask.sum(dim=1, keepdim=True) + torch.arange(-keep, 0)).clamp(min=0).to(model.device)
         return lm_head(model, hidden[torch.arange(len(rows), device=model.device)[:, None], columns])
-    ahead = [form.ahead(context) for context in positions.contexts()]
+    ahead = [form.prefix_tokens(context) for context in positions.contexts()]
     copies = [[*ahead[place], *row] for place, row in zip(places, rows, strict=True)]
     tokens, mask = pad_rows(copies, form.pad, left=True)
     return forward(model, tokens.to(model.device), mask.to(model.device), keep)
@@ -305,16 +313,16 @@ def suffix_logits(
 
 @torch.no_grad()
 def target_logp(
-    model: Any, form: ThoughtFormat, rows: ThoughtBatch, horizon: int, reading: ScoringOptions
+    model: Any, form: ThoughtFormat, rows: ThoughtBatch, horizon: int, options: ScoringOptions
 ) -> tuple[Float[Tensor, "row horizon"], Bool[Tensor, "row horizon"]]:
     """log p of each row's last `horizon` tokens at temperature 1 (eq. 3), nats, and whether each was the likeliest.
 
     `rows` hold thoughts, closing delimiters and targets. What an engine needs that does not see the policy's logits.
     """
-    evidence = torch.zeros(len(rows.place), horizon, device=rows.tokens.device)
+    evidence = torch.zeros(len(rows.position_index), horizon, device=rows.tokens.device)
     hit = torch.zeros_like(evidence, dtype=torch.bool)
-    prefix = read(model, rows.documents, rows.stops) if reading.shared else None
-    for chunk, width in _chunks(rows, form, reading):
+    prefix = read(model, rows.documents, rows.prefix_lengths) if options.shared else None
+    for chunk, width in _chunks(rows, form, options):
         hidden = _hidden(model, form, rows, (chunk, width), prefix)
         last = torch.arange(-horizon, 0, device=chunk.device)
         columns = rows.mask[chunk].sum(dim=-1)[:, None] + last  # (row, horizon)

@@ -25,27 +25,31 @@ ALL = "all-linear"
 ADAPTER = "default"  # peft's name for a model's first adapter
 
 
-def network(config: Config) -> Network:
+def load_network(config: Config) -> Network:
     """What a config trains: all weights of its model, or adapters. Raises UserError."""
-    made = load(config) if config.lora.r else Network(load_model(config.model, config.seed), config.model.precision)
-    if config.update.checkpointing and not layers_of(made.compute):
-        kind = type(made.compute).__name__
+    made = (
+        load_with_adapters(config)
+        if config.lora.r
+        else Network(load_model(config.model, config.seed), config.model.precision)
+    )
+    if config.update.checkpointing and not layers_of(made.model):
+        kind = type(made.model).__name__
         raise UserError(f"update.checkpointing = True: {kind} has no layers that can be computed again")
     return made
 
 
-def load(config: Config) -> Network:
+def load_with_adapters(config: Config) -> Network:
     """The model that a config names, loaded on the CPU, with adapters. Raises UserError."""
-    library()
-    return adapted(load_model(dataclasses.replace(config.model, device="cpu"), config.seed), config)
+    import_peft()
+    return add_adapters(load_model(dataclasses.replace(config.model, device="cpu"), config.seed), config)
 
 
-def adapted(model: Any, config: Config) -> Network:
+def add_adapters(model: Any, config: Config) -> Network:
     """An fp32 model, frozen and with fresh adapters: B is 0, so that it computes what it computed. Raises UserError.
 
     It is moved to its device once its precision is right. The network's weights are copies of the factors, in fp32.
     """
-    adapt(model, config)
+    inject_adapters(model, config)
     place = device(config.model)
     factors = nn.ParameterDict()
     for name, one in model.named_parameters():
@@ -54,7 +58,7 @@ def adapted(model: Any, config: Config) -> Network:
     return Network(factors, config.model.precision, compute_copy(model, config.model.precision, place))
 
 
-def library() -> Any:
+def import_peft() -> Any:
     """The module `peft`. Raises UserError where it is not installed."""
     try:
         return importlib.import_module("peft")
@@ -62,14 +66,14 @@ def library() -> Any:
         raise UserError(f"lora.r: adapters take the peft library ({error}); pip install 'forethought[lora]'") from None
 
 
-def adapt(model: Any, config: Config) -> None:
+def inject_adapters(model: Any, config: Config) -> None:
     """Freeze a model and put adapters into its linear layers, in place; their factors A depend on the seed alone."""
-    peft, options, layers = library(), config.lora, linear_layers(model)
+    peft, options, layers = import_peft(), config.lora, linear_layers(model)
     settings = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=options.r,
         lora_alpha=options.alpha,
-        target_modules=targets(layers, options),
+        target_modules=target_modules(layers, options),
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers.values()),
         base_model_name_or_path=config.model.path,
     )
@@ -90,7 +94,7 @@ def linear_layers(model: Any) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds) and module not in out}
 
 
-def targets(layers: Mapping[str, Any], options: Lora) -> list[str]:
+def target_modules(layers: Mapping[str, Any], options: Lora) -> list[str]:
     """Names of the layers that get an adapter. Raises UserError for a name that fits none."""
     if options.target_modules == (ALL,):
         return list(layers)
@@ -105,7 +109,7 @@ def _fits(name: str, wanted: str) -> bool:
     return name == wanted or name.endswith(f".{wanted}")
 
 
-def merged(model: Any, factors: Mapping[str, Tensor], options: Lora, **to: Any) -> dict[str, Tensor]:
+def merged_weights(model: Any, factors: Mapping[str, Tensor], options: Lora, **to: Any) -> dict[str, Tensor]:
     """Weights of the plain network that computes the same, W + alpha / r * B A, by its own names.
 
     `factors`: by the names that they have in the adapted model. `to`: device and dtype of what is returned. A model
@@ -134,16 +138,16 @@ def export(whole: Any, folder: Path, network: Network, options: Lora) -> None:
 
     Of adapters: into FOLDER the plain network in fp32, which needs no peft, into FOLDER/adapter they as peft has them.
     """
-    if not network.adapted:
+    if not network.has_adapters:
         whole.save_pretrained(folder)
         return
     factors = {name.replace("/", "."): one.detach() for name, one in network.weights.named_parameters()}
-    weights = merged(network.compute, factors, options, device="cpu", dtype=torch.float32)
-    network.compute.save_pretrained(folder, state_dict=weights)
-    architecture = copy.deepcopy(network.compute.config)
+    weights = merged_weights(network.model, factors, options, device="cpu", dtype=torch.float32)
+    network.model.save_pretrained(folder, state_dict=weights)
+    architecture = copy.deepcopy(network.model.config)
     architecture.dtype = torch.float32
     architecture.save_pretrained(folder)
-    settings = copy.copy(network.compute.peft_config[ADAPTER])
+    settings = copy.copy(network.model.peft_config[ADAPTER])
     settings.target_modules, settings.inference_mode = sorted(settings.target_modules), True
     settings.save_pretrained(folder / "adapter")
     named = {f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": one.cpu() for name, one in factors.items()}

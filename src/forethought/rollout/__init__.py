@@ -1,6 +1,5 @@
 """Positions -> thoughts. An engine samples a group of thoughts at each position and returns their evidence."""
 
-import importlib
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -8,9 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from forethought.config import Config, UserError
+from forethought.config import Config, UserError, registry
 from forethought.data.positions import Positions, ThoughtFormat
-from forethought.models.flops import Work
 from forethought.prefix import enable
 
 
@@ -46,7 +44,10 @@ class Responses:
 
 @runtime_checkable
 class Engine(Protocol):
-    """Samples thoughts. A new engine is a class with these two methods and a function that `engine` calls."""
+    """Samples thoughts, built by the registry's entry as Engine(model, form, config).
+
+    A new engine is a class with these two methods and one entry, or `--rollout.engine my_file:MyEngine`.
+    """
 
     def sample(self, positions: Positions, noise: Float[Tensor, "batch group thought"]) -> Thoughts:
         """One thought for each position and group member; noise[..., u] is the uniform number that draws its token u.
@@ -74,14 +75,10 @@ class Writer(Engine, Protocol):
         ...
 
 
-_ENGINES = {"native": "forethought.rollout.native:native_engine", "vllm": "forethought.rollout.vllm:start"}
-
-
 def engine(model: Any, form: ThoughtFormat, config: Config) -> Any:
     """The `Engine` of a config (for RPT a `Writer`). Raises UserError where the model does not support it."""
     share_prefixes(model, config)
-    module, _, function = _ENGINES[config.rollout.engine].partition(":")
-    return getattr(importlib.import_module(module), function)(model, form, config)
+    return registry.load("engine", config.rollout.engine)(model, form, config)
 
 
 def share_prefixes(model: Any, config: Config) -> None:
@@ -100,27 +97,3 @@ def share_prefixes(model: Any, config: Config) -> None:
 def draw_noise(shape: tuple[int, int], generators: list[torch.Generator]) -> Float[Tensor, "batch group thought"]:
     """Uniform numbers, each position's from its own generator: independent of how a batch is split."""
     return torch.stack([torch.rand(shape, generator=generator) for generator in generators])
-
-
-def work_of(positions: Positions, thoughts: Thoughts, form: ThoughtFormat, config: Config, teacher: bool) -> Work:
-    """The tokens of a step, for `forethought.models.flops`. `thoughts` are those of all positions, in order."""
-    options, read = config.method, dict.fromkeys(positions.window.tolist(), 0)
-    for window, at in zip(positions.window.tolist(), positions.at.tolist(), strict=True):
-        read[window] = max(read[window], at + positions.horizon - 1)
-    lengths, closed = thoughts.lengths.tolist(), thoughts.closed.tolist()
-    return Work(
-        windows=tuple(read.values()),
-        owners=tuple(positions.window.tolist()),
-        prefixes=tuple(len(form.before) + at for at in positions.at.tolist()),
-        opening=len(form.after) + len(form.open),
-        thoughts=tuple(map(tuple, lengths)),
-        tails=tuple(
-            tuple((0 if done else len(form.close)) + positions.horizon - 1 for done in group) for group in closed
-        ),
-        sharing="document" if config.model.prefix == "shared" else "rollout",
-        reread=config.rollout.engine == "vllm",
-        horizon=positions.horizon,
-        teacher=teacher,
-        kl=options.kl_weight > 0,
-        inner_steps=options.inner_steps,
-    )

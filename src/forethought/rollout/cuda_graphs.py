@@ -128,12 +128,12 @@ class CUDAGraphDecoder:
         group, start = len(state.length) // len(positions), 0
         while start < len(positions):
             end = self._end(positions, start, group)
-            self._decode(positions.part(start, end), state, start * group, end * group)
+            self._decode(positions.slice(start, end), state, start * group, end * group)
             start = end
 
     def _end(self, positions: Positions, start: int, group: int) -> int:
         """The end of the next positions that decode together: as many as fit, in a bounded number of windows."""
-        end = positions.whole_windows(start, max(1, self.rows // group), at_least=True)
+        end = positions.window_boundary(start, max(1, self.rows // group), at_least=True)
         most = max(1, _WINDOWS * self.rows // self.options.group)
         owners = positions.window[start:end]
         return start + int((owners < owners[0] + most).sum())

@@ -193,7 +193,7 @@ class SharedBatch:
         cls, backend: Backend, form: ThoughtFormat, positions: Positions, group: int, capacity: int
     ) -> "tuple[SharedBatch, Float[Tensor, 'row vocab']]":
         """A row per thought, and the logits that follow the opening delimiter; suffixes have `capacity` columns."""
-        prefix = backend.read(*form.documents(positions))
+        prefix = backend.read(*form.documents_and_prefix_lengths(positions))
         cache = SuffixCache(prefix, [position for position in range(len(positions)) for _ in range(group)], capacity)
         lead = torch.tensor([*form.after, *form.open], device=backend.model.device)
         return cls(backend, cache), backend.step(lead.expand(len(positions) * group, -1), cache)
@@ -280,11 +280,11 @@ class Decoder:
             while read < len(positions) or active.rows.numel():
                 count = active.rows.numel()
                 if read < len(positions) and (not count or (self.shared and count < _REFILL * self.rows)):
-                    end = positions.whole_windows(read, (self.rows - count) // group, at_least=not count)
+                    end = positions.window_boundary(read, (self.rows - count) // group, at_least=not count)
                     if end > read:
                         running = (batch, logits) if count else None
                         batch = logits = None  # frees a finished batch before the next is read
-                        batch, logits = self._read(positions.part(read, end), group, state, running)
+                        batch, logits = self._read(positions.slice(read, end), group, state, running)
                         active.add(read * group, end * group)
                         read = end
                 assert batch is not None and logits is not None
@@ -302,7 +302,7 @@ class Decoder:
         """Read positions, and append their rows to the batch that is running."""
         form = self.form
         if not self.shared:
-            contexts = [form.wrap(context) for context in positions.contexts() for _ in range(group)]
+            contexts = [form.prompt_tokens(context) for context in positions.contexts() for _ in range(group)]
             return ReplicatedBatch.read(self.backend.model, contexts, form.pad)
         columns = len(form.after) + len(form.open) + state.tokens.shape[1] + state.forced_tokens.shape[1]
         batch, logits = SharedBatch.read(self.backend, form, positions, group, columns)

@@ -25,7 +25,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from forethought.config import Config, RunError, UserError
 from forethought.data.positions import Positions, ThoughtFormat, pad_rows
 from forethought.models.logprobs import ScoringOptions, ThoughtBatch, chunk_tokens, log_probabilities, target_logp
-from forethought.models.lora import merged
+from forethought.models.lora import merged_weights
 from forethought.rollout import Thoughts
 
 _ENVIRONMENT = {
@@ -201,14 +201,14 @@ class VLLMEngine:
     @torch.no_grad()
     def sample(self, positions: Positions, noise: Float[Tensor, "batch group thought"]) -> Thoughts:
         """Sample with vLLM, force the closing delimiter where needed, and score the targets with the policy."""
-        prompts = [self.form.wrap(context) for context in positions.contexts()]
+        prompts = [self.form.prompt_tokens(context) for context in positions.contexts()]
         rows = think(prompts, noise, self.form.close, self._draw)
         return as_thoughts(rows, self.form, *self._evidence(positions, rows, noise.shape[1]))
 
     @torch.no_grad()
     def sync(self) -> None:
         """Load the policy's weights in place. Raises RunError if a probe then disagrees with the policy."""
-        own = merged(self.policy, dict(self.policy.named_parameters()), self.config.lora)
+        own = merged_weights(self.policy, dict(self.policy.named_parameters()), self.config.lora)
         weights = revert_weight_conversion(self.policy, own)
         self.caller.call("loading the new weights", lambda: self._reload(list(weights.items())))
         tokens = torch.tensor(self.probe, device=self.policy.device)
@@ -258,7 +258,7 @@ class VLLMEngine:
         for chunk in positions.chunks(max(1, per_document * (self.scoring.tokens // longest))):
             tokens, mask = pad_rows(texts[start : start + len(chunk) * group], self.form.pad, left=False)
             tokens, mask = (some.view(len(chunk), group, -1).to(device) for some in (tokens, mask))
-            batch = ThoughtBatch.of(self.form, chunk, tokens, mask)
+            batch = ThoughtBatch.from_positions(self.form, chunk, tokens, mask)
             parts.append(target_logp(self.policy, self.form, batch, positions.horizon, self.scoring))
             start += len(chunk) * group
         evidence, hit = (torch.cat(some).view(len(positions), group, -1) for some in zip(*parts, strict=True))

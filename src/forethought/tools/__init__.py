@@ -1,1 +1,50 @@
-"""One file for each outside system; nothing else imports that system."""
+"""What a person does with the core. `train`, `resume` and `evaluate` are the core's, followed by the model card.
+
+Importing it imports no torch.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from forethought.config import Config
+from forethought.run.distributed import launcher_rank_and_size
+from forethought.tools.report import card
+
+if TYPE_CHECKING:
+    from forethought.config import Parallel
+    from forethought.eval.controls import Progress
+    from forethought.run.trackers import Callbacks
+
+
+def train(config: Config, callbacks: "Callbacks | None" = None) -> dict[str, Any]:
+    """Train a config from its start, see `forethought.trainer.train`, and write the model card, RUN/policy/README.md.
+
+    Returns what summary.json holds. Raises UserError, RunError, Stopped.
+    """
+    from forethought import trainer
+
+    summary = trainer.train(config, callbacks)
+    if launcher_rank_and_size()[0] == 0:
+        card.write(Path(config.run))
+    return summary
+
+
+def resume(run: str | Path, callbacks: "Callbacks | None" = None, parallel: "Parallel | None" = None) -> dict[str, Any]:
+    """Continue a run from its last checkpoint, see `forethought.trainer.resume`, and write the model card."""
+    from forethought import trainer
+
+    summary = trainer.resume(run, callbacks, parallel)
+    if launcher_rank_and_size()[0] == 0:
+        card.write(Path(run))
+    return summary
+
+
+def evaluate(
+    target: str | Path, overrides: dict[str, Any] | None = None, progress: "Progress | None" = None
+) -> tuple[dict[str, Any], Path]:
+    """Evaluate a run or a model on held-out text, see `forethought.eval.evaluate`; a run's model card is rewritten."""
+    from forethought import eval as held_out
+
+    figures, file = held_out.evaluate(target, overrides, progress)
+    card.write(file.parent, (overrides or {}).get("evaluate", {}).get("path", ""))
+    return figures, file

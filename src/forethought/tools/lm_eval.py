@@ -65,7 +65,7 @@ class ForethoughtLM(TemplateLM):
     @property
     def max_length(self) -> int:
         """Tokens of text that a row can hold beside a thought."""
-        return self.thinker.room(self.thoughts)
+        return self.thinker.max_text_tokens(self.thoughts)
 
     @property
     def eot_token_id(self) -> int:

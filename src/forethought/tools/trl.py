@@ -1,13 +1,12 @@
-"""RLP inside TRL: an unmodified `GRPOTrainer` whose reward is the information gain (docs/trl.md).
+"""RLP with TRL: an unmodified `GRPOTrainer` whose reward is the information gain (docs/trl.md).
 
     trainer = GRPOTrainer(**parts(config, "runs/trl"))
 
-The same objective as `forethought.algo.RLP`: thoughts at the same positions, rewards of the exact tokens that were
-sampled, A_i = G/(G-1) (r_i - mean r), and TRL's clipped surrogate with 1/|c| inside each thought.
+The objective is that of `forethought.algo.RLP`: thoughts at the same positions, rewards computed from the sampled token
+ids, A_i = G/(G-1) (r_i - mean r), and TRL's clipped surrogate averaged over the tokens of each thought (1/|c|).
 """
 
 import copy
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,13 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from forethought.algo.rewards import discounted
-from forethought.config import Config, Optim, UserError
+from forethought.config import Config, Method, UserError
+from forethought.config.registry import entry
 from forethought.data.corpus import Windows
-from forethought.data.positions import ThoughtFormat, draw, make_generator, pad_rows, thought_format
-from forethought.models.loading import check_length, device, load_model, load_tokenizer
+from forethought.data.positions import ThoughtFormat, draw_positions, make_generator, pad_rows, thought_format
+from forethought.models.compute_copy import Teacher
+from forethought.models.loading import check_context_length, device, load_model, load_tokenizer
 from forethought.models.logprobs import chunk_tokens, forward, log_probabilities
-from forethought.models.teacher import Teacher
 
 try:
     from datasets import Dataset
@@ -33,20 +33,24 @@ try:
 except ModuleNotFoundError as error:
     raise UserError("TRL is not installed; install it with: pip install 'forethought[trl]'") from error
 
-PATIENCE = 20
-"""Positions that may be left out for each one that is kept, before a corpus is refused."""
+MAX_DRAWN_PER_PROMPT = 20
+"""Positions drawn for each usable prompt before `prompts` gives up on a corpus."""
+
+FIXED = ("name", "baseline", "scale", "clamp_gain", "min_gain", "kl_weight", "inner_steps", "unclosed", "teacher_every")
+"""Options of the method that must keep their defaults: TRL's GRPO implements no other value."""
 
 
 def parts(config: Config, folder: str | Path, **more: Any) -> dict[str, Any]:
-    """All that `GRPOTrainer(**parts(config, folder))` takes to train RLP with the options of a run.
+    """The keyword arguments of a `GRPOTrainer` that trains RLP with the options of a run.
 
-    Loads the model and its tokenizer, draws the prompts of all steps, and makes the reward, the teacher's callback and
-    the `GRPOConfig`; `more` goes to `arguments`. Raises UserError for options that TRL cannot follow.
+    Loads the model and its tokenizer, draws the prompts of all steps, and creates the reward, the callback that updates
+    the teacher and the `GRPOConfig`. `more` is passed to `arguments`. Raises UserError for options that TRL does not
+    support.
     """
     tokenizer = load_tokenizer(config.model)
     form = thought_format(tokenizer, config.method)
     check(config, form)
-    check_length(config, form)
+    check_context_length(config, form)
     model = load_model(config.model, config.seed)
     rows = prompts(config, tokenizer)
     reward = InformationGain(model, tokenizer, config)
@@ -55,55 +59,45 @@ def parts(config: Config, folder: str | Path, **more: Any) -> dict[str, Any]:
         "reward_funcs": reward,
         "args": arguments(config, folder, **more),
         "train_dataset": rows,
-        "processing_class": ending_with(form.close[0], tokenizer, model),
-        "callbacks": [TeacherFollows(reward)],
+        "processing_class": stopping_at(form.close[0], tokenizer, model),
+        "callbacks": [TeacherUpdate(reward)],
     }
 
 
 def check(config: Config, form: ThoughtFormat) -> None:
-    """Refuse what TRL's GRPO would do otherwise than the method says. Raises UserError."""
+    """Raise UserError for options that TRL's GRPO does not implement."""
     method = config.method
-    wanted = {
-        "name": "rlp",
-        "inner_steps": 1,
-        "baseline": "group",
-        "scale": "none",
-        "reward": "information_gain",
-        "clamp_gain": False,
-        "min_gain": -math.inf,
-        "kl_weight": 0.0,
-        "unclosed": "score",
-        "teacher_every": 1,
-    }
-    for option, value in wanted.items():
-        if (found := getattr(method, option)) != value:
-            raise UserError(f"method.{option} = {found!r}: within TRL it must be {value!r}; use forethought train")
-    if method.policy == "entropy":
-        raise UserError("method.position_policy = 'entropy': within TRL prompts are drawn before training, without one")
+    for option in FIXED:
+        if (found := getattr(method, option)) != (value := getattr(Method(), option)):
+            raise UserError(f"method.{option} = {found!r}: must be {value!r} with TRL; use forethought train")
+    if method.reward_name != "information_gain":
+        raise UserError(f"method.reward = {method.reward!r}: must be 'information_gain' with TRL")
+    if entry("position_policy", method.policy).proxy:
+        raise UserError(f"method.position_policy = {method.policy!r}: TRL's prompts are drawn without a proxy")
     if len(form.close) > 1:
         raise UserError(
-            f"method.close = {method.close!r}: is {len(form.close)} tokens of this tokenizer, and TRL ends "
-            "completions at one token only; choose a delimiter of one token, or use forethought train"
+            f"method.close = {method.close!r}: is {len(form.close)} tokens of this tokenizer, but TRL stops a "
+            "completion at a single token; choose a delimiter of one token, or use forethought train"
         )
 
 
 class InformationGain:
-    """The reward function (eq. 5), times G/(G-1): TRL subtracts the group's mean and this makes it eq. 7.
+    """The reward function: information gain (eq. 5) times G/(G-1), which TRL's group mean turns into eq. 7.
 
-    It scores the token ids of completions, never their text; a thought that was cut off is closed by force for the
-    score, and the forced token is not among those that TRL trains on. Make it before the trainer, which patches the
-    model. Logs `gain` (eq. 5, mean) and `closed` (share of thoughts) through TRL.
+    Scores the token ids of completions, never their text. A truncated thought is scored with the closing delimiter
+    appended; TRL does not train on that token. Create the reward before the trainer, which patches the model. Logs
+    `gain` (mean of eq. 5, in nats) and `closed` (share of thoughts) through TRL.
     """
 
     def __init__(self, policy: Any, tokenizer: Any, config: Config):
         self.config, self.policy, self.tokenizer = config, policy, tokenizer
         self.form = thought_format(tokenizer, config.method)
-        self.ends = copy.deepcopy((policy.config, policy.generation_config))
+        self.original_configs = copy.deepcopy((policy.config, policy.generation_config))
         check(config, self.form)
         if any(one.requires_grad and one.dtype != torch.float32 for one in policy.parameters()):
-            raise UserError("weights that are trained must be fp32 (an update at 1e-6 rounds to nothing in bf16)")
+            raise UserError("trainable weights must be fp32: in bf16, updates with a learning rate of 1e-6 round to 0")
         if "forward" in vars(policy):
-            raise UserError("a trainer has patched this model; make the reward before the trainer")
+            raise UserError("a trainer has already patched this model; create the reward before the trainer")
         self.teacher = Teacher(policy, config.method.ema)
 
     def __call__(
@@ -114,62 +108,60 @@ class InformationGain:
         log_metric: Any = None,
         **_: Any,
     ) -> list[float]:
-        """One reward a completion, in nats; `context` and `target` are columns of `prompts`."""
+        """One reward per completion, in nats. `context` and `target` are columns of `prompts`."""
         method, close = self.config.method, self.form.close[0]
         closed = [ids[-1] == close for ids in completion_ids]
-        rows = [
-            [*self.form.wrap(before), *ids, *(() if done else (close,))]
+        prefixes = [
+            [*self.form.prompt_tokens(before), *ids, *(() if done else (close,))]
             for before, ids, done in zip(context, completion_ids, closed, strict=True)
         ]
-        plain = {(*before, -1, *true): (before, true) for before, true in zip(context, target, strict=True)}
-        low = self.config.model.precision == "bf16"  # as TRL's own passes, without casts that outlive a step
-        kind = self.policy.device.type
-        with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=low, cache_enabled=False):
-            evidence = self._evidence(self.policy, rows, target)
-            asked = self._evidence(self.teacher.model, *zip(*plain.values(), strict=True))
-        nothink = dict(zip(plain, discounted(asked, method.discount).tolist(), strict=True))
-        gains = [
-            value - nothink[(*before, -1, *true)]
-            for value, before, true in zip(discounted(evidence, method.discount).tolist(), context, target, strict=True)
-        ]
+        keys = [(*before, -1, *true) for before, true in zip(context, target, strict=True)]
+        unique = dict(zip(keys, zip(context, target, strict=True), strict=True))  # the teacher scores a position once
+        kind, bf16 = self.policy.device.type, self.config.model.precision == "bf16"
+        with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=bf16, cache_enabled=False):  # as TRL does
+            think_logp = self._target_logp(self.policy, prefixes, target)
+            no_think_logp = self._target_logp(self.teacher.model, *zip(*unique.values(), strict=True))
+        baseline = dict(zip(unique, discounted(no_think_logp, method.discount).tolist(), strict=True))
+        evidence = discounted(think_logp, method.discount).tolist()
+        gains = [value - baseline[key] for value, key in zip(evidence, keys, strict=True)]
         if log_metric is not None:
             log_metric("gain", sum(gains) / len(gains))
             log_metric("closed", sum(closed) / len(closed))
         return [method.group / (method.group - 1) * gain for gain in gains]
 
-    def _evidence(
-        self, model: Any, rows: Sequence[list[int]], targets: Sequence[list[int]]
+    def _target_logp(
+        self, model: Any, prefixes: Sequence[list[int]], targets: Sequence[list[int]]
     ) -> Float[Tensor, "row horizon"]:
-        """log p(target | row) at temperature 1 of each target token, on the CPU; a bounded number of rows at once."""
+        """log p(target | prefix) of each target token at temperature 1, on the CPU, computed in chunks of rows."""
         training = model.training
         model.eval()
         try:
-            longest = max(map(len, rows)) + len(targets[0])
+            longest = max(map(len, prefixes)) + len(targets[0])
             size = max(1, chunk_tokens(model, self.config.update.tokens_per_chunk) // longest)
-            found = []
-            for start in range(0, len(rows), size):
-                some, true = rows[start : start + size], targets[start : start + size]
-                read = [[*row, *tokens[:-1]] for row, tokens in zip(some, true, strict=True)]
-                tokens, mask = pad_rows(read, self.form.pad, left=True)
+            chunks = []
+            for start in range(0, len(prefixes), size):
+                true = targets[start : start + size]
+                rows = [[*one, *tokens[:-1]] for one, tokens in zip(prefixes[start : start + size], true, strict=True)]
+                tokens, mask = pad_rows(rows, self.form.pad, left=True)
                 logits = forward(model, tokens.to(model.device), mask.to(model.device), keep=len(true[0]))
-                found.append(log_probabilities(logits, torch.tensor(true, device=model.device)).cpu())
+                chunks.append(log_probabilities(logits, torch.tensor(true, device=model.device)).cpu())
         finally:
             model.train(training)
-        return torch.cat(found)
+        return torch.cat(chunks)
 
 
-class TeacherFollows(TrainerCallback):
-    """The EMA teacher (fp32) moves after every optimizer step, and is saved beside TRL's checkpoints."""
+class TeacherUpdate(TrainerCallback):
+    """Updates the fp32 EMA teacher after every optimizer step, and saves it in TRL's checkpoints."""
 
     def __init__(self, reward: InformationGain):
         self.reward = reward
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Refuse what would score other weights than are trained; take up the teacher of a resumed run."""
+        """Raise UserError if the reward would score other weights than the trainer's; restore a resumed teacher."""
         if args.fsdp or args.deepspeed:
-            raise UserError("the reward needs the whole policy in every process: FSDP and DeepSpeed are not supported")
+            raise UserError("FSDP and DeepSpeed are not supported: the reward needs all weights in every process")
         if kwargs.get("model") is not self.reward.policy:
-            raise UserError("the trainer trains another model than the reward scores; pass the same object to both")
+            raise UserError("the trainer and the reward have different models; pass the same object to both")
         if state.global_step:
             load_tensors(self.reward.teacher.model, self._file(args, state))
 
@@ -179,7 +171,7 @@ class TeacherFollows(TrainerCallback):
             self.reward.teacher.update(self.reward.policy)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """TRL's checkpoint holds no teacher."""
+        """Add the teacher's weights to TRL's checkpoint."""
         if state.is_world_process_zero:
             save_tensors(self.reward.teacher.model, str(self._file(args, state)))
 
@@ -188,14 +180,14 @@ class TeacherFollows(TrainerCallback):
 
 
 def arguments(config: Config, folder: str | Path, **more: Any) -> GRPOConfig:
-    """The `GRPOConfig` of these options: the paper's objective, one optimizer step a batch, no dropout, fp32 weights.
+    """The `GRPOConfig` of these options: the paper's objective, one optimizer step per batch, no dropout, fp32 weights.
 
-    `more` is passed on, over what is not the method's own; with `gradient_accumulation_steps` the batch stays
-    train.batch positions (a process). Raises UserError for an argument that would make it another method.
+    `more` overrides arguments that do not define the method. With `gradient_accumulation_steps`, a batch is still
+    train.batch positions per process. Raises UserError for an argument that would change the method.
     """
     method, train = config.method, config.train
-    own: dict[str, Any] = {
-        "loss_type": "grpo",  # 1/|c| inside each thought, then the mean over thoughts
+    fixed: dict[str, Any] = {
+        "loss_type": "grpo",  # mean over the tokens of each thought, then over thoughts
         "scale_rewards": "none",
         "importance_sampling_level": "token",
         "beta": 0.0,
@@ -207,90 +199,93 @@ def arguments(config: Config, folder: str | Path, **more: Any) -> GRPOConfig:
         "temperature": method.temperature,
         "top_p": method.top_p,
         "top_k": 0,
-        "generation_kwargs": {"min_new_tokens": 1},  # no empty thought
+        "generation_kwargs": {"min_new_tokens": 1},  # no empty thoughts
         "mask_truncated_completions": False,
         "remove_unused_columns": False,
         "disable_dropout": True,
     }
-    if clash := sorted(own.keys() & more.keys() | ({"use_vllm", "steps_per_generation"} & more.keys())):
-        raise UserError(f"{clash[0]} = {more[clash[0]]!r}: is not to be set here; the method's options decide it")
-    pieces = more.get("gradient_accumulation_steps", 1)
-    completions = train.batch * method.group
-    if completions % pieces:
-        raise UserError(f"gradient_accumulation_steps = {pieces}: must divide the {completions} thoughts of a step")
-    free = {
-        "output_dir": str(folder),
-        "seed": config.seed,
-        "max_steps": train.steps,
-        "per_device_train_batch_size": completions // pieces,
+    if clash := sorted((fixed.keys() | {"use_vllm", "steps_per_generation"}) & more.keys()):
+        raise UserError(f"{clash[0]} = {more[clash[0]]!r}: cannot be set here; it follows from the method's options")
+    count, thoughts = more.get("gradient_accumulation_steps", 1), train.batch * method.group
+    if thoughts % count:
+        raise UserError(f"gradient_accumulation_steps = {count}: must divide the {thoughts} thoughts of a step")
+    defaults = {
+        "per_device_train_batch_size": thoughts // count,
         "shuffle_dataset": False,
-        "logging_steps": train.log_every,
         "save_steps": train.checkpoint_every,
         "save_total_limit": train.keep_checkpoints,
     }
-    return GRPOConfig(**free | optimizer(config.optim) | machine(config) | own | more)
+    return GRPOConfig(**common_arguments(config, folder) | defaults | fixed | more)
 
 
 def prompts(config: Config, tokenizer: Any) -> Dataset:
     """The positions of all steps as prompts: those of `forethought train` with the same options, in the same order.
 
-    Columns: `prompt`, the text that TRL tokenizes; `context`, x_<t in tokens; `target`, the true tokens. TRL takes
-    text, so a position whose text is not tokenized to the same tokens again is left out and another drawn.
+    Columns: `prompt`, the text that TRL tokenizes; `context`, the tokens of x_<t; `target`, the true tokens. TRL takes
+    text, so positions whose text does not tokenize back to the same tokens are skipped and replaced.
 
-    Raises UserError for a corpus where that happens nearly everywhere.
+    Raises UserError for a corpus where this affects nearly all positions.
     """
     form, method, train = thought_format(tokenizer, config.method), config.method, config.train
-    stream_of_windows = Windows(config.corpus, tokenizer, config.seed)
-    wanted, drawn, step, rows = train.steps * train.batch, 0, 0, []
-    while len(rows) < wanted:
+    windows = Windows(config.corpus, tokenizer, config.seed)
+    count, drawn, step, rows = train.steps * train.batch, 0, 0, []
+    while len(rows) < count:
         step += 1
-        windows = [next(stream_of_windows) for _ in range(train.batch // method.positions)]
-        positions = draw(windows, method, make_generator(config.seed, "positions", step))
+        batch = [next(windows) for _ in range(train.batch // method.positions)]
+        positions = draw_positions(batch, method, make_generator(config.seed, "positions", step))
         drawn += len(positions)
         for before, true in zip(positions.contexts(), positions.targets().tolist(), strict=True):
-            text = as_text(form.wrap(before), tokenizer)
+            text = as_text(form.prompt_tokens(before), tokenizer)
             if text is not None:
                 rows.append({"prompt": text, "context": before, "target": true})
-        if drawn > PATIENCE * max(len(rows), train.batch):
+        if drawn > MAX_DRAWN_PER_PROMPT * max(len(rows), train.batch):
             raise UserError(
-                f"corpus.path = {config.corpus.path!r}: {drawn - len(rows)} of {drawn} prompts are tokenized otherwise "
-                "when TRL reads them as text; use forethought train, which takes tokens"
+                f"corpus.path = {config.corpus.path!r}: the text of {drawn - len(rows)} of {drawn} prompts does not "
+                "tokenize back to the same tokens, which TRL needs; use forethought train, which takes tokens"
             )
-    return Dataset.from_list(rows[:wanted])
+    return Dataset.from_list(rows[:count])
 
 
 def as_text(tokens: list[int], tokenizer: Any) -> str | None:
-    """The text that TRL, which adds special tokens, tokenizes to exactly these tokens; None where there is none."""
+    """The text that tokenizes, special tokens included, to exactly these tokens; None if there is none."""
     text = tokenizer.decode(tokens[1:] if tokens[0] == tokenizer.bos_token_id else tokens)
     return text if tokenizer(text=text)["input_ids"] == tokens else None
 
 
-def ending_with(token: int, tokenizer: Any, model: Any) -> Any:
-    """A copy of the tokenizer, for TRL alone, and the model's generation options: completions end at this token only.
+def stopping_at(token: int, tokenizer: Any, model: Any) -> Any:
+    """A copy of the tokenizer for TRL whose end-of-text token is `token`, so that completions stop there only.
 
-    TRL ends a completion at the tokenizer's end-of-text token too, so the copy's is the closing token.
+    TRL stops at the tokenizer's end-of-text token too. The model's generation config is changed in place.
     """
     model.generation_config.eos_token_id = token
-    ending = copy.deepcopy(tokenizer)
-    text = ending.convert_ids_to_tokens(token)
-    if ending.pad_token is None:
-        ending.pad_token = ending.eos_token or text
-    ending.eos_token = text
-    return ending
+    copied = copy.deepcopy(tokenizer)
+    text = copied.convert_ids_to_tokens(token)
+    if copied.pad_token is None:
+        copied.pad_token = copied.eos_token or text
+    copied.eos_token = text
+    return copied
 
 
 def save(reward: InformationGain, folder: str | Path) -> None:
-    """The trained model as a Hugging Face folder, with its own tokenizer and ends of text as they were before."""
+    """Save the trained model as a Hugging Face folder, with its original tokenizer and end-of-text tokens."""
     policy = reward.policy
-    policy.config, policy.generation_config = copy.deepcopy(reward.ends)
+    policy.config, policy.generation_config = copy.deepcopy(reward.original_configs)
     policy.save_pretrained(folder)
     reward.tokenizer.save_pretrained(folder)
 
 
-def optimizer(optim: Optim) -> dict[str, Any]:
-    """The loop's AdamW; Transformers' schedules end one step earlier or later than ours (docs/trl.md)."""
+def common_arguments(config: Config, folder: str | Path) -> dict[str, Any]:
+    """Arguments of any TRL trainer: steps, seed, device, precision, no trackers, and the AdamW of `forethought train`.
+
+    The learning rate schedule may be off by one step (docs/trl.md).
+    """
+    optim, on_cpu = config.optim, device(config.model).type == "cpu"
     schedules = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
     return {
+        "output_dir": str(folder),
+        "seed": config.seed,
+        "max_steps": config.train.steps,
+        "logging_steps": config.train.log_every,
         "optim": "adamw_torch",
         "learning_rate": optim.learning_rate,
         "lr_scheduler_type": schedules[optim.schedule],
@@ -299,13 +294,6 @@ def optimizer(optim: Optim) -> dict[str, Any]:
         "adam_beta1": optim.beta1,
         "adam_beta2": optim.beta2,
         "max_grad_norm": optim.gradient_clip,
-    }
-
-
-def machine(config: Config) -> dict[str, Any]:
-    """Device and precision as the config says, and nothing sent anywhere."""
-    on_cpu = device(config.model).type == "cpu"
-    return {
         "use_cpu": on_cpu,
         "dataloader_pin_memory": not on_cpu,
         "bf16": config.model.precision == "bf16",

@@ -16,11 +16,11 @@ from rich.console import Console
 
 from forethought.cli import main
 from forethought.config import RunError, UserError
-from forethought.run.callbacks import NoCallbacks
+from forethought.run.trackers import Callbacks
 from forethought.tools.console import ProgressBar
 from forethought.tools.experiment import arms, compare, table
 from forethought.tools.experiment.design import Claim, Experiment, read
-from forethought.tools.experiment.pool import Pool
+from forethought.tools.experiment.workers import WorkerPool
 from forethought.tools.report import write_comparison
 from forethought.tools.report.comparison import Row
 from helpers.pages import BROWSER
@@ -176,7 +176,7 @@ def test_a_stopped_experiment_goes_on(tmp_path: Path, processes: int):
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=240)
     assert process.returncode == 128 + signal.SIGTERM, said
-    assert f"finished arms are kept in {tmp_path / 'run'}; go on with the same command" in said
+    assert f"finished arms are kept in {tmp_path / 'run'}; resume with the same command" in said
     saved = [int(path.name.removeprefix("step-")) for path in (run / "checkpoints").iterdir()]
     assert saved, "the arm saved before it left"
     assert main(words) == 0
@@ -215,8 +215,7 @@ def test_a_process_that_fails_names_its_arm(tmp_path: Path):
 def test_a_process_takes_several_jobs_and_one_that_is_killed_is_replaced(tmp_path: Path):
     whole = dataclasses.replace(experiment(tmp_path, seeds="0"), processes=1)
     whole.run.mkdir()
-    asked = {"path": str(tmp_path / "small.toml"), "overrides": {"run": str(whole.run), "seeds": "0"}}
-    pool, killed = Pool(whole, list(whole.jobs), asked), []
+    pool, killed = WorkerPool(whole, list(whole.jobs)), []
 
     def kill(done: int) -> None:
         """The first process, as soon as it trains; `phase` is called every POLL_S."""
@@ -224,7 +223,7 @@ def test_a_process_takes_several_jobs_and_one_that_is_killed_is_replaced(tmp_pat
             killed.append(pool.workers[0].process)
             killed[0].kill()
 
-    observer = NoCallbacks()
+    observer = Callbacks()
     observer.phase = lambda name, done, total: kill(done)  # type: ignore[method-assign]
     failed = pool.run(observer)
     assert failed.keys() == {"rlp/seed-0", "cpt-tokens/seed-0", "cpt-flops/seed-0"}
@@ -241,7 +240,7 @@ def test_a_process_takes_several_jobs_and_one_that_is_killed_is_replaced(tmp_pat
         ("[arms.rlp]", "[arms.rlp", "is not valid TOML"),
         ("seeds = [0, 1]", "seeds = []", "seeds = .*at least 1 item"),
         ("seeds = [0, 1]", "sseds = [0]", "unknown key sseds"),
-        ("[arms.rlp-frozen]", "[arms.base]", r"arms.base: the base is always there"),
+        ("[arms.rlp-frozen]", "[arms.base]", r"arms.base: the base is always included"),
         ('flops = "rlp"', 'flops = "rpl"', r"arms.cpt-flops.budget.flops = 'rpl': must be another arm"),
         ('flops = "rlp"', 'seconds = "rlp"', r"budget"),
         ("freeze_teacher = true", "freeze = true", r"arms.rlp-frozen: unknown option method.freeze"),

@@ -14,18 +14,18 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoModelForCausalLM, LlamaConfig, NemotronHConfig, PreTrainedTokenizerFast, Qwen3Config
 
-from forethought.algo import RLP
+from forethought.algo.rlp import RLP
 from forethought.config import Config, from_dict
 from forethought.data.corpus import Window
+from forethought.flops import Shape, mamba_saved
 from forethought.models.compute_copy import Network
 from forethought.models.logprobs import chunk_tokens as real_chunk_tokens
 from forethought.models.lora import adapted
-from forethought.models.shape import Shape, mixer_kept
 from forethought.prefix import SuffixCache, backbone, enable, read
 from forethought.rollout.native import native_engine
 from forethought.tools.plan.memory import chunk_tokens, memory
 from helpers.architectures import CONFIGS, model
-from helpers.models import LONG
+from helpers.models import LONG, collected
 from helpers.plans import CPU, job
 
 PARTS = dict[str, float]
@@ -143,8 +143,8 @@ def test_peaks_are_within_15_percent(name: str):
     torch.manual_seed(0)
     plain, options = AutoModelForCausalLM.from_config(build(), dtype=torch.float32).eval(), settings(precision, n)
     network = adapted(plain, options) if options.lora.r else Network(plain, precision)
-    vocab = network.compute.config.vocab_size
-    engine = native_engine(network.compute, LONG, options)
+    vocab = network.model.config.vocab_size
+    engine = native_engine(network.model, LONG, options)
     method = RLP(network, engine, LONG, PreTrainedTokenizerFast, options)
     marked = engine.sample
     with Peaks() as peaks:
@@ -156,21 +156,21 @@ def test_peaks_are_within_15_percent(name: str):
             return thoughts
 
         engine.sample = sample
-        batch = method.collect(windows(n, vocab), 2)
+        batch = collected(method, windows(n, vocab), 2)
         for parameter in network.weights.parameters():
             parameter.grad = torch.zeros_like(parameter)
         peaks.mark("update")
-        for piece in batch.pieces:
-            method.backward(piece)
+        for piece in batch.microbatches:
+            method.forward_backward(piece)
         peaks.mark("end")
-    shape = Shape.of(network.compute.config).adapted(options.lora)
-    one = job(options, shape, prefix=n["P"], longest=n["P"], document=n["P"], length=n["L"], machine=CPU)
+    shape = Shape.of(network.model.config).adapted(options.lora)
+    one = job(options, shape, prefix=n["P"], max_prefix=n["P"], document=n["P"], length=n["L"], machine=CPU)
     one = dataclasses.replace(one, opening=len(LONG.after) + len(LONG.open), closing=len(LONG.close))
     planned = memory(one)
-    assert chunk_tokens(one) == real_chunk_tokens(network.compute, n["chunk"]) == method.learner.reading.tokens
+    assert chunk_tokens(one) == real_chunk_tokens(network.model, n["chunk"]) == method.learner.reading.tokens
     update = planned.phases["update"] - planned.update["gradients"]
     assert update == pytest.approx(peaks.peak["update"], rel=0.15)
-    decode = planned.phases["decode"] + planned.held["thoughts and their noise"]
+    decode = planned.phases["decode"] + planned.held["sampled tokens and noise"]
     assert decode == pytest.approx(peaks.peak["decode"], rel=0.15)
 
 
@@ -208,7 +208,7 @@ def test_what_a_token_keeps_is_what_autograd_saves(name: str, half: bool):
         return backbone(network, torch.ones(3, 8, dtype=torch.long), fork, fork.position_ids(8))
 
     chunk, _ = saved(thoughts, known)
-    kept = [shape.kept, *(part for one in shape.mamba for part in mixer_kept(one))]
+    kept = [shape.saved, *(part for one in shape.mamba for part in mamba_saved(one))]
     planned = sum(one.bf16 if half else one.fp32 for one in kept)
     assert planned == pytest.approx(document / 24, rel=0.15)
     assert planned == pytest.approx(chunk / 24, rel=0.15)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from forethought import load, load_tokenizer
@@ -13,15 +14,14 @@ from forethought.cli import main
 from forethought.config import Config, UserError
 from forethought.data.positions import ThoughtFormat, thought_format
 from forethought.models.loading import EMBEDDED, load_model
-from forethought.run.callbacks import NoCallbacks
 from forethought.run.folder import RunLog
+from forethought.run.trackers import Callbacks
 from forethought.tools.experiment import compare
 from forethought.tools.posttrain import chain, completion_loss, posttrain
-from forethought.tools.posttrain.examples import Verified, examples
-from forethought.tools.posttrain.stage import Stage, options_of, read
+from forethought.tools.posttrain.stage import Example, Stage, Verified, examples, read, stage_config
 from forethought.trainer import resume
 from helpers.models import config as tiny
-from helpers.models import word_tokenizer
+from helpers.models import plain_targets, qwen3, word_tokenizer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pin_memory.*"),
@@ -35,13 +35,13 @@ RLVR = Stage(stage="rlvr", data="world:cups/train", end=".", group=2, max_tokens
 def made(stage: Stage, start: Config = QUICK, tokenizer: Any = None) -> tuple[list[Any], Any, ThoughtFormat]:
     tokenizer = tokenizer or load_tokenizer(start.model)
     form = thought_format(tokenizer, start.method)
-    options = options_of(stage, start, Path("unused"), 0)
+    options = stage_config(stage, start, Path("unused"), 0)
     return examples(stage, options, tokenizer, form), tokenizer, form
 
 
 def test_a_stage_takes_nothing_of_how_its_start_was_trained(tmp_path):
     rpt = ["--method.name", "rpt", "--optim.learning_rate", "0.5", "--train.steps", "7", "--method.group", "3"]
-    options = [options_of(SFT, load("quickstart", [*rpt[: 2 * n]]), tmp_path, 4) for n in (0, 4)]
+    options = [stage_config(SFT, load("quickstart", [*rpt[: 2 * n]]), tmp_path, 4) for n in (0, 4)]
     assert options[0] == options[1]
     assert (options[0].seed, options[0].train.steps, options[0].train.batch) == (4, 2, 4)
     assert options[0].method.thought_length == QUICK.method.thought_length
@@ -121,7 +121,7 @@ def test_questions_show_the_way_as_a_thought(questions, think):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"data": "world:cups/train"}, "shows no thought to learn"),
+        ({"data": "world:cups/train"}, "contains no thoughts to train on"),
         ({"data": "world:chess/train"}, "data = 'world:chess/train': unknown world"),
         ({"data": "nothing.jsonl"}, "data = 'nothing.jsonl': No such file"),
         ({"data": "nothing.parquet"}, "must be world:NAME/SPLIT or a file of questions"),
@@ -143,7 +143,7 @@ def test_malformed_questions_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("steps = 3", "says no stage"),
+        ("steps = 3", "has no `stage`"),
         ('stage = "sft"\ndata = "x"\nfoo = 1', "unknown option foo"),
         ('stage = "dpo"\ndata = "x"', "stage = 'dpo'"),
         ('stage = "rlvr"\ndata = "x"\ngroup = 1', "group = 1"),
@@ -168,17 +168,17 @@ def test_the_command_line_says_what_it_needs(capsys, tmp_path):
     assert main(["posttrain", "rlvr-cups", "--start", "embedded", *end]) == 2
     assert "end = 'ball under': must be one token" in capsys.readouterr().err
     assert main(["posttrain", "rlvr-cups", "--start", "embedded", "--end", "", "--run", str(tmp_path / "run")]) == 2
-    assert "this tokenizer has no end of text" in capsys.readouterr().err
+    assert "this tokenizer has no end-of-text token" in capsys.readouterr().err
     long = ["--max_tokens", "250", "--run", str(tmp_path / "run")]
     assert main(["posttrain", "rlvr-cups", "--start", "embedded", *long]) == 2
-    assert "tokens, and the model has positions for 256" in capsys.readouterr().err
+    assert "tokens, but the model's context window has 256" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
 def test_stages_follow_each_other_are_never_redone_and_repeat_to_the_bit(tmp_path):
     weights = []
     for name in ("one", "other"):
-        last = chain([SFT, RLVR], QUICK, tmp_path / name, NoCallbacks())
+        last = chain([SFT, RLVR], QUICK, tmp_path / name, Callbacks())
         assert last == tmp_path / name / "2-rlvr"
         first = load_file(tmp_path / name / "1-sft" / "policy" / "model.safetensors")
         weights.append((first, load_file(last / "policy" / "model.safetensors")))
@@ -190,10 +190,10 @@ def test_stages_follow_each_other_are_never_redone_and_repeat_to_the_bit(tmp_pat
     assert RunLog.open(last).config().model.path == str(tmp_path / "other" / "1-sft" / "policy")
     assert json.loads((last / "policy" / "config.json").read_text())["eos_token_id"] is None
     before = (last / "summary.json").stat().st_mtime_ns
-    assert chain([SFT, RLVR], QUICK, tmp_path / "other", NoCallbacks()) == last
+    assert chain([SFT, RLVR], QUICK, tmp_path / "other", Callbacks()) == last
     assert (last / "summary.json").stat().st_mtime_ns == before
-    with pytest.raises(UserError, match="was made by another rlvr stage"):
-        chain([SFT, dataclasses.replace(RLVR, group=4)], QUICK, tmp_path / "other", NoCallbacks())
+    with pytest.raises(UserError, match="contains a different rlvr stage"):
+        chain([SFT, dataclasses.replace(RLVR, group=4)], QUICK, tmp_path / "other", Callbacks())
     with pytest.raises(UserError, match="exists and is not empty"):
         posttrain("sft-cups", "embedded", {"run": str(last)})
     (last / "summary.json").unlink()
@@ -203,15 +203,13 @@ def test_stages_follow_each_other_are_never_redone_and_repeat_to_the_bit(tmp_pat
 
 def test_sft_learns_the_completion_alone(tmp_path):
     """One step of plain descent: the change of the weights is the gradient of the mean loss over completions."""
-    import torch
-    from conftest import plain_targets, qwen3
-
-    from forethought.tools.posttrain.trainers import supervise
+    from forethought.tools.posttrain.trainers import sft
 
     model = qwen3(scale=0.2)
     start = [one.detach().clone() for one in model.parameters()]
-    rows = [([5, 6, 7], [8, 9]), ([9, 5], [6, 7, 10])]
-    losses = [-plain_targets(model, prompt, completion) for prompt, completion in rows]
+    pairs = [([5, 6, 7], [8, 9]), ([9, 5], [6, 7, 10])]
+    rows = [Example(prompt=prompt, completion=completion, answer="") for prompt, completion in pairs]
+    losses = [-plain_targets(model, prompt, completion) for prompt, completion in pairs]
     slopes = torch.autograd.grad(torch.cat(losses).mean(), list(model.parameters()))
     settings = tiny(batch=2)
     settings = dataclasses.replace(
@@ -220,7 +218,7 @@ def test_sft_learns_the_completion_alone(tmp_path):
         optim=dataclasses.replace(settings.optim, learning_rate=1e-3, gradient_clip=0.0),
         model=dataclasses.replace(settings.model, device="cpu"),
     )
-    (line,) = supervise((model, word_tokenizer()), rows, settings, lambda done, total: None)
+    (line,) = sft((model, word_tokenizer()), rows, settings, lambda done, total: None)
     assert line["loss"] == pytest.approx(float(torch.cat(losses).mean().detach()), rel=1e-5)
     for now, then, slope in zip(model.parameters(), start, slopes, strict=True):
         clear = slope.abs() > 1e-5  # Adam's first step is the sign of the gradient
@@ -291,8 +289,6 @@ def unlike(tmp_path: Path) -> Path:
 
 
 def test_held_out_rows_are_measured_before_and_after(unlike, tmp_path, capsys):
-    import torch
-
     words = ["posttrain", "sft-gsm8k", "--start", "embedded", "--data", str(unlike), "--heldout", str(unlike)]
     sizes = ["--train.steps", "4", "--train.batch", "3", "--optim.learning_rate", "1e-3", "--optim.warmup", "0"]
     assert main([*words, *sizes, "--run", str(tmp_path / "run")]) == 0
@@ -312,12 +308,10 @@ def test_held_out_rows_are_measured_before_and_after(unlike, tmp_path, capsys):
     assert main([*words[:6], *file]) == 2
     assert "heldout: data = " in capsys.readouterr().err
     assert main(["posttrain", "rlvr-cups", "--start", "embedded", *file]) == 2
-    assert "only of an sft stage" in capsys.readouterr().err
+    assert "only for sft stages" in capsys.readouterr().err
 
 
 def by_hand(model: Any, prompt: list[int], completion: list[int]) -> Any:
-    import torch
-
     with torch.no_grad():
         logits = model(torch.tensor([prompt + completion])).logits[0].double().log_softmax(-1)
     return torch.stack([logits[len(prompt) + i - 1, token] for i, token in enumerate(completion)])
@@ -325,7 +319,7 @@ def by_hand(model: Any, prompt: list[int], completion: list[int]) -> Any:
 
 def test_a_trainer_reads_the_exact_tokens_of_a_prompt(tmp_path):
     """Tokens that no text is tokenized to reach the reward as they are."""
-    from forethought.tools.posttrain.trainers import Sampling, reinforce
+    from forethought.tools.posttrain.trainers import grpo
 
     tokenizer, seen = load_tokenizer(QUICK.model), []
     odd = [tokenizer.bos_token_id, tokenizer.bos_token_id, 9, 10]  # as text, TRL would add one more beginning
@@ -343,9 +337,8 @@ def test_a_trainer_reads_the_exact_tokens_of_a_prompt(tmp_path):
         return plain(*args, **options)
 
     model.forward = forward
-    config = options_of(RLVR, QUICK, tmp_path, 0)
-    sampling = Sampling(group=2, longest=4, temperature=1.0, end=5)
-    reinforce(
-        (model, tokenizer), [{"prompt": odd, "answer": ""}] * 2, reward, sampling, config, lambda done, total: None
-    )
+    config = stage_config(RLVR, QUICK, tmp_path, 0)
+    stage = dataclasses.replace(RLVR, max_tokens=4)
+    rows = [Example(prompt=odd, completion=[], answer="")] * 2
+    grpo((model, tokenizer), rows, reward, stage, config, lambda done, total: None)
     assert seen[0] == odd

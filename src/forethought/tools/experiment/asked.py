@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from forethought.config import Config
-from forethought.run.callbacks import Callbacks
 from forethought.run.folder import RunLog
+from forethought.run.trackers import Callbacks
 from forethought.tools.experiment.design import Experiment
 from forethought.tools.questions import answers, questions
 from forethought.tools.questions import ask as asking

@@ -1,10 +1,12 @@
-"""Post-training on any start, by TRL's own trainers: supervised, then RL with verifiable rewards, one file a stage.
+"""Post-training with TRL's trainers: SFT, then RL with verifiable rewards (docs/post-training.md).
 
-OUT/config.json     options of the run: its model is the start
-OUT/stage.json      the stage, which also tells that the folder is none to resume
-OUT/trl.jsonl       what TRL logged, a line a logged step
-OUT/policy/         the trained model
-OUT/summary.json    written last; the loss on held-out rows before and after, where the stage names some
+Each stage has a run folder of its own, which `evaluate`, `report` and the next stage open like any other:
+
+    OUT/config.json     options of the run; its model is the start
+    OUT/stage.json      options of the stage; a folder with this file cannot be resumed
+    OUT/trl.jsonl       one line per logged step, as TRL logged it
+    OUT/policy/         the trained model
+    OUT/summary.json    written last; with held-out data, their loss before and after
 """
 
 import dataclasses
@@ -20,91 +22,98 @@ from forethought.data.positions import ThoughtFormat, thought_format
 from forethought.eval import started, trained
 from forethought.models.loading import load_model, load_tokenizer
 from forethought.models.logprobs import forward, log_probabilities
-from forethought.run.callbacks import Callbacks, NoCallbacks
 from forethought.run.checkpoint import tensor_errors
 from forethought.run.folder import RunLog, check_free, disk_errors
-from forethought.tools.posttrain.examples import Example, Verified, examples
-from forethought.tools.posttrain.stage import Stage, of, options_of, read
+from forethought.run.trackers import Callbacks
+from forethought.tools.posttrain.stage import (
+    Example,
+    Stage,
+    Verified,
+    end_token,
+    examples,
+    read,
+    stage_config,
+    stage_from_dict,
+)
 
 
 def posttrain(
-    path: str | Path, start: str | Path, overrides: dict[str, Any] | None = None, observer: Callbacks | None = None
+    path: str | Path, start: str | Path, overrides: dict[str, Any] | None = None, callbacks: Callbacks | None = None
 ) -> Path:
-    """One stage, from a run's trained model or any other model, into a run folder of its own; returns the folder.
+    """Run one stage from the trained model of a run, or from any other model, and return its run folder.
 
-    `path`: a stage's file, or the name of a shipped one. `overrides`: options over it, and `run`, `seed`, `overwrite`
-    of the new folder. Its model can be measured as that of any run, and be the start of the next stage.
+    `path` is a stage's file, or the name of a shipped one. `overrides` are options of the stage, and `run`, `seed` and
+    `overwrite` of the new run folder.
 
     Raises:
-        UserError: a mistake in the stage, its data or the start.
+        UserError: the stage, its data or the start is invalid.
     """
     overrides = dict(overrides or {})
-    own = {name: overrides.pop(name) for name in ("run", "seed", "overwrite") if name in overrides}
+    folder_options = {name: overrides.pop(name) for name in ("run", "seed", "overwrite") if name in overrides}
     stage = read(path, overrides)
     log, config = started(start, {}, "posttrain")
     config = config if log is None else trained(config, log.path)
-    folder = Path(str(own.get("run", f"runs/{Path(start).name}-{Path(path).stem}")))
-    if not own.get("overwrite"):
+    folder = Path(str(folder_options.get("run", f"runs/{Path(start).name}-{Path(path).stem}")))
+    if not folder_options.get("overwrite"):
         check_free(folder, overwrite=False)
-    run_stage(stage, options_of(stage, config, folder, int(own.get("seed", config.seed))), observer or NoCallbacks())
+    seed = int(folder_options.get("seed", config.seed))
+    run_stage(stage, stage_config(stage, config, folder, seed), callbacks or Callbacks())
     return folder
 
 
-def chain(stages: Sequence[Stage], start: Config, folder: Path, observer: Callbacks) -> Path:
-    """Stages one after the other, FOLDER/1-sft, FOLDER/2-rlvr, ...; what is finished is not done again.
+def chain(stages: Sequence[Stage], start: Config, folder: Path, callbacks: Callbacks) -> Path:
+    """Run stages one after the other in FOLDER/1-sft, FOLDER/2-rlvr, ...; finished stages are not repeated.
 
-    `start`: options whose model is the start. Returns the last stage's folder. Raises UserError where a folder holds
-    another stage.
+    `start`: a config whose model is the start. Returns the folder of the last stage. Raises UserError if a folder
+    contains a different stage.
     """
     last = folder
     for number, stage in enumerate(stages, start=1):
         last = folder / f"{number}-{stage.stage}"
         if (last / "summary.json").is_file():
-            if of(RunLog.open(last).read_json("stage.json"), last) != stage:
-                raise UserError(f"{last} was made by another {stage.stage} stage; name another run (--run PATH)")
+            if stage_from_dict(RunLog.open(last).read_json("stage.json"), last) != stage:
+                raise UserError(f"{last} contains a different {stage.stage} stage; name another run (--run PATH)")
         else:
-            run_stage(stage, options_of(stage, start, last, start.seed), observer)
+            run_stage(stage, stage_config(stage, start, last, start.seed), callbacks)
         start = trained(start, last)
     return last
 
 
-def run_stage(stage: Stage, config: Config, observer: Callbacks) -> None:
-    """Load the start that `config` names, train it, leave a finished folder, `config.run`. Raises UserError."""
-    from forethought.tools.posttrain import trainers as trl
+def run_stage(stage: Stage, config: Config, callbacks: Callbacks) -> None:
+    """Train the model of `config` and write the run folder `config.run`. Raises UserError."""
+    from forethought.tools.posttrain import trainers
 
     began = time.perf_counter()
     tokenizer = load_tokenizer(config.model)
     form = thought_format(tokenizer, config.method)
     rows = examples(stage, config, tokenizer, form)
-    end = _end(stage, tokenizer)
-    kept = _kept_out(stage, config, tokenizer, form)
+    end_token(stage, tokenizer)
+    heldout = _heldout_examples(stage, config, tokenizer, form)
     model = load_model(config.model, config.seed)
-    _check_room(stage, [*rows, *kept], model)
-    figures = {"before/heldout_loss": completion_loss(model, kept)} if kept else {}
+    _check_length(stage, [*rows, *heldout], model)
+    summary = {"before/heldout_loss": completion_loss(model, heldout)} if heldout else {}
     log = RunLog.create(config)
 
-    def seen(done: int, total: int) -> None:
-        observer.phase(stage.stage, done, total)
+    def progress(done: int, total: int) -> None:
+        callbacks.phase(stage.stage, done, total)
 
     with log.lock():
-        log.write_json("stage.json", _plain(stage))
+        log.write_json("stage.json", dataclasses.asdict(stage))
         if stage.stage == "sft":
-            lines = trl.supervise((model, tokenizer), [(one.prompt, one.completion) for one in rows], config, seen)
+            lines = trainers.sft((model, tokenizer), rows, config, progress)
         else:
-            asked = [{"prompt": one.prompt, "answer": one.answer} for one in rows]
-            sampling = trl.Sampling(group=stage.group, longest=stage.max_tokens, temperature=stage.temperature, end=end)
             reward = Verified(stage, tokenizer, form)
-            lines = trl.reinforce((model, tokenizer), asked, reward, sampling, config, seen)
+            lines = trainers.grpo((model, tokenizer), rows, reward, stage, config, progress)
         log.write_lines("trl.jsonl", lines)
         _export(log.path, model, tokenizer)
-        figures |= {"after/heldout_loss": completion_loss(model, kept)} if kept else {}
+        summary |= {"after/heldout_loss": completion_loss(model, heldout)} if heldout else {}
         seconds = round(time.perf_counter() - began, 2)
-        log.write_json("summary.json", {"method": stage.stage, "seed": config.seed, "seconds": seconds, **figures})
+        log.write_json("summary.json", {"method": stage.stage, "seed": config.seed, "seconds": seconds, **summary})
 
 
 @torch.no_grad()
 def completion_loss(model: Any, rows: Sequence[Example]) -> float:
-    """Mean -log p of the tokens of completions behind their prompts, in nats a token; what `sft` descends."""
+    """Mean -log p of the completions' tokens given their prompts, in nats per token: the loss of `sft`."""
     training = model.training
     model.eval()
     total, count = 0.0, 0
@@ -118,53 +127,38 @@ def completion_loss(model: Any, rows: Sequence[Example]) -> float:
     return total / count
 
 
-def _kept_out(stage: Stage, config: Config, tokenizer: Any, form: ThoughtFormat) -> list[Example]:
-    """The rows that are measured before and after. Raises UserError."""
+def _heldout_examples(stage: Stage, config: Config, tokenizer: Any, form: ThoughtFormat) -> list[Example]:
+    """The examples whose loss is measured before and after training. Raises UserError."""
     if not stage.heldout:
         return []
     if stage.stage != "sft":
         raise UserError(
-            f"heldout = {stage.heldout!r}: only of an sft stage; forethought questions asks after any other"
+            f"heldout = {stage.heldout!r}: only for sft stages; measure other stages with forethought questions"
         )
-    asked = dataclasses.replace(stage, data=stage.heldout, train={"steps": 1, "batch": stage.heldout_rows})
+    heldout = dataclasses.replace(stage, data=stage.heldout, train={"steps": 1, "batch": stage.heldout_rows})
     try:
-        rows = examples(asked, options_of(asked, config, Path(config.run), 0), tokenizer, form)
+        rows = examples(heldout, stage_config(heldout, config, Path(config.run), 0), tokenizer, form)
     except UserError as error:
         raise UserError(f"heldout: {error}") from None
-    return [one for i, one in enumerate(rows) if one not in rows[:i]]  # a short file comes round again
+    return [one for i, one in enumerate(rows) if one not in rows[:i]]  # short files repeat
 
 
-def _check_room(stage: Stage, rows: Sequence[Example], model: Any) -> None:
-    """Refuse rows that the model has no positions for."""
+def _check_length(stage: Stage, rows: Sequence[Example], model: Any) -> None:
+    """Raise UserError for examples that exceed the model's context window."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     further = stage.max_tokens if stage.stage == "rlvr" else 0
     longest = max(len(one.prompt) + (further or len(one.completion)) for one in rows)
     if limit is not None and longest > limit:
         raise UserError(
-            f"max_tokens = {stage.max_tokens}: the longest prompt and completion make {longest} tokens, and the model "
-            f"has positions for {limit}"
+            f"max_tokens = {stage.max_tokens}: the longest prompt with its completion has {longest} tokens, but the "
+            f"model's context window has {limit}"
         )
 
 
 def _export(run: Path, model: Any, tokenizer: Any) -> None:
-    """RUN/policy, there whole or not at all. Raises RunError (disk)."""
+    """Write RUN/policy atomically. Raises RunError if the disk is full."""
     partial = run / ".policy-partial"
     with disk_errors(run, partial), tensor_errors(partial):
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         partial.rename(run / "policy")
-
-
-def _end(stage: Stage, tokenizer: Any) -> int | None:
-    if not stage.end:
-        if tokenizer.eos_token_id is None and stage.stage == "rlvr":
-            raise UserError("end = '': this tokenizer has no end of text; name a token that ends a completion")
-        return None
-    tokens = tokenizer.encode(stage.end, add_special_tokens=False)
-    if len(tokens) != 1 or tokens[0] == tokenizer.unk_token_id:
-        raise UserError(f"end = {stage.end!r}: must be one token of this tokenizer, is {len(tokens)}")
-    return tokens[0]
-
-
-def _plain(stage: Stage) -> dict[str, Any]:
-    return dataclasses.asdict(stage)

@@ -1,4 +1,4 @@
-"""A stage of post-training: what its file says. Never imports torch.
+"""A post-training stage: its file, and the examples and the reward that its data define.
 
 stage = "rlvr"                      # sft: supervised; rlvr: RL with verifiable rewards
 data = "world:cups/train"           # or questions: FILE.jsonl(.gz)
@@ -14,6 +14,10 @@ batch = 16
 
 import dataclasses
 import json
+import random
+import re
+import reprlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,53 +34,57 @@ from forethought.config import (
     Positive,
     UserError,
     find,
+    from_dict,
     merge,
     read_toml,
     to_dict,
 )
-from forethought.config import from_dict as config_of
+from forethought.data.corpus import Windows, check_corpus
+from forethought.data.positions import ThoughtFormat
+from forethought.run.folder import read_jsonl
+from forethought.tools.questions.answers import judge
+from forethought.tools.questions.prompts import prompt as asked
+from forethought.tools.questions.tasks import TASKS, Question
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
 class Stage:
-    """One stage, the same whatever it starts from."""
+    """The options of a stage, independent of the model that it starts from."""
 
     stage: Literal["sft", "rlvr"]
-    """Next-token loss on completions, or GRPO with a reward of 1 for a right answer and 0 for any other."""
+    """`sft`: next-token loss on completions. `rlvr`: GRPO with a reward of 1 for a right answer and 0 otherwise."""
     data: Name
-    """`world:NAME/SPLIT`, whose documents have an answer, or questions: a .jsonl or .jsonl.gz file."""
+    """`world:NAME/SPLIT`, an embedded world with answers, or a file of questions (.jsonl or .jsonl.gz)."""
     heldout: str = ""
-    """Rows as in `data` that are only measured (sft): their loss before and after goes to summary.json; empty: none."""
+    """Held-out data (sft), as in `data`: its loss before and after training goes to summary.json; empty: none."""
     heldout_rows: Positive = 64
-    """How many of them, in an order that the seed does not change."""
+    """Number of held-out examples; their order does not depend on the seed."""
     think: bool = True
-    """Whether a completion begins inside an opened thought; the answer is then what follows the closing delimiter."""
+    """Start completions inside an open thought; the answer is then what follows the closing delimiter."""
     end: str = ""
-    """Text of the one token that ends a completion; empty: the tokenizer's end of text."""
+    """Text of the one token that ends a completion; empty: the tokenizer's end-of-text token."""
     group: Annotated[int, Field(ge=2)] = 8
-    """Completions of a prompt that are compared (rlvr)."""
+    """Completions per prompt (rlvr)."""
     max_tokens: Positive = 512
-    """Longest completion (rlvr), or longest row, prompt and completion together (sft); longer rows are left out."""
+    """Maximum tokens of a completion (rlvr), or of prompt and completion (sft); longer examples are skipped."""
     temperature: Above0 = 1.0
     """Sampling temperature (rlvr)."""
     optim: Optim = dataclasses.field(default_factory=Optim)
-    """As of a run."""
+    """Options of the optimizer, as in training."""
     train: dict[Literal["steps", "batch", "log_every"], Positive] = Field(default_factory=dict)
-    """As of a run; train.batch counts rows (sft) or prompts (rlvr)."""
+    """Options of the loop, as in training; train.batch counts examples (sft) or prompts (rlvr)."""
 
 
 def read(path: str | Path, overrides: dict[str, Any] | None = None) -> Stage:
-    """A stage's file (a path, or the name of a shipped one), with options over it. Raises UserError."""
+    """Read a stage from a TOML file (a path, or the name of a shipped one) and overrides. Raises UserError."""
     values = merge(read_toml(find(path)), overrides or {})
     if "stage" not in values:
-        raise UserError(
-            f"stage {str(path)!r}: says no stage, so it is no stage of post-training (docs/post-training.md)"
-        )
-    return of(values, path)
+        raise UserError(f"{str(path)!r} has no `stage`, so it is not a post-training stage (docs/post-training.md)")
+    return stage_from_dict(values, path)
 
 
-def of(values: dict[str, Any], path: str | Path) -> Stage:
-    """The stage of a nested dict; `path` is for messages. Raises UserError."""
+def stage_from_dict(values: dict[str, Any], path: str | Path) -> Stage:
+    """Validate the options of a stage; `path` is for error messages. Raises UserError."""
     try:
         return TypeAdapter(Stage).validate_json(json.dumps(values, default=str))
     except ValidationError as error:
@@ -84,18 +92,159 @@ def of(values: dict[str, Any], path: str | Path) -> Stage:
         name = ".".join(str(part) for part in first["loc"] if part != "[key]")
         if first["type"] == "unexpected_keyword_argument":
             raise UserError(f"stage {str(path)!r}: unknown option {name}") from None
-        said = f"{first['msg'][0].lower()}{first['msg'][1:]}"
-        raise UserError(f"stage {str(path)!r}: {name} = {first['input']!r}: {said}") from None
+        message = f"{first['msg'][0].lower()}{first['msg'][1:]}"
+        raise UserError(f"stage {str(path)!r}: {name} = {first['input']!r}: {message}") from None
 
 
-def options_of(stage: Stage, start: Config, run: Path, seed: int) -> Config:
-    """The whole options of a stage's run folder: model, text and evaluation of the start, training of the stage.
+def stage_config(stage: Stage, start: Config, run: Path, seed: int) -> Config:
+    """The config of a stage's run folder: model, corpus and evaluation of the start, training options of the stage.
 
-    Of the start's method only what surrounds and measures a thought is taken over, so that what an arm was trained
-    with does not change how it is post-trained.
+    Of the start's method, only options that format, sample and score thoughts are kept, so that post-training does
+    not depend on how its start was trained.
     """
     kept = ("open", "close", "prompt", "thought_length", "temperature", "horizon")
     method = dataclasses.replace(Method(), **{name: getattr(start.method, name) for name in kept})
-    own = {"method": method, "optim": stage.optim, "lora": Lora()}
-    whole = dataclasses.replace(start, seed=seed, run=str(run), overwrite=True, **own)
-    return config_of(merge(to_dict(whole), {"train": to_dict(Config())["train"] | stage.train}))
+    config = dataclasses.replace(
+        start, seed=seed, run=str(run), overwrite=True, method=method, optim=stage.optim, lora=Lora()
+    )
+    return from_dict(merge(to_dict(config), {"train": to_dict(Config())["train"] | stage.train}))
+
+
+def end_token(stage: Stage, tokenizer: Any) -> int | None:
+    """The token that ends a completion; None for the tokenizer's end-of-text token. Raises UserError."""
+    if not stage.end:
+        if tokenizer.eos_token_id is None and stage.stage == "rlvr":
+            raise UserError("end = '': this tokenizer has no end-of-text token; name a token that ends a completion")
+        return None
+    tokens = tokenizer.encode(stage.end, add_special_tokens=False)
+    if len(tokens) != 1 or tokens[0] == tokenizer.unk_token_id:
+        raise UserError(f"end = {stage.end!r}: must be one token of this tokenizer, is {len(tokens)}")
+    return tokens[0]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """A prompt with its completion, in tokens. With `think`, the prompt ends inside an open thought."""
+
+    prompt: list[int]
+    completion: list[int]  # empty if the data have none
+    answer: str
+
+
+def examples(stage: Stage, config: Config, tokenizer: Any, form: ThoughtFormat) -> list[Example]:
+    """The examples of all steps in order: train.steps * train.batch of them, repeating files. Raises UserError."""
+    world = stage.data.startswith("world:")
+    source = (_world_examples if world else _question_examples)(stage, config, tokenizer, form)
+    found, skipped = [], 0
+    while len(found) < config.train.steps * config.train.batch:
+        one = next(source)
+        if stage.stage == "sft" and not one.completion:
+            hint = "world:NAME/worked, or set think = false" if world else "a solution"
+            raise UserError(f"data = {stage.data!r}: contains no thoughts to train on; use {hint}")
+        if stage.stage == "rlvr" or len(one.prompt) + len(one.completion) <= stage.max_tokens:
+            found.append(one)
+            continue
+        skipped += 1
+        if skipped > 100 * (len(found) + 1):
+            raise UserError(f"max_tokens = {stage.max_tokens}: {skipped} of {skipped + len(found)} examples are longer")
+    return found
+
+
+def _world_examples(stage: Stage, config: Config, tokenizer: Any, form: ThoughtFormat) -> Iterator[Example]:
+    """Documents of an embedded world up to their answer; a thought right before it is part of the completion."""
+    options = dataclasses.replace(config.corpus, path=stage.data)
+    check_corpus(options, "data")
+    opening = list(form.open)
+    for window in Windows(options, tokenizer, config.seed, option="data"):
+        tokens, at = window.tokens, next(iter(window.marks.get("answer", ())), 0)
+        if not at:
+            continue
+        starts = [i for i in range(at) if tokens[i : i + len(opening)] == opening]
+        first = starts[-1] if starts else at
+        answer = tokenizer.decode([tokens[at]]).strip()
+        worked = tokens[first + len(opening) :] if starts else []
+        yield Example(
+            prompt=form.prompt_tokens(tokens[:first]) if stage.think else tokens[:first],
+            completion=worked if stage.think else tokens[at:],
+            answer=answer,
+        )
+
+
+def _question_examples(stage: Stage, config: Config, tokenizer: Any, form: ThoughtFormat) -> Iterator[Example]:
+    """Questions of a file, asked as `forethought questions` does; what shows the way to the answer is the thought."""
+    rows = list(_read_questions(stage.data))
+    rng = random.Random(f"stage {config.seed}")
+    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def encoded(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    while True:
+        rng.shuffle(rows)
+        for question, steps, answer in rows:
+            text = asked(TASKS["gsm8k"], Question(id="", text=question, answer=answer), 0, {})
+            read, said = tokenizer(text)["input_ids"], encoded(f" The answer is {answer}.")
+            thought = encoded(f" {steps}") if steps else []
+            if stage.think:
+                completion = [*thought, *form.close, *said, *ends] if steps else []
+                yield Example(prompt=form.prompt_tokens(read), completion=completion, answer=answer)
+            else:
+                yield Example(prompt=read, completion=[*thought, *said, *ends], answer=answer)
+
+
+def _read_questions(path: str) -> Iterator[tuple[str, str, str]]:
+    """Yield question, worked solution (may be empty) and answer of each row. Raises UserError with file and line."""
+    if not path.endswith((".jsonl", ".jsonl.gz")):
+        raise UserError(f"data = {path!r}: must be world:NAME/SPLIT or a file of questions (.jsonl or .jsonl.gz)")
+    empty = True
+    try:
+        for number, row in read_jsonl(path):
+            question, answer = row.get("question", row.get("problem")), row.get("answer")
+            if not isinstance(question, str) or not isinstance(answer, str | int | float) or not str(answer).strip():
+                raise UserError(
+                    f"{path}:{number}: expected the fields question (or problem) and answer, got {reprlib.repr(row)}"
+                )
+            shown, _, final = str(answer).rpartition("####")
+            solution = str(row.get("solution") or shown).split("####")[0]
+            yield question.strip(), re.sub(r"<<[^<>]*>>", "", solution).strip(), final.strip()
+            empty = False
+    except OSError as error:
+        raise UserError(f"data = {path!r}: {error.strerror or error}") from None
+    if empty:
+        raise UserError(f"data = {path!r}: contains no questions")
+
+
+class Verified:
+    """The verifiable reward: 1 for a completion whose answer is right, else 0. Logs `answered`, the share that answer.
+
+    The answer is what follows the first closing delimiter, where the stage thinks; a thought that never closes answers
+    nothing. On an embedded world it is right when its first word is the document's, else as in `forethought questions`.
+    """
+
+    def __init__(self, stage: Stage, tokenizer: Any, form: ThoughtFormat):
+        self.tokenizer, self.close = tokenizer, list(form.close) if stage.think else []
+        self.right: Callable[[str, str], bool] = _first_word if stage.data.startswith("world:") else _judged
+
+    def __call__(
+        self, completion_ids: Sequence[list[int]], answer: Sequence[str], log_metric: Any = None, **_: Any
+    ) -> list[float]:
+        """One reward a completion."""
+        said = [self._said(ids) for ids in completion_ids]
+        if log_metric is not None:
+            log_metric("answered", sum(text is not None for text in said) / len(said))
+        return [float(text is not None and self.right(text, true)) for text, true in zip(said, answer, strict=True)]
+
+    def _said(self, ids: list[int]) -> str | None:
+        size = len(self.close)
+        for i in range(len(ids) - size + 1):
+            if ids[i : i + size] == self.close:
+                return self.tokenizer.decode(ids[i + size :], skip_special_tokens=True)
+        return None
+
+
+def _first_word(text: str, answer: str) -> bool:
+    return text.split()[:1] == [answer]
+
+
+def _judged(text: str, answer: str) -> bool:
+    return judge(text, answer).right

@@ -1,9 +1,8 @@
-"""TRL's own trainers for post-training (docs/post-training.md): supervised, and RL with a reward of the caller's."""
+"""TRL's trainers for post-training (docs/post-training.md): SFT, and GRPO with a reward function of the caller."""
 
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -12,133 +11,112 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from forethought.config import Config
-from forethought.tools.trl import ending_with, machine, optimizer
+from forethought.tools.posttrain.stage import Example, Stage, end_token
+from forethought.tools.trl import common_arguments, stopping_at
+
+QUIET: dict[str, Any] = {"save_strategy": "no", "disable_tqdm": True}
+Progress = Callable[[int, int], None]
+"""Called after each step with the number of finished steps and of all steps."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """How completions are sampled in `reinforce`."""
+def sft(start: tuple[Any, Any], rows: Sequence[Example], config: Config, progress: Progress) -> list[dict[str, Any]]:
+    """Train with `SFTTrainer` on train.batch examples per step, in order; the loss covers completions only.
 
-    group: int  # of each prompt
-    longest: int  # tokens
-    temperature: float
-    end: int | None  # the token that ends one; None: the tokenizer's end of text
-
-
-Seen = Callable[[int, int], None]
-"""Told the steps that are done, and how many there are."""
-
-
-def supervise(
-    start: tuple[Any, Any], rows: Sequence[tuple[list[int], list[int]]], config: Config, seen: Seen
-) -> list[dict[str, Any]]:
-    """SFT with TRL's `SFTTrainer`: next-token loss on the completion of each (prompt, completion), in their order.
-
-    `start`: model and tokenizer. train.batch rows a step; weights are changed in place. Returns what TRL logged.
+    `start`: model and tokenizer. Updates the weights in place, returns TRL's log.
     """
     model, tokenizer = start
-    labelled = [{"input_ids": a + b, "labels": [-100] * len(a) + b} for a, b in rows]
-    with TemporaryDirectory() as folder, _own_ends(model):
-        settings = SFTConfig(
-            **_passing(config, folder),
+    labeled = [
+        {"input_ids": one.prompt + one.completion, "labels": [-100] * len(one.prompt) + one.completion} for one in rows
+    ]
+    with TemporaryDirectory() as folder, _restored_configs(model):
+        arguments = SFTConfig(
+            **common_arguments(config, folder),
+            **QUIET,
             per_device_train_batch_size=config.train.batch,
             train_sampling_strategy="sequential",
             max_length=None,
         )
         trainer = SFTTrainer(
             model=model,
-            args=settings,
-            train_dataset=Dataset.from_list(labelled),
+            args=arguments,
+            train_dataset=Dataset.from_list(labeled),
             processing_class=copy.deepcopy(tokenizer),
-            callbacks=[_Progress(seen)],
+            callbacks=[_ReportProgress(progress)],
         )
-        return _trained(trainer)
+        return _train(trainer)
 
 
-def reinforce(
+def grpo(
     start: tuple[Any, Any],
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[Example],
     reward: Any,
-    sampling: Sampling,
+    stage: Stage,
     config: Config,
-    seen: Seen,
+    progress: Progress,
 ) -> list[dict[str, Any]]:
-    """RL with TRL's `GRPOTrainer` and its own defaults, on rows with a `prompt` and what `reward` takes, in order.
+    """Train with `GRPOTrainer` and its defaults on train.batch prompts per step, in order; `reward` gets the answers.
 
-    `start`: model and tokenizer. A prompt is a list of tokens. train.batch prompts a step; weights are changed in
-    place. Returns what TRL logged.
+    `start`: model and tokenizer. Updates the weights in place, returns TRL's log.
     """
     model, tokenizer = start
-    with TemporaryDirectory() as folder, _own_ends(model):
-        ending = copy.deepcopy(tokenizer) if sampling.end is None else ending_with(sampling.end, tokenizer, model)
-        texts = [tokenizer.decode(row["prompt"]) for row in rows]
-        _reads(ending, dict(zip(texts, (row["prompt"] for row in rows), strict=True)))
-        settings = GRPOConfig(
-            **_passing(config, folder),
-            per_device_train_batch_size=config.train.batch * sampling.group,
-            num_generations=sampling.group,
-            max_completion_length=sampling.longest,
-            temperature=sampling.temperature,
+    with TemporaryDirectory() as folder, _restored_configs(model):
+        end = end_token(stage, tokenizer)
+        stopping = copy.deepcopy(tokenizer) if end is None else stopping_at(end, tokenizer, model)
+        _fix_tokens(stopping, {tokenizer.decode(one.prompt): one.prompt for one in rows})
+        arguments = GRPOConfig(
+            **common_arguments(config, folder),
+            **QUIET,
+            per_device_train_batch_size=config.train.batch * stage.group,
+            num_generations=stage.group,
+            max_completion_length=stage.max_tokens,
+            temperature=stage.temperature,
             disable_dropout=True,
             shuffle_dataset=False,
         )
         trainer = GRPOTrainer(
             model=model,
             reward_funcs=reward,
-            args=settings,
-            train_dataset=Dataset.from_list([row | {"prompt": text} for row, text in zip(rows, texts, strict=True)]),
-            processing_class=ending,
-            callbacks=[_Progress(seen)],
+            args=arguments,
+            train_dataset=Dataset.from_list(
+                [{"prompt": tokenizer.decode(one.prompt), "answer": one.answer} for one in rows]
+            ),
+            processing_class=stopping,
+            callbacks=[_ReportProgress(progress)],
         )
-        return _trained(trainer)
+        return _train(trainer)
 
 
-def _reads(tokenizer: Any, prompts: dict[str, list[int]]) -> None:
-    """Let a tokenizer read these texts as exactly these tokens, which it might cut otherwise; TRL takes text only."""
+def _fix_tokens(tokenizer: Any, prompts: dict[str, list[int]]) -> None:
+    """Make the tokenizer return exactly these tokens for these texts: TRL takes prompts as text only."""
     kind = type(tokenizer)
 
-    def read(self: Any, text: Any = None, **options: Any) -> Any:
+    def call(self: Any, text: Any = None, **options: Any) -> Any:
         if isinstance(text, list) and all(one in prompts for one in text):
             return {"input_ids": [prompts[one] for one in text]}
         return kind.__call__(self, text, **options)
 
-    tokenizer.__class__ = type(kind.__name__, (kind,), {"__call__": read})
+    tokenizer.__class__ = type(kind.__name__, (kind,), {"__call__": call})
 
 
-class _Progress(TrainerCallback):
-    def __init__(self, seen: Seen):
-        self.seen = seen
+class _ReportProgress(TrainerCallback):
+    def __init__(self, progress: Progress):
+        self.progress = progress
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seen(state.global_step, state.max_steps)
+        self.progress(state.global_step, state.max_steps)
 
 
-def _passing(config: Config, folder: str) -> dict[str, Any]:
-    """A trainer that leaves nothing behind but the weights."""
-    train = config.train
-    return {
-        "output_dir": folder,
-        "seed": config.seed,
-        "max_steps": train.steps,
-        "logging_steps": train.log_every,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        **optimizer(config.optim),
-        **machine(config),
-    }
-
-
-def _trained(trainer: Any) -> list[dict[str, Any]]:
+def _train(trainer: Any) -> list[dict[str, Any]]:
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return [line for line in trainer.state.log_history if "train_runtime" not in line]
 
 
 @contextlib.contextmanager
-def _own_ends(model: Any) -> Iterator[None]:
-    """Afterwards the model's ends of text and padding are again what they were: trainers set them to a tokenizer's."""
-    options, generation = copy.deepcopy(model.config), copy.deepcopy(model.generation_config)
+def _restored_configs(model: Any) -> Iterator[None]:
+    """Restore the model's config and generation config on exit: trainers set their end-of-text and padding tokens."""
+    config, generation = copy.deepcopy(model.config), copy.deepcopy(model.generation_config)
     try:
         yield
     finally:
-        model.config, model.generation_config = options, generation
+        model.config, model.generation_config = config, generation

@@ -39,7 +39,7 @@ def ask(
     figures: dict[str, Any] = {"seed": config.seed, "checker": answers.checker()}
     figures |= {f"version/{exam.task.name}": exam.task.version for exam in asked}
     for who, some in records.items():
-        figures |= {f"{who}/{name}": value for name, value in questions.summarise(some).items()}
+        figures |= {f"{who}/{name}": value for name, value in questions.summarize(some).items()}
     if "base" in records:
         difference = questions.over_base(records["model"], records["base"])
         figures |= {f"over_base/{name}": value for name, value in difference.items()}

@@ -176,7 +176,7 @@ def _think(
     As in training, a thought has at least one token and does not end with the text.
     """
     form, close = asked.form, list(asked.form.close)
-    opened = [form.wrap(context) for context in contexts]
+    opened = [form.prompt_tokens(context) for context in contexts]
     sampling = _sampling(asked, turns, asked.config.method.thought_length, close[0])
     streams = _streams(asked, exam, turns, "thought")
     found = generate(asked.model, opened, sampling, lambda some: some[-len(close) :] == close, streams, asked.step)
@@ -247,7 +247,7 @@ def before(text: str, strings: Sequence[str]) -> str:
     return text[: min((text.find(string) for string in strings if string in text), default=len(text))]
 
 
-def summarise(records: Sequence[Record]) -> Figures:
+def summarize(records: Sequence[Record]) -> Figures:
     """Flat figures MODE/TASK/METRIC, each with /se, and MODE/{math,science,overall}/ACCURACY (docs/metrics.md)."""
     return figures(columns(records))
 
@@ -294,7 +294,7 @@ def _columns(records: Sequence[Record]) -> dict[str, np.ndarray]:
 
 
 def figures(table: Columns) -> Figures:
-    """Flat figures of columns, as `summarise`."""
+    """Flat figures of columns, as `summarize`."""
     found: Figures = {}
     for (mode, task), metrics in table.items():
         for metric, values in metrics.items():

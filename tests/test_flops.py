@@ -16,33 +16,38 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import DynamicCache
+from transformers import DynamicCache, Gemma3Config, Qwen3Config
 
-from forethought.config import from_dict
-from forethought.models.flops import (
+from forethought.config import UserError, from_dict
+from forethought.flops import (
+    FAMILIES,
+    Attention,
     Flops,
+    Mamba,
+    Shape,
     Work,
     cpt_step,
     decode_flops,
     equal_flops_steps,
     forward_flops,
+    memory,
     pairs,
     rlp_step,
     step_flops,
     t_flop,
 )
-from forethought.models.shape import Attention, Mamba, Shape
+from forethought.models.compute_copy import Teacher
 from forethought.prefix import enable
 from forethought.run.folder import RunLog
 from forethought.trainer import resume, train
 from helpers.architectures import CONFIGS, model
 from helpers.flops import counted
-from helpers.models import FORM, LONG, MODELS, config, cpt, rlp, window
+from helpers.models import FORM, LONG, MODELS, collected, config, cpt, gpt2, rlp, window
 from helpers.runs import figures, options
 
 ATTENTION = Attention(heads=2, kv_heads=1, head_dim=3, window=None)
 MAMBA = Mamba(heads=2, head_dim=3, state=5, groups=1, kernel=4, chunk=4)
-TINY = Shape(model_type="llama", hidden=5, vocab=7, parameters=0, multiplied=100, attention=(ATTENTION,), mamba=())
+TINY = Shape(model_type="llama", hidden=5, vocab=7, parameters=0, matmul_weights=100, attention=(ATTENTION,), mamba=())
 SCAN = dataclasses.replace(TINY, attention=(), mamba=(MAMBA,))
 HEAD = 2 * 5 * 7  # FLOPs of one row of logits of TINY
 
@@ -79,7 +84,7 @@ def test_with_fused_attention_torch_counts_all_but_attention(name: str):
 def test_torchs_formula_for_fused_attention_on_a_gpu():
     """The same forward; 2.5 times that backward, since the kernel computes the scores again, which we do not count."""
     query, keys = (1, 2, 6, 3), (1, 1, 6, 3)
-    ours = forward_flops(dataclasses.replace(TINY, multiplied=0), [(6, 0)], 0, causal=False)
+    ours = forward_flops(dataclasses.replace(TINY, matmul_weights=0), [(6, 0)], 0, causal=False)
     assert sdpa_flop_count(query, keys, keys) == ours
     assert sdpa_backward_flop_count(query, query, keys, keys) == 2.5 * ours
 
@@ -229,11 +234,11 @@ def run_step(
     settings = config(tokens=1, rows=1, group=3, thought_length=4, seed=1, prefix=prefix, **changes)
     method = rlp(policy, settings, form)
     with FlopCounterMode(display=False) as rollout:
-        batch = method.collect(WINDOWS, 1)
+        batch = collected(method, WINDOWS, 1)
     with FlopCounterMode(display=False) as update:
         for _ in range(settings.method.inner_steps):
-            for piece in batch.pieces:
-                method.backward(piece)
+            for piece in batch.microbatches:
+                method.forward_backward(piece)
     assert isinstance(batch.work, Work)
     return batch.work, rollout, update
 
@@ -270,7 +275,7 @@ def test_a_real_step_with_shared_prefixes_equals_torchs_count_outside_attention(
     work, rollout, update = run_step(policy, WIDE, prefix="shared")
     assert work.sharing == "document"
     assert counted(rollout) - rollout.get_flop_counts()["Global"][torch.ops.aten.bmm] == rlp_step(shape, work).rollout
-    unused = 2 * 2 * (shape.multiplied // 2 - 2 * shape.hidden * 16)  # of two layers, with one key head of 16
+    unused = 2 * 2 * (shape.matmul_weights // 2 - 2 * shape.hidden * 16)  # of two layers, with one key head of 16
     assert counted(update) == rlp_step(shape, work).training - unused * sum(work.prefixes)
     work, _, update = run_step(policy, WIDE, prefix="shared", positions=2)
     assert len(work.prefixes) > len(work.windows)
@@ -279,7 +284,7 @@ def test_a_real_step_with_shared_prefixes_equals_torchs_count_outside_attention(
 
 def test_work_says_what_was_asked_and_read():
     method = rlp(MODELS["qwen3"](), config(group=3, thought_length=4, positions=2, teacher_every=2, horizon=2), LONG)
-    first, second, third = (method.collect(WINDOWS, step).work for step in (1, 2, 3))
+    first, second, third = (collected(method, WINDOWS, step).work for step in (1, 2, 3))
     assert isinstance(first, Work)
     assert [one.teacher for one in (first, second, third) if isinstance(one, Work)] == [True, True, False]
     assert (first.owners, first.opening, first.horizon) == ((0, 0, 1, 1), 4, 2)
@@ -296,10 +301,10 @@ def test_a_real_step_of_next_token_training_equals_torchs_count():
     policy = MODELS["qwen3"]()
     policy.set_attn_implementation("eager")
     method, shape = cpt(policy, config(tokens=1)), Shape.of(policy.config)
-    batch = method.collect(WINDOWS, 1)
+    batch = collected(method, WINDOWS, 1)
     with FlopCounterMode(display=False) as counter:
-        for piece in batch.pieces:
-            method.backward(piece)
+        for piece in batch.microbatches:
+            method.forward_backward(piece)
     assert isinstance(batch.work, tuple)
     last = 3 * len(WINDOWS) * 2 * shape.hidden * shape.vocab  # logits after each row's last token, which nothing uses
     assert counted(counter) == cpt_step(shape, batch.work, causal=False).total + last
@@ -361,3 +366,91 @@ def test_a_run_of_an_unknown_architecture_goes_on_without_these_figures(tmp_path
     assert not {name for row in figures(tmp_path / "run") for name in row if name.startswith("cost/")}
     assert "flops" not in summary
     assert summary["t_flop_tokens"] > summary["tokens"]
+
+
+def floats(value: Any) -> int:
+    """Bytes of all tensors of floating-point numbers somewhere in a cache."""
+    if torch.is_tensor(value):
+        return value.nbytes if value.dtype.is_floating_point else 0
+    if isinstance(value, dict):
+        return sum(map(floats, value.values()))
+    return sum(map(floats, value)) if isinstance(value, list) else 0
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parameters_are_those_of_the_model(name: str):
+    assert Shape.of(CONFIGS[name]).parameters == sum(one.numel() for one in model(name).parameters())
+
+
+def test_every_family_has_a_model_here():
+    assert {config.model_type for config in CONFIGS.values()} == set(FAMILIES)
+
+
+def test_other_architectures_are_refused_by_name():
+    for other in (gpt2().config, Gemma3Config()):
+        with pytest.raises(
+            UserError, match=rf"^model_type = '{other.model_type}': its FLOPs are not known; known are bamba"
+        ):
+            Shape.of(other)
+        assert Shape.known(other) is None
+    assert Shape.known(CONFIGS["llama"]) == Shape.of(CONFIGS["llama"])
+
+
+def test_windows_follow_the_layers():
+    def windows(name: str) -> list[int | None]:
+        return [one.window for one in Shape.of(CONFIGS[name]).attention]
+
+    assert windows("llama") == windows("mixtral") == [None, None, None]
+    assert windows("mistral") == [5, 5, 5]
+    assert windows("qwen2") == windows("qwen3") == [None, None, 5]
+    assert windows("gemma2") == windows("gemma3_text") == [5, None, 5]
+
+
+def test_a_config_without_head_dim_divides_its_width():
+    [one, *_] = Shape.of(CONFIGS["smollm3"]).attention
+    assert one == Attention(heads=4, kv_heads=2, head_dim=6, window=None)
+
+
+def test_qwen3_1_7b_by_hand():
+    """The published shape: 28 layers of 16 heads of 128 with 8 key heads, 2048 wide, MLP 6144, tied."""
+    config = Qwen3Config(
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=True,
+    )
+    shape = Shape.of(config)
+    layer = 2048 * 2048 * 2 + 2048 * 1024 * 2 + 3 * 2048 * 6144
+    assert shape.matmul_weights == 28 * layer == 1_409_286_144
+    assert shape.parameters == 28 * (layer + 2 * 2048 + 2 * 128) + 151936 * 2048 + 2048 == 1_720_574_976
+    assert memory(shape, 1024, element=2).cache == 1024 * 28 * 2 * 8 * 128 * 2
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("tokens", [2, 11])
+def test_cache_bytes_are_those_of_the_tensors(name: str, tokens: int):
+    policy = model(name)
+    cache = DynamicCache(config=policy.config)
+    with torch.no_grad():
+        policy(input_ids=torch.ones(1, tokens, dtype=torch.long), past_key_values=cache, use_cache=True)
+    assert memory(Shape.of(policy.config), tokens).cache == sum(floats(vars(layer)) for layer in cache.layers)
+
+
+@pytest.mark.parametrize("name", ["llama-biased-tied", "nemotron_h"])
+def test_training_bytes_are_those_of_the_tensors(name: str):
+    policy = model(name)
+    teacher = Teacher(policy, 0.9)
+    optimizer = torch.optim.AdamW(policy.parameters())
+    policy(input_ids=torch.ones(1, 3, dtype=torch.long), use_cache=False).logits.sum().backward()
+    optimizer.step()
+    moments = [one[name] for one in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    expected = memory(Shape.of(policy.config), 0)
+    assert expected.weights == sum(one.nbytes for one in policy.parameters())
+    assert expected.gradients == sum(one.grad.nbytes for one in policy.parameters())
+    assert expected.optimizer == sum(one.nbytes for one in moments)
+    assert expected.teacher == sum(one.nbytes for one in teacher.model.parameters())
+    assert expected.training == 20 * Shape.of(policy.config).parameters
