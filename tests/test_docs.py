@@ -1,5 +1,6 @@
 """The documentation matches the code: names exist, every metric is defined, and the wording stays plain."""
 
+import ast
 import dataclasses
 import importlib
 import json
