@@ -1,4 +1,4 @@
-"""The policy: fp32 master weights, and the model that computes with them or with a bf16 or full copy; the EMA teacher."""
+"""The policy: fp32 master weights, and the model that computes with them or with a copy; the EMA teacher."""
 
 import contextlib
 import copy

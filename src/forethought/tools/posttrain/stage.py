@@ -41,7 +41,7 @@ from forethought.config import (
 )
 from forethought.data.corpus import Windows, check_corpus
 from forethought.data.positions import ThoughtFormat
-from forethought.data.readers import json_lines
+from forethought.run.folder import read_jsonl
 from forethought.tools.questions.answers import judge
 from forethought.tools.questions.prompts import prompt as asked
 from forethought.tools.questions.tasks import TASKS, Question
@@ -198,16 +198,14 @@ def _read_questions(path: str) -> Iterator[tuple[str, str, str]]:
         raise UserError(f"data = {path!r}: must be world:NAME/SPLIT or a file of questions (.jsonl or .jsonl.gz)")
     empty = True
     try:
-        for number, row in json_lines(path):
-            fields = row if isinstance(row, dict) else {}
-            question, answer = fields.get("question", fields.get("problem")), fields.get("answer")
+        for number, row in read_jsonl(path):
+            question, answer = row.get("question", row.get("problem")), row.get("answer")
             if not isinstance(question, str) or not isinstance(answer, str | int | float) or not str(answer).strip():
                 raise UserError(
-                    f"{path}:{number}: expected an object with the fields question (or problem) and answer, got "
-                    f"{reprlib.repr(row)}"
+                    f"{path}:{number}: expected the fields question (or problem) and answer, got {reprlib.repr(row)}"
                 )
             shown, _, final = str(answer).rpartition("####")
-            solution = str(fields.get("solution") or shown).split("####")[0]
+            solution = str(row.get("solution") or shown).split("####")[0]
             yield question.strip(), re.sub(r"<<[^<>]*>>", "", solution).strip(), final.strip()
             empty = False
     except OSError as error:
