@@ -119,7 +119,7 @@ def updated(model: Any, group: int, chunk: int) -> tuple[list[int], int]:
     document = torch.randint(10, 97, (DOCUMENT + 1,), generator=generator).tolist()
     positions = at_positions([Window(document="0", start=0, tokens=document, marks={})], [list(PLACES)], 1)
     tokens = torch.randint(10, 97, (len(PLACES), group, LENGTH), generator=generator)
-    rows = ThoughtBatch.of(FORM, positions, tokens, torch.ones_like(tokens, dtype=torch.bool))
+    rows = ThoughtBatch.from_positions(FORM, positions, tokens, torch.ones_like(tokens, dtype=torch.bool))
     passes: list[int] = []
     hook = model.get_input_embeddings().register_forward_hook(lambda *some: passes.append(some[1][0].numel()))
     held = Held()
