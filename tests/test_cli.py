@@ -213,7 +213,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line_within_seconds(
 def test_a_run_folder_that_exists_is_left_alone(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     before = sorted(path for path in finished.rglob("*"))
     line = complaint(capsys, words(options(finished.parent, "run")))
-    assert line.startswith(f"run = '{finished}': exists and is not empty; go on with it (--resume {finished})")
+    assert line.startswith(f"run = '{finished}': exists and is not empty; continue it (--resume {finished})")
     assert sorted(path for path in finished.rglob("*")) == before
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("years of work")

@@ -26,10 +26,8 @@ from forethought.models.compute_copy import compute_copy
 from forethought.models.loading import load_model, load_thinking_options, load_tokenizer
 from forethought.models.logprobs import chunk_tokens, no_think_logp, suffix_logits
 from forethought.rollout import Thoughts, draw_noise
-from forethought.rollout.copies import Copies, read_copies
-from forethought.rollout.decoder import sample
-from forethought.rollout.generate import Sampling, Stop, generate
-from forethought.rollout.native import native_engine
+from forethought.rollout.decoder import ReplicatedBatch, sample
+from forethought.rollout.native import Sampling, Stop, generate, native_engine
 from forethought.tools.questions.questions import ends
 
 _TAIL = 8  # tokens of which a text is decoded to see what the last one adds; a character has at most 4
@@ -248,14 +246,14 @@ class ThinkingModel:
     @torch.no_grad()
     def _pause(
         self, tokens: list[int], thoughts: int, seed: int
-    ) -> tuple[tuple[Thought, ...], Copies, Float[Tensor, "row vocab"]]:
+    ) -> tuple[tuple[Thought, ...], ReplicatedBatch, Float[Tensor, "row vocab"]]:
         """Think, and read a row for each thought and (last) one without; the logits that follow."""
         [said] = self._think([tokens], thoughts, [seed])
         rows = [*self._rows(tokens, said), tokens]
-        return said, *read_copies(self.model, rows, self.form.pad)
+        return said, *ReplicatedBatch.read(self.model, rows, self.form.pad)
 
     @torch.no_grad()
-    def _step(self, copies: Copies, token: int) -> Float[Tensor, "row vocab"]:
+    def _step(self, copies: ReplicatedBatch, token: int) -> Float[Tensor, "row vocab"]:
         return copies.step(torch.full((len(copies.mask),), token, device=self.model.device))
 
     def _draw(self, logp: Float[Tensor, " vocab"], before: list[int], temperature: float, seed: int) -> int:

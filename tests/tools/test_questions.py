@@ -15,7 +15,7 @@ from forethought.cli import main
 from forethought.config import Questions, UserError, from_dict, load, merge
 from forethought.data.positions import make_generator, thought_format
 from forethought.models.loading import load_model, load_tokenizer
-from forethought.rollout.generate import Sampling, generate
+from forethought.rollout.native import Sampling, generate
 from forethought.tools.questions import prompts, questions, tasks
 from forethought.tools.questions.answers import checker, judge, matches
 from forethought.tools.questions.ask import ask

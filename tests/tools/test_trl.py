@@ -189,6 +189,7 @@ def test_a_corpus_whose_text_does_not_tokenize_back_is_refused(settings):
         ({"kl_weight": 0.1}, "method.kl_weight"),
         ({"baseline": "batch"}, "method.baseline"),
         ({"name": "rpt"}, "method.name = 'rpt'"),
+        ({"reward": "random"}, "method.reward = .random.: must be .information_gain."),
         ({"position_policy": "entropy"}, "position_policy = 'entropy'"),
     ],
 )

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from forethought.config import UserError, merge
 from forethought.inference import Pair, ThinkingModel
-from forethought.rollout.generate import Sampling
+from forethought.rollout.native import Sampling
 from forethought.tools.questions.questions import before, stop_at
 
 _KNOWN = {"until", "do_sample", "temperature", "top_p", "max_gen_toks"}

@@ -17,8 +17,8 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from forethought.config import RunError, UserError
-from forethought.run.trackers import Callbacks
 from forethought.run.signals import SignalArrived, SignalGuard, Stopped
+from forethought.run.trackers import Callbacks
 from forethought.tools.experiment import arms
 from forethought.tools.experiment.design import Experiment, Job
 

@@ -41,7 +41,7 @@ from forethought.config import (
 )
 from forethought.data.corpus import Windows, check_corpus
 from forethought.data.positions import ThoughtFormat
-from forethought.data.readers import json_lines
+from forethought.run.folder import read_jsonl
 from forethought.tools.questions.answers import judge
 from forethought.tools.questions.prompts import prompt as asked
 from forethought.tools.questions.tasks import TASKS, Question
@@ -198,7 +198,7 @@ def _read_questions(path: str) -> Iterator[tuple[str, str, str]]:
         raise UserError(f"data = {path!r}: must be world:NAME/SPLIT or a file of questions (.jsonl or .jsonl.gz)")
     empty = True
     try:
-        for number, row in json_lines(path):
+        for number, row in read_jsonl(path):
             fields = row if isinstance(row, dict) else {}
             question, answer = fields.get("question", fields.get("problem")), fields.get("answer")
             if not isinstance(question, str) or not isinstance(answer, str | int | float) or not str(answer).strip():

@@ -14,7 +14,7 @@ import torch
 
 from forethought.config import Config, UserError
 from forethought.data.positions import ThoughtFormat, make_generator
-from forethought.rollout.generate import Sampling, Stop, generate
+from forethought.rollout.native import Sampling, Stop, generate
 from forethought.tools.questions import answers
 from forethought.tools.questions.choices import Row, Step, continuation, pick_letters, pick_texts
 from forethought.tools.questions.prompts import STOPS, prompt
