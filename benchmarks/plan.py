@@ -13,7 +13,7 @@ from typing import Any
 from forethought.config import load
 from forethought.tools.plan.job import Job, job, shipped_shape
 from forethought.tools.plan.memory import memory
-from forethought.tools.plan.seconds import step
+from forethought.tools.plan.timing import step
 
 RESULTS = Path(__file__).parent / "results"
 GIB = 2**30

@@ -1,4 +1,4 @@
-"""fp32 weights that are trained, the network that computes with them (itself or a copy), and the EMA teacher."""
+"""The policy: fp32 master weights, and the model that computes with them or with a copy; the EMA teacher."""
 
 import contextlib
 import copy

@@ -176,7 +176,7 @@ def test_a_stopped_experiment_goes_on(tmp_path: Path, processes: int):
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=240)
     assert process.returncode == 128 + signal.SIGTERM, said
-    assert f"finished arms are kept in {tmp_path / 'run'}; go on with the same command" in said
+    assert f"finished arms are kept in {tmp_path / 'run'}; resume with the same command" in said
     saved = [int(path.name.removeprefix("step-")) for path in (run / "checkpoints").iterdir()]
     assert saved, "the arm saved before it left"
     assert main(words) == 0
@@ -240,7 +240,7 @@ def test_a_process_takes_several_jobs_and_one_that_is_killed_is_replaced(tmp_pat
         ("[arms.rlp]", "[arms.rlp", "is not valid TOML"),
         ("seeds = [0, 1]", "seeds = []", "seeds = .*at least 1 item"),
         ("seeds = [0, 1]", "sseds = [0]", "unknown key sseds"),
-        ("[arms.rlp-frozen]", "[arms.base]", r"arms.base: the base is always there"),
+        ("[arms.rlp-frozen]", "[arms.base]", r"arms.base: the base is always included"),
         ('flops = "rlp"', 'flops = "rpl"', r"arms.cpt-flops.budget.flops = 'rpl': must be another arm"),
         ('flops = "rlp"', 'seconds = "rlp"', r"budget"),
         ("freeze_teacher = true", "freeze = true", r"arms.rlp-frozen: unknown option method.freeze"),

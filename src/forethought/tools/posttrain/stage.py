@@ -199,15 +199,13 @@ def _read_questions(path: str) -> Iterator[tuple[str, str, str]]:
     empty = True
     try:
         for number, row in read_jsonl(path):
-            fields = row if isinstance(row, dict) else {}
-            question, answer = fields.get("question", fields.get("problem")), fields.get("answer")
+            question, answer = row.get("question", row.get("problem")), row.get("answer")
             if not isinstance(question, str) or not isinstance(answer, str | int | float) or not str(answer).strip():
                 raise UserError(
-                    f"{path}:{number}: expected an object with the fields question (or problem) and answer, got "
-                    f"{reprlib.repr(row)}"
+                    f"{path}:{number}: expected the fields question (or problem) and answer, got {reprlib.repr(row)}"
                 )
             shown, _, final = str(answer).rpartition("####")
-            solution = str(fields.get("solution") or shown).split("####")[0]
+            solution = str(row.get("solution") or shown).split("####")[0]
             yield question.strip(), re.sub(r"<<[^<>]*>>", "", solution).strip(), final.strip()
             empty = False
     except OSError as error:

@@ -5,7 +5,6 @@ the field names of the hub's sets and of the common copies; docs/questions.md li
 """
 
 import csv
-import json
 import random
 import reprlib
 from collections.abc import Iterator, Mapping
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from forethought.config import Questions, UserError
-from forethought.data.readers import decode_text, numbered_lines
+from forethought.run.folder import read_jsonl
 from forethought.tools.questions.answers import LETTERS
 
 _EXTENSIONS = (".jsonl", ".jsonl.gz", ".csv")
@@ -216,16 +215,7 @@ def _first(folder: Path, names: tuple[str, ...]) -> Path | None:
 
 
 def _read_json(file: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
-    for number, line in numbered_lines(str(file)):
-        where = f"{file}:{number}"
-        text = decode_text(line, str(file), number)
-        try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: malformed JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: a row must be an object, got {reprlib.repr(row)}")
-        yield row, where
+    return ((row, f"{file}:{number}") for number, row in read_jsonl(file))
 
 
 def _read_csv(file: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
