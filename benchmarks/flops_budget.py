@@ -1,4 +1,4 @@
-"""The cost of RLP at the shape of Qwen3-1.7B, as arithmetic: nothing is run. Prints the tables of docs/flops.md.
+"""The FLOPs of RLP with the shape of Qwen3-1.7B. Nothing is run. Prints the tables of docs/flops.md.
 
 python benchmarks/flops_budget.py
 """

@@ -20,6 +20,7 @@ from forethought.trainer import train
 from helpers.docs import ROOT, backticked
 
 MODULES = sorted((ROOT / "src").rglob("*.py"))
+PACKAGES = sorted({path.parent.name for path in MODULES if path.parent.parent.name == "forethought"})
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md")),
     *(path for path in sorted((ROOT / "docs").glob("*.md")) if path.name != "lab-notes.md"),
@@ -91,6 +92,8 @@ def test_files_modules_and_options_named_in_the_documents_exist(page: Path):
         assert any(one.is_file() for one in known), path
     for name in set(re.findall(r"`forethought((?:\.(?!json)[A-Za-z_]\w*)+)`", text)):
         assert resolves(name[1:]), name
+    for path in re.findall(rf"`({'|'.join(PACKAGES)})/([\w/]+\.\w+)`", text):
+        assert (ROOT / "src" / "forethought" / "/".join(path)).is_file(), path
     for name in re.findall(r"^::: forethought\.(\S+)", text, re.MULTILINE):
         assert resolves(name), name
     for name in re.findall(r"^\| `(\w+)\(", text, re.MULTILINE) if page.name == "trl.md" else ():
@@ -125,7 +128,7 @@ def test_every_shipped_config_is_valid():
             load(file)
 
 
-def test_the_readme_stays_small():
+def test_the_readme_is_short():
     assert (ROOT / "README.md").read_text(encoding="utf-8").count("\n") <= 160
 
 

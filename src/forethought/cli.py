@@ -152,10 +152,12 @@ def _evaluate(words: list[str], out: Console, err: Console) -> None:
 def _questions(words: list[str], out: Console, err: Console) -> None:
     overrides = read_overrides(words[1:])
     _quiet_libraries()
-    from forethought.tools.questions.ask import ask
+    from forethought.tools.benchmarks import run_benchmarks
 
     with ProgressBar(err) as progress:
-        figures, file = ask(words[0], overrides, lambda done, total: progress.phase("answering", done, total))
+        figures, file = run_benchmarks(
+            words[0], overrides, lambda done, total: progress.phase("answering", done, total)
+        )
     answer_table(figures, out)
     line(out, f"figures: {file}; every prompt and answer: {file.with_suffix('.jsonl')}")
 

@@ -92,22 +92,22 @@ MACHINES = {
     name: Machine(name=name, **dict(zip(_FIELDS, values, strict=True))) for name, values in _DATA_SHEETS.items()
 }
 
-_MEASURED = {  # figures of a --ceilings file: scale to plain units, and the field that they replace
-    "matmul_gflops": (1e9, ""),
-    "matmul_bf16_gflops": (1e9, ""),
-    "matmul_tflops": (1e12, ""),
-    "copy_gb_s": (1e9, ""),
-    "copy_tb_s": (1e12, ""),
-    "memory_gb": (1e9, "memory"),
-    "inside_gb_s": (1e9, "inside"),
-    "across_gb_s": (1e9, "across"),
-    "launch_us": (1e-6, "launch"),
-    "replay_us": (1e-6, "replay"),
-    "latency_us": (1e-6, "latency"),
-    "update_of_matmul": (1.0, "update_share"),
-    "read_of_matmul": (1.0, "read_share"),
-    "rollout_of_ceiling": (1.0, "decode_share"),
-    "decode_of_bound": (1.0, "decode_share"),
+_MEASURED = {  # figures of a --ceilings file: field of Machine, scale; the last one of a field counts
+    "matmul_gflops": ("fp32", 1e9),
+    "matmul_bf16_gflops": ("bf16", 1e9),
+    "matmul_tflops": ("bf16", 1e12),
+    "copy_gb_s": ("bandwidth", 1e9),
+    "copy_tb_s": ("bandwidth", 1e12),
+    "memory_gb": ("memory", 1e9),
+    "inside_gb_s": ("inside", 1e9),
+    "across_gb_s": ("across", 1e9),
+    "launch_us": ("launch", 1e-6),
+    "replay_us": ("replay", 1e-6),
+    "latency_us": ("latency", 1e-6),
+    "update_of_matmul": ("update_share", 1.0),
+    "read_of_matmul": ("read_share", 1.0),
+    "rollout_of_ceiling": ("decode_share", 1.0),
+    "decode_of_bound": ("decode_share", 1.0),
 }
 
 
@@ -309,23 +309,21 @@ def machine(name: str, ceilings: str | None = None, price: str | None = None) ->
 
 def _measured(known: Machine, file: str) -> Machine:
     """The machine with the figures of a JSON file."""
-    found = _figures(file)
-    single, half = found.get("matmul_gflops"), found.get("matmul_tflops", found.get("matmul_bf16_gflops"))
-    copied = found.get("copy_tb_s", found.get("copy_gb_s"))
-    if single is None and half is None:
+    figures = _figures(file)
+    found: dict[str, Any] = {field: figures[name] for name, (field, _) in _MEASURED.items() if name in figures}
+    if not found.keys() & {"fp32", "bf16"}:
         raise UserError(f"--ceilings {file}: holds no matmul_gflops (fp32) and no matmul_tflops (bf16)")
-    if known.name == "cpu" and copied is None:
+    if known.name == "cpu" and "bandwidth" not in found:
         raise UserError(f"--ceilings {file}: holds no copy_gb_s")
-    fp32 = known.fp32 * known.matmul_share if single is None else single
-    bf16 = known.bf16 * known.matmul_share if half is None else half
-    changes: dict[str, Any] = {"matmul_share": 1.0, "fp32": fp32 or bf16, "bf16": bf16 or fp32}
-    if copied is not None:
-        changes |= {"bandwidth": copied, "copy_share": 1.0}
-    if found.keys() & {"inside_gb_s", "across_gb_s"}:
+    fp32 = found.get("fp32", known.fp32 * known.matmul_share)
+    bf16 = found.get("bf16", known.bf16 * known.matmul_share)
+    changes = {"matmul_share": 1.0, **found, "fp32": fp32 or bf16, "bf16": bf16 or fp32}
+    if "bandwidth" in found:
+        changes["copy_share"] = 1.0
+    if found.keys() & {"inside", "across"}:
         links = {name: getattr(known, name) * known.link_share for name in ("inside", "across")}
-        changes |= {"link_share": 1.0, **links}
-    changes |= {field: found[name] for name, (_, field) in _MEASURED.items() if field and name in found}
-    names = ", ".join(name for name in _MEASURED if name in found)
+        changes = links | changes | {"link_share": 1.0}
+    names = ", ".join(name for name in _MEASURED if name in figures)
     return replace(known, **changes, source=f"measured ({names}): {file}; all else {known.source}")
 
 
@@ -343,21 +341,17 @@ def _figures(file: str) -> dict[str, float]:
     rows = [rows] if isinstance(rows, dict) else rows
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"--ceilings {file}: must hold an object, or the rows of benchmarks/step.py")
-    values: dict[str, list[float]] = {}
-    for row in rows:
-        for name in _MEASURED.keys() & row.keys():
-            value = row[name]
+    found = {}
+    for name, (_, scale) in _MEASURED.items():
+        values = [row[name] for row in rows if name in row]
+        for value in values:
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             if not number or value < 0 or (value == 0 and not name.endswith("_us")):
                 raise UserError(f"--ceilings {file}: {name} = {value!r}: must be a number above 0")
-            values.setdefault(name, []).append(value * _MEASURED[name][0])
-    return {name: _best(name, some) for name, some in values.items()}
-
-
-def _best(name: str, values: list[float]) -> float:
-    if "_of_" in name:
-        return statistics.median(values)
-    return min(values) if name.endswith("_us") else max(values)
+        if values:
+            best = statistics.median if "_of_" in name else min if name.endswith("_us") else max
+            found[name] = best(value * scale for value in values)
+    return found
 
 
 def _whole(option: str, text: str) -> int:

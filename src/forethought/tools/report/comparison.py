@@ -17,7 +17,7 @@ from forethought.config import UserError, flatten
 from forethought.config.registry import METRICS
 from forethought.tools.report import plots
 from forethought.tools.report.plots import Point
-from forethought.tools.report.tables import capitalized, figure, interval, metric, signed
+from forethought.tools.report.tables import capitalized, duration, figure, interval, metric, signed
 
 BASE, ALL, QUESTIONS = "base", "all", "questions"
 MAIN = (
@@ -219,15 +219,17 @@ def _cost(figures: Figures) -> Table:
     known = [name for name in COSTS if any(figures.row(arm, f"cost/{name}") for arm in figures.arms)]
     rows = []
     for arm in figures.arms[1:]:
-        cells = [figures.row(arm, f"cost/{name}") for name in known]
-        rows.append((arm, [("–", "") if one is None else _amounts(one) for one in cells]))
+        rows.append((arm, [_amounts(figures.row(arm, f"cost/{name}"), metric(name).unit) for name in known]))
     return Table(
         caption="", columns=[(capitalized(metric(name).label), metric(name).help) for name in known], rows=rows
     )
 
 
-def _amounts(row: Row) -> tuple[str, str]:
-    value, low, high = (f"{one:.4g}" if one >= 1e6 else f"{one:,.0f}" for one in (row.value, row.low, row.high))
+def _amounts(row: Row | None, unit: str) -> tuple[str, str]:
+    if row is None:
+        return "–", ""
+    ends = (row.value, row.low, row.high)
+    value, low, high = (duration(one) if unit == "s" else f"{one:.4g}" if one >= 1e6 else f"{one:,.0f}" for one in ends)
     return value, "" if low == high else f"{low} to {high}"
 
 

@@ -266,9 +266,9 @@ def costs(points: Sequence[Point], title: str, unit: str, cost: str) -> str:
         axes = figure.add_subplot()
         markers = []
         for point in points:
-            axes.vlines(point.x, point.low, point.high, color=_color(point), linewidth=2.0)
+            axes.vlines(point.x, point.low, point.high, color=_color(point), linewidth=2.0, clip_on=False)
             marker = MARKERS[point.index // len(COLORS) % len(MARKERS)]
-            markers += axes.plot(point.x, point.value, marker, markersize=6, color=_color(point))
+            markers += axes.plot(point.x, point.value, marker, markersize=6, color=_color(point), clip_on=False)
         axes.set_xlim(left=0)
         axes.set_xlabel(cost)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=4))

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field
 
 from forethought.config import UserError, flatten
 from forethought.config.registry import AUTOMATIC, METHODS, REWARDS, current_metrics, label
-from forethought.run.folder import RunLog, numbered_rows
+from forethought.run.folder import RunLog, read_jsonl
 
 T = TypeVar("T")
 
@@ -160,7 +160,9 @@ def names(paths: list[Path]) -> list[str]:
 
 def _rows(path: Path, parse: Callable[[dict[str, Any]], T]) -> Iterator[T]:
     """The parsed lines of a .jsonl file. Raises UserError with file and line."""
-    for count, row in numbered_rows(path):
+    if not path.is_file():
+        return
+    for count, row in read_jsonl(path, allow_truncated=True):
         try:
             value = parse(row)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
