@@ -20,8 +20,7 @@ from forethought.eval import heldout
 from forethought.flops import Flops, Shape, step_flops, t_flop
 from forethought.models import lora, sharding
 from forethought.models.loading import check_context_length, load_tokenizer, save_thinking_options
-from forethought.rollout import Responses, Thoughts
-from forethought.rollout.engines import engine
+from forethought.rollout import Responses, Thoughts, engine
 from forethought.run import checkpoint, distributed
 from forethought.run.diagnostics import Diagnosis, Monitor, diagnose_evaluation
 from forethought.run.folder import RunLog, check_free, disk_errors, read_lines
@@ -176,7 +175,7 @@ class Trainer:
 
     def run(self, log: RunLog, callbacks: Callbacks) -> dict[str, Any]:
         """Evaluate, train, evaluate; leave a finished run folder."""
-        guard, train = SignalGuard(held=distributed.world_size() > 1), self.config.train
+        guard, train = SignalGuard(deferred=distributed.world_size() > 1), self.config.train
         with Tracker(self.config, log.path) as tracker, guard.installed():
             try:
                 before = self._evaluate(log, callbacks, guard, "before")
@@ -210,7 +209,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         try:
-            with guard.passing():
+            with guard.interruptible():
                 windows = self._read()
                 record, microbatches, sums = self._collect(windows, number)
                 metrics, more = self._backward(microbatches, windows, number)
@@ -339,7 +338,7 @@ class Trainer:
         subject = heldout.Subject(
             model=self.network.model, engine=self.engine, form=self.form, tokenizer=self.tokenizer, config=self.config
         )
-        with guard.passing(), contextlib.ExitStack() as stack:
+        with guard.interruptible(), contextlib.ExitStack() as stack:
             if (teacher := self.method.state().get("teacher")) is not None:
                 teacher = stack.enter_context(sharding.full_model(teacher, self.network.model))
                 subject = dataclasses.replace(subject, teacher=teacher, as_model=self.network.as_model)

@@ -21,7 +21,7 @@ TEXT = "ball under red . swap 1 blue red , 2 green white , 3 black blue . now un
 
 def simulate(words: list[str]) -> list[str]:
     """Where the ball is after each move, found by moving five labelled cups and not by the world's own code."""
-    table = {colour: colour == words[2] for colour in cups.COLOURS}
+    table = {colour: colour == words[2] for colour in cups.COLORS}
     moves = " ".join(words[5 : words.index("now") - 1]).split(" , ")
     found = []
     for number, move in enumerate(moves, start=1):
@@ -141,8 +141,8 @@ def test_thoughts_are_right_tracks_so_far_or_musings():
     musings = {
         phrase.format(one, other)
         for phrase in worlds.MUSINGS
-        for one in cups.COLOURS
-        for other in cups.COLOURS
+        for one in cups.COLORS
+        for other in cups.COLORS
         if one != other
     }
     partial = 0

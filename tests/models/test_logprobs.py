@@ -82,7 +82,7 @@ def test_engine_and_trainer_and_plain_forward_agree_on_thoughts(name, form, shar
     assert not thoughts.closed.all()
     prompts = [form.prompt_tokens(context) for context in positions.contexts()]
     rows = ThoughtBatch.from_positions(form, positions, thoughts.tokens, thoughts.mask)
-    assert [rows.contexts(form)[place] for place in rows.place.tolist()] == [one for one in prompts for _ in range(3)]
+    assert [rows.prompts(form)[i] for i in rows.position_index.tolist()] == [one for one in prompts for _ in range(3)]
     with torch.no_grad():
         trained = [thought_logp(model, form, rows, reading) for reading in SCORING if reading.shared == shared]
         targets = positions.targets()

@@ -233,11 +233,11 @@ def _plain(query, keys, values, own_keys, own_values, hidden):
     return score.softmax(-1) @ value
 
 
-def test_rows_of_a_document_must_stand_together():
-    with pytest.raises(ValueError, match="stand together"):
+def test_rows_of_a_document_must_be_contiguous():
+    with pytest.raises(ValueError, match="contiguous"):
         attention.Layout.of([1, 0], [2, 2], torch.device("cpu"))
 
 
-def test_places_must_come_in_reading_order(model):
+def test_positions_must_come_in_reading_order(model):
     with pytest.raises(ValueError, match="reading order"):
         prefix.read(model, [[1, 2, 3]], [[3, 1]])

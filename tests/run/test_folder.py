@@ -17,7 +17,7 @@ from forethought.run.folder import RunLog, checkpoints, disk_errors, read_lines,
 
 HOLD = """
 import sys, time
-from forethought.runlog import RunLog
+from forethought.run.folder import RunLog
 with RunLog.open(sys.argv[1]).lock():
     print("held", flush=True)
     time.sleep(60)
@@ -104,7 +104,7 @@ def test_create_refuses_a_folder_without_permission(tmp_path: Path):
     code = """
 import os, sys
 from forethought.config import Config, UserError
-from forethought.runlog import RunLog
+from forethought.run.folder import RunLog
 if os.getuid() == 0:
     os.setuid(65534)
 for run in (sys.argv[1], sys.argv[1] + "/run"):
@@ -165,9 +165,11 @@ def test_read_lines_ignores_only_a_cut_last_line(tmp_path: Path):
     assert len(read_lines(path)) == 2
     path.write_bytes(whole + b"\0" * 40)
     assert len(read_lines(path)) == 2
+    path.write_bytes(whole + b"\n" + whole)
+    assert len(read_lines(path)) == 4
 
 
-@pytest.mark.parametrize("line", ['{"step": 2', "[1]", "", "\0\0"])
+@pytest.mark.parametrize("line", ['{"step": 2', "[1]", "\0\0"])
 def test_a_broken_line_elsewhere_is_named(tmp_path: Path, line: str):
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
@@ -260,7 +262,7 @@ def test_a_file_that_may_not_grow_leaves_the_old_one(tmp_path: Path):
     code = """
 import resource, sys
 from forethought.config import RunError
-from forethought.runlog import RunLog
+from forethought.run.folder import RunLog
 run = RunLog.open(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:

@@ -277,7 +277,7 @@ def _conflicts_of_entries(config: Config) -> Iterator[str]:
     if not method.samples_thoughts and method.reward != "auto":
         yield f"method.reward = {method.reward!r}: method.name {method.name} samples no thoughts to reward"
     if method.samples_thoughts and not registry.fits(entry, reward := registry.entry("reward", method.reward_name)):
-        fitting = [name for name, one in registry.REWARDS.items() if registry.fits(entry, one)]
+        fitting = entry.rewards or [name for name, one in registry.REWARDS.items() if registry.fits(entry, one)]
         yield f"method.reward = {reward.name!r}: is not for method.name {method.name}; use {' or '.join(fitting)}"
     if entry.writes and not engine.writes:
         yield f"rollout.engine = {engine.name!r}: cannot write the predictions of method.name {method.name}; use native"

@@ -50,8 +50,8 @@ class Model:
     prefix: Literal["shared", "replicated"] = "shared"
     """Read a document once for all its thoughts, or (for families that cannot share) a copy for each; same result."""
     decoding: Literal["auto", "eager", "cuda_graphs", "cuda_graphs_compiled", "cpp"] = "auto"
-    """Backend that decodes thoughts: PyTorch calls, CUDA graphs, CUDA graphs of a compiled model, or C++ on a CPU (for
-    Llama-style decoders). `auto`: CUDA graphs where they work, else eager, on a CPU with prepacked weights."""
+    """Backend that decodes thoughts: eager PyTorch, CUDA graphs (also of a compiled model), or on a CPU C++ functions
+    for Llama-style decoders. `auto`: CUDA graphs where they work, else eager, on a CPU with prepacked weights."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

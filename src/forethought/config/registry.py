@@ -141,7 +141,7 @@ _METRICS = (
     Metric("reward/match", "right predictions", "share", "thoughts followed by a right prediction", 1),
     Metric("reward/evidence", "log p after a thought", "nats", "log p of the target after the thought (eq. 3)", 1),
     Metric("reward/nothink", "log p without a thought", "nats", "the teacher's log p of the target (eq. 4)"),
-    Metric("reward/std", "reward standard deviation", "", "mean over positions of that within the group"),
+    Metric("reward/std", "reward standard deviation", "", "mean over positions of the rewards' standard deviation"),
     Metric("reward/zero_std_fraction", "groups of equal rewards", "share", "positions that teach nothing", -1),
     Metric("rollout/length", "thought length", "tokens", "mean sampled tokens of a thought"),
     Metric("rollout/closed", "closed thoughts", "share", "thoughts that ended on their own", 1),

@@ -1,1 +1,1 @@
-"""Text: readers, corpora, positions, the format of a thought, embedded worlds."""
+"""Text data: readers, corpora, positions, the thought template, token bytes, embedded worlds."""

@@ -1,7 +1,7 @@
-"""Documents to windows of tokens: an endless stream that stops anywhere and continues bit for bit.
+"""Documents -> windows of tokens: an endless stream that can stop anywhere and resume exactly.
 
-Documents are read in blocks of `corpus.shuffle`; a block is permuted by a generator of (seed, epoch, block), so a place
-in the stream is a few numbers: the cursor.
+Documents are read in blocks of `corpus.shuffle`. A block is shuffled by a generator of (seed, epoch, block), so a
+position in the stream is a few integers: the cursor.
 """
 
 import itertools
@@ -14,15 +14,15 @@ from typing import Any
 from forethought.config import Corpus, UserError
 from forethought.data.readers import Document, find_source
 
-_PATIENCE = 1000  # documents of an endless stream, none of them long enough, after which it is given up
+_MAX_SHORT = 1000  # documents of an endless stream that may be too short before any is long enough
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Window:
     """Consecutive tokens of one document.
 
-    `document` is its id, `start` the index of the first token in the document, and `marks` maps a name to sorted
-    indices into `tokens`; a name without a mark in this window is absent. Domain and language are the document's.
+    `document` is its id, `start` the index of the first token in the document. `marks` maps a name to sorted indices
+    into `tokens`, without names that have none here. Domain and language are those of the document.
     """
 
     document: str
@@ -34,9 +34,9 @@ class Window:
 
 
 def check_corpus(options: Corpus, option: str = "corpus.path") -> None:
-    """Fail now on what would fail later: every part must exist and open, and its first record must be a document.
+    """Fail early: every part must open, and its first record must be a document. Nothing is tokenized.
 
-    Nothing is tokenized. `option` is the name that messages give to the path. Raises UserError.
+    `option` is the name of the path in error messages. Raises UserError.
     """
     source = find_source(options, seed=0, option=option)
     for part in source.parts:
@@ -44,7 +44,7 @@ def check_corpus(options: Corpus, option: str = "corpus.path") -> None:
 
 
 def first_windows(options: Corpus, tokenizer: Any, seed: int, count: int, option: str = "corpus.path") -> list[Window]:
-    """The first `count` windows of the first epoch, or all of them where there are fewer: the same on every call.
+    """The first `count` windows of the first epoch, or all of them if there are fewer; the same on every call.
 
     Raises:
         UserError: nothing to read, a malformed record, or no document of at least corpus.min_tokens tokens.
@@ -54,43 +54,37 @@ def first_windows(options: Corpus, tokenizer: Any, seed: int, count: int, option
 
 
 def spread_windows(options: Corpus, tokenizer: Any, seed: int, count: int, option: str = "corpus.path") -> list[Window]:
-    """`count` windows of the first epoch, of as many documents as can be, or all of them where there are fewer.
+    """`count` windows of the first epoch from as many documents as possible, or all of them if there are fewer.
 
-    In the order of reading, a random window of each document; where the documents are too few another one of each, and
-    so on. The same on every call. Holds the windows of `count` documents in memory. Raises UserError as above.
+    One random window of each document in reading order; if there are too few documents, a second one of each, and so
+    on. The same on every call. Keeps the windows of `count` documents in memory. Raises UserError like `first_windows`.
     """
     windows, found = Windows(options, tokenizer, seed, option=option), {}
     for window in itertools.takewhile(lambda _: windows.epoch == 0, windows):
         if len(found) == count and window.document not in found:
             break
         found.setdefault(window.document, []).append(window)
-    for document, pieces in found.items():
-        random.Random(f"spread {seed} {document}").shuffle(pieces)
+    for document, its_windows in found.items():
+        random.Random(f"spread {seed} {document}").shuffle(its_windows)
     rounds = itertools.chain.from_iterable(itertools.zip_longest(*found.values()))
     return list(itertools.islice((window for window in rounds if window is not None), count))
 
 
 class Windows:
-    """Endless iterator over the windows of one process (`rank` of `world`), epoch after epoch.
+    """Endless iterator over the windows of a corpus, epoch after epoch. At most one block is in memory.
 
-    The n-th document of an epoch, in the order of reading, goes to rank n modulo `world`. Counters, which a cursor
-    carries along: `documents` begun by this process, `skipped` windows and documents below corpus.min_tokens,
-    `tokens` given out, and the `epoch` (from 0) of the window given last. At most one block is in memory.
+    Counters, which the cursor includes: `documents` started, `skipped` windows and documents below corpus.min_tokens,
+    `tokens` returned, and the `epoch` (from 0) of the last window.
 
-    Raises UserError as it reads: a malformed record (with file and line), or a whole pass without a window.
+    Raises UserError while reading: a malformed record (with file and line), or a whole pass without a window.
     """
 
-    def __init__(
-        self, options: Corpus, tokenizer: Any, seed: int, rank: int = 0, world: int = 1, *, option: str = "corpus.path"
-    ):
-        if not 0 <= rank < world:
-            raise ValueError(f"rank must be from 0 to world - 1 = {world - 1}, got {rank}")
+    def __init__(self, options: Corpus, tokenizer: Any, seed: int, *, option: str = "corpus.path"):
         self._options, self._tokenizer, self._seed = options, tokenizer, seed
-        self._rank, self._world = rank, world
         self._source = find_source(options, seed, option)
         self._size = 1 if self._source.endless else max(1, options.shuffle)
         self.epoch = self.documents = self.skipped = self.tokens = 0
-        # The block's number and where it starts, its documents that are done, and windows given of the next one.
+        # The block's number and start, how many of its documents are done, and the windows returned of the next one.
         self._block, self._start, self._done, self._given, self._found = 0, (0, 0), 0, 0, False
         self._windows = self._run()
 
@@ -101,20 +95,26 @@ class Windows:
         return next(self._windows)
 
     def cursor(self) -> dict[str, int]:
-        """The place after the window given last, for JSON: the start of the block and how much of it is used."""
-        counters = {"documents": self.documents, "skipped": self.skipped, "tokens": self.tokens, "epoch": self.epoch}
-        start = {
+        """The position after the last window, for JSON: the start of the block and how much of it is used."""
+        part, record = self._start
+        return {
+            "documents": self.documents,
+            "skipped": self.skipped,
+            "tokens": self.tokens,
+            "epoch": self.epoch,
             "parts": len(self._source.parts),
             "block": self._block,
-            "part": self._start[0],
-            "record": self._start[1],
+            "part": part,
+            "record": record,
+            "done": self._done,
+            "given": self._given,
+            "found": int(self._found),
         }
-        return counters | start | {"done": self._done, "given": self._given, "found": int(self._found)}
 
     def seek(self, cursor: dict[str, int]) -> None:
-        """Continue where a cursor of the same options, seed, rank and world was taken.
+        """Continue from a cursor that was taken with the same options and seed.
 
-        The next window reads the current file again up to the block's start, without tokenizing.
+        The next window reads the current file again up to the start of the block, without tokenizing.
         Raises UserError if the corpus has another number of files than when the cursor was taken.
         """
         if (now := len(self._source.parts)) != cursor["parts"]:
@@ -125,7 +125,7 @@ class Windows:
         self._windows = self._run()
 
     def _run(self) -> Iterator[Window]:
-        """The windows from the present place on; every `yield` leaves the place that its window ends at."""
+        """The windows from the current position on. At every `yield` the state is the position after that window."""
         while True:
             stream = self._documents()
             while block := list(itertools.islice(stream, self._size)):
@@ -133,22 +133,19 @@ class Windows:
                 if self._options.shuffle:
                     random.Random(f"block {self._seed} {self.epoch} {self._block}").shuffle(block)
                 while self._done < len(block):
-                    if (self._block * self._size + self._done) % self._world == self._rank:
-                        yield from self._give(block[self._done][1])
+                    yield from self._windows_of(block[self._done][1])
                     self._done, self._given = self._done + 1, 0
-                # Let go of this block before the next one is read.
-                block.clear()
+                block.clear()  # free this block before the next one is read
                 self._block, self._start, self._done = self._block + 1, after, 0
-                if self._source.endless and self._block >= _PATIENCE * self._world and not self._found:
+                if self._source.endless and self._block >= _MAX_SHORT and not self._found:
                     break
             if not self._found:
-                who = f" for process {self._rank} of {self._world}" if self._world > 1 else ""
-                least = f"no document{who} has corpus.min_tokens = {self._options.min_tokens} tokens or more"
-                raise UserError(f"{self._source.label}: {least}")
+                least = self._options.min_tokens
+                raise UserError(f"{self._source.label}: no document has corpus.min_tokens = {least} tokens or more")
             self.epoch, self._block, self._start, self._found = self.epoch + 1, 0, (0, 0), False
 
     def _documents(self) -> Iterator[tuple[tuple[int, int], Document]]:
-        """The documents from the block's start to the end of the pass, each with the place (part, record) after it."""
+        """The documents from the start of the block to the end of the pass, each with the (part, record) after it."""
         order = list(self._source.parts)
         if self._options.shuffle:
             random.Random(f"files {self._seed} {self.epoch}").shuffle(order)
@@ -158,9 +155,9 @@ class Windows:
                 yield (index, record), document
             skip = 0
 
-    def _give(self, document: Document) -> Iterator[Window]:
-        """The windows of a document that are not given yet."""
-        windows, short = self._cut(document)
+    def _windows_of(self, document: Document) -> Iterator[Window]:
+        """The windows of a document that have not been returned yet."""
+        windows, short = self._split(document)
         if not self._given:
             self.documents += 1
             self.skipped += short
@@ -170,32 +167,41 @@ class Windows:
             self.tokens += len(window.tokens)
             yield window
 
-    def _cut(self, document: Document) -> tuple[list[Window], int]:
-        """The windows of a document that are long enough, and how many are not (a document without text counts)."""
+    def _split(self, document: Document) -> tuple[list[Window], int]:
+        """The windows of a document that are long enough, and how many are too short (an empty document counts)."""
         tokens, marks = _tokenize(document, self._tokenizer) if document.text.strip() else ([], {})
         size, windows = self._options.window, []
         starts = range(0, max(1, len(tokens)), size)
         for start in starts:
-            piece = tokens[start : start + size]
-            if len(piece) >= self._options.min_tokens:
-                inside = {name: tuple(i - start for i in at if start <= i < start + size) for name, at in marks.items()}
-                kept = {name: at for name, at in inside.items() if at}
-                about = {"domain": document.domain, "language": document.language}
-                windows.append(Window(document=document.id, start=start, tokens=piece, marks=kept, **about))
+            inside = tokens[start : start + size]
+            if len(inside) < self._options.min_tokens:
+                continue
+            shifted = {name: tuple(i - start for i in at if start <= i < start + size) for name, at in marks.items()}
+            windows.append(
+                Window(
+                    document=document.id,
+                    start=start,
+                    tokens=inside,
+                    marks={name: at for name, at in shifted.items() if at},
+                    domain=document.domain,
+                    language=document.language,
+                )
+            )
         return windows, len(starts) - len(windows)
 
 
 def _tokenize(document: Document, tokenizer: Any) -> tuple[list[int], dict[str, list[int]]]:
-    """Tokens of the text with the tokenizer's own special tokens, and the sorted indices of those that are marked."""
-    placed = bool(document.marks)
-    if placed and not getattr(tokenizer, "is_fast", False):
-        raise UserError(f"model.tokenizer: the marks of {document.id} take a fast one, got {type(tokenizer).__name__}")
-    encoded = tokenizer(document.text, truncation=False, verbose=False, return_offsets_mapping=placed)
-    # Special tokens span nothing. A mark on white space that no token holds goes to the next token.
-    offsets = enumerate(encoded["offset_mapping"] if placed else [])
+    """Tokens of the text, including the tokenizer's special tokens, and the sorted indices of the marked ones."""
+    marked = bool(document.marks)
+    if marked and not getattr(tokenizer, "is_fast", False):
+        kind = type(tokenizer).__name__
+        raise UserError(f"model.tokenizer: the marks of {document.id} need a fast tokenizer, got {kind}")
+    encoded = tokenizer(document.text, truncation=False, verbose=False, return_offsets_mapping=marked)
+    # Special tokens have empty spans. A mark on white space that is in no token goes to the next token.
+    offsets = enumerate(encoded["offset_mapping"] if marked else [])
     spans = [(end, index) for index, (start, end) in offsets if start < end]
     ends, marks = [end for end, _ in spans], {}
     for name, offsets in document.marks.items():
-        places = {bisect_right(ends, offset) for offset in offsets}
-        marks[name] = sorted(spans[place][1] for place in places if place < len(spans))
+        found = {bisect_right(ends, offset) for offset in offsets}
+        marks[name] = sorted(spans[i][1] for i in found if i < len(spans))
     return list(encoded["input_ids"]), marks

@@ -1,4 +1,4 @@
-"""Tokens -> positions: where in a window the model is asked to think, and what surrounds a thought there."""
+"""Windows -> positions to think at, and the template around a thought."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from forethought.data.corpus import Window
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Positions:
-    """Positions to think in a few windows. K places of one window share it, so that its prefix need be read once.
+    """Positions to think at in a few windows. Those of one window share it, so its prefix is read only once.
 
     Example: window [7, 8, 9], at 2, horizon 1: the context is [7, 8], the target [9].
     """
@@ -23,35 +23,35 @@ class Positions:
     windows: tuple[Window, ...]
     window: Int[Tensor, " batch"]  # index into `windows`
     at: Int[Tensor, " batch"]  # index t of the first target token in its window; at least 1
-    horizon: int  # true tokens scored after the thought
+    horizon: int  # tokens of text scored after the thought
 
     def __len__(self) -> int:
         return len(self.at)
 
     def contexts(self) -> list[list[int]]:
-        """x_<t of each position, not padded."""
+        """x_<t of each position, without padding."""
         return [self.windows[w].tokens[:t] for w, t in zip(self.window.tolist(), self.at.tolist(), strict=True)]
 
     def targets(self) -> Int[Tensor, "batch horizon"]:
-        """x_t and the tokens after it, as many as the horizon."""
+        """x_t .. x_(t + horizon - 1) of each position."""
         pairs = zip(self.window.tolist(), self.at.tolist(), strict=True)
         return torch.tensor([self.windows[w].tokens[t : t + self.horizon] for w, t in pairs])
 
     def select_windows(self, chosen: Sequence[int]) -> "tuple[Positions, list[int]]":
-        """The positions in some of the windows (indices, ascending), and which ones of all these they are."""
+        """The positions in some of the windows (ascending indices), and their indices among all positions."""
         owners = self.window.tolist()
-        places = {window: place for place, window in enumerate(chosen)}
-        numbers = [i for i, owner in enumerate(owners) if owner in places]
-        some = Positions(
+        index = {window: i for i, window in enumerate(chosen)}
+        kept = [i for i, owner in enumerate(owners) if owner in index]
+        selected = Positions(
             windows=tuple(self.windows[window] for window in chosen),
-            window=torch.tensor([places[owners[i]] for i in numbers], dtype=torch.long),
-            at=self.at[numbers],
+            window=torch.tensor([index[owners[i]] for i in kept], dtype=torch.long),
+            at=self.at[kept],
             horizon=self.horizon,
         )
-        return some, numbers
+        return selected, kept
 
     def chunks(self, size: int) -> "Iterator[Positions]":
-        """Pieces of whole windows with about `size` positions each (at least one window)."""
+        """Chunks of whole windows with at most `size` positions each, or a single window."""
         start = 0
         while start < len(self):
             end = self.window_boundary(start, size, at_least=True)
@@ -59,9 +59,9 @@ class Positions:
             start = end
 
     def window_boundary(self, start: int, size: int, at_least: bool) -> int:
-        """The end of the next positions from `start` on that fill whole windows, `size` at most.
+        """The end of the positions from `start` on that fill whole windows, at most `size` of them.
 
-        With `at_least`, one window even where it holds more; without, `start` itself where none fits.
+        If not even the first window fits: its end with `at_least`, else `start`.
         """
         owners = self.window.tolist()
         edges = [i for i in range(start + 1, len(owners)) if owners[i] != owners[i - 1]] + [len(owners)]
@@ -69,7 +69,7 @@ class Positions:
         return fitting[-1] if fitting else edges[0] if at_least else start
 
     def slice(self, start: int, end: int) -> "Positions":
-        """Positions start .. end-1, with the windows that they are in."""
+        """Positions start .. end-1, with their windows."""
         first, last = int(self.window[start]), int(self.window[end - 1])
         return Positions(
             windows=self.windows[first : last + 1],
@@ -81,43 +81,44 @@ class Positions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThoughtFormat:
-    """The tokens around a thought: `before x_<t after open c close x_t`. The no-think score sees only x_<t."""
+    """The template around a thought: `before x_<t after open c close x_t`. The no-think score sees only x_<t."""
 
-    before: tuple[int, ...]  # prompt template ahead of the context (behind a leading BOS)
-    after: tuple[int, ...]  # rest of the template
+    before: tuple[int, ...]  # prompt template before the context (but after a leading BOS)
+    after: tuple[int, ...]  # prompt template after the context
     open: tuple[int, ...]
     close: tuple[int, ...]
     bos: int | None
-    pad: int  # fills masked places; never seen by the model
-    end: tuple[int, ...] = ()  # behind a prediction (RPT); empty: predictions have a fixed length
+    pad: int  # fills masked positions; never seen by the model
+    end: tuple[int, ...] = ()  # after a prediction (RPT); empty: predictions have a fixed length
 
     def prompt_tokens(self, context: list[int]) -> list[int]:
-        """The context as the thinking model reads it, up to and with the opening delimiter."""
+        """What the model reads before a thought, including the opening delimiter."""
         return [*self.prefix_tokens(context), *self.after, *self.open]
 
     def prefix_tokens(self, context: list[int]) -> list[int]:
-        """The part of it that all places of a document share: up to and with the context."""
+        """The part of the prompt that all positions of a document share: up to the end of the context."""
         head = context[:1] if self.bos is not None and context[:1] == [self.bos] else []
         return [*head, *self.before, *context[len(head) :]]
 
     def documents_and_prefix_lengths(self, positions: Positions) -> tuple[list[list[int]], list[list[int]]]:
-        """What thinking at these positions reads, each window once: tokens, and how many of them precede each place."""
-        stops: dict[int, list[int]] = {}
+        """Each window's tokens up to its last position, and how many of them precede each of its positions."""
+        lengths: dict[int, list[int]] = {}
         for window, t in zip(positions.window.tolist(), positions.at.tolist(), strict=True):
-            stops.setdefault(window, []).append(t + len(self.before))
-        texts = [
-            self.prefix_tokens(positions.windows[w].tokens[: some[-1] - len(self.before)]) for w, some in stops.items()
+            lengths.setdefault(window, []).append(t + len(self.before))
+        documents = [
+            self.prefix_tokens(positions.windows[window].tokens[: some[-1] - len(self.before)])
+            for window, some in lengths.items()
         ]
-        return texts, list(stops.values())
+        return documents, list(lengths.values())
 
     @property
     def overhead(self) -> int:
-        """Tokens that a thought's surroundings add to a context."""
+        """Tokens that the template adds to a context and a thought."""
         return len(self.before) + len(self.after) + len(self.open) + len(self.close)
 
 
 def thought_format(tokenizer: Any, options: Method) -> ThoughtFormat:
-    """Encode template and delimiters. Raises UserError for a delimiter that the tokenizer cannot encode."""
+    """Encode the template and the delimiters. Raises UserError for text that the tokenizer cannot encode."""
     before, _, after = options.prompt.partition("{context}")
     encoded = {}
     texts = {"open": options.open, "close": options.close, "end": options.end}
@@ -139,13 +140,13 @@ def thought_format(tokenizer: Any, options: Method) -> ThoughtFormat:
 
 
 def make_generator(seed: int, *keys: object) -> torch.Generator:
-    """A CPU generator of its own for each purpose: stateless, so a resumed run draws what it would have drawn."""
+    """A separate CPU generator for each purpose: stateless, so a resumed run draws the same numbers."""
     digest = hashlib.blake2b(repr((seed, *keys)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
 def uniform(window: Window, count: int, options: Method, generator: torch.Generator) -> list[int]:
-    """Distinct positions, each as likely as any other (the paper's choice, with count 1)."""
+    """Distinct positions, uniformly at random (the paper, with count 1)."""
     choices = len(window.tokens) - options.horizon
     return (torch.randperm(choices, generator=generator)[:count] + 1).tolist()
 
@@ -159,9 +160,9 @@ def stride(window: Window, count: int, options: Method, generator: torch.Generat
 
 
 def marked(window: Window, count: int, options: Method, generator: torch.Generator) -> list[int]:
-    """Each position with chance `marked_share` at a token that the corpus marks, else uniform; never one twice."""
+    """Distinct positions, each at a token marked in the corpus with probability `marked_share`, else uniform."""
     last = len(window.tokens) - options.horizon
-    marks = sorted({t for places in window.marks.values() for t in places if 1 <= t <= last})
+    marks = sorted({t for indices in window.marks.values() for t in indices if 1 <= t <= last})
     others = uniform(window, last, options, generator)
     chosen: list[int] = []
     while len(chosen) < min(count, last):
@@ -174,9 +175,9 @@ def marked(window: Window, count: int, options: Method, generator: torch.Generat
 
 
 def uncertain(entropy: Float[Tensor, " choice"], count: int, options: Method, generator: torch.Generator) -> list[int]:
-    """Distinct positions, each as likely as any other among those whose next token has `min_entropy` nats or more.
+    """Distinct positions, uniformly among those whose next-token entropy is at least `min_entropy` nats.
 
-    `entropy` holds a number for every position from 1 on. Where fewer positions reach it, the next lower ones too.
+    `entropy` has a value for every position from 1 on. If too few reach the threshold, those of highest entropy.
     """
     high = (entropy >= options.min_entropy).nonzero().squeeze(-1)
     if len(high) >= count:
@@ -192,11 +193,11 @@ def draw_positions(
     generator: torch.Generator,
     entropies: Sequence[Tensor] = (),
 ) -> Positions:
-    """K positions in each window (fewer where a window is shorter), by the configured policy, in reading order.
+    """K positions in each window (fewer in short windows) by the configured policy, in ascending order.
 
     A policy is a function (window, count, options, generator) -> token indices. One whose registry entry has `proxy`
-    takes the entropies of the window's positions in place of the window. Raises UserError for a policy from outside
-    the package that returns an index without a target.
+    gets the entropies of the window's positions instead of the window. Raises UserError if it returns an index without
+    a target.
     """
     name = options.policy
     policy, proxy = registry.load("position_policy", name), registry.entry("position_policy", name).proxy
@@ -213,13 +214,13 @@ def draw_positions(
     return at_positions(windows, found, options.horizon)
 
 
-def at_positions(windows: Sequence[Window], places: Sequence[Sequence[int]], horizon: int) -> Positions:
+def at_positions(windows: Sequence[Window], indices: Sequence[Sequence[int]], horizon: int) -> Positions:
     """Positions at given token indices of each window."""
-    owners = [w for w, chosen in enumerate(places) for _ in chosen]
+    owners = [w for w, chosen in enumerate(indices) for _ in chosen]
     return Positions(
         windows=tuple(windows),
         window=torch.tensor(owners, dtype=torch.long),
-        at=torch.tensor([t for chosen in places for t in chosen], dtype=torch.long),
+        at=torch.tensor([t for chosen in indices for t in chosen], dtype=torch.long),
         horizon=horizon,
     )
 
@@ -227,12 +228,12 @@ def at_positions(windows: Sequence[Window], places: Sequence[Sequence[int]], hor
 def pad_rows(
     rows: Sequence[Sequence[int]], pad: int, left: bool
 ) -> tuple[Int[Tensor, "row width"], Bool[Tensor, "row width"]]:
-    """Rows of unequal length as one tensor and its mask (True at real tokens), padded on the left or the right."""
+    """Rows of different lengths as one padded tensor and its mask (True at real tokens)."""
     width = max(len(row) for row in rows)
     tokens = torch.full((len(rows), width), pad, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
     for i, row in enumerate(rows):
-        place = slice(width - len(row), width) if left else slice(0, len(row))
-        tokens[i, place] = torch.tensor(row, dtype=torch.long)
-        mask[i, place] = True
+        filled = slice(width - len(row), width) if left else slice(0, len(row))
+        tokens[i, filled] = torch.tensor(row, dtype=torch.long)
+        mask[i, filled] = True
     return tokens, mask

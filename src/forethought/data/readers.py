@@ -1,19 +1,16 @@
-"""Where documents come from: files of several formats, a hub stream, an embedded world.
+"""Sources of documents: files of several formats, a hub stream, an embedded world.
 
-A source is a list of parts, each read record by record from any record on. Local files are read here and not by
-`datasets`, which names neither the file nor the line of a malformed row and whose shuffle buffer cannot be restored
-after a resume.
+A source is a list of parts, each of which can be read from any record on. Local files are read here instead of by
+`datasets`, which names neither the file nor the line of a malformed row and cannot restore its shuffle buffer after a
+resume.
 """
 
 import glob
-import gzip
 import itertools
-import json
 import os
 import random
 import re
 import reprlib
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,14 +19,15 @@ from typing import Any
 
 from forethought.config import Corpus, UserError
 from forethought.data.worlds import WORLDS, load_world
+from forethought.run.folder import decode_text, read_jsonl
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
-    """A text as the corpus holds it.
+    """One text of a corpus.
 
-    `id` is the row's own or `file:line`; `marks` maps a name to the offsets, in characters, of words worth a thought.
-    `domain` and `language` are what the row says of itself, or for the domain the name of its file; None: not known.
+    `id` is the row's own or `file:line`. `marks` maps a name to the character offsets of words worth a thought.
+    `domain` (by default from the file name) and `language` come from the row; None where unknown.
     """
 
     id: str
@@ -41,7 +39,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What a path names: parts in order, and how to read a part from its n-th record (from 0) on."""
+    """What a path refers to: its parts in order, and a reader of a part from its n-th record (from 0) on."""
 
     label: str
     parts: list[str]
@@ -49,9 +47,9 @@ class Source:
     endless: bool = False
 
     def read(self, part: str, skip: int) -> Iterator[Document]:
-        """The documents of a part after its first `skip`; whatever is wrong with it is a UserError with the label."""
+        """The documents of a part after its first `skip`. Raises UserError, prefixed with the label."""
         empty = skip == 0
-        with _named(self.label):
+        with _prefixed_errors(self.label):
             for document in self.reader(part, skip):
                 empty = False
                 yield document
@@ -60,8 +58,8 @@ class Source:
 
 
 @contextmanager
-def _named(label: str) -> Iterator[None]:
-    """Put the option before what is wrong with its value, and turn the system's refusals into UserErrors."""
+def _prefixed_errors(label: str) -> Iterator[None]:
+    """Prefix errors with the option, and turn OSError into UserError."""
     try:
         yield
     except ValueError as error:
@@ -71,10 +69,10 @@ def _named(label: str) -> Iterator[None]:
 
 
 def find_source(options: Corpus, seed: int, option: str) -> Source:
-    """The source that a path names. Raises UserError where there is none."""
+    """The source that a path refers to. Raises UserError where there is none."""
     label = f"{option} = {options.path!r}"
     kind, _, rest = options.path.partition(":")
-    with _named(label):
+    with _prefixed_errors(label):
         if kind == "world" and rest:
             return Source(label, [options.path], _world(rest, seed), endless=True)
         if kind == "hub" and rest:
@@ -84,18 +82,18 @@ def find_source(options: Corpus, seed: int, option: str) -> Source:
 
 
 def _world(name: str, seed: int) -> Callable[[str, int], Iterator[Document]]:
-    """Reader of `WORLD/SPLIT`, by index: from 0 where held out, else from a place of the seed; refuses other splits."""
+    """Reader of `WORLD/SPLIT`: from index 0 if held out, else from an index drawn by the seed."""
     name, _, split = name.partition("/")
     if name not in WORLDS:
         raise UserError(f"unknown world {name!r}, must be one of {', '.join(sorted(WORLDS))}")
     row = load_world(name).row
-    row(split, 0, 0)
+    row(split, 0, 0)  # raises ValueError for an unknown split
     first = 0 if split == "heldout" else random.Random(f"world {seed}").randrange(2**40)
     return lambda _, skip: (Document(**row(split, index, 0)) for index in itertools.count(first + skip))
 
 
 def _files(path: str) -> list[str]:
-    """The file itself, or the folder's known files in order (without hidden ones and linked folders), or the glob's."""
+    """The file itself, the known files of a folder (neither hidden nor behind links), or the matches of a glob."""
     folder = Path(path).is_dir()
     if folder:
         files = sorted(_walk(path))
@@ -122,7 +120,7 @@ def _walk(folder: str) -> Iterator[str]:
 
 
 def _read_file(name: str, skip: int, options: Corpus, alone: bool) -> Iterator[Document]:
-    """The documents of a file. Of several files each is a domain, unless rows name theirs."""
+    """The documents of a file. With several files each is a domain, unless rows name theirs."""
     documents = _reader(name)(name, skip, options)
     if alone or options.domain_field:
         return documents
@@ -130,7 +128,7 @@ def _read_file(name: str, skip: int, options: Corpus, alone: bool) -> Iterator[D
 
 
 def _domain(name: str) -> str:
-    """`books` for books.heldout.jsonl.gz and books-00000-of-00007.parquet; of a text of its own, its folder."""
+    """`books` for books.heldout.jsonl.gz and books-00000-of-00007.parquet; the folder for a file with one text."""
     path = Path(name)
     if path.name.lower().endswith(tuple(_WHOLE)):
         return path.absolute().parent.name
@@ -138,7 +136,7 @@ def _domain(name: str) -> str:
 
 
 def _reader(name: str) -> Callable[[str, int, Corpus], Iterator[Document]]:
-    """What reads a file with this extension."""
+    """The reader for the extension of a file."""
     for extension, reader in _READERS.items():
         if name.lower().endswith(extension):
             return reader
@@ -151,31 +149,9 @@ def _read_text(name: str, skip: int, _: Corpus) -> Iterator[Document]:
         yield Document(id=name, text=decode_text(data, name, 1), marks={})
 
 
-def _read_lines(name: str, skip: int, options: Corpus) -> Iterator[Document]:
-    return (_document(row, options, f"{name}:{number}") for number, row in json_lines(name, skip))
-
-
-def json_lines(name: str, skip: int = 0) -> Iterator[tuple[int, Any]]:
-    """The rows of a .jsonl or .jsonl.gz file after the first `skip`, with their line numbers. Raises UserError."""
-    for number, line in itertools.islice(numbered_lines(name), skip, None):
-        text = decode_text(line, name, number)
-        try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{name}:{number}: malformed JSON ({error})") from None
-        yield number, row
-
-
-def numbered_lines(name: str) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, with their numbers."""
-    number = 0
-    try:
-        with (gzip.open if name.lower().endswith(".gz") else open)(name, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield number, line
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{name}:{number + 1}: broken or truncated gzip ({error})") from None
+def _read_rows(name: str, skip: int, options: Corpus) -> Iterator[Document]:
+    for number, row in read_jsonl(name, skip=skip):
+        yield _document(row, options, f"{name}:{number}")
 
 
 def _read_parquet(name: str, skip: int, options: Corpus) -> Iterator[Document]:
@@ -187,7 +163,7 @@ def _read_parquet(name: str, skip: int, options: Corpus) -> Iterator[Document]:
             columns = table.schema_arrow.names
             fields = _fields(options)
             for option, field in fields.items():
-                _has(option, field, columns, name)
+                _require_field(option, field, columns, name)
             wanted = [column for column in columns if column in (*fields.values(), "id", "marks")]
             for batch in table.iter_batches(batch_size=64, columns=wanted):
                 rows = enumerate(batch.to_pylist(), start=first + 1)
@@ -211,64 +187,50 @@ def _read_hub(part: str, skip: int, options: Corpus) -> Iterator[Document]:
 
 
 _WHOLE = {".txt": _read_text, ".md": _read_text}
-_ROWS = {".jsonl": _read_lines, ".jsonl.gz": _read_lines, ".parquet": _read_parquet}
+_ROWS = {".jsonl": _read_rows, ".jsonl.gz": _read_rows, ".parquet": _read_parquet}
 _READERS = _WHOLE | _ROWS
 
 
-def decode_text(data: bytes, name: str, line: int) -> str:
-    """UTF-8 text that begins at a line of a file; a byte order mark is dropped."""
-    if b"\0" in data:
-        line += data.count(b"\n", 0, data.index(b"\0"))
-        raise UserError(f"{name}:{line}: holds a NUL byte, so it is binary, not UTF-8 text")
-    try:
-        return data.decode().removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line += data.count(b"\n", 0, error.start)
-        raise UserError(f"{name}:{line}: not UTF-8 (byte 0x{data[error.start]:02x})") from None
-
-
 def _fields(options: Corpus) -> dict[str, str]:
-    """The fields that every row must have, by the option that names them."""
+    """The fields that every row must have, keyed by the option that names them."""
     named = {"field": options.field, "domain_field": options.domain_field, "language_field": options.language_field}
     return {option: field for option, field in named.items() if field}
 
 
-def _has(option: str, field: str, names: Iterable[str], where: str) -> None:
+def _require_field(option: str, field: str, names: Iterable[str], where: str) -> None:
     if field not in names:
-        there = ", ".join(map(repr, itertools.islice(names, 20))) or "none"
-        raise UserError(f"{where}: no field corpus.{option} = {field!r}, the fields are {there}")
+        known = ", ".join(map(repr, itertools.islice(names, 20))) or "none"
+        raise UserError(f"{where}: no field corpus.{option} = {field!r}, the fields are {known}")
 
 
-def _document(row: Any, options: Corpus, where: str) -> Document:
-    """A row as a document; `where` names it in errors, and is its id where it has none."""
+def _document(row: dict[str, Any], options: Corpus, where: str) -> Document:
+    """A row as a document; `where` names it in errors and is its default id."""
     field = options.field
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: a row must be an object with a field {field!r}, got {reprlib.repr(row)}")
     for option, name in _fields(options).items():
-        _has(option, name, row, where)
+        _require_field(option, name, row, where)
     text = row[field]
     if not isinstance(text, str):
         raise UserError(f"{where}: field {field!r} must be text, got {reprlib.repr(text)}")
     if re.search("[\ud800-\udfff]", text):
-        raise UserError(f"{where}: field {field!r} holds half a character (a lone surrogate)")
-    name, (domain, language) = row.get("id"), (_label(row, f) for f in (options.domain_field, options.language_field))
+        raise UserError(f"{where}: field {field!r} contains a lone surrogate")
+    name = row.get("id")
     return Document(
         id=where if name is None else str(name),
         text=text,
         marks=_marks(row.get("marks"), text, where),
-        domain=domain,
-        language=language,
+        domain=_label(row, options.domain_field),
+        language=_label(row, options.language_field),
     )
 
 
 def _label(row: dict[str, Any], field: str) -> str | None:
-    """What a row says of itself in a field; None where the option names none, or the row says nothing."""
+    """The domain or language of a row; None where the option is empty or the field blank."""
     value = row[field] if field else None
     return None if value is None else str(value).strip() or None
 
 
 def _marks(marks: Any, text: str, where: str) -> dict[str, list[int]]:
-    """Marks as a row gives them, names without offsets left out."""
+    """The marks of a row, without names that have no offsets."""
     if not isinstance(marks, dict | None):
         raise UserError(f"{where}: marks must map names to lists of offsets, got {reprlib.repr(marks)}")
     marks = {name: offsets for name, offsets in (marks or {}).items() if offsets is not None}

@@ -1,4 +1,4 @@
-"""Tokens -> bytes: what each token of a vocabulary spells, a part of a character included."""
+"""Tokens -> bytes, where a token may end inside a character."""
 
 import json
 from typing import Any
@@ -11,10 +11,9 @@ _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece vocabularies write a 
 class TokenBytes:
     """The bytes of a tokenizer's tokens, so that texts can be compared where a token ends inside a character.
 
-    Of byte-level vocabularies (GPT-2, Llama 3, Qwen) the bytes that the token's letters stand for; of SentencePiece
-    vocabularies UTF-8, with bytes that have no piece of their own; of word vocabularies the word behind a space, unless
-    it continues one. Tokens that were added, such as delimiters or the end of a text, spell their names.
-    Raises UserError for a tokenizer that does not say how it decodes.
+    Byte-level vocabularies (GPT-2, Llama 3, Qwen): the bytes that the letters of the token encode. SentencePiece
+    vocabularies: UTF-8, including byte-fallback tokens. Word vocabularies: the word after a space, unless it continues
+    a word. Added tokens, such as delimiters or the end of text: their names. Raises UserError for a slow tokenizer.
     """
 
     def __init__(self, tokenizer: Any):
@@ -34,7 +33,7 @@ class TokenBytes:
         if token in self._added:
             return self._added[token]
         written = self._tokenizer.convert_ids_to_tokens(token)
-        if written is None:  # a row of the vocabulary head that the tokenizer does not know
+        if written is None:  # the output head has more rows than the tokenizer has tokens
             return b""
         if self._letters is not None:
             letters = self._letters
@@ -47,7 +46,7 @@ class TokenBytes:
 
 
 def _byte_letters() -> dict[str, bytes]:
-    """The letter that stands for each byte in byte-level vocabularies: its own if it can be seen, else one from 256."""
+    """The byte of each letter in byte-level vocabularies: its own if it is printable, else assigned from 256 on."""
     seen = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     hidden = [byte for byte in range(256) if byte not in seen]
     letters = {chr(byte): bytes([byte]) for byte in seen}

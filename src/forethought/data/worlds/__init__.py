@@ -2,8 +2,8 @@
 
 A world is a module with `row(split, index, seed)`, `vocabulary()` and `truth(text, thought)`. It draws puzzles. A
 puzzle is a document of words separated by single spaces, with the answer second to last, and it gives the correct
-thought at any position. This module holds what the worlds share: splits, held-out puzzles, and the thoughts in pretraining
-documents.
+thought at any position. This module holds what the worlds share: splits, held-out puzzles, and the thoughts in
+pretraining documents.
 """
 
 import hashlib
@@ -15,32 +15,32 @@ from typing import Any, Protocol, runtime_checkable
 WORLDS = ("cups", "notes")
 OPEN, CLOSE = "<think>", "</think>"
 MUSINGS = ("hmm", "hmm let me see", "let me think", "not sure", "maybe {}", "i guess {}", "{} or {}")
-"""Thoughts that tell nothing; the gaps are filled with names of the world, drawn at random."""
+"""Thoughts without information; the gaps are filled with names of the world, drawn at random."""
 
 HELD_OUT = 8
-"""One puzzle in so many belongs to the held-out side."""
+"""One puzzle in this many is held out."""
 THOUGHTFUL = 0.9
-"""Share of the pretraining documents that carry a thought."""
+"""Share of the pretraining documents that contain a thought."""
 AT_ANSWER = 0.35
-"""Share of those whose thought stands right before the answer; the others' place is drawn among all words."""
+"""Share of those whose thought is right before the answer; the others' position is drawn among all words."""
 WORKED = 0.5
-"""Share of the thoughts that are worked, always right, where there is something to work on; the others are musings."""
+"""Share of the thoughts that are worked (always correct), where there is something to work on; the rest are musings."""
 MIXED = 0.5
-"""Share of the documents of `mixed` that carry a worked thought."""
+"""Share of the documents of `mixed` that contain a worked thought."""
 SPLITS = ("pretrain", "train", "heldout", "worked", "mixed")
-"""Thoughts of all kinds; none; none, held-out puzzles; a worked one right before the answer; that in some documents."""
+"""Thoughts of all kinds; none; none (held-out puzzles); a worked one before the answer; that in some documents."""
 
 
 @runtime_checkable
 class Puzzle(Protocol):
-    """What a world draws."""
+    """One draw of a world."""
 
     def words(self) -> list[str]:
         """The document's words; the answer is the last but one."""
         ...
 
     def worked(self, before: list[str]) -> list[str]:
-        """The worked thought after the document's first words; empty where they give nothing to work on."""
+        """The worked thought after the first words of the document; empty where they give nothing to work on."""
         ...
 
 
@@ -52,9 +52,9 @@ def load_world(name: str) -> Any:
 def row(
     name: str, draw: Callable[[random.Random], Puzzle], names: Sequence[str], split: str, index: int, seed: int
 ) -> dict:
-    """The document of world `name` at `index` of an endless split, one of SPLITS.
+    """The document at `index` of an endless split (one of SPLITS) of world `name`.
 
-    Returns `{"id", "text", "marks": {"answer": [offset]}}`, the offset in characters of the answer's first letter.
+    Returns `{"id", "text", "marks": {"answer": [offset]}}`, the character offset of the answer.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
@@ -66,32 +66,32 @@ def row(
     answer = len(words) - 2
     thoughtful = {"pretrain": THOUGHTFUL, "worked": 1.0, "mixed": MIXED}.get(split, 0.0)
     if thoughtful and rng.random() < thoughtful:
-        place = answer
+        position = answer
         if split == "pretrain":
-            place = answer if rng.random() < AT_ANSWER else rng.randrange(len(words))
-            inside = _thought(puzzle, words[:place], names, rng)
+            position = answer if rng.random() < AT_ANSWER else rng.randrange(len(words))
+            inside = _thought(puzzle, words[:position], names, rng)
         else:
-            inside = puzzle.worked(words[:place])
+            inside = puzzle.worked(words[:position])
         thought = [OPEN, *inside, CLOSE]
-        words[place:place] = thought
-        answer += len(thought) if place <= answer else 0
+        words[position:position] = thought
+        answer += len(thought) if position <= answer else 0
     offset = len(" ".join(words[:answer])) + 1
     return {"id": f"{name}/{split}/{seed}/{index}", "text": " ".join(words), "marks": {"answer": [offset]}}
 
 
 def held_out(puzzle: Puzzle) -> bool:
-    """Which side a puzzle is on: a property of the puzzle alone, so no split can leak into another."""
+    """Whether a puzzle is held out: a property of the puzzle alone, so no split can leak into another."""
     return _hash(" ".join(puzzle.words())) % HELD_OUT == 0
 
 
 def vocabulary(words: Sequence[str]) -> list[str]:
-    """The delimiters, a world's own words and those of musings, each once, in a fixed order."""
+    """The delimiters, the words of a world and those of musings, each once, in a fixed order."""
     musing = " ".join(MUSINGS).replace("{}", "").split()
     return [OPEN, CLOSE, *dict.fromkeys([*words, *musing])]
 
 
 def without_thoughts(text: str) -> list[str]:
-    """The words of a text, thoughts and their delimiters left out."""
+    """The words of a text without thoughts and their delimiters."""
     words, thinking = [], False
     for word in text.split():
         if word in (OPEN, CLOSE):
@@ -102,7 +102,7 @@ def without_thoughts(text: str) -> list[str]:
 
 
 def _hash(text: str) -> int:
-    """The same number for the same text in every process (Python's own `hash` is salted)."""
+    """A hash that is the same in every process (Python's own `hash` is salted)."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 

@@ -1,12 +1,12 @@
-"""Cups and a ball: cups swap places in numbered moves, and the last line tells where the ball is.
+"""Cups and a ball: numbered moves swap cups, and the document ends with the cup that holds the ball.
 
-A document, its answer, and the worked thought that finds it one look-up at a time (the cup after each move):
+A document and the worked thought that finds its answer one look-up at a time (the cup after each move):
 
     ball under red . swap 1 blue red , 2 green white , 3 black blue . now under black .
     <think> 1 blue 2 blue 3 black </think>
 
-Half of the moves carry the ball, so neither its start nor the cup named last tells the answer, and following it
-through all moves is too long a chain for one forward pass. Words are separated by single spaces.
+Half of the moves carry the ball, so neither its start nor the cup named last gives the answer away, and following it
+through all moves is too long a chain for one forward pass.
 """
 
 import random
@@ -15,7 +15,7 @@ from itertools import pairwise
 
 from forethought.data import worlds
 
-COLOURS = ("red", "blue", "green", "white", "black")
+COLORS = ("red", "blue", "green", "white", "black")
 FEWEST_MOVES, MOST_MOVES = 7, 8
 NUMBERS = tuple(str(number) for number in range(1, MOST_MOVES + 1))
 CARRIED = 0.5
@@ -31,11 +31,11 @@ class Puzzle:
 
     def track(self) -> list[str]:
         """The cup that holds the ball after each move."""
-        places, cup = [], self.start
+        cups, cup = [], self.start
         for one, other in self.moves:
             cup = {one: other, other: one}.get(cup, cup)
-            places.append(cup)
-        return places
+            cups.append(cup)
+        return cups
 
     def words(self) -> list[str]:
         """The document's words; the answer is the last but one."""
@@ -45,46 +45,46 @@ class Puzzle:
         return [*words[:-1], ".", "now", "under", self.track()[-1], "."]
 
     def worked(self, before: list[str]) -> list[str]:
-        """The track of the moves that the words before it complete."""
+        """The track of the moves that are complete in the words before it."""
         # Each finished move is followed by "," and the last one by the second "."
         finished = before.count(",") + max(0, before.count(".") - 1)
-        places = self.track()[:finished]
-        return [word for number, cup in enumerate(places, start=1) for word in (str(number), cup)]
+        cups = self.track()[:finished]
+        return [word for number, cup in enumerate(cups, start=1) for word in (str(number), cup)]
 
 
 def row(split: str, index: int, seed: int = 0) -> dict:
     """The document at `index` of an endless split, one of `worlds.SPLITS`: "train" and "heldout" hold no thoughts.
 
-    Returns `{"id", "text", "marks": {"answer": [offset]}}`, the offset in characters of the answer's first letter.
+    Returns `{"id", "text", "marks": {"answer": [offset]}}`, the character offset of the answer.
     """
-    return worlds.row("cups", _draw, COLOURS, split, index, seed)
+    return worlds.row("cups", _draw, COLORS, split, index, seed)
 
 
 def vocabulary() -> list[str]:
     """Every word of every text and thought, the two delimiters included, in a fixed order."""
-    return worlds.vocabulary(["ball", "under", ".", "swap", ",", "now", *COLOURS, *NUMBERS])
+    return worlds.vocabulary(["ball", "under", ".", "swap", ",", "now", *COLORS, *NUMBERS])
 
 
 def truth(text: str, thought: str) -> tuple[int, int]:
-    """How many statements of a thought are right, and how many it makes: "1 blue 2 red" makes two.
+    """How many statements of a thought are correct, and how many it makes: "1 blue 2 red" makes two.
 
-    A statement is a number followed by a colour; one about a move that the text does not hold is wrong.
-    Words that form no statement are passed over; a text that holds no puzzle makes nothing checkable.
+    A statement is a number followed by a color; one about a move that is not in the text is wrong. Other words are
+    ignored, and nothing can be checked in a text without a puzzle.
     """
     puzzle = _read(text)
     if puzzle is None:
         return 0, 0
-    places = {str(number): cup for number, cup in enumerate(puzzle.track(), start=1)}
+    cups = {str(number): cup for number, cup in enumerate(puzzle.track(), start=1)}
     words = thought.split()
-    stated = [(a, b) for a, b in pairwise(words) if a in NUMBERS and b in COLOURS]
-    return sum(places.get(number) == cup for number, cup in stated), len(stated)
+    stated = [(a, b) for a, b in pairwise(words) if a in NUMBERS and b in COLORS]
+    return sum(cups.get(number) == cup for number, cup in stated), len(stated)
 
 
 def _draw(rng: random.Random) -> Puzzle:
-    start = cup = rng.choice(COLOURS)
+    start = cup = rng.choice(COLORS)
     moves = []
     for _ in range(rng.randint(FEWEST_MOVES, MOST_MOVES)):
-        others = [colour for colour in COLOURS if colour != cup]
+        others = [color for color in COLORS if color != cup]
         pair = rng.sample(others, 2)
         if rng.random() < CARRIED:
             pair[rng.randrange(2)] = cup
@@ -94,10 +94,10 @@ def _draw(rng: random.Random) -> Puzzle:
 
 
 def _read(text: str) -> Puzzle | None:
-    """The puzzle that a document states, thoughts in it left out; None where there is none."""
+    """The puzzle of a document, ignoring thoughts in it; None where there is none."""
     words = worlds.without_thoughts(text)
-    if len(words) < 3 or words[2] not in COLOURS:
+    if len(words) < 3 or words[2] not in COLORS:
         return None
     triples = zip(words, words[1:], words[2:], strict=False)
-    moves = [(b, c) for a, b, c in triples if a in NUMBERS and {b, c} <= set(COLOURS)]
+    moves = [(b, c) for a, b, c in triples if a in NUMBERS and {b, c} <= set(COLORS)]
     return Puzzle(words[2], tuple(moves))

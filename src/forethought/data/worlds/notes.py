@@ -1,13 +1,12 @@
-"""Notes under trees, each naming the next tree: a path has to be walked, and the last line tells where it leads.
+"""Notes under trees, each naming the next tree; the document ends with the tree that a walk leads to.
 
-A document (under the oak lies a note that names the elm, ...), its answer, and the worked thought that finds it, one
-note at a time (a trail of trees):
+A document (the note under the oak names the elm, ...) and the worked thought that finds its answer one note at a time:
 
     oak elm , yew oak , elm ash , ... . from oak by elm 5 steps lead to fig .
     <think> oak elm ash pine birch fig </think>
 
-The notes lie in no order and form one ring of all trees, so every tree names and is named once; the steps are too many
-to walk in one forward pass, and so are those that lead back. Words are separated by single spaces.
+The notes are in random order and form one ring of all trees, so every tree names and is named once. The steps are too
+many to walk in one forward pass, and so are those that lead back.
 """
 
 import random
@@ -19,43 +18,43 @@ from forethought.data import worlds
 TREES = ("oak", "elm", "ash", "fig", "yew", "pine", "birch", "cedar", "maple", "willow")
 FEWEST_STEPS, MOST_STEPS = 5, 6
 SMALL, FEWEST_TREES = 0.5, 3
-"""Share of the pretraining documents whose ring leaves trees out (on few, looking up is learned), and their fewest."""
+"""Share of pretraining documents with a smaller ring (from which look-ups are learned), and its fewest trees."""
 STEPS = tuple(str(number) for number in range(FEWEST_STEPS, MOST_STEPS + 1))
 
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """The notes in the order in which they are told (tree, tree that its note names), where to start and how far."""
+    """The notes in the order of the document (tree, tree that its note names), where to start and how far to walk."""
 
     notes: tuple[tuple[str, str], ...]
     start: str
     steps: int
 
     def trail(self) -> list[str]:
-        """The trees on the way, the start and the end included."""
+        """The trees on the way, start and end included."""
         return _walk(dict(self.notes), self.start, self.steps)
 
     def words(self) -> list[str]:
         """The document's words; the answer is the last but one."""
-        told = [word for note in self.notes for word in (*note, ",")]
+        listed = [word for note in self.notes for word in (*note, ",")]
         trail = self.trail()
-        asked = ["from", trail[0], "by", trail[1], str(self.steps), "steps"]
-        return [*told[:-1], ".", *asked, "lead", "to", trail[-1], "."]
+        question = ["from", trail[0], "by", trail[1], str(self.steps), "steps"]
+        return [*listed[:-1], ".", *question, "lead", "to", trail[-1], "."]
 
     def worked(self, before: list[str]) -> list[str]:
-        """The trail over the notes that are told: from the start, or until that is known from the first tree."""
-        told = dict(self.notes[: (len(before) + 1) // 3])
-        if not told:
+        """The trail over the notes before it, from the start or, until that is named, from the first tree."""
+        known = dict(self.notes[: (len(before) + 1) // 3])
+        if not known:
             return []
-        asked = before[3 * len(self.notes) :]
-        start = self.start if len(asked) > 1 else before[0]
-        return _walk(told, start, self.steps if len(asked) > 4 else MOST_STEPS)
+        question = before[3 * len(self.notes) :]
+        start = self.start if len(question) > 1 else before[0]
+        return _walk(known, start, self.steps if len(question) > 4 else MOST_STEPS)
 
 
 def row(split: str, index: int, seed: int = 0) -> dict:
     """The document at `index` of an endless split, one of `worlds.SPLITS`: "train" and "heldout" hold no thoughts.
 
-    Returns `{"id", "text", "marks": {"answer": [offset]}}`, the offset in characters of the answer's first letter.
+    Returns `{"id", "text", "marks": {"answer": [offset]}}`, the character offset of the answer.
     """
     return worlds.row("notes", _draw_any if split == "pretrain" else _draw, TREES, split, index, seed)
 
@@ -66,10 +65,10 @@ def vocabulary() -> list[str]:
 
 
 def truth(text: str, thought: str) -> tuple[int, int]:
-    """How many statements of a thought are right, and how many it makes: the trail "oak elm ash" makes two.
+    """How many statements of a thought are correct, and how many it makes: the trail "oak elm ash" makes two.
 
-    A statement is a tree followed by a tree; it is right where the first one's note names the second.
-    Words that form no statement are passed over; a text that tells no notes makes nothing checkable.
+    A statement is a tree followed by a tree; it is correct where the note of the first names the second. Other words
+    are ignored, and nothing can be checked in a text without notes.
     """
     notes = _read(text)
     stated = [(a, b) for a, b in pairwise(thought.split()) if a in TREES and b in TREES] if notes else []
@@ -88,7 +87,7 @@ def _draw(rng: random.Random, trees: int = len(TREES)) -> Walk:
 
 
 def _walk(notes: dict[str, str], start: str, steps: int) -> list[str]:
-    """From note to note, at most so many, as far as they lead."""
+    """Follow the notes for at most `steps`, or as far as they lead."""
     trail = [start]
     while len(trail) <= steps and trail[-1] in notes:
         trail.append(notes[trail[-1]])
@@ -96,8 +95,8 @@ def _walk(notes: dict[str, str], start: str, steps: int) -> list[str]:
 
 
 def _read(text: str) -> dict[str, str]:
-    """The notes that a document tells, thoughts in it left out."""
+    """The notes of a document, ignoring thoughts in it."""
     words = worlds.without_thoughts(text)
-    told = words[: words.index(".")] if "." in words else words
-    notes = zip(told[::3], told[1::3], strict=False)
+    listed = words[: words.index(".")] if "." in words else words
+    notes = zip(listed[::3], listed[1::3], strict=False)
     return {tree: named for tree, named in notes if {tree, named} <= set(TREES)}

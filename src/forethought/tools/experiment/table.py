@@ -134,7 +134,7 @@ def _differences(measured: dict[str, dict[int, Recorded]]) -> list[Row]:
 def _costs(experiment: Experiment, arm: str, seeds: Sequence[int]) -> list[Row]:
     summaries = {job.seed: _spent(experiment, job) for job in experiment.of(arm) if job.seed in seeds}
     table = []
-    for cost, _ in COSTS:
+    for cost in COSTS:
         values = {seed: summary[cost] for seed, summary in summaries.items() if cost in summary}
         for seed, value in values.items():
             table += _rows(arm, seed, {f"cost/{cost}": value})

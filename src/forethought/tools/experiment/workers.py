@@ -63,7 +63,7 @@ class WorkerPool:
 
         Raises UserError for a user's mistake in an arm, SignalArrived.
         """
-        guard, environment = SignalGuard(held=True), dict(os.environ)
+        guard, environment = SignalGuard(deferred=True), dict(os.environ)
         threads = max(1, len(os.sched_getaffinity(0)) // self.experiment.processes)
         os.environ.update(OMP_NUM_THREADS=str(threads), TQDM_DISABLE="1")  # inherited by the workers
         observer.part("")

@@ -41,10 +41,8 @@ from forethought.config import (
 )
 from forethought.data.corpus import Windows, check_corpus
 from forethought.data.positions import ThoughtFormat
-from forethought.data.readers import json_lines
-from forethought.tools.questions.answers import judge
-from forethought.tools.questions.prompts import prompt as asked
-from forethought.tools.questions.tasks import TASKS, Question
+from forethought.run.folder import read_jsonl
+from forethought.tools.benchmarks import grade, require_extra
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
@@ -182,8 +180,7 @@ def _question_examples(stage: Stage, config: Config, tokenizer: Any, form: Thoug
     while True:
         rng.shuffle(rows)
         for question, steps, answer in rows:
-            text = asked(TASKS["gsm8k"], Question(id="", text=question, answer=answer), 0, {})
-            read, said = tokenizer(text)["input_ids"], encoded(f" The answer is {answer}.")
+            read, said = tokenizer(f"Question: {question}\nAnswer:")["input_ids"], encoded(f" The answer is {answer}.")
             thought = encoded(f" {steps}") if steps else []
             if stage.think:
                 completion = [*thought, *form.close, *said, *ends] if steps else []
@@ -198,16 +195,14 @@ def _read_questions(path: str) -> Iterator[tuple[str, str, str]]:
         raise UserError(f"data = {path!r}: must be world:NAME/SPLIT or a file of questions (.jsonl or .jsonl.gz)")
     empty = True
     try:
-        for number, row in json_lines(path):
-            fields = row if isinstance(row, dict) else {}
-            question, answer = fields.get("question", fields.get("problem")), fields.get("answer")
+        for number, row in read_jsonl(path):
+            question, answer = row.get("question", row.get("problem")), row.get("answer")
             if not isinstance(question, str) or not isinstance(answer, str | int | float) or not str(answer).strip():
                 raise UserError(
-                    f"{path}:{number}: expected an object with the fields question (or problem) and answer, got "
-                    f"{reprlib.repr(row)}"
+                    f"{path}:{number}: expected the fields question (or problem) and answer, got {reprlib.repr(row)}"
                 )
             shown, _, final = str(answer).rpartition("####")
-            solution = str(fields.get("solution") or shown).split("####")[0]
+            solution = str(row.get("solution") or shown).split("####")[0]
             yield question.strip(), re.sub(r"<<[^<>]*>>", "", solution).strip(), final.strip()
             empty = False
     except OSError as error:
@@ -225,7 +220,10 @@ class Verified:
 
     def __init__(self, stage: Stage, tokenizer: Any, form: ThoughtFormat):
         self.tokenizer, self.close = tokenizer, list(form.close) if stage.think else []
-        self.right: Callable[[str, str], bool] = _first_word if stage.data.startswith("world:") else _judged
+        self.right: Callable[[str, str], bool] = _first_word
+        if not stage.data.startswith("world:"):
+            require_extra()
+            self.right = _graded
 
     def __call__(
         self, completion_ids: Sequence[list[int]], answer: Sequence[str], log_metric: Any = None, **_: Any
@@ -248,5 +246,5 @@ def _first_word(text: str, answer: str) -> bool:
     return text.split()[:1] == [answer]
 
 
-def _judged(text: str, answer: str) -> bool:
-    return judge(text, answer).right
+def _graded(text: str, answer: str) -> bool:
+    return grade(text, answer).right
