@@ -81,7 +81,9 @@ def _usage(out: Console, *names: str) -> None:
         line(out, f"{'       ' if i else 'usage: '}forethought {name} {COMMANDS[name].usage}")
         line(out, f"           {COMMANDS[name].help}")
     if not names:
-        line(out, "`forethought COMMAND --help` lists the options of a command, `--version` prints the version")
+        line(
+            out, "CONFIG is a file or a shipped config such as quickstart; `forethought train --help` lists all options"
+        )
 
 
 def _help(name: str, out: Console) -> None:
@@ -233,29 +235,21 @@ def _lm_eval(words: list[str], out: Console, err: Console) -> None:
 
 _MODEL = "a run folder or a model: embedded, a hub id, a folder or a .gguf file"
 _EXPERIMENT = "an experiment file, or the name of a shipped one such as compare-quickstart"
+_MORE = "[--section.option value ...]"
 COMMANDS = {
-    "train": Command(
-        _train, "CONFIG | --resume RUN [--section.option value ...]",
-        "train a config file or a shipped one such as quickstart; --resume continues from the last checkpoint",
-    ),
-    "evaluate": Command(
-        _evaluate, "MODEL_OR_RUN [--section.option value ...]", "held-out text with and without thoughts", _MODEL,
-    ),
-    "questions": Command(
-        _questions, "MODEL_OR_RUN [--questions.data FOLDER] [--section.option value ...]",
-        "benchmark questions with and without thoughts", _MODEL,
-    ),
+    "train": Command(_train, f"CONFIG | --resume RUN {_MORE}", "train, or continue from the last checkpoint"),
+    "evaluate": Command(_evaluate, f"MODEL_OR_RUN {_MORE}", "held-out text with and without thoughts", _MODEL),
+    "questions": Command(_questions, f"MODEL_OR_RUN {_MORE}", "benchmark questions with and without thoughts", _MODEL),
     "compare": Command(
-        _compare, "EXPERIMENT [--config CONFIG] [--seeds 0,1,2] [--processes N] [--section.option value ...]",
-        "train and compare the arms of an experiment", _EXPERIMENT,
+        _compare, f"EXPERIMENT [--config CONFIG] [--seeds 0,1,2] [--processes N] {_MORE}",
+        "train the arms of an experiment and compare them", _EXPERIMENT,
     ),
     "posttrain": Command(
-        _posttrain, "STAGE --start MODEL_OR_RUN [--run FOLDER] [--option value ...]", "SFT or RLVR through TRL",
+        _posttrain, "STAGE --start MODEL_OR_RUN [--run FOLDER] [--option value ...]", "SFT or RLVR with TRL",
         options=False,
     ),
     "plan": Command(
-        _plan, "CONFIG [--gpus N] [--gpu h100] [--simulate] [--json FILE] [--section.option value ...]",
-        "memory, time and cost of a run",
+        _plan, f"CONFIG [--gpus N] [--gpu h100] [--simulate] [--json FILE] {_MORE}", "memory, time and cost of a run",
     ),
     "report": Command(_report, "RUN [RUN ...] [--out FILE]", "an HTML page about runs", options=False),
     "lm-eval": Command(_lm_eval, "--model_args path=MODEL,thoughts=4 --tasks TASK", "tasks of lm-evaluation-harness"),
