@@ -120,7 +120,8 @@ def table(figures: dict[str, Any], columns: Sequence[str], out: Console, metrics
         for metric in (METRICS[name] for name in metrics):
             names = [f"{column}/{group}/{metric.name}" for column in columns]
             if any(name in figures for name in names):
-                unit = f" ({metric.unit})" if metric.unit in ("nats", "tokens") else ""
+                units = ("nats", "tokens") if "entropy" not in metric.label else ()  # an entropy is in nats
+                unit = f" ({metric.unit})" if metric.unit in units else ""
                 cells = [_cell(figures, name, metric.unit == "share") for name in names]
                 shown.add_row(f"  {metric.label}{unit}", *cells)
     out.print(shown)
