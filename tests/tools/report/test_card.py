@@ -11,11 +11,10 @@ from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forethought import ThinkingModel, UserError, evaluate
+from forethought import ThinkingModel, UserError, evaluate, train
 from forethought.config import Config, Corpus, Method, Model, from_dict, load, to_dict
 from forethought.models.loading import EMBEDDED, THINKING_FILE, load_thinking_options, save_thinking_options
 from forethought.tools.report.card import text, toml
-from forethought.trainer import train
 from helpers.runs import options
 
 SUMMARY: dict[str, Any] = {
