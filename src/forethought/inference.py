@@ -7,7 +7,6 @@ tokens each thought weighs what it made of them, so the probability of any text 
 
 import itertools
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,13 +22,17 @@ from forethought.data.corpus import Window
 from forethought.data.positions import Positions, at_positions, make_generator, thought_format
 from forethought.eval.viewer import token_texts
 from forethought.models.compute_copy import compute_copy
-from forethought.models.loading import load_model, load_thinking_options, load_tokenizer
+from forethought.models.loading import (
+    context_window,
+    load_model,
+    load_thinking_options,
+    load_tokenizer,
+    require_context,
+)
 from forethought.models.logprobs import chunk_tokens, no_think_logp, suffix_logits
 from forethought.rollout import Thoughts, draw_noise
-from forethought.rollout.copies import Copies, read_copies
-from forethought.rollout.decoder import sample
-from forethought.rollout.generate import Sampling, Stop, generate
-from forethought.rollout.native import native_engine
+from forethought.rollout.decoder import ReplicatedBatch, sample
+from forethought.rollout.native import Sampling, Stop, generate, native_engine
 
 _TAIL = 8  # tokens of which a text is decoded to see what the last one adds; a character has at most 4
 _LOGITS = 2**26  # logits that are held at once
@@ -277,14 +280,14 @@ class ThinkingModel:
     @torch.no_grad()
     def _pause(
         self, tokens: list[int], thoughts: int, seed: int
-    ) -> tuple[tuple[Thought, ...], Copies, Float[Tensor, "row vocab"]]:
+    ) -> tuple[tuple[Thought, ...], ReplicatedBatch, Float[Tensor, "row vocab"]]:
         """Think, and read a row for each thought and (last) one without; the logits that follow."""
         [said] = self._think([tokens], thoughts, [seed])
         rows = [*self._rows(tokens, said), tokens]
-        return said, *read_copies(self.model, rows, self.form.pad)
+        return said, *ReplicatedBatch.read(self.model, rows, self.form.pad)
 
     @torch.no_grad()
-    def _step(self, copies: Copies, token: int) -> Float[Tensor, "row vocab"]:
+    def _step(self, copies: ReplicatedBatch, token: int) -> Float[Tensor, "row vocab"]:
         return copies.step(torch.full((len(copies.mask),), token, device=self.model.device))
 
     def _draw(self, logp: Float[Tensor, " vocab"], before: list[int], temperature: float, seed: int) -> int:
@@ -295,17 +298,13 @@ class ThinkingModel:
 
     def check_length(self, tokens: int, thoughts: int) -> None:
         """Refuse a text that is too long for the model with the thoughts in it. Raises UserError."""
-        limit = self.max_text_tokens(thoughts)
-        if tokens > limit:
-            raise UserError(
-                f"a text of {tokens} tokens: the model has positions for {limit} beside its thoughts; "
-                "shorten the text or method.thought_length"
-            )
+        extra = self._overhead(thoughts)
+        what = f"a text of {tokens} tokens with {extra} for a thought"
+        require_context(self.model.config, tokens + extra, what, "shorten the text or method.thought_length")
 
     def max_text_tokens(self, thoughts: int) -> int:
-        """Tokens of text that the model has positions for, with a thought in it unless `thoughts` is 0."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return sys.maxsize if limit is None else limit - self._overhead(thoughts)
+        """Tokens of text that fit into the context window, with a thought in it unless `thoughts` is 0."""
+        return context_window(self.model.config) - self._overhead(thoughts)
 
     def _overhead(self, thoughts: int) -> int:
         return self.form.overhead + self.config.method.thought_length if thoughts else 0

@@ -161,7 +161,8 @@ def test_every_flipped_bit_and_every_cut_is_found(tmp_path: Path):
 def test_missing_files_are_named(tmp_path: Path):
     path = save(tmp_path, 1, snapshot(), 1)
     (path / "teacher.safetensors").unlink()
-    with pytest.raises(UserError, match=rf"teacher\.safetensors: cannot be read: No such file.*delete {path} to go on"):
+    message = rf"teacher\.safetensors: cannot be read: No such file.*delete {path} to continue"
+    with pytest.raises(UserError, match=message):
         load(path)
     with pytest.raises(UserError, match=r"none/state\.json: cannot be read"):
         load(tmp_path / "none")

@@ -169,7 +169,7 @@ def kills(processes: ForkServerContext, tmp_path: Path, count: int, changes: dic
         line = kill_one(processes, tmp_path, command, rng, step_s)
         print(f"saved up to step {max(checkpoints(tmp_path / 'killed'))}: {line}")
         assert "another process has died" in line
-        assert "nothing is lost since the last checkpoint" in line
+        assert "nothing is lost up to the last checkpoint" in line
         command = ["train", "--resume", str(tmp_path / "killed")]
     assert end(begin(processes, command, tmp_path)) == [0, 0], lines(tmp_path)
     return tmp_path / "killed"

@@ -1,8 +1,8 @@
-"""A policy's fp32 weights and what computes with them: the same network, or a whole or bf16 copy of them."""
+"""The policy: fp32 master weights, and the model that computes with them or with a copy; the EMA teacher."""
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,117 +16,117 @@ from forethought.run import distributed
 
 
 class Network:
-    """The fp32 weights that are trained, and the network that every forward and backward pass goes through.
+    """The fp32 weights that are trained (`weights`), and the `model` of every forward and backward pass.
 
-    In bf16 that is a copy of the weights, made anew by `sync` after each optimizer step. Its gradients are added to
-    those of the fp32 weights in fp32, as soon as a backward pass has them, so they may be summed over many chunks.
-    An optimizer step of 1e-6 would be lost on bf16 weights; here it is not.
+    In fp32 on one rank both are the same. In bf16 `model` is a copy, updated by `sync` after each optimizer step, since
+    a step of 1e-6 would be lost on bf16 weights. Its gradients are added to those of the fp32 weights as soon as a
+    backward pass has them, so they accumulate in fp32.
 
-    Where the weights are dealt over processes (`shard`), the network that computes is a whole copy, in each process, of
-    what all of them keep. It is filled once a step, so that rollouts decode without a word between processes, and each
-    process may take as many passes as its documents need; its gradients go back to the shards once a step.
+    With `shard` each rank keeps its shard of the weights, and `model` is a full copy on each rank, gathered once per
+    step. Rollouts then need no communication, ranks may run different numbers of passes, and gradients are
+    reduce-scattered once per step.
 
-    Where only adapters are trained (`model`, see forethought.models.lora), the weights are their factors alone, and
-    the network that computes repeats them as its trainable parameters, in the same order. To compute with others', such
-    as the teacher's, is to switch adapters.
+    With LoRA (a `model` is given, see forethought.models.lora) `weights` are the adapters' factors alone, in the order
+    of the trainable parameters of `model`. Computing with the weights of another network then means to swap factors.
     """
 
     def __init__(self, weights: Any, precision: str, model: Any = None):
         self.weights, self.has_adapters = weights, model is not None
         self.model = model or (weights if precision == "fp32" else compute_copy(copy.deepcopy(weights), precision))
-        self._repeated = [one for one in self.model.parameters() if one.requires_grad or not self.has_adapters]
-        self._sums: list[Any] = []  # who holds the sum of the gradients of all passes, for each parameter
+        self._parameters = [one for one in self.model.parameters() if one.requires_grad or not self.has_adapters]
+        self._accumulators: list[Any] = []  # what holds the summed gradient of each parameter
         self._hooks: list[Any] = []
         if self.model is not weights:
-            self._add_up(list(weights.parameters()))
+            self._accumulate_into(list(weights.parameters()))
 
     def shard(self, others: Sequence[Any]) -> None:
-        """Deal the fp32 weights over the processes, and those of other networks, such as the teacher, in place."""
+        """Shard the fp32 weights, and those of other networks such as the teacher, over the ranks, in place."""
         if self.model is self.weights:
             self.weights = copy.deepcopy(self.weights)
-            self._sums = list(self._repeated)
+            self._accumulators = list(self._parameters)
         else:
-            self._add_up([_Sum(parameter.dtype) for parameter in self.weights.parameters()])
+            self._accumulate_into([_Accumulator(parameter.dtype) for parameter in self.weights.parameters()])
         for network in (self.weights, *others):
             sharding.shard(network)
 
     @property
     def sharded(self) -> bool:
-        """Whether each process keeps only its part of the weights."""
+        """Whether each rank keeps only its shard of the weights."""
         return sharding.is_sharded(self.weights)
 
     @property
     def num_trainable(self) -> int:
-        """How many weights are trained, over all processes."""
+        """The number of trained weights, over all ranks."""
         return sum(parameter.numel() for parameter in self.weights.parameters())
 
-    def reduce_gradients(self, limit: float) -> float:
-        """Add up the gradients of all processes, once all passes are done, and clip them; their norm before that."""
+    def reduce_gradients(self, max_norm: float) -> float:
+        """Sum the gradients of all ranks after the last pass of a step and clip them; returns their norm before."""
         masters = list(self.weights.parameters())
         if not self.sharded:
             distributed.all_reduce_gradients(masters)
-            return float(torch.nn.utils.clip_grad_norm_(masters, limit))
-        known = distributed.any_rank_has_gradient(self._sums)
-        for master, own, held in zip(masters, self._repeated, self._sums, strict=True):
-            if known.pop(0):
-                sharding.reduce_scatter(
-                    torch.zeros_like(own, dtype=master.dtype) if held.grad is None else held.grad, master
-                )
-            held.grad = None
-        return sharding.clip_gradients(masters, limit)
+            return float(torch.nn.utils.clip_grad_norm_(masters, max_norm))
+        present = distributed.any_rank_has_gradient(self._accumulators)
+        rows = zip(masters, self._parameters, self._accumulators, present, strict=True)
+        for master, parameter, accumulator, has_gradient in rows:
+            if has_gradient:
+                grad = accumulator.grad
+                grad = torch.zeros_like(parameter, dtype=master.dtype) if grad is None else grad
+                sharding.reduce_scatter(grad, master)
+            accumulator.grad = None
+        return sharding.clip_gradients(masters, max_norm)
 
     @torch.no_grad()
     def sync(self) -> None:
-        """Compute with the weights of now."""
-        self._copy(self.weights)
+        """Copy the current weights into `model`."""
+        self._copy_from(self.weights)
 
     @contextlib.contextmanager
     def swapped_weights(self, other: Any) -> Iterator[Any]:
-        """Compute with another network's fp32 weights, such as the teacher's, for a while; no copy is kept of them.
+        """`model` with the fp32 weights of another network, such as the teacher, inside a `with` block.
 
-        Where the other is sharded, all processes must ask together.
+        If the other is sharded, all ranks must call it together.
         """
-        low = any(parameter.dtype != torch.float32 for parameter in self._repeated)
-        if not low and not self.has_adapters and not sharding.is_sharded(other):
+        low_precision = any(parameter.dtype != torch.float32 for parameter in self._parameters)
+        if not low_precision and not self.has_adapters and not sharding.is_sharded(other):
             yield other
             return
-        kept = [parameter.detach().clone() for parameter in self._repeated] if self.sharded else None
-        self._copy(other)
+        saved = [parameter.detach().clone() for parameter in self._parameters] if self.sharded else None
+        self._copy_from(other)
         try:
             yield self.model
         finally:
-            self._copy(self.weights) if kept is None else self._put(kept)
+            self._copy_from(self.weights) if saved is None else self._set(saved)
 
     def as_model(self, other: Any) -> contextlib.AbstractContextManager[Any]:
-        """A network of other weights, to be called as it is: that network itself, or `swapped_weights`, if adapters."""
+        """A model that can be called with other weights: `other` itself, or with adapters `swapped_weights`."""
         return self.swapped_weights(other) if self.has_adapters else contextlib.nullcontext(other)
 
     @torch.no_grad()
-    def _copy(self, source: Any) -> None:
+    def _copy_from(self, source: Any) -> None:
         if sharding.is_sharded(source):
             sharding.gather_into(self.model, source)
         elif self.model is not self.weights:
-            self._put([parameter.detach() for parameter in source.parameters()])
+            self._set([parameter.detach() for parameter in source.parameters()])
 
     @torch.no_grad()
-    def _put(self, values: list[Tensor]) -> None:
-        torch._foreach_copy_(self._repeated, values)
+    def _set(self, values: list[Tensor]) -> None:
+        torch._foreach_copy_(self._parameters, values)
 
-    def _add_up(self, sums: list[Any]) -> None:
-        """Let gradients of the copy move to `sums`, in fp32, after each pass."""
+    def _accumulate_into(self, accumulators: list[Any]) -> None:
+        """Move gradients of `model` to the accumulators, in their precision, during each backward pass."""
         for hook in self._hooks:
             hook.remove()
-        self._sums = sums
-        pairs = zip(self._repeated, sums, strict=True)
-        self._hooks = [low.register_post_accumulate_grad_hook(_adder(held)) for low, held in pairs]
+        self._accumulators = accumulators
+        pairs = zip(self._parameters, accumulators, strict=True)
+        self._hooks = [parameter.register_post_accumulate_grad_hook(_move_to(held)) for parameter, held in pairs]
 
 
 class Teacher:
-    """phi <- tau * phi + (1 - tau) * theta after every optimizer step; phi = theta at the start.
+    """The EMA teacher: phi <- tau * phi + (1 - tau) * theta after every optimizer step; phi = theta at the start.
 
-    Kept in float32: in bf16 (1 - 0.999) * delta rounds to nothing for almost every weight, and the teacher never
-    moves. Its score is the same for all thoughts of one position, so it cancels out of a group-relative update: it
-    gives the reward its meaning (the information gain that is logged), not its gradient.
+    Kept in fp32: in bf16 (1 - 0.999) * delta rounds to zero for almost every weight, and the teacher never moves. Its
+    score is the same for all thoughts of a position, so it cancels out of a group-relative update: it gives the reward
+    its meaning (the logged information gain), not its gradient.
     """
 
     def __init__(self, policy: Any, decay: float):
@@ -135,16 +135,16 @@ class Teacher:
 
     @torch.no_grad()
     def update(self, policy: Any) -> None:
-        """Move towards the policy by 1 - tau, each process the rows that it keeps."""
+        """Move towards the policy by 1 - tau, on each rank its shard."""
         ours, theirs = ([local_shard(parameter) for parameter in one.parameters()] for one in (self.model, policy))
         torch._foreach_lerp_(ours, theirs, 1 - self.decay)
 
 
 def compute_copy(model: Any, precision: str, device: torch.device | None = None) -> Any:
-    """An fp32 model, turned into one that computes in this precision and is not trained itself; the same object.
+    """Turn an fp32 model, in place, into one that computes in this precision and is not trained itself.
 
-    Buffers, such as rotary angles, stay fp32, and so do weights that the family wants in fp32. With a device it is
-    moved there once its precision is right, so that fp32 weights need no room there.
+    Buffers, such as rotary frequencies, and weights that the architecture wants in fp32 stay so. It is moved to
+    `device` after the conversion, so that fp32 weights take no memory there.
     """
     if precision == "bf16":
         kept = getattr(model, "_keep_in_fp32_modules", None) or ()
@@ -159,22 +159,22 @@ def compute_copy(model: Any, precision: str, device: torch.device | None = None)
 
 
 @dataclass(slots=True)
-class _Sum:
-    """A gradient whose weights are elsewhere."""
+class _Accumulator:
+    """Holds the gradient of a weight that is sharded."""
 
     dtype: torch.dtype
     grad: Tensor | None = None
 
 
-def _adder(own: Any) -> Any:
-    """A hook that moves a gradient to `own`, in fp32."""
+def _move_to(accumulator: Any) -> Callable[[Tensor], None]:
+    """A hook that adds a gradient to that of `accumulator`, in its precision."""
 
-    def add(low: Tensor) -> None:
-        assert low.grad is not None
-        if own.grad is None:
-            own.grad = low.grad.to(own.dtype)
+    def move(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        if accumulator.grad is None:
+            accumulator.grad = parameter.grad.to(accumulator.dtype)
         else:
-            own.grad.add_(low.grad)
-        low.grad = None
+            accumulator.grad.add_(parameter.grad)
+        parameter.grad = None
 
-    return add
+    return move

@@ -1,1 +1,1 @@
-"""A run: its folder, checkpoints, processes, signals, trackers, diagnostics."""
+"""A run: its folder, checkpoints, ranks, signals, diagnostics, callbacks and trackers."""

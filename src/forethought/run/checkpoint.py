@@ -1,9 +1,9 @@
-"""Checkpoints that a kill cannot break: written beside, checked by size and checksum, put in place by one rename.
+"""Checkpoints that survive a kill at any moment: written to a temporary folder, checksummed, put in place by a rename.
 
     RUN/checkpoints/step-00000020/policy.safetensors, teacher.safetensors, ..., state.json
 
-No pickle: tensors are safetensors files, one per first part of their names; everything else is JSON. Of several
-processes each writes the rows that it keeps, such as policy.1-of-4.safetensors; any number of them can read that back.
+No pickle: tensors are in safetensors files, one per first part of their names; everything else is JSON. Each rank
+writes its shard, such as policy.1-of-4.safetensors; any number of ranks can read that back.
 """
 
 import json
@@ -30,11 +30,11 @@ from forethought.run.folder import checkpoints, disk_errors, sync
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """All that a run needs to go on as if it had never stopped.
+    """Everything that a run needs to continue as if it had never stopped.
 
-    `tensors` has names of at least two parts, such as `policy/model.norm.weight` or `optimizer/exp_avg/lm_head.weight`;
-    the first is the file they go to. Of several processes each holds its rows of tensors that are dealt over them, in
-    their order, and the first one all others. `state` holds what JSON can: text keys, lists and no tuples.
+    Names of `tensors` have at least two parts, such as `policy/model.norm.weight`; the first is the file. Each rank
+    has its rows of sharded tensors, in the order of ranks, and rank 0 all others. `state` is JSON: string keys, lists,
+    no tuples.
     """
 
     tensors: dict[str, Tensor]
@@ -44,10 +44,8 @@ class Snapshot:
 def save(run: Path, step: int, snapshot: Snapshot, keep: int) -> Path:
     """Write the checkpoint of a step, then remove all but the `keep` newest; the one just written always stays.
 
-    Several processes save together, into a folder that all of them see.
-
-    A kill at any moment leaves every earlier checkpoint whole; what it left half done is removed by the next save.
-    The disk needs room for keep + 1 checkpoints. Tensors may share memory: each name is written out by itself.
+    All ranks call it together and see the same folder. A kill at any moment leaves earlier checkpoints intact; the next
+    save removes what it left incomplete. The disk needs space for keep + 1 checkpoints. Tensors may share memory.
 
     Raises:
         RunError: the disk is full or failing; earlier checkpoints are intact.
@@ -58,10 +56,10 @@ def save(run: Path, step: int, snapshot: Snapshot, keep: int) -> Path:
     with disk_errors(run, final):
         distributed.run_on_rank0(lambda: _begin(run, partial))
         try:
-            alone = sum(distributed.all_gather(bool(snapshot.tensors))) < 2
-            files = distributed.run_on_all_ranks(lambda: _write(run, partial, snapshot.tensors, alone))
-            every = {stem: print for some in distributed.all_gather(files) for stem, print in (some or {}).items()}
-            distributed.run_on_rank0(lambda: _seal(run, partial, {"state": snapshot.state, "files": every}))
+            sharded = sum(distributed.all_gather(bool(snapshot.tensors))) > 1
+            files = distributed.run_on_all_ranks(lambda: _write_tensors(run, partial, snapshot.tensors, sharded))
+            gathered = {stem: entry for some in distributed.all_gather(files) for stem, entry in some.items()}
+            distributed.run_on_rank0(lambda: _write_state(run, partial, {"state": snapshot.state, "files": gathered}))
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -70,31 +68,31 @@ def save(run: Path, step: int, snapshot: Snapshot, keep: int) -> Path:
 
 
 def latest(run: Path) -> Path | None:
-    """The newest checkpoint of a run, or None. It is there whole, but only `load` reads it through."""
+    """The newest checkpoint of a run, or None. Its files are complete, but not verified."""
     return next(reversed(checkpoints(run).values()), None)
 
 
 def load(path: Path, only: str = "") -> Snapshot:
-    """Read a checkpoint back, on the CPU, bit for bit and with every dtype as it was saved.
+    """Read a checkpoint on the CPU, with every dtype as it was saved.
 
-    `only` names one part, such as `teacher`: the others are neither read nor checked. One that is not there is empty.
+    `only` names one part, such as `teacher`, to read and verify; a part that does not exist is empty.
 
     Raises:
-        UserError: a file is missing, cut off or altered; the message names it.
+        UserError: a file is missing, truncated or altered; the message names it.
     """
     saved = Saved(path, only)
     return Snapshot(tensors={name: saved.tensor(name) for name in saved.names}, state=saved.state)
 
 
 class Saved:
-    """A checkpoint on disk, of which tensors are read one by one, whole or some rows of them."""
+    """A checkpoint on disk, whose tensors are read one by one, in full or some of their rows."""
 
     def __init__(self, path: Path, only: str = "", check: bool = True):
-        """Open it; with `check` all files are read through. Raises UserError as `load` does."""
+        """Open it, and with `check` verify all files. Raises UserError like `load`."""
         record = _read_record(path / "state.json")
         self.state: dict[str, Any] = record["state"]
-        self._pieces: dict[str, list[tuple[Any, str]]] = defaultdict(list)  # files that hold a tensor, in row order
-        for stem in sorted(record["files"], key=_turn):
+        self._shards: dict[str, list[tuple[Any, str]]] = defaultdict(list)  # files with rows of a tensor, in row order
+        for stem in sorted(record["files"], key=_shard_order):
             group, file = stem.partition(".")[0], path / f"{stem}.safetensors"
             if only and group != only:
                 continue
@@ -102,38 +100,38 @@ class Saved:
                 _check(file, record["files"][stem])
             opened = safe_open(file, framework="pt")
             for name in opened.keys():  # noqa: SIM118
-                self._pieces[f"{group}/{name}"].append((opened, name))
+                self._shards[f"{group}/{name}"].append((opened, name))
 
     @property
     def names(self) -> list[str]:
-        """Of all tensors."""
-        return list(self._pieces)
+        """The names of all tensors."""
+        return list(self._shards)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of the whole tensor."""
-        shapes = [opened.get_slice(inner).get_shape() for opened, inner in self._pieces[name]]
+        """The shape of a full tensor."""
+        shapes = [opened.get_slice(inner).get_shape() for opened, inner in self._shards[name]]
         return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes[0] else ()
 
     def tensor(self, name: str, rows: slice | None = None) -> Tensor:
-        """A tensor, on the CPU, or some of its rows."""
-        pieces = self._pieces[name]
+        """A full tensor on the CPU, or some of its rows."""
+        shards = self._shards[name]
         if rows is None:
-            parts = [opened.get_tensor(inner) for opened, inner in pieces]
+            parts = [opened.get_tensor(inner) for opened, inner in shards]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
         parts, start = [], 0
-        for opened, inner in pieces:
-            piece = opened.get_slice(inner)
-            end = start + piece.get_shape()[0]
+        for opened, inner in shards:
+            shard = opened.get_slice(inner)
+            end = start + shard.get_shape()[0]
             if rows.start < end and start < rows.stop:
-                parts.append(piece[max(rows.start, start) - start : min(rows.stop, end) - start])
+                parts.append(shard[max(rows.start, start) - start : min(rows.stop, end) - start])
             start = end
-        return torch.cat(parts) if parts else pieces[0][0].get_tensor(pieces[0][1])[:0]
+        return torch.cat(parts) if parts else shards[0][0].get_tensor(shards[0][1])[:0]
 
 
-def _turn(stem: str) -> tuple[str, int]:
-    """Files in the order of their rows: policy.10-of-16 comes after policy.9-of-16."""
-    group, _, which = stem.partition(".")
-    return group, int(which.partition("-")[0] or 0)
+def _shard_order(stem: str) -> tuple[str, int]:
+    """Sorts policy.10-of-16 after policy.9-of-16."""
+    group, _, shard = stem.partition(".")
+    return group, int(shard.partition("-")[0] or 0)
 
 
 def _check(file: Path, expected: dict[str, int]) -> None:
@@ -148,7 +146,7 @@ def _check(file: Path, expected: dict[str, int]) -> None:
 
 
 def _begin(run: Path, partial: Path) -> None:
-    """An empty folder beside the checkpoints."""
+    """Make an empty temporary folder beside the checkpoints."""
     with disk_errors(run, partial):
         partial.parent.mkdir(exist_ok=True)
         sync(run)
@@ -156,8 +154,8 @@ def _begin(run: Path, partial: Path) -> None:
         partial.mkdir()
 
 
-def _write(run: Path, folder: Path, named: dict[str, Tensor], alone: bool) -> dict[str, dict[str, int]]:
-    """This process's files, and what they must be found to hold; `alone`: no other process writes."""
+def _write_tensors(run: Path, folder: Path, named: dict[str, Tensor], sharded: bool) -> dict[str, dict[str, int]]:
+    """Write the files of this rank; their sizes and checksums."""
     groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in named.items():
         group, slash, rest = name.partition("/")
@@ -165,7 +163,7 @@ def _write(run: Path, folder: Path, named: dict[str, Tensor], alone: bool) -> di
         groups[group][rest] = tensor
     files = {}
     for group, tensors in groups.items():
-        stem = group if alone else f"{group}.{distributed.rank()}-of-{distributed.world_size()}"
+        stem = f"{group}.{distributed.rank()}-of-{distributed.world_size()}" if sharded else group
         file = folder / f"{stem}.safetensors"
         with disk_errors(run, file):
             _save_tensors(file, tensors)
@@ -174,19 +172,19 @@ def _write(run: Path, folder: Path, named: dict[str, Tensor], alone: bool) -> di
     return files
 
 
-def _seal(run: Path, folder: Path, record: dict[str, Any]) -> None:
-    """Write state.json, which makes the folder a checkpoint."""
+def _write_state(run: Path, folder: Path, record: dict[str, Any]) -> None:
+    """Write state.json, which completes the checkpoint."""
     state = folder / "state.json"
     with disk_errors(run, state):
         state.write_text(json.dumps({"crc32": _checksum(record), **record}), encoding="utf-8")
         for file in folder.iterdir():
-            shutil.copymode(state, file)  # safetensors lets nobody but the owner read its files
+            shutil.copymode(state, file)  # safetensors makes its files readable for the owner only
         sync(state)
         sync(folder)
 
 
 def _finish(run: Path, partial: Path, final: Path, keep: int) -> None:
-    """Put the folder in its place, and remove older ones."""
+    """Put the folder in place and remove older checkpoints."""
     with disk_errors(run, final):
         _put(partial, final)
         stale = [path for path in list(checkpoints(run).values())[:-keep] if path != final]
@@ -196,7 +194,7 @@ def _finish(run: Path, partial: Path, final: Path, keep: int) -> None:
 
 
 def _save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Write one safetensors file, whose errors of the disk become OSError again."""
+    """Write one safetensors file. Raises OSError for a full or failing disk."""
     seen: set[int] = set()
     separate = {}
     for name, tensor in tensors.items():
@@ -210,7 +208,7 @@ def _save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
 
 @contextmanager
 def tensor_errors(file: Path) -> Iterator[None]:
-    """Make what safetensors and tokenizers raise when a disk refuses `file` an OSError again, for `disk_errors`."""
+    """Turn what safetensors and tokenizers raise for a full or failing disk into OSError, for `disk_errors`."""
     try:
         yield
     except Exception as error:  # tokenizers raises nothing narrower
@@ -221,7 +219,7 @@ def tensor_errors(file: Path) -> Iterator[None]:
 
 
 def _put(partial: Path, final: Path) -> None:
-    """Move a finished folder to its place; see `runlog.checkpoints` for a kill between the first two renames."""
+    """Rename a finished folder into place; `folder.checkpoints` handles a kill between the first two renames."""
     replaced = final.with_name(f".replaced-{final.name}")
     if final.exists():
         final.rename(replaced)
@@ -232,22 +230,22 @@ def _put(partial: Path, final: Path) -> None:
 
 
 def _tidy(run: Path) -> None:
-    """Finish what a killed save left: put a replaced checkpoint back where the new one is missing, remove the rest."""
-    whole = set(checkpoints(run).values())
+    """Clean up after a killed save: restore a replaced checkpoint whose successor is missing, remove the rest."""
+    valid = set(checkpoints(run).values())
     for path in (run / "checkpoints").glob(".*-step-*"):
-        if path in whole:
+        if path in valid:
             path.rename(path.with_name(path.name.removeprefix(".replaced-")))
         else:
             shutil.rmtree(path)
 
 
 def _fingerprint(file: Path) -> dict[str, int]:
-    """Size and checksum of a file, read piece by piece."""
+    """Size and checksum of a file."""
     size = checksum = 0
     with file.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            size += len(piece)
-            checksum = zlib.crc32(piece, checksum)
+        while block := stream.read(1 << 20):
+            size += len(block)
+            checksum = zlib.crc32(block, checksum)
     return {"bytes": size, "crc32": checksum}
 
 
@@ -258,16 +256,15 @@ def _checksum(record: dict[str, Any]) -> int:
 def _read_record(file: Path) -> dict[str, Any]:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        checksum = record.pop("crc32")
-        whole = checksum == _checksum(record)
+        intact = record.pop("crc32") == _checksum(record)
     except OSError as error:
         raise _broken(file, f"cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, AttributeError):
         raise _broken(file, "is not the JSON that was written") from None
-    if not whole:
+    if not intact:
         raise _broken(file, "its checksum is wrong")
     return record
 
 
 def _broken(file: Path, what: str) -> UserError:
-    return UserError(f"checkpoint file {file}: {what}; delete {file.parent} to go on from an older checkpoint")
+    return UserError(f"checkpoint file {file}: {what}; delete {file.parent} to continue from an older checkpoint")

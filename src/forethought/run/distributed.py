@@ -1,8 +1,10 @@
-"""Several processes that train one model: who is who, how work is dealt, and what they tell each other.
+"""Data-parallel training: ranks, collectives, and how work is distributed over them.
 
-`torchrun` and `accelerate launch` start the processes and say so in the environment. One process has nothing to tell.
-Small things go through gloo, on the CPU, so that a process that died is noticed at once and in words; weights and
-gradients go through NCCL where there are GPUs. Importing this module imports no torch.
+`torchrun` and `accelerate launch` start the processes and set their environment. Without them all functions here are
+no-ops of a single process. Python objects go through gloo on the CPU, where a rank that died is noticed at once;
+weights and gradients go through NCCL if there are GPUs. Importing this module does not import torch.
+
+All ranks see the same files, run folder and options, and read the same windows; each trains on its share of them.
 """
 
 import heapq
@@ -19,34 +21,33 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-_BUCKET_BYTES = 2**26  # gradients that are added up in one message
+_BUCKET_BYTES = 2**26  # gradients per all-reduce
 
 
 class RemoteRankError(RunError):
-    """Another process failed, and says why itself."""
+    """Another rank failed; it reports the reason itself."""
 
 
 def launcher_rank_and_size() -> tuple[int, int]:
-    """Number of this process and how many there are, as the launcher says; (0, 1) without one. Raises UserError."""
-    words = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    """Rank and world size from the launcher's environment; (0, 1) without a launcher. Raises UserError."""
+    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     try:
-        rank, size = (int(word) for word in words)
+        return int(rank), int(size)
     except ValueError:
-        raise UserError(f"RANK = {words[0]!r}, WORLD_SIZE = {words[1]!r}: a launcher sets whole numbers") from None
-    return rank, size
+        raise UserError(f"RANK = {rank!r}, WORLD_SIZE = {size!r}: must be integers, set by a launcher") from None
 
 
 def require_single_process(command: str) -> None:
-    """Raise UserError where a command that one process does was started in several."""
+    """Raise UserError if a single-process command was started in several processes."""
     if launcher_rank_and_size()[1] > 1:
         raise UserError(f"{command} runs in one process; start it without torchrun or accelerate launch")
 
 
 @contextmanager
 def process_group(config: Config) -> Iterator[None]:
-    """Join the other processes, where there are any, until the work is done. Raises RunError where they do not come."""
-    rank_here, count = launcher_rank_and_size()
-    if count == 1 or _group() is not None:
+    """Join the process group, if a launcher made one, until the work is done. Raises RunError if a rank is missing."""
+    launcher_rank, size = launcher_rank_and_size()
+    if size == 1 or _group() is not None:
         yield
         return
     import torch
@@ -54,40 +55,40 @@ def process_group(config: Config) -> Iterator[None]:
 
     on_gpu = config.model.device != "cpu" and torch.cuda.is_available()
     if on_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank_here)))
-    patience = timedelta(seconds=config.parallel.timeout_s)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", launcher_rank)))
+    timeout = timedelta(seconds=config.parallel.timeout_s)
     with communication_errors():
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=patience)
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout)
     yield
-    torch.distributed.destroy_process_group()  # not after an error: it would wait for processes that are gone
+    torch.distributed.destroy_process_group()  # not after an error: it would wait for ranks that are gone
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """The number of ranks."""
     group = _group()
     return 1 if group is None else group.get_world_size()
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """The rank of this process, from 0."""
     group = _group()
     return 0 if group is None else group.get_rank()
 
 
 def is_rank0() -> bool:
-    """Whether this is the process that prints and writes the run folder."""
+    """Whether this is rank 0, which prints and writes the run folder."""
     return rank() == 0
 
 
 def all_gather(value: T) -> list[T]:
-    """What each process has to say, in their order. Raises RunError where one is gone."""
+    """The values of all ranks, in their order. Raises RunError if a rank is gone."""
     group = _group()
     if group is None:
         return [value]
-    answers: list[Any] = [None] * group.get_world_size()
+    values: list[Any] = [None] * group.get_world_size()
     with communication_errors():
-        group.all_gather_object(answers, value)
-    return answers
+        group.all_gather_object(values, value)
+    return values
 
 
 def run_on_all_ranks(work: Callable[[], T]) -> T:
@@ -117,57 +118,57 @@ def run_on_rank0(work: Callable[[], T]) -> T | None:
 
 
 def rank0_error(error: Exception) -> Exception:
-    """The error that every process meets at the same place, to be raised: told by the first one alone."""
+    """What to raise for an error on every rank: the error itself on rank 0, which reports it, else RemoteRankError."""
     return error if is_rank0() else RemoteRankError(str(error))
 
 
-def balance_load(weights: Sequence[int], hands: int) -> list[list[int]]:
-    """Deal things out so that each hand holds about the same weight: the heaviest first, each to the lightest hand.
+def balance_load(weights: Sequence[int], bins: int) -> list[list[int]]:
+    """Distribute items over bins of about equal weight, greedily: the heaviest first, each into the lightest bin.
 
-    Returns the indices in each hand, ascending. Hands are never empty where there are enough things.
-    Example: weights 5 3 3 1 1 in two hands: [0, 3, 4] and [1, 2].
+    Returns the ascending indices in each bin; no bin is empty if there are enough items.
+    Example: weights 5 3 3 1 1 in two bins: [0, 3, 4] and [1, 2].
     """
-    dealt: list[list[int]] = [[] for _ in range(hands)]
-    loads = [(0, 0, hand) for hand in range(hands)]
-    for i in sorted(range(len(weights)), key=lambda i: (-weights[i], i)):
-        load, count, hand = heapq.heappop(loads)
-        dealt[hand].append(i)
-        heapq.heappush(loads, (load + weights[i], count + 1, hand))
-    return [sorted(hand) for hand in dealt]
+    assigned: list[list[int]] = [[] for _ in range(bins)]
+    loads = [(0, 0, i) for i in range(bins)]
+    for item in sorted(range(len(weights)), key=lambda item: (-weights[item], item)):
+        load, count, lightest = heapq.heappop(loads)
+        assigned[lightest].append(item)
+        heapq.heappush(loads, (load + weights[item], count + 1, lightest))
+    return [sorted(items) for items in assigned]
 
 
 def shard_indices(weights: Sequence[int]) -> list[int]:
-    """The indices that are dealt to this process; all of them where there is one."""
+    """The indices of the items of this rank; all of them in a single process."""
     return balance_load(weights, world_size())[rank()]
 
 
 def any_rank_has_gradient(parameters: Sequence[Any]) -> list[bool]:
-    """For each parameter whether any process has a gradient of it; those without one anywhere are left as they are."""
-    answers = all_gather([parameter.grad is not None for parameter in parameters])
-    return [any(some) for some in zip(*answers, strict=True)]
+    """For each parameter whether any rank has a gradient of it."""
+    gathered = all_gather([parameter.grad is not None for parameter in parameters])
+    return [any(of_ranks) for of_ranks in zip(*gathered, strict=True)]
 
 
 def all_reduce_gradients(parameters: "Sequence[torch.Tensor]") -> None:
-    """Add up the gradients of all processes, in every process, in a few large messages."""
+    """Sum gradients over all ranks, in a few large all-reduces. Parameters without a gradient on any rank keep none."""
     group = _group()
     if group is None:
         return
     import torch
 
     bucket: list[torch.Tensor] = []
-    for parameter, known in zip(parameters, any_rank_has_gradient(parameters), strict=True):
-        if not known:
+    for parameter, has_gradient in zip(parameters, any_rank_has_gradient(parameters), strict=True):
+        if not has_gradient:
             continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         bucket.append(parameter.grad)
         if sum(grad.nbytes for grad in bucket) >= _BUCKET_BYTES:
-            _sum(bucket)
+            _all_reduce(bucket)
             bucket = []
-    _sum(bucket)
+    _all_reduce(bucket)
 
 
-def _sum(tensors: "list[torch.Tensor]") -> None:
+def _all_reduce(tensors: "list[torch.Tensor]") -> None:
     if not tensors:
         return
     import torch
@@ -175,26 +176,26 @@ def _sum(tensors: "list[torch.Tensor]") -> None:
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     with communication_errors():
         torch.distributed.all_reduce(flat)
-    for tensor, piece in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(piece.view_as(tensor))
+    for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(summed.view_as(tensor))
 
 
 def _group() -> Any:
-    """torch.distributed where processes have been joined, else None."""
+    """torch.distributed in an initialized process group, else None."""
     import torch.distributed
 
-    known = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed if known else None
+    initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed if initialized else None
 
 
 @contextmanager
 def communication_errors() -> Iterator[None]:
-    """Make what a message raises when another process is gone or silent one clear line (RunError)."""
+    """Turn what a collective raises when another rank is gone or hangs into one line (RunError)."""
     try:
         yield
     except RuntimeError as error:
         text = re.sub(r"^\[[^]]*\.cc:\d+\] ", "", " ".join(str(error).split())).partition(". ")[0][:200]
         raise RunError(
-            f"another process has died, or said nothing for parallel.timeout_s ({text}); nothing is lost since the "
-            "last checkpoint: go on with train --resume, with as many processes as you like"
+            f"another process has died, or did not answer within parallel.timeout_s ({text}); nothing is lost up to "
+            "the last checkpoint: continue with train --resume, on any number of processes"
         ) from error

@@ -1,16 +1,16 @@
-"""The run folder: the contract between training and everything after it. Reading it takes no torch.
+"""The run folder: the interface between training and everything after it. Reading it does not import torch.
 
     RUN/config.json      every option of the run
     RUN/metrics.jsonl    one line per logged step: {"step": 20, "reward/mean": 0.31, ...}
     RUN/thoughts.jsonl   one line per logged thought, each with its "step"
-    RUN/warnings.jsonl   one line per warning of the diagnostics; missing where there was none
-    RUN/summary.json     what the run came to
+    RUN/warnings.jsonl   one line per warning of the diagnostics; missing if there was none
+    RUN/summary.json     the results
     RUN/checkpoints/     see checkpoint.py
     RUN/policy/          the trained model, as a Hugging Face folder; README.md is its card
     RUN/report.html
-    RUN/.lock            held while a process trains in the folder
+    RUN/.lock            locked while a process trains in the folder
 
-JSON has no NaN and no infinity: a value that is no finite number is left out of its line (null inside a list).
+JSON has no NaN and no infinity: non-finite values are left out of their line (null inside a list).
 """
 
 import errno
@@ -43,7 +43,7 @@ _STEP = re.compile(r"(?:\.replaced-)?step-(\d+)")
 
 @dataclass(frozen=True, slots=True)
 class RunLog:
-    """One run folder. `path` is where it is now, which may differ from `config().run` when it was moved."""
+    """One run folder. `path` is its current location, which differs from `config().run` if it was moved."""
 
     path: Path
 
@@ -52,8 +52,8 @@ class RunLog:
         """Make the folder `config.run` and write config.json into it.
 
         Raises:
-            UserError: the path is a file, cannot be written, is in use by another process, or exists and is not
-                empty. With `config.overwrite` a folder is emptied first, if it holds a Forethought run.
+            UserError: the path is a file, not writable, in use by another process, or a folder that is not empty.
+                With `config.overwrite` a folder with a Forethought run is emptied first.
             RunError: the disk is full.
         """
         run = cls(Path(config.run))
@@ -71,7 +71,7 @@ class RunLog:
 
     @classmethod
     def open(cls, path: str | Path) -> "RunLog":
-        """An existing run. Raises UserError where there is none, or where its config.json is broken."""
+        """Open an existing run. Raises UserError if there is none or its config.json is invalid."""
         run = cls(Path(path))
         if not run.path.is_dir():
             raise UserError(f"run {str(path)!r}: no such folder; name the run folder of an earlier training")
@@ -81,7 +81,7 @@ class RunLog:
         return run
 
     def config(self) -> Config:
-        """The options that the run was made with. Raises UserError if config.json is broken."""
+        """The options of the run. Raises UserError if config.json is invalid."""
         values = self.read_json("config.json")
         if not {"run", "method", "train"} <= values.keys():
             raise UserError(f"{self.path / 'config.json'}: is not the config of a Forethought run")
@@ -91,29 +91,29 @@ class RunLog:
             raise UserError(f"{self.path / 'config.json'}: {error}") from None
 
     def metrics(self, step: int, values: Mapping[str, float | int]) -> None:
-        """Append one line to metrics.jsonl; a value that is NaN or infinite is left out. Raises RunError (disk)."""
+        """Append one line to metrics.jsonl, without non-finite values. Raises RunError (disk)."""
         self._append("metrics.jsonl", [{"step": step, **values}])
 
     def thoughts(self, rows: list[dict[str, Any]]) -> None:
-        """Append one line per row to thoughts.jsonl; every row holds its "step". Raises RunError (disk)."""
+        """Append one line per row to thoughts.jsonl; every row has a "step". Raises RunError (disk)."""
         assert all(type(row.get("step")) is int for row in rows), "rewind needs the step of every thought"
         self._append("thoughts.jsonl", rows)
 
     def warnings(self, rows: list[dict[str, Any]]) -> None:
-        """Append one line per row to warnings.jsonl; every row holds its "step". Raises RunError (disk)."""
+        """Append one line per row to warnings.jsonl; every row has a "step". Raises RunError (disk)."""
         if rows:
             self._append("warnings.jsonl", rows)
 
     def rewind(self, step: int) -> None:
-        """Drop the lines of steps after `step`, and a line that a kill cut off, so that a resumed run logs none twice.
+        """Drop the lines of steps after `step` and a truncated last line, so that a resumed run logs no step twice.
 
         Raises:
-            UserError: a line before the last is broken, or has no step.
-            RunError: the disk is full; the files are then as they were.
+            UserError: another line is malformed or has no step.
+            RunError: the disk is full; the files are unchanged.
         """
         for path in (self.path / f"{name}.jsonl" for name in ("metrics", "thoughts", "warnings")):
             kept = []
-            for number, row in _numbered_rows(path):
+            for number, row in numbered_rows(path):
                 if type(row.get("step")) is not int:
                     raise UserError(f"{path}:{number}: has no step; fix or delete the line")
                 if row["step"] <= step:
@@ -122,19 +122,19 @@ class RunLog:
                 _replace(self.path, path, "".join(_dump(row) for row in kept))
 
     def write_json(self, name: str, values: dict[str, Any] | list[dict[str, Any]]) -> None:
-        """Write RUN/name so that it is there whole or not at all; what it held before is gone. Raises RunError."""
+        """Write or replace RUN/name atomically. Raises RunError."""
         _replace(self.path, self.path / name, json.dumps(_finite(values), indent=2, allow_nan=False) + "\n")
 
     def write_lines(self, name: str, rows: list[dict[str, Any]]) -> None:
-        """Write RUN/name as write_json does, one row a line. Raises RunError."""
+        """Write or replace RUN/name atomically, one row per line. Raises RunError."""
         _replace(self.path, self.path / name, "".join(_dump(row) for row in rows))
 
     def write_text(self, name: str, text: str) -> None:
-        """Write RUN/name as write_json does. Raises RunError."""
+        """Write or replace RUN/name atomically. Raises RunError."""
         _replace(self.path, self.path / name, text)
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """What RUN/name holds. Raises UserError where it is missing or is no JSON object."""
+        """Read RUN/name. Raises UserError if it is missing or not a JSON object."""
         path = self.path / name
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -148,9 +148,9 @@ class RunLog:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder while training in it. The kernel lets go when the process dies, however it dies.
+        """Lock the folder while training in it. The kernel releases the lock when the process ends for any reason.
 
-        Raises UserError if another process (or another `lock` of this one) holds it.
+        Raises UserError if another process (or another `lock` of this one) has locked it.
         """
         path = self.path / ".lock"
         try:
@@ -159,13 +159,13 @@ class RunLog:
         except OSError as error:
             raise UserError(f"run = {str(self.path)!r}: cannot be written: {error.strerror}") from None
         with file:
-            self._hold(file)
+            self._acquire(file)
             with disk_errors(self.path, path):
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             yield
 
-    def _hold(self, file: BinaryIO) -> None:
+    def _acquire(self, file: BinaryIO) -> None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -175,7 +175,9 @@ class RunLog:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-            warnings.warn(f"{self.path}: this file system has no locks; train in it once at a time", stacklevel=4)
+            warnings.warn(
+                f"{self.path}: this file system has no locks; do not train in it twice at the same time", stacklevel=4
+            )
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
         text = "".join(_dump(row) for row in rows)
@@ -189,14 +191,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
     Raises UserError, with file and line, for any other malformed line.
     """
-    return [row for _, row in _numbered_rows(path)]
+    return [row for _, row in numbered_rows(path)]
 
 
-def _numbered_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
+def numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """`read_lines` one by one, with line numbers."""
     try:
-        return list(read_jsonl(path, allow_truncated=True))
+        yield from read_jsonl(path, allow_truncated=True)
     except FileNotFoundError:
-        return []
+        return
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
@@ -253,9 +256,9 @@ def _numbered_lines(path: str) -> Iterator[tuple[int, bytes]]:
 
 
 def checkpoints(run: Path) -> dict[int, Path]:
-    """The whole checkpoints of a run by step, oldest first.
+    """The complete checkpoints of a run by step, oldest first.
 
-    A folder `.replaced-step-N` stands in for step N where a kill fell between taking it away and putting the new one.
+    A folder `.replaced-step-N` counts as step N if a kill came between moving it away and renaming the new one.
     """
     found = {}
     folder = run / "checkpoints"
@@ -267,7 +270,7 @@ def checkpoints(run: Path) -> dict[int, Path]:
 
 @contextmanager
 def disk_errors(run: Path, path: Path) -> Iterator[None]:
-    """Make a full or failing disk, met while writing `path`, a RunError that says which checkpoint is safe."""
+    """Turn the OSError of a full or failing disk into a RunError that says which checkpoint is intact."""
     try:
         yield
     except OSError as error:
@@ -279,7 +282,7 @@ def disk_errors(run: Path, path: Path) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Wait until the content of a file, or the names in a folder, are on the disk itself."""
+    """Flush a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -291,14 +294,14 @@ def sync(path: Path) -> None:
 
 
 def check_free(path: Path, overwrite: bool) -> None:
-    """Refuse a path where `create` would mix with, or destroy, what is there. Raises UserError."""
+    """Raise UserError where `create` would mix with existing files or destroy them."""
     if path.exists() and not path.is_dir():
         raise UserError(f"run = {str(path)!r}: is a file; name a folder")
     if not _contents(path):
         return
     if not overwrite:
         raise UserError(
-            f"run = {str(path)!r}: exists and is not empty; go on with it (--resume {path}), "
+            f"run = {str(path)!r}: exists and is not empty; continue it (--resume {path}), "
             "name another one (--run PATH) or replace it (--overwrite True)"
         )
     try:
@@ -312,7 +315,7 @@ def _contents(path: Path) -> list[Path]:
 
 
 def _empty(path: Path) -> None:
-    """Remove everything but config.json: a kill half-way then still leaves a folder that can be overwritten."""
+    """Remove everything but config.json: after a kill half-way the folder can still be overwritten."""
     for entry in _contents(path):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -339,7 +342,7 @@ def _dump(row: dict[str, Any]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """The value without numbers that JSON cannot hold: dropped from an object, null in a list."""
+    """The value without non-finite numbers: dropped from an object, null in a list."""
     if isinstance(value, dict):
         return {key: _finite(inner) for key, inner in value.items() if not _is_infinite(inner)}
     if isinstance(value, list | tuple):

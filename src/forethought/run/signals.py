@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: let through where work may be abandoned, held back where it may not."""
+"""SIGTERM and Ctrl-C: delivered where work may be interrupted, deferred elsewhere."""
 
 import contextlib
 import signal
@@ -7,7 +7,7 @@ from types import FrameType
 
 
 class Stopped(Exception):
-    """Work was stopped by a signal. `what` says what is saved and how to go on."""
+    """Work was stopped by a signal. `what` says what is saved and how to continue."""
 
     def __init__(self, number: int, what: str):
         self.number = number
@@ -15,37 +15,36 @@ class Stopped(Exception):
 
 
 class SignalArrived(BaseException):
-    """Raised inside `SignalGuard.passing`; a BaseException so that nothing on the way takes it for an error."""
+    """Raised inside `SignalGuard.interruptible`; a BaseException so that no `except Exception` catches it."""
 
     def __init__(self, number: int):
         self.number = number
 
 
 class SignalGuard:
-    """A signal handler that interrupts only code inside `passing`; elsewhere the signal waits for the next one.
+    """A signal handler that interrupts only `interruptible` code; a signal elsewhere waits until the next such block.
 
-    With `held` it interrupts nothing: where several processes work together, none may leave by itself, and `pending`
-    says what they have to agree on.
+    With `deferred` it never interrupts: of several ranks none may leave alone, so they agree on `pending` first.
     """
 
-    def __init__(self, held: bool = False) -> None:
-        self._open, self._pending, self._held = False, 0, held
+    def __init__(self, deferred: bool = False) -> None:
+        self._interruptible, self._pending, self._deferred = False, 0, deferred
 
     @property
     def pending(self) -> int:
-        """The number of a signal that has come; 0 where none has."""
+        """The number of the signal received; 0 if none."""
         return self._pending
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal."""
         self._pending = number
-        if self._open:
-            self._open = False
+        if self._interruptible:
+            self._interruptible = False
             raise SignalArrived(number)
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Catch SIGINT and SIGTERM, in the main thread; in another thread whoever runs it handles signals."""
+        """Handle SIGINT and SIGTERM; outside the main thread, where Python does not allow that, do nothing."""
         try:
             before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
         except ValueError:
@@ -57,12 +56,12 @@ class SignalGuard:
                 signal.signal(number, handler)
 
     @contextlib.contextmanager
-    def passing(self) -> Iterator[None]:
-        """Code that may be abandoned at any point."""
-        self._open = not self._held
+    def interruptible(self) -> Iterator[None]:
+        """Code that may be interrupted at any point."""
+        self._interruptible = not self._deferred
         try:
-            if self._pending and not self._held:
+            if self._pending and not self._deferred:
                 raise SignalArrived(self._pending)
             yield
         finally:
-            self._open = False
+            self._interruptible = False

@@ -27,16 +27,16 @@ class Callbacks:
 
 
 def check_tracker(config: Config) -> None:
-    """Raise UserError where the package of train.tracker cannot be imported: not there, or a broken install."""
+    """Raise UserError if the package of train.tracker cannot be imported: missing, or a broken installation."""
     name = config.train.tracker
     if name == "none":
         return
     try:
         importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
-    except Exception as error:  # a tracker beside a wrong version of what it needs raises anything
-        why = str(error).strip().split("\n")[0] or type(error).__name__
+    except Exception as error:  # with mismatched dependencies a tracker raises anything
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(
-            f"train.tracker = {name!r}: its package cannot be imported ({why}); pip install 'forethought[trackers]'"
+            f"train.tracker = {name!r}: its package cannot be imported ({reason}); pip install 'forethought[trackers]'"
         ) from None
 
 
@@ -63,7 +63,7 @@ class Tracker:
         return self
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Forward the figures of one logged step."""
+        """Forward the metrics of a logged step."""
         if self._accelerator is not None:
             self._accelerator.log(metrics, step=step)
 
@@ -71,6 +71,6 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Flush and close."""
-        # Not end_training: it would wait for the other processes, and part from them.
+        # Not end_training: it would wait for the other ranks and destroy the process group.
         for tracker in [] if self._accelerator is None else self._accelerator.trackers:
             tracker.finish()

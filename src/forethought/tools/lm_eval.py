@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from forethought.config import UserError, merge
 from forethought.inference import Answer, Pair, ThinkingModel
-from forethought.rollout.generate import Sampling
+from forethought.rollout.native import Sampling
 
 TASKS = Path(__file__).parent / "tasks"  # the task files of tools/benchmarks.py
 _KNOWN = {"until", "do_sample", "temperature", "top_p", "max_gen_toks"}

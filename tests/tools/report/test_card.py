@@ -11,11 +11,10 @@ from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forethought import ThinkingModel, UserError, evaluate
+from forethought import ThinkingModel, UserError, evaluate, train
 from forethought.config import Config, Corpus, Method, Model, from_dict, load, to_dict
-from forethought.models.loading import CARRIED, EMBEDDED, load_thinking_options, save_thinking_options
+from forethought.models.loading import EMBEDDED, THINKING_FILE, load_thinking_options, save_thinking_options
 from forethought.tools.report.card import text, toml
-from forethought.trainer import train
 from helpers.runs import options
 
 SUMMARY: dict[str, Any] = {
@@ -134,7 +133,7 @@ def test_a_run_exports_its_card_and_its_way_of_thinking(tmp_path: Path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     config = from_dict(values)
     assert (folder / "README.md").read_text() == text(config, summary)
-    saved = json.loads((folder / CARRIED).read_text())
+    saved = json.loads((folder / THINKING_FILE).read_text())
     method = saved["method"]
     assert (saved["version"], method["close"], method["thought_length"]) == (1, "</think>", 7)
     one = ThinkingModel.load(folder)
@@ -168,17 +167,17 @@ def test_the_embedded_bases_carry_their_quickstart():
         wanted = to_dict(load(config))
         for section, values in load_thinking_options(name).items():
             assert values == {option: wanted[section][option] for option in values}
-        assert (EMBEDDED[name] / CARRIED).is_file()
+        assert (EMBEDDED[name] / THINKING_FILE).is_file()
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"version": 2}', '{"version": 1, "method": 3}'])
 def test_a_broken_file_is_refused(tmp_path: Path, content: str):
-    (tmp_path / CARRIED).write_text(content)
+    (tmp_path / THINKING_FILE).write_text(content)
     with pytest.raises(UserError, match=r"^model.path = .* cannot be loaded: "):
         load_thinking_options(str(tmp_path))
 
 
 def test_a_file_of_wrong_options_is_refused(tmp_path: Path):
-    (tmp_path / CARRIED).write_text('{"version": 1, "method": {"thought_length": 0, "group": 3}}')
+    (tmp_path / THINKING_FILE).write_text('{"version": 1, "method": {"thought_length": 0, "group": 3}}')
     with pytest.raises(UserError, match=r"^method.thought_length = 0"):
         ThinkingModel.load(tmp_path)
