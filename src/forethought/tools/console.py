@@ -33,7 +33,6 @@ ANSWERS = {
     "loglik_plain": "likeliest choice",
     "loglik_normalised": "likeliest per byte",
     "extracted": "extracted",
-    "stated": "stated",
     "cut_off": "cut off",
     "answer_length": "answer, tokens",
     "thought_length": "thought, tokens",
