@@ -239,7 +239,7 @@ def entry(kind: Kind, name: str) -> Entry:
     own = getattr(value, "entry", None)
     if not isinstance(own, Entry):
         lines = (inspect.getdoc(value) or "").splitlines()
-        own = Entry(help=lines[0] if lines else "")
+        own = Entry(help=lines[0].rstrip(".") if lines else "")
     return replace(own, name=name, target=name, label=own.label or name)
 
 

@@ -173,7 +173,7 @@ def test_a_card_takes_a_method_and_a_reward_from_outside_the_package():
     options = {"name": f"{__name__}:own_method", "reward": f"{__name__}:own_reward", "group": 8}
     shown = text(from_dict({**HELD_OUT, "method": options}), SUMMARY | {"before/all/own": 1.5, "after/all/own": 2.5})
     for line in (
-        f"by `{__name__}:own_method`. Made with",
+        f"by `{__name__}:own_method`: A method of the user. Made with",
         f"| method | {__name__}:own_method, 512 positions per step, 8 thoughts per position, horizon 1; reward "
         f"{__name__}:own_reward |",
         "| Own | 1.5 | 2.5 |",
