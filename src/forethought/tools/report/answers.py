@@ -2,20 +2,13 @@
 
 from typing import Any
 
+from forethought.config.registry import METRICS
 from forethought.tools.report.comparison import ALL, BASE, QUESTIONS, Figures, Table
 from forethought.tools.report.tables import figure, signed
 
 AVERAGES = ("math", "science", "overall")
 MODES = {"nothink": "no thought", "think": "thinking"}
-METRICS = {
-    "pass_at_1": ("pass@1", "share of right answers among the sampled ones"),
-    "greedy": ("greedy", "share of questions whose greedy answer is right"),
-    "loglik_letter": ("likeliest letter", "share of questions whose right letter is the likeliest"),
-    "loglik_plain": ("likeliest choice", "the same for the text of the choice"),
-    "loglik_normalised": ("likeliest per byte", "the same, divided by the bytes of the text"),
-    "extracted": ("extracted", "share of answers in which any answer was found"),
-    "closed": ("thoughts that close", "share of thoughts that closed themselves"),
-}
+SHOWN = ("pass_at_1", "greedy", "loglik_letter", "loglik_plain", "loglik_normalised", "extracted", "closed")
 
 
 def content(figures: Figures) -> dict[str, Any]:
@@ -29,9 +22,9 @@ def content(figures: Figures) -> dict[str, Any]:
 def _table(figures: Figures, group: str) -> Table:
     """A task, or an average of tasks: each accuracy of each mode with its error and the difference to the base."""
     columns = [
-        (f"{mode}/{group}/{metric}", (f"{said}, {label}", explanation))
+        (f"{mode}/{group}/{metric.name}", (f"{said}, {metric.label}", metric.help))
         for mode, said in MODES.items()
-        for metric, (label, explanation) in METRICS.items()
+        for metric in (METRICS[name] for name in SHOWN)
     ]
     known = [one for one in columns if any(figures.row(arm, f"{QUESTIONS}/{one[0]}") for arm in figures.arms)]
     rows = [(arm, [_cell(figures, arm, name) for name, _ in known]) for arm in figures.arms]
