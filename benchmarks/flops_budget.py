@@ -1,4 +1,4 @@
-"""The cost of RLP at the shape of Qwen3-1.7B, as arithmetic: nothing is run. Prints the tables of docs/flops.md.
+"""The FLOPs of RLP with the shape of Qwen3-1.7B. Nothing is run. Prints the tables of docs/flops.md.
 
 python benchmarks/flops_budget.py
 """
@@ -54,7 +54,7 @@ def step(prefix: int, document: int, length: int, sharing: Sharing) -> Flops:
 
 
 def per_token() -> None:
-    print(f"parameters {SHAPE.parameters:,}; weights that multiply every token {SHAPE.multiplied:,}")
+    print(f"parameters {SHAPE.parameters:,}; weights that multiply every token {SHAPE.matmul_weights:,}")
     read = forward_flops(SHAPE, [(PREFIX, 0)], 0) / PREFIX
     print(f"FLOPs a token: reading {PREFIX} tokens {read:.4g}")
     print(f"FLOPs a token: decoding behind {PREFIX} tokens, head included {decode_flops(SHAPE, [(1, PREFIX)]):.4g}")

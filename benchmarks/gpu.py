@@ -32,7 +32,7 @@ from forethought.models.compute_copy import Network
 from forethought.prefix import SuffixCache, backbone, enable, read
 from forethought.prefix import attention as merged
 from forethought.rollout import draw_noise
-from forethought.rollout.cuda_graphs import Graphs
+from forethought.rollout.cuda_graphs import CUDAGraphDecoder
 from forethought.rollout.native import NativeEngine, native_engine
 
 BF16 = torch.bfloat16
@@ -66,14 +66,14 @@ def ceilings() -> dict[str, Any]:
     }
 
 
-def places_of(name: str, prefix: int, documents: int, vocab: int) -> Any:
+def document_ends(name: str, prefix: int, documents: int, vocab: int) -> Any:
     """The ends of some documents of random tokens."""
     windows = [harness.window(prefix, 1, vocab, seed=i) for i in range(documents)]
     return at_positions(windows, [[prefix] for _ in windows], 1)
 
 
 def exactness(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Captured decoding and fused attention against plain code, on the small model; relative to the largest number."""
+    """CUDA graphs and fused attention against eager code, on the small model; relative to the largest number."""
     rows = []
     for dtype in (torch.float32, BF16):
         model = harness.build("qwen3 4x256", "cuda").to(dtype)
@@ -84,11 +84,11 @@ def exactness(options: argparse.Namespace) -> list[dict[str, Any]]:
         noise = draw_noise((4, 40), [make_generator(0, i) for i in range(9)])
         plain = NativeEngine(model, form, settings.method, 64).sample(positions, noise)
         for compiled in (False, True):
-            graphs = Graphs(model, form, settings.method, 64, compiled)
-            found = graphs.sample(positions, noise)
+            graphs = CUDAGraphDecoder(model, form, settings.method, 64, compiled)
+            found = NativeEngine(model, form, settings.method, 64, graphs=graphs).sample(positions, noise)
             same = float((plain.tokens == found.tokens).all(-1).float().mean())
             gap = float((plain.logp - found.logp).abs()[(plain.tokens == found.tokens).cumprod(-1).bool()].max())
-            what = f"decoding, {'compiled' if compiled else 'graphs'}"
+            what = f"decoding, {'cuda_graphs_compiled' if compiled else 'cuda_graphs'}"
             rows.append({"check": what, "dtype": str(dtype), "same_thoughts": same, "logp_gap": gap})
     for windows_of, name in (((96, 96), "whole documents"), ((96, 57), "documents of other lengths, two places")):
         grads = []
@@ -110,10 +110,10 @@ def _gradient(lengths: tuple[int, ...], kernel: bool, dtype: torch.dtype = BF16)
     has, merged._has_kernel = merged._has_kernel, merged._has_kernel if kernel else lambda *_: False
     try:
         prefix = read(model, documents, stops)
-        places = [place for place in range(sum(map(len, stops))) for _ in range(3)]
-        tokens = torch.randint(10, 4096, (len(places), 24), generator=torch.Generator().manual_seed(1)).cuda()
-        fork = SuffixCache(prefix, places)
-        out = backbone(model, tokens, fork, fork.position_ids(24))
+        at = [position for position in range(sum(map(len, stops))) for _ in range(3)]
+        tokens = torch.randint(10, 4096, (len(at), 24), generator=torch.Generator().manual_seed(1)).cuda()
+        cache = SuffixCache(prefix, at)
+        out = backbone(model, tokens, cache, cache.position_ids(24))
         weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out)
         (out * weight).sum().backward()
     finally:
@@ -256,13 +256,13 @@ def _replaced(settings: Config, rows: int, options: argparse.Namespace) -> Confi
 
 
 def decoding(options: argparse.Namespace, rates: dict[str, Any]) -> list[dict[str, Any]]:
-    """Sampling alone, in bf16: plain, captured, captured and compiled, and Hugging Face's `generate`."""
+    """Sampling alone, in bf16: eager, CUDA graphs, of a compiled model too, and Hugging Face's `generate`."""
     model = Network(harness.build(options.model, "cuda"), "bf16").model
     enable(model)
     rows = []
     for length in [length for length in options.lengths if length <= 256]:
         settings = harness.settings(length, 1, options.group)
-        positions = places_of(options.model, options.prefix, options.places, model.config.vocab_size)
+        positions = document_ends(options.model, options.prefix, options.places, model.config.vocab_size)
         noise = draw_noise((options.group, length), [make_generator(0, i) for i in range(options.places)])
         grid = {"P": options.prefix, "L": length, "K": 1, "G": options.group}
         thoughts = options.places * options.group
@@ -271,9 +271,9 @@ def decoding(options: argparse.Namespace, rates: dict[str, Any]) -> list[dict[st
             if kind == "generate":
                 job = _generate(model, positions, length, options.group)
             else:
-                graphs = (
-                    None if kind == "plain" else Graphs(model, FORM, settings.method, options.rows, kind == "compiled")
-                )
+                compiled = kind == "cuda_graphs_compiled"
+                graphs = CUDAGraphDecoder(model, FORM, settings.method, options.rows, compiled)
+                graphs = None if kind == "eager" else graphs
                 engine = NativeEngine(model, FORM, settings.method, options.rows, graphs=graphs)
                 job = _sampling(engine, positions, noise)
             started = time.perf_counter()
@@ -338,7 +338,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=0, help="update.tokens_per_chunk")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--decoding", default="auto", choices=["auto", "eager", "cuda_graphs", "cuda_graphs_compiled"])
-    parser.add_argument("--kinds", nargs="*", default=["plain", "graphs", "compiled", "generate"])
+    parser.add_argument("--kinds", nargs="*", default=["eager", "cuda_graphs", "cuda_graphs_compiled", "generate"])
     parser.add_argument("--parts", nargs="+", default=["exactness", "decoding", "steps"])
     parser.add_argument("--quick", action="store_true", help="the small model, short thoughts")
     options = parser.parse_args()

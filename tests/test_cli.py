@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import forethought
-from forethought.cli import main
+from forethought.cli import COMMANDS, main
 from forethought.config import Config, from_dict, option_names
+from forethought.config.registry import TABLES
 from forethought.models.loading import load_model, load_tokenizer
 from forethought.run.folder import RunLog
 from forethought.tools.console import printable
@@ -60,6 +61,9 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, changes: dict[st
         (["train", "--resume"], "option --resume needs a value"),
         (["train", "--resume", "nothing"], "run 'nothing': no such folder"),
         (["train", "--resume", "."], "run '.': holds no config.json"),
+        (["train", "quickstart", "--method.name", "grpo"], "method.name = 'grpo': must be rlp, rpt, cpt, mixed or "),
+        (["train", "quickstart", "--method.reward", "mine:reward"], "method.reward = 'mine:reward': no module 'mine' "),
+        (["train", "quickstart", "--rollout.engine", "json:x"], "json has no class or function 'x'"),
         (["evaluate"], "evaluate takes a run folder or a model"),
         (
             ["evaluate", "./nothing", "--evaluate.path", "world:cups/heldout"],
@@ -137,7 +141,7 @@ def test_a_value_that_the_world_does_not_allow_is_one_line(
         pytest.skip("there is a CUDA device")
     if message.startswith("corpus.window"):
         changes = {"corpus": {"window": 251}}
-        message = "corpus.window = 251 with 6 tokens for a thought takes 257 tokens, but the model's context window has 256"
+        message = "corpus.window = 251 with 6 tokens for a thought takes 257 tokens, but the model's context window"
     assert refused(capsys, tmp_path, changes).startswith(message)
 
 
@@ -258,9 +262,14 @@ def test_help_lists_every_option_and_what_it_means(capsys: pytest.CaptureFixture
         assert err == ""
         assert [name for name in option_names() if f"--{name}" not in out] == []
         assert "Decay tau of the EMA" in out
-    for command in ([], ["--help"], ["-h"], ["help"], ["report", "--help"]):
+        assert [name for entries in TABLES.values() for name in entries if f"\n  {name} " not in out] == []
+    for command in ([], ["--help"], ["-h"], ["help"]):
         assert main(command) == 0
-        assert "usage: forethought train CONFIG" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "usage: forethought train CONFIG" in out
+        assert [name for name in COMMANDS if f"forethought {name} " not in out] == []
+    assert main(["report", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: forethought report RUN")
 
 
 def test_version(capsys: pytest.CaptureFixture[str]):

@@ -47,7 +47,7 @@ from helpers.runs import figures, options
 
 ATTENTION = Attention(heads=2, kv_heads=1, head_dim=3, window=None)
 MAMBA = Mamba(heads=2, head_dim=3, state=5, groups=1, kernel=4, chunk=4)
-TINY = Shape(model_type="llama", hidden=5, vocab=7, parameters=0, multiplied=100, attention=(ATTENTION,), mamba=())
+TINY = Shape(model_type="llama", hidden=5, vocab=7, parameters=0, matmul_weights=100, attention=(ATTENTION,), mamba=())
 SCAN = dataclasses.replace(TINY, attention=(), mamba=(MAMBA,))
 HEAD = 2 * 5 * 7  # FLOPs of one row of logits of TINY
 
@@ -84,7 +84,7 @@ def test_with_fused_attention_torch_counts_all_but_attention(name: str):
 def test_torchs_formula_for_fused_attention_on_a_gpu():
     """The same forward; 2.5 times that backward, since the kernel computes the scores again, which we do not count."""
     query, keys = (1, 2, 6, 3), (1, 1, 6, 3)
-    ours = forward_flops(dataclasses.replace(TINY, multiplied=0), [(6, 0)], 0, causal=False)
+    ours = forward_flops(dataclasses.replace(TINY, matmul_weights=0), [(6, 0)], 0, causal=False)
     assert sdpa_flop_count(query, keys, keys) == ours
     assert sdpa_backward_flop_count(query, query, keys, keys) == 2.5 * ours
 
@@ -275,7 +275,7 @@ def test_a_real_step_with_shared_prefixes_equals_torchs_count_outside_attention(
     work, rollout, update = run_step(policy, WIDE, prefix="shared")
     assert work.sharing == "document"
     assert counted(rollout) - rollout.get_flop_counts()["Global"][torch.ops.aten.bmm] == rlp_step(shape, work).rollout
-    unused = 2 * 2 * (shape.multiplied // 2 - 2 * shape.hidden * 16)  # of two layers, with one key head of 16
+    unused = 2 * 2 * (shape.matmul_weights // 2 - 2 * shape.hidden * 16)  # of two layers, with one key head of 16
     assert counted(update) == rlp_step(shape, work).training - unused * sum(work.prefixes)
     work, _, update = run_step(policy, WIDE, prefix="shared", positions=2)
     assert len(work.prefixes) > len(work.windows)
@@ -425,7 +425,7 @@ def test_qwen3_1_7b_by_hand():
     )
     shape = Shape.of(config)
     layer = 2048 * 2048 * 2 + 2048 * 1024 * 2 + 3 * 2048 * 6144
-    assert shape.multiplied == 28 * layer == 1_409_286_144
+    assert shape.matmul_weights == 28 * layer == 1_409_286_144
     assert shape.parameters == 28 * (layer + 2 * 2048 + 2 * 128) + 151936 * 2048 + 2048 == 1_720_574_976
     assert memory(shape, 1024, element=2).cache == 1024 * 28 * 2 * 8 * 128 * 2
 

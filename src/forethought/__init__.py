@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from forethought.rollout.native import NativeEngine
     from forethought.run.signals import Stopped
     from forethought.tools import evaluate, resume, train
+    from forethought.tools.benchmarks import run_benchmarks
     from forethought.tools.experiment import compare
     from forethought.tools.posttrain import posttrain
-    from forethought.tools.questions.ask import ask
     from forethought.tools.report import write as write_report
 
 _HOMES = {
@@ -33,7 +33,7 @@ _HOMES = {
     "train": "tools",
     "resume": "tools",
     "evaluate": "tools",
-    "ask": "tools.questions.ask",
+    "run_benchmarks": "tools.benchmarks",
     "compare": "tools.experiment",
     "posttrain": "tools.posttrain",
     "write_report": "tools.report",
@@ -59,7 +59,6 @@ __all__ = [
     "ThinkingModel",
     "Thoughts",
     "UserError",
-    "ask",
     "clipped_surrogate",
     "compare",
     "evaluate",
@@ -72,6 +71,7 @@ __all__ = [
     "next_token_loss",
     "posttrain",
     "resume",
+    "run_benchmarks",
     "train",
     "write_report",
 ]

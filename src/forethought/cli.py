@@ -6,184 +6,177 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 import forethought
 from forethought.config import Config, RunError, UserError, difference, from_dict, load, merge, read_overrides, to_dict
+from forethought.config.registry import OPTION, TABLES
 from forethought.run.distributed import RemoteRankError, launcher_rank_and_size, require_single_process
-from forethought.tools.console import CONTROLS, FIGURES, ProgressBar, answer_table, line, table
+from forethought.run.signals import Stopped
+from forethought.tools.console import CONTROLS, FIGURES, ProgressBar, answer_table, line, renamed_options, table
 
-USAGE = """\
-usage: forethought train CONFIG [--section.option value ...]   train a config file, or a shipped one such as quickstart
-       forethought train --resume RUN                          continue a stopped run from its last checkpoint
-       forethought evaluate MODEL_OR_RUN [--section.option value ...]
-       forethought questions MODEL_OR_RUN [--questions.data FOLDER] [--section.option value ...]
-       forethought compare EXPERIMENT [--config CONFIG] [--seeds 0,1,2] [--processes N] [--section.option value ...]
-       forethought posttrain STAGE --start MODEL_OR_RUN [--run FOLDER] [--option value ...]
-       forethought report RUN [RUN ...] [--out FILE]
-       forethought plan CONFIG [--gpus N] [--gpu h100] [--simulate] [--json FILE] [--section.option value ...]
-       forethought lm-eval --model_args path=MODEL,thoughts=4 --tasks TASK    any task of lm-evaluation-harness
 
-`forethought train --help` lists every option.
-"""
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command. `run` takes the words behind its name and a console each for stdout and stderr."""
+
+    run: Callable[[list[str], Console, Console], None]
+    usage: str
+    help: str
+    needs: str = ""  # what the first word must be
+    options: bool = True  # whether it takes --section.option
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit status: 2 for a user's error, 1 for a run that failed, 128 + n for signal n."""
     out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+    rank = os.environ.get("RANK", "0")
+    speaker = "forethought" if rank == "0" else f"forethought process {rank}"
     try:
-        return _command(list(sys.argv[1:] if words is None else words), out, err)
+        with renamed_options(err, launcher_rank_and_size()[0] == 0):
+            _command(list(sys.argv[1:] if words is None else words), out, err)
+        return 0
     except RemoteRankError:
         return 1
-    except UserError as error:
-        line(err, f"{_name()}: {error}")
-        return 2
-    except RunError as error:
-        line(err, f"{_name()}: {error}")
-        return 1
+    except (UserError, RunError) as error:
+        line(err, f"{speaker}: {error}")
+        return 2 if isinstance(error, UserError) else 1
+    except Stopped as stopped:
+        line(err, f"{speaker}: {stopped}") if launcher_rank_and_size()[0] == 0 else None
+        return 128 + stopped.number
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
-        line(err, "forethought: interrupted")
-        return 130
+        line(err, f"{speaker}: interrupted")
+        return 128 + signal.SIGINT
 
 
-def _name() -> str:
-    """Who speaks: of several processes all but the first say their number."""
-    rank = os.environ.get("RANK", "0")
-    return "forethought" if rank == "0" else f"forethought process {rank}"
-
-
-def _command(words: list[str], out: Console, err: Console) -> int:
+def _command(words: list[str], out: Console, err: Console) -> None:
     name, rest = (words[0], words[1:]) if words else ("--help", [])
     if name in ("--help", "-h", "help"):
-        out.print(USAGE, end="", markup=False, soft_wrap=True)
-        return 0
-    if name == "--version":
-        out.print(f"forethought {forethought.__version__}", markup=False)
-        return 0
-    known = (_train, _evaluate, _questions, _compare, _posttrain, _plan, _report, _lm_eval)
-    commands = {command.__name__[1:].replace("_", "-"): command for command in known}
-    if name not in commands:
-        *most, last = commands
+        _usage(out)
+    elif name == "--version":
+        line(out, f"forethought {forethought.__version__}")
+    elif name not in COMMANDS:
+        *most, last = COMMANDS
         raise UserError(f"unknown command {name!r}: must be {', '.join(most)} or {last}")
-    if ("--help" in rest or "-h" in rest) and name != "lm-eval":
+    elif ("--help" in rest or "-h" in rest) and name != "lm-eval":
         _help(name, out)
-        return 0
-    require_single_process(name) if name != "train" else None
-    return commands[name](rest, out, err)
+    else:
+        command = COMMANDS[name]
+        if name != "train":
+            require_single_process(name)
+        if command.needs and (not rest or rest[0].startswith("--")):
+            raise UserError(f"{name} takes {command.needs}")
+        command.run(rest, out, err)
+
+
+def _usage(out: Console, *names: str) -> None:
+    for i, name in enumerate(names or COMMANDS):
+        line(out, f"{'       ' if i else 'usage: '}forethought {name} {COMMANDS[name].usage}")
+        line(out, f"           {COMMANDS[name].help}")
+    if not names:
+        line(
+            out, "CONFIG is a file or a shipped config such as quickstart; `forethought train --help` lists all options"
+        )
 
 
 def _help(name: str, out: Console) -> None:
-    out.print(USAGE, markup=False, soft_wrap=True)
-    if name in ("report", "posttrain"):
-        return
+    _usage(out, name)
     if name == "plan":
         from forethought.tools.plan import OPTIONS
 
         for option, meaning in OPTIONS.items():
             line(out, f"  {option:12}{meaning}")
+    if not COMMANDS[name].options:
+        return
     import tyro
 
     with contextlib.suppress(SystemExit):
         settings = (tyro.conf.FlagConversionOff,)
         tyro.cli(Config, args=["--help"], prog=f"forethought {name}", use_underscores=True, config=settings)
+    for kind, entries in TABLES.items():
+        line(out, f"--{OPTION[kind]}: one of these, or module:attribute for a class or function of your own")
+        for entry in entries.values():
+            line(out, f"  {entry.name:18}{entry.help}")
 
 
-def _train(words: list[str], out: Console, err: Console) -> int:
+def _train(words: list[str], out: Console, err: Console) -> None:
     resumed, words = _take(words, "--resume")
     name, words = (words[0], words[1:]) if words and not words[0].startswith("--") else (None, words)
     if name is None and resumed is None:
         raise UserError("train takes a config file, the name of a shipped one such as quickstart, or --resume RUN")
     config = load(name, words) if resumed is None else _saved_config(resumed, name, words)
     _quiet_libraries()
-    from forethought.run.signals import Stopped
     from forethought.tools import report, resume, train
 
     first = launcher_rank_and_size()[0] == 0
-    try:
-        with ProgressBar(err) if first else contextlib.nullcontext() as watcher:
-            go_on = resumed is not None
-            summary = resume(resumed, watcher, config.parallel) if go_on else train(config, watcher)
-    except Stopped as stopped:
-        line(err, f"forethought: {stopped}") if first else None
-        return 128 + stopped.number
-    if not first:
-        return 0
-    run = Path(config.run if resumed is None else resumed)
-    page = report.write([run])
-    table(summary, ("before", "after"), out)
-    line(out, f"{summary['steps']} steps, {summary['seconds']:.0f} s; trained model: {run / 'policy'}; report: {page}")
-    return 0
+    with ProgressBar(err) if first else contextlib.nullcontext() as progress:
+        summary = train(config, progress) if resumed is None else resume(resumed, progress, config.parallel)
+    if first:
+        run = Path(config.run if resumed is None else resumed)
+        page = report.write([run])
+        table(summary, ("before", "after"), out)
+        cost = f"{summary['steps']} steps, {summary['seconds']:.0f} s"
+        line(out, f"{cost}; trained model: {run / 'policy'}; report: {page}")
 
 
 def _saved_config(run: str, name: str | None, words: list[str]) -> Config:
-    """The config of the run to resume, shared as asked now; refuses options that would change what comes out."""
+    """The config of the run to resume, sharded as asked now; refuses options that would change the results."""
     from forethought.run.folder import RunLog
 
     saved = RunLog.open(run).config()
-    start = load(name, words) if name else from_dict(merge(to_dict(saved), read_overrides(words)))
-    if found := difference(saved, start):
+    wanted = load(name, words) if name else from_dict(merge(to_dict(saved), read_overrides(words)))
+    if found := difference(saved, wanted):
         option, before, now = found
         raise UserError(f"{option} = {now!r}: the run to resume has {before!r}; resuming cannot change an option")
-    return dataclasses.replace(saved, parallel=start.parallel)
+    return dataclasses.replace(saved, parallel=wanted.parallel)
 
 
-def _evaluate(words: list[str], out: Console, err: Console) -> int:
-    if not words or words[0].startswith("--"):
-        raise UserError("evaluate takes a run folder or a model: embedded, a hub id, a folder or a .gguf file")
+def _evaluate(words: list[str], out: Console, err: Console) -> None:
     overrides = read_overrides(words[1:])
     _quiet_libraries()
     from forethought.tools import evaluate
 
-    with ProgressBar(err) as watcher:
-        figures, file = evaluate(words[0], overrides, watcher.phase)
-    table({f"model/{name}": value for name, value in figures.items()}, ("model",), out, FIGURES | CONTROLS)
+    with ProgressBar(err) as progress:
+        figures, file = evaluate(words[0], overrides, progress.phase)
+    table({f"model/{name}": value for name, value in figures.items()}, ("model",), out, FIGURES + CONTROLS)
     line(out, f"figures: {file}")
-    return 0
 
 
-def _questions(words: list[str], out: Console, err: Console) -> int:
-    if not words or words[0].startswith("--"):
-        raise UserError("questions takes a run folder or a model: embedded, a hub id, a folder or a .gguf file")
+def _questions(words: list[str], out: Console, err: Console) -> None:
     overrides = read_overrides(words[1:])
     _quiet_libraries()
-    from forethought.tools.questions.ask import ask
+    from forethought.tools.benchmarks import run_benchmarks
 
-    with ProgressBar(err) as watcher:
-        figures, file = ask(words[0], overrides, lambda done, total: watcher.phase("answering", done, total))
+    with ProgressBar(err) as progress:
+        figures, file = run_benchmarks(
+            words[0], overrides, lambda done, total: progress.phase("answering", done, total)
+        )
     answer_table(figures, out)
     line(out, f"figures: {file}; every prompt and answer: {file.with_suffix('.jsonl')}")
-    return 0
 
 
-def _compare(words: list[str], out: Console, err: Console) -> int:
-    if not words or words[0].startswith("--"):
-        raise UserError("compare takes an experiment file, or the name of a shipped one such as compare-quickstart")
+def _compare(words: list[str], out: Console, err: Console) -> None:
     overrides = read_overrides(words[1:])
     _quiet_libraries()
-    from forethought.run.signals import Stopped
     from forethought.tools.experiment import compare
 
-    try:
-        with ProgressBar(err) as watcher:
-            verdicts, page = compare(words[0], overrides, watcher)
-    except Stopped as stopped:
-        line(err, f"forethought: {stopped}")
-        return 128 + stopped.number
+    with ProgressBar(err) as progress:
+        verdicts, page = compare(words[0], overrides, progress)
     for one in verdicts:
         line(out, f"{ {True: 'holds', False: 'FAILS', None: '?'}[one.holds]:5}  {one.claim}: {one.evidence}")
     spent = json.loads(page.with_name("experiment.json").read_bytes())["spent"]
     line(out, f"{spent['seconds']:.0f} s in all calls, {spent['cpu_seconds']:.0f} CPU seconds of all finished runs")
     line(out, f"page: {page}; rows: {page.with_name('compare.json')}")
-    return 0
 
 
-def _posttrain(words: list[str], out: Console, err: Console) -> int:
+def _posttrain(words: list[str], out: Console, err: Console) -> None:
     start, words = _take(words, "--start")
     if start is None or not words or words[0].startswith("--"):
         raise UserError("posttrain takes a stage's file, or the name of a shipped one, and --start MODEL_OR_RUN")
@@ -192,31 +185,17 @@ def _posttrain(words: list[str], out: Console, err: Console) -> int:
     from forethought.run.folder import RunLog
     from forethought.tools.posttrain import posttrain
 
-    with ProgressBar(err) as watcher:
-        folder = posttrain(words[0], start, overrides, watcher)
+    with ProgressBar(err) as progress:
+        folder = posttrain(words[0], start, overrides, progress)
     log = RunLog.open(folder)
     figures, measure = log.read_json("summary.json"), "evaluate" if log.config().evaluate.path else "questions"
     if "after/heldout_loss" in figures:
         before, after = figures["before/heldout_loss"], figures["after/heldout_loss"]
-        line(out, f"held-out loss, nats a token: {before:.3f} before, {after:.3f} after")
+        line(out, f"held-out loss, nats per token: {before:.3f} before, {after:.3f} after")
     line(out, f"trained model: {folder / 'policy'}; measure it with: forethought {measure} {folder}")
-    return 0
 
 
-def _report(words: list[str], out: Console, err: Console) -> int:
-    target, words = _take(words, "--out")
-    for word in words:
-        if word.startswith("--"):
-            raise UserError(f"unknown option {word}: report takes run folders and --out FILE")
-    if not words:
-        raise UserError("report takes at least one run folder")
-    from forethought.tools import report
-
-    line(out, f"report: {report.write([Path(word) for word in words], Path(target) if target else None)}")
-    return 0
-
-
-def _plan(words: list[str], out: Console, err: Console) -> int:
+def _plan(words: list[str], out: Console, err: Console) -> None:
     from forethought.tools import plan
     from forethought.tools.plan.page import shown
 
@@ -232,17 +211,49 @@ def _plan(words: list[str], out: Console, err: Console) -> int:
     plan.write(found, options.get("json"))
     for one in shown(found):
         line(out, one) if isinstance(one, str) else out.print(one)
-    return 0
 
 
-def _lm_eval(words: list[str], out: Console, err: Console) -> int:
+def _report(words: list[str], out: Console, err: Console) -> None:
+    target, words = _take(words, "--out")
+    if unknown := [word for word in words if word.startswith("--")]:
+        raise UserError(f"unknown option {unknown[0]}: report takes run folders and --out FILE")
+    if not words:
+        raise UserError("report takes at least one run folder")
+    from forethought.tools import report
+
+    line(out, f"report: {report.write([Path(word) for word in words], Path(target) if target else None)}")
+
+
+def _lm_eval(words: list[str], out: Console, err: Console) -> None:
     """The harness's own command line, which prints for itself."""
     try:
         from forethought.tools import lm_eval
     except ModuleNotFoundError as error:
-        raise UserError(f"lm-eval: {error.name} is not installed; pip install 'forethought[lm-eval]'") from None
+        raise UserError(f"lm-eval: {error.name} is not installed; pip install 'forethought[eval]'") from None
     lm_eval.main(words)
-    return 0
+
+
+_MODEL = "a run folder or a model: embedded, a hub id, a folder or a .gguf file"
+_EXPERIMENT = "an experiment file, or the name of a shipped one such as compare-quickstart"
+_MORE = "[--section.option value ...]"
+COMMANDS = {
+    "train": Command(_train, f"CONFIG | --resume RUN {_MORE}", "train, or continue from the last checkpoint"),
+    "evaluate": Command(_evaluate, f"MODEL_OR_RUN {_MORE}", "held-out text with and without thoughts", _MODEL),
+    "questions": Command(_questions, f"MODEL_OR_RUN {_MORE}", "benchmark questions with and without thoughts", _MODEL),
+    "compare": Command(
+        _compare, f"EXPERIMENT [--config CONFIG] [--seeds 0,1,2] [--processes N] {_MORE}",
+        "train the arms of an experiment and compare them", _EXPERIMENT,
+    ),
+    "posttrain": Command(
+        _posttrain, "STAGE --start MODEL_OR_RUN [--run FOLDER] [--option value ...]", "SFT or RLVR with TRL",
+        options=False,
+    ),
+    "plan": Command(
+        _plan, f"CONFIG [--gpus N] [--gpu h100] [--simulate] [--json FILE] {_MORE}", "memory, time and cost of a run",
+    ),
+    "report": Command(_report, "RUN [RUN ...] [--out FILE]", "an HTML page about runs", options=False),
+    "lm-eval": Command(_lm_eval, "--model_args path=MODEL,thoughts=4 --tasks TASK", "tasks of lm-evaluation-harness"),
+}  # fmt: skip
 
 
 def _take(words: list[str], option: str) -> tuple[str | None, list[str]]:

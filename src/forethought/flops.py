@@ -10,6 +10,7 @@ weight (`Shape.adapter`) has no gradient: its backward pass counts once. docs/fl
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any, Literal
 
 from forethought.config import Lora, UserError
@@ -22,23 +23,23 @@ class Attention:
     heads: int
     kv_heads: int
     head_dim: int
-    window: int | None  # keys that a token sees at most, its own included; None: all up to its own
+    window: int | None  # most keys that a token attends to, its own included; None: all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mamba:
-    """One Mamba-2 layer (arXiv:2405.21060): its state is heads x head_dim x state numbers."""
+    """One Mamba-2 layer (arXiv:2405.21060). Its state has heads x head_dim x state numbers."""
 
     heads: int
     head_dim: int
     state: int
-    groups: int  # heads of one group share B and C
-    kernel: int  # of the causal convolution ahead of the scan
-    chunk: int  # tokens that a scan takes at once
+    groups: int  # heads of a group share B and C
+    kernel: int  # width of the causal convolution before the scan
+    chunk: int  # tokens per chunk of the scan
 
     @property
     def inner(self) -> int:
-        """Width of the layer's values."""
+        """Width of the values."""
         return self.heads * self.head_dim
 
     @property
@@ -48,39 +49,39 @@ class Mamba:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Kept:
-    """Bytes that one token leaves behind for the backward pass, with fused attention; weights are not in it.
+class SavedBytes:
+    """Bytes that autograd saves of one token for the backward pass, with fused attention and without weights.
 
-    Counted from what autograd saves of transformers' plain layers: tests/test_plan_memory.py measures it.
+    Counted from transformers' layers: tests/tools/plan/test_plan_memory.py measures it.
     """
 
     fp32: int = 0
     bf16: int = 0  # bf16 weights; norms compute in fp32
-    fused: int = 0  # the same with norms and gated MLPs in fewer kernels, as on a GPU (forethought.models.fused)
+    fused: int = 0  # the same with fused norms and gated MLPs, as on a GPU (forethought.models.fused)
 
-    def __add__(self, more: "Kept") -> "Kept":
-        return Kept(fp32=self.fp32 + more.fp32, bf16=self.bf16 + more.bf16, fused=self.fused + more.fused)
+    def __add__(self, more: "SavedBytes") -> "SavedBytes":
+        return SavedBytes(fp32=self.fp32 + more.fp32, bf16=self.bf16 + more.bf16, fused=self.fused + more.fused)
 
-    def __mul__(self, count: int) -> "Kept":
-        return Kept(fp32=count * self.fp32, bf16=count * self.bf16, fused=count * self.fused)
+    def __mul__(self, count: int) -> "SavedBytes":
+        return SavedBytes(fp32=count * self.fp32, bf16=count * self.bf16, fused=count * self.fused)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """A causal language model as far as its cost goes."""
+    """What determines the cost of a causal language model."""
 
     model_type: str
     hidden: int
     vocab: int
-    parameters: int  # all of them, shared ones once
-    multiplied: int  # weights that every token is multiplied by below the head: of its own experts, where there are any
+    parameters: int  # all of them, tied ones once
+    matmul_weights: int  # weights below the head that multiply each token; of experts the active ones
     attention: tuple[Attention, ...]  # of every layer that has one
     mamba: tuple[Mamba, ...]  # of every layer that has one
     layers: int = 0
-    intermediate: int = 0  # width of the widest MLP, as the config says
-    kept: Kept = field(default_factory=Kept)  # of a token, Mamba layers apart: see `mixer_kept`
-    linears: tuple[tuple[str, int], ...] = ()  # inputs and outputs of linear layers by name, those that adapters go to
-    adapter: int = 0  # weights of adapters, counted in `multiplied`; above 0 all other weights are frozen
+    intermediate: int = 0  # width of the widest MLP
+    saved: SavedBytes = field(default_factory=SavedBytes)  # of a token, without Mamba layers: see `mamba_saved`
+    linears: tuple[tuple[str, int], ...] = ()  # linear layers that LoRA can adapt: name, inputs plus outputs
+    adapter: int = 0  # weights of adapters, included in `matmul_weights`; above 0 all other weights are frozen
 
     @classmethod
     def of(cls, config: Any) -> "Shape":
@@ -90,7 +91,7 @@ class Shape:
             raise UserError(f"model_type = {kind!r}: its FLOPs are not known; known are {', '.join(sorted(FAMILIES))}")
         layers = FAMILIES[kind](config)
         linears: Counter[str] = Counter()
-        for name, width in (one for layer in layers for one in layer.linears):
+        for name, width in (linear for layer in layers for linear in layer.linears):
             linears[name] += width
         embedding = config.vocab_size * config.hidden_size
         ends = embedding * (1 if config.tie_word_embeddings else 2) + config.hidden_size
@@ -98,58 +99,60 @@ class Shape:
             model_type=kind,
             hidden=config.hidden_size,
             vocab=config.vocab_size,
-            parameters=sum(layer.multiplied + layer.other for layer in layers) + ends,
-            multiplied=sum(layer.multiplied for layer in layers),
+            parameters=sum(layer.matmul_weights + layer.other for layer in layers) + ends,
+            matmul_weights=sum(layer.matmul_weights for layer in layers),
             attention=tuple(layer.attention for layer in layers if layer.attention),
             mamba=tuple(layer.mamba for layer in layers if layer.mamba),
             layers=config.num_hidden_layers,
             intermediate=_widest(config),
-            kept=sum((layer.kept for layer in layers), _norms(config, 1).kept),
+            saved=sum((layer.saved for layer in layers), _norms(config, 1).saved),
             linears=tuple(linears.items()),
         )
 
+    @classmethod
+    def known(cls, config: Any) -> "Shape | None":
+        """The same, or None for an architecture that is not in FAMILIES: such a run reports no FLOPs."""
+        return cls.of(config) if config.model_type in FAMILIES else None
+
     def adapted(self, options: Lora) -> "Shape":
-        """The same, frozen and with adapters (none where r is 0). Raises UserError for a layer that it has not."""
+        """The shape, frozen and with LoRA adapters (unchanged where r is 0). Raises UserError for an unknown layer."""
         if not options.r:
             return self
         widths, wanted = dict(self.linears), {name.rpartition(".")[2] for name in options.target_modules}
         wanted = set(widths) if options.target_modules == ("all-linear",) else wanted
-        if odd := sorted(wanted - set(widths)):
+        if unknown := sorted(wanted - set(widths)):
             known = ", ".join(sorted(widths))
-            raise UserError(f"lora.target_modules = {odd[0]!r}: the model's linear layers are {known}, or all-linear")
+            raise UserError(
+                f"lora.target_modules = {unknown[0]!r}: the model's linear layers are {known}, or all-linear"
+            )
         return self.with_adapter(options.r * sum(widths[name] for name in wanted))
 
     def with_adapter(self, weights: int) -> "Shape":
-        """The same, frozen, with adapters of so many weights."""
-        return replace(self, multiplied=self.multiplied + weights, adapter=weights)
-
-    @classmethod
-    def known(cls, config: Any) -> "Shape | None":
-        """The same, or None for an architecture that is not in FAMILIES: such a run goes on without these figures."""
-        return cls.of(config) if config.model_type in FAMILIES else None
+        """The shape, frozen, with adapters of so many weights."""
+        return replace(self, matmul_weights=self.matmul_weights + weights, adapter=weights)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """Bytes that training holds whatever the batch, and that one sequence's cache holds while it is decoded."""
+    """Bytes of training whatever the batch, and of one sequence's cache while it is decoded."""
 
     weights: int
     gradients: int
-    optimizer: int  # the two moments of Adam
+    optimizer: int  # Adam's two moments
     teacher: int
-    cache: int  # keys and values, Mamba states; not the teacher's, which needs none
+    cache: int  # keys and values, Mamba states; the teacher needs none
 
     @property
     def training(self) -> int:
-        """All but the cache: 20 bytes a parameter."""
+        """All but the cache: 20 bytes per parameter."""
         return self.weights + self.gradients + self.optimizer + self.teacher
 
 
 def memory(shape: Shape, tokens: int, element: int = 4) -> Memory:
-    """Bytes of fp32 training, and of the cache of one sequence of `tokens` tokens at `element` bytes a number.
+    """Bytes of fp32 training, and of the cache of one sequence of `tokens` tokens with `element` bytes per number.
 
-    A layer with a sliding window keeps window - 1 tokens. Activations, the KL reference and what an allocator loses
-    are not in it.
+    A layer with a sliding window caches window - 1 tokens. Activations, the KL reference and fragmentation are not
+    included.
     """
     fp32 = 4 * shape.parameters
     keys = sum(
@@ -160,18 +163,17 @@ def memory(shape: Shape, tokens: int, element: int = 4) -> Memory:
     return Memory(weights=fp32, gradients=fp32, optimizer=2 * fp32, teacher=fp32, cache=element * (keys + states))
 
 
-def mixer_kept(one: Mamba) -> tuple[Kept, Kept]:
-    """What a Mamba-2 layer without its kernels keeps of a token, and of one in the scan, which takes whole chunks.
+def mamba_saved(one: Mamba) -> tuple[SavedBytes, SavedBytes]:
+    """Bytes that a Mamba-2 layer without mamba_ssm saves of a token, and of a token of the scan's whole chunks.
 
-    The counts are those of transformers' plain scan, fitted to what autograd saves of it over ten sizes.
+    The coefficients are fitted to what autograd saves of transformers' scan over ten sizes.
     """
     pairs, states = one.chunk * one.heads, one.heads * one.state
     carried = one.inner * one.state // one.chunk
     half = 4 * (7 * one.inner + one.channels + 3 * one.heads)
-    token = Kept(fp32=4 * (6 * one.inner + 3 * one.channels + 4 * one.heads), bf16=half, fused=half)
-    scan = 4 * (3 * pairs + 5 * states + 4 * one.inner + 4 * one.heads + 2 * carried)  # in fp32 whatever the weights
-    scanned = Kept(fp32=scan, bf16=scan, fused=scan)
-    return token, scanned
+    token = SavedBytes(fp32=4 * (6 * one.inner + 3 * one.channels + 4 * one.heads), bf16=half, fused=half)
+    scan = 4 * (3 * pairs + 5 * states + 4 * one.inner + 4 * one.heads + 2 * carried)  # fp32 in any precision
+    return token, SavedBytes(fp32=scan, bf16=scan, fused=scan)
 
 
 _GATED, _JOINED, _PLAIN = (
@@ -183,61 +185,64 @@ _GATED, _JOINED, _PLAIN = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
-    """A layer, or a part of one that is yet to be added to the others."""
+    """A layer, or a part of one that is added to the others."""
 
-    multiplied: int = 0
-    other: int = 0  # parameters that take no matrix product: biases, norms, convolutions, experts not asked
+    matmul_weights: int = 0
+    other: int = 0  # other parameters: biases, norms, convolutions, inactive experts
     attention: Attention | None = None
     mamba: Mamba | None = None
-    kept: Kept = field(default_factory=Kept)
+    saved: SavedBytes = field(default_factory=SavedBytes)
     linears: tuple[tuple[str, int], ...] = ()
 
     def __add__(self, more: "_Part") -> "_Part":
         return _Part(
-            multiplied=self.multiplied + more.multiplied,
+            matmul_weights=self.matmul_weights + more.matmul_weights,
             other=self.other + more.other,
             attention=self.attention or more.attention,
             mamba=self.mamba or more.mamba,
-            kept=self.kept + more.kept,
+            saved=self.saved + more.saved,
             linears=self.linears + more.linears,
         )
 
 
+Layers = list[_Part]
+
+
 def _widest(config: Any) -> int:
-    """The config's intermediate_size, of several the largest; four times the width where it names none."""
+    """The config's intermediate_size, the largest of several; four times the hidden size where there is none."""
     width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     return max(width) if isinstance(width, (list, tuple)) else width
 
 
 def _norms(config: Any, count: int) -> _Part:
-    """Each keeps its input, the normalised input, its output and a factor; as one kernel not the normalised input."""
+    """A norm saves its input, the normalized input, its output and a factor; as a fused kernel less."""
     hidden = config.hidden_size
-    kept = Kept(fp32=12 * hidden + 4, bf16=8 * hidden + 4, fused=4 * hidden + 4)
-    return _Part(other=count * config.hidden_size, kept=kept * count)
+    saved = SavedBytes(fp32=12 * hidden + 4, bf16=8 * hidden + 4, fused=4 * hidden + 4)
+    return _Part(other=count * hidden, saved=saved * count)
 
 
 def _linear(inputs: int, outputs: int, bias: bool = False, name: str = "") -> _Part:
-    """`name`: of a layer that adapters go to."""
+    """`name`: of a layer that LoRA can adapt."""
     named = ((name, inputs + outputs),) if name else ()
-    return _Part(multiplied=inputs * outputs, other=outputs if bias else 0, linears=named)
+    return _Part(matmul_weights=inputs * outputs, other=outputs if bias else 0, linears=named)
 
 
 def _attention(config: Any, window: int | None, biases: tuple[bool, bool], query_norm: bool = False) -> _Part:
     """Projections and head norms. `biases`: of the query, key and value projections; of the output projection."""
-    hidden, heads, pairs = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     size = getattr(config, "head_dim", None) or hidden // heads
-    numbers = size * (3 * heads + 2 * pairs)  # query, output, output in order; keys, values
-    normed, factors = size * (heads + pairs) * query_norm, 4 * (heads + (heads + pairs) * query_norm)
-    kept = Kept(
+    numbers = size * (3 * heads + 2 * kv_heads)  # query, output twice; keys, values
+    normed, factors = size * (heads + kv_heads) * query_norm, 4 * (heads + (heads + kv_heads) * query_norm)
+    saved = SavedBytes(
         fp32=4 * (numbers + 2 * normed) + factors,
         bf16=2 * (numbers + 3 * normed) + factors,
         fused=2 * (numbers + normed) + factors,
     )
     return (
-        _Part(attention=Attention(heads=heads, kv_heads=pairs, head_dim=size, window=window), kept=kept)
+        _Part(attention=Attention(heads=heads, kv_heads=kv_heads, head_dim=size, window=window), saved=saved)
         + _linear(hidden, heads * size, biases[0], "q_proj")
-        + _linear(hidden, pairs * size, biases[0], "k_proj")
-        + _linear(hidden, pairs * size, biases[0], "v_proj")
+        + _linear(hidden, kv_heads * size, biases[0], "k_proj")
+        + _linear(hidden, kv_heads * size, biases[0], "v_proj")
         + _linear(heads * size, hidden, biases[1], "o_proj")
         + _Part(other=2 * size if query_norm else 0)
     )
@@ -246,23 +251,32 @@ def _attention(config: Any, window: int | None, biases: tuple[bool, bool], query
 def _mlp(inputs: int, inner: int, bias: bool = False, names: tuple[str, ...] = _GATED) -> _Part:
     gated = names != _PLAIN
     numbers = (4 if gated else 2) * inner
-    kept = Kept(fp32=4 * numbers, bf16=2 * numbers, fused=2 * (numbers - inner * gated))  # silu is computed again
+    saved = SavedBytes(fp32=4 * numbers, bf16=2 * numbers, fused=2 * (numbers - inner * gated))  # silu is recomputed
     *first, last = names
-    wide = (2 if gated else 1) * inner // len(first)
+    width = (2 if gated else 1) * inner // len(first)
     return sum(
-        (_linear(inputs, wide, bias, name) for name in first),
-        _linear(inner, inputs, bias, last) + _Part(kept=kept),
+        (_linear(inputs, width, bias, name) for name in first),
+        _linear(inner, inputs, bias, last) + _Part(saved=saved),
     )
 
 
 def _experts(expert: _Part, config: Any) -> _Part:
-    """A router and num_local_experts experts, num_experts_per_tok of which see each token."""
-    asked, count, expert = config.num_experts_per_tok, config.num_local_experts, replace(expert, linears=())
-    resting = _Part(other=(count - asked) * expert.multiplied)
-    each = 3 * config.hidden_size  # an expert's own inputs and outputs
-    gathered = Kept(fp32=4 * each, bf16=2 * each, fused=2 * each)
-    busy = _Part(multiplied=asked * expert.multiplied, kept=(expert.kept + gathered) * asked)
-    return _linear(config.hidden_size, count) + busy + resting
+    """A router and num_local_experts experts, of which num_experts_per_tok are active for each token."""
+    active, count, expert = config.num_experts_per_tok, config.num_local_experts, replace(expert, linears=())
+    inactive = _Part(other=(count - active) * expert.matmul_weights)
+    numbers = 3 * config.hidden_size  # inputs and outputs of an expert
+    gathered = SavedBytes(fp32=4 * numbers, bf16=2 * numbers, fused=2 * numbers)
+    used = _Part(matmul_weights=active * expert.matmul_weights, saved=(expert.saved + gathered) * active)
+    return _linear(config.hidden_size, count) + used + inactive
+
+
+_MAMBA = "mamba_n_heads mamba_d_head mamba_d_state mamba_n_groups mamba_d_conv mamba_chunk_size"
+
+
+def _mamba_sizes(config: Any, names: str = _MAMBA) -> Mamba:
+    """`names`: the config's options for the fields of `Mamba`, in their order."""
+    sizes = [getattr(config, name) for name in names.split()]
+    return Mamba(**{one.name: size for one, size in zip(fields(Mamba), sizes, strict=True)})
 
 
 def _mamba(config: Any, sizes: Mamba, biases: tuple[bool, bool, bool], norm: bool = True) -> _Part:
@@ -277,97 +291,64 @@ def _mamba(config: Any, sizes: Mamba, biases: tuple[bool, bool, bool], norm: boo
 
 
 def _windows(config: Any) -> list[int | None]:
-    """The sliding window of each layer, by layer_types; configs without them slide in every layer or in none."""
+    """The sliding window of each layer, from layer_types; without these, of every layer or of none."""
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         return [getattr(config, "sliding_window", None)] * config.num_hidden_layers
     return [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
 
 
-def _llama(config: Any, norms: int = 2, query_norm: bool = False) -> list[_Part]:
-    """Attention and a gated MLP in each layer, biases as the config says."""
-    bias, mlp_bias = config.attention_bias, getattr(config, "mlp_bias", False)
-    rest = _mlp(config.hidden_size, config.intermediate_size, mlp_bias) + _norms(config, norms)
-    return [_attention(config, window, (bias, bias), query_norm) + rest for window in _windows(config)]
+def _decoder(config: Any, biases: tuple[bool, bool] | None = None, norms: int = 2, query_norm: bool = False) -> Layers:
+    """Attention and a gated MLP, or experts, in each layer. Biases are the config's, unless the family fixes them."""
+    if biases is None:
+        biases = (config.attention_bias, config.attention_bias)
+    mlp = _mlp(config.hidden_size, config.intermediate_size, getattr(config, "mlp_bias", False))
+    rest = (_experts(mlp, config) if config.model_type == "mixtral" else mlp) + _norms(config, norms)
+    return [_attention(config, window, biases, query_norm) + rest for window in _windows(config)]
 
 
-def _qwen2(config: Any) -> list[_Part]:
-    rest = _mlp(config.hidden_size, config.intermediate_size) + _norms(config, 2)
-    return [_attention(config, window, (True, False)) + rest for window in _windows(config)]
-
-
-def _mistral(config: Any) -> list[_Part]:
-    rest = _mlp(config.hidden_size, config.intermediate_size) + _norms(config, 2)
-    return [_attention(config, window, (False, False)) + rest for window in _windows(config)]
-
-
-def _mixtral(config: Any) -> list[_Part]:
-    expert = _mlp(config.hidden_size, config.intermediate_size)
-    rest = _experts(expert, config) + _norms(config, 2)
-    return [_attention(config, window, (False, False)) + rest for window in _windows(config)]
-
-
-def _nemotron_h(config: Any) -> list[_Part]:
+def _nemotron_h(config: Any) -> Layers:
     """Layers of one mixer each: Mamba-2, attention without biases, an MLP without gate, or experts of that kind."""
     hidden, bias, latent = config.hidden_size, config.mlp_bias, config.moe_latent_size
-    sizes = Mamba(
-        heads=config.mamba_num_heads,
-        head_dim=config.mamba_head_dim,
-        state=config.ssm_state_size,
-        groups=config.n_groups,
-        kernel=config.conv_kernel,
-        chunk=config.chunk_size,
-    )
+    sizes = _mamba_sizes(config, "mamba_num_heads mamba_head_dim ssm_state_size n_groups conv_kernel chunk_size")
     expert = _mlp(latent or hidden, config.moe_intermediate_size, names=_PLAIN)
     shared = _mlp(hidden, config.moe_shared_expert_intermediate_size, bias, names=_PLAIN)
-    narrowing = _Part()
+    to_latent = _Part()
     if latent:
-        narrowing = _linear(hidden, latent, bias, "fc1_latent_proj") + _linear(latent, hidden, bias, "fc2_latent_proj")
+        to_latent = _linear(hidden, latent, bias, "fc1_latent_proj") + _linear(latent, hidden, bias, "fc2_latent_proj")
     mixers = {
         "linear_attention": _mamba(config, sizes, (config.use_bias, config.use_conv_bias, config.use_bias)),
         "full_attention": _attention(config, None, (False, False)),
         "mlp": _mlp(hidden, config.intermediate_size, bias, names=_PLAIN),
-        "moe": _experts(expert, config) + shared + narrowing,
+        "moe": _experts(expert, config) + shared + to_latent,
     }
     return [mixers[kind] + _norms(config, 1) for kind in config.layers_block_type]
 
 
-def _mamba_sizes(config: Any) -> Mamba:
-    return Mamba(
-        heads=config.mamba_n_heads,
-        head_dim=config.mamba_d_head,
-        state=config.mamba_d_state,
-        groups=config.mamba_n_groups,
-        kernel=config.mamba_d_conv,
-        chunk=config.mamba_chunk_size,
-    )
-
-
-def _granite_hybrid(config: Any) -> list[_Part]:
-    """Mamba-2 or attention, then an MLP that all tokens share, beside experts where there are any."""
+def _hybrid(config: Any, kinds: list[str], rest: _Part) -> Layers:
+    """Mamba-2 or attention, then the rest of a layer."""
     bias, proj = config.attention_bias, config.mamba_proj_bias
     mixers = {
         "linear_attention": _mamba(config, _mamba_sizes(config), (proj, config.mamba_conv_bias, proj)),
         "full_attention": _attention(config, None, (bias, bias)),
     }
+    return [mixers[kind] + rest for kind in kinds]
+
+
+def _granite_hybrid(config: Any) -> Layers:
+    """With an MLP that all tokens share, beside experts where there are any."""
     rest = _mlp(config.hidden_size, config.shared_intermediate_size, names=_JOINED) + _norms(config, 2)
     if config.num_local_experts:
         rest += _experts(_mlp(config.hidden_size, config.intermediate_size), config)
-    return [mixers[kind] + rest for kind in config.layer_types]
+    return _hybrid(config, config.layer_types, rest)
 
 
-def _bamba(config: Any) -> list[_Part]:
-    """Mamba-2 or attention, then a gated MLP."""
-    bias, proj = config.attention_bias, config.mamba_proj_bias
-    mixers = {
-        "linear_attention": _mamba(config, _mamba_sizes(config), (proj, config.mamba_conv_bias, proj)),
-        "full_attention": _attention(config, None, (bias, bias)),
-    }
+def _bamba(config: Any) -> Layers:
     rest = _mlp(config.hidden_size, config.intermediate_size, config.mlp_bias) + _norms(config, 2)
-    return [mixers[kind] + rest for kind in config.layers_block_type]
+    return _hybrid(config, config.layers_block_type, rest)
 
 
-def _falcon_h1(config: Any) -> list[_Part]:
+def _falcon_h1(config: Any) -> Layers:
     """Mamba-2 and attention side by side in every layer, then a gated MLP."""
     bias = config.attention_bias
     biases = (config.mamba_proj_bias, config.mamba_conv_bias, config.projectors_bias)
@@ -380,29 +361,29 @@ def _falcon_h1(config: Any) -> list[_Part]:
     return [layer] * config.num_hidden_layers
 
 
-FAMILIES: dict[str, Callable[[Any], list[_Part]]] = {
-    "llama": _llama,
-    "smollm3": _llama,
-    "gemma": _llama,
-    "gemma2": lambda config: _llama(config, norms=4),
-    "gemma3_text": lambda config: _llama(config, norms=4, query_norm=True),
-    "qwen3": lambda config: _llama(config, query_norm=True),
-    "qwen2": _qwen2,
-    "mistral": _mistral,
-    "mixtral": _mixtral,
+FAMILIES: dict[str, Callable[[Any], Layers]] = {
+    "llama": _decoder,
+    "smollm3": _decoder,
+    "gemma": _decoder,
+    "gemma2": partial(_decoder, norms=4),
+    "gemma3_text": partial(_decoder, norms=4, query_norm=True),
+    "qwen3": partial(_decoder, query_norm=True),
+    "qwen2": partial(_decoder, biases=(True, False)),
+    "mistral": partial(_decoder, biases=(False, False)),
+    "mixtral": partial(_decoder, biases=(False, False)),
     "nemotron_h": _nemotron_h,
     "granitemoehybrid": _granite_hybrid,
     "bamba": _bamba,
     "falcon_h1": _falcon_h1,
 }
 
-Row = tuple[int, int]  # tokens that one row reads, and those before them whose keys and states it already has
+Row = tuple[int, int]  # tokens that a row reads, and those before them that are in its cache
 Sharing = Literal["document", "rollout", "none"]
 """How often a prefix is computed.
 
 - document: once for all positions of its window, in the rollout and again, forward and backward, in the update
 - rollout: once a position in the rollout, once a thought in the update
-- none: once a thought in both, as trainers do that know only rows
+- none: once a thought in both, as in trainers without shared prefixes
 """
 
 
@@ -410,11 +391,11 @@ Sharing = Literal["document", "rollout", "none"]
 class Flops:
     """FLOPs of one step, or of several added up, by phase."""
 
-    prefill: int = 0  # contexts, up to and with the opening delimiter
-    decode: int = 0  # thoughts, a token at a time
-    score: int = 0  # what is read behind a thought for its evidence, or (`Work.reread`) everything again for it
+    prefill: int = 0  # contexts, through the opening delimiter
+    decode: int = 0  # thoughts, token by token
+    score: int = 0  # tokens read after a thought for its reward, or (`Work.reread`) everything read again for it
     teacher: int = 0  # log p without a thought, by the teacher
-    proxy: int = 0  # entropies that pick positions
+    proxy: int = 0  # entropies that select positions
     reference: int = 0  # forward passes of the update: old log-probabilities, the KL reference
     update: int = 0  # forward and backward
 
@@ -423,17 +404,17 @@ class Flops:
 
     @property
     def rollout(self) -> int:
-        """What `collect` takes: all that carries no gradient but the update's own reference passes."""
+        """`collect`: everything without gradients but the update's reference passes."""
         return self.prefill + self.decode + self.score + self.teacher + self.proxy
 
     @property
     def training(self) -> int:
-        """What the update takes."""
+        """The update."""
         return self.reference + self.update
 
     @property
     def total(self) -> int:
-        """Everything."""
+        """All phases."""
         return self.rollout + self.training
 
 
@@ -441,30 +422,30 @@ class Flops:
 class Work:
     """The tokens of one step of RLP or RPT.
 
-    Example: one window of 9 tokens, a position at t = 4, a template of 2 tokens ahead and 1 behind, a delimiter of one
-    token, two thoughts, of which the second was cut off: windows (9,), owners (0,), prefixes (6,), opening 2,
+    Example: one window of 9 tokens, a position at t = 4, a template of 2 tokens before and 1 after, a delimiter of one
+    token, two thoughts, of which the second was truncated: windows (9,), owners (0,), prefixes (6,), opening 2,
     thoughts ((3, 5),), tails ((0, 1),).
     """
 
-    windows: tuple[int, ...]  # tokens of each window that the teacher reads: up to its last target
+    windows: tuple[int, ...]  # tokens of each window that the teacher reads: through its last target
     owners: tuple[int, ...]  # the window of each position
-    prefixes: tuple[int, ...]  # of each position: tokens ahead of it that the window's other positions may share
+    prefixes: tuple[int, ...]  # of each position: tokens before it that the window's other positions may share
     opening: int  # tokens between a prefix and a thought: rest of the template, opening delimiter
     thoughts: tuple[tuple[int, ...], ...]  # of each position: sampled tokens of each thought
-    tails: tuple[tuple[int, ...], ...]  # of each position and thought: tokens read behind it, see Flops.score
+    tails: tuple[tuple[int, ...], ...]  # of each position and thought: tokens read after it, see Flops.score
     sharing: Sharing = "document"
-    reread: bool = False  # whether the policy reads all again for the evidence, as behind vLLM
+    reread: bool = False  # whether the policy reads everything again for the reward, as with vLLM
     horizon: int = 1  # targets of each position
-    teacher: bool = True  # whether the teacher was asked
+    teacher: bool = True  # whether the teacher was queried
     kl: bool = False  # whether a KL reference was
     inner_steps: int = 1
-    written: tuple[tuple[int, ...], ...] = ()  # of each thought: tokens of its prediction, which learn too (RPT)
-    proxy: int = 0  # FLOPs of the proxy, whose shape is its own
-    supervised: tuple[int, ...] = ()  # rows of so many tokens for next-token training (Mixed, with inner_steps 0)
+    written: tuple[tuple[int, ...], ...] = ()  # of each thought: tokens of its prediction, trained too (RPT)
+    proxy: int = 0  # FLOPs of the proxy, which has its own shape
+    supervised: tuple[int, ...] = ()  # lengths of rows for next-token training (Mixed, with inner_steps 0)
 
 
 def pairs(tokens: int, past: int, window: int | None = None) -> int:
-    """Keys that a row's tokens see, summed: token i of n sees min(past + i, window), itself included."""
+    """Keys that a row's tokens attend to, summed: token i of n attends to min(past + i, window), itself included."""
     growing = tokens if window is None else min(tokens, max(window - past, 0))
     return growing * past + growing * (growing + 1) // 2 + (tokens - growing) * (window or 0)
 
@@ -502,7 +483,7 @@ def backward_flops(shape: Shape, rows: Sequence[Row], head_rows: int, causal: bo
 
 
 def decode_flops(shape: Shape, rows: Iterable[Row]) -> int:
-    """FLOPs of reading rows token by token, each token with its logits: keys are cached, Mamba steps its state."""
+    """FLOPs of reading rows token by token with a cache, each token with its logits."""
     rows = list(rows)
     count = sum(tokens for tokens, _ in rows)
     total = _linear_flops(shape, count, count)
@@ -514,7 +495,7 @@ def decode_flops(shape: Shape, rows: Iterable[Row]) -> int:
 
 
 def step_flops(shape: Shape, work: Work | tuple[int, ...]) -> Flops:
-    """FLOPs of a training step: of work with thoughts, or of next-token training on rows of so many tokens."""
+    """FLOPs of a training step: of work with thoughts, or of next-token training on rows of the given lengths."""
     return rlp_step(shape, work) if isinstance(work, Work) else cpt_step(shape, work)
 
 
@@ -552,13 +533,13 @@ def rlp_step(shape: Shape, work: Work, causal: bool = True) -> Flops:
 
 
 def cpt_step(shape: Shape, rows: Sequence[int], causal: bool = True) -> Flops:
-    """FLOPs of a step of next-token training (eq. 1) on rows of so many tokens, all but each row's first predicted."""
+    """FLOPs of next-token training (eq. 1) on rows of the given lengths; each row's first token is not predicted."""
     read, scored = [(n, 0) for n in rows], sum(n - 1 for n in rows)
     return Flops(update=forward_flops(shape, read, scored, causal) + backward_flops(shape, read, scored, causal))
 
 
 def equal_flops_steps(shape: Shape, flops: int, rows: Sequence[int]) -> int:
-    """Steps of next-token training on such rows whose FLOPs come closest to `flops`; at least 1."""
+    """Steps of next-token training on such rows whose FLOPs are closest to `flops`; at least 1."""
     return max(1, round(flops / cpt_step(shape, rows).total))
 
 
@@ -571,18 +552,18 @@ def t_flop(n: int, l_seq: int, bs: int, iters: int, t_inp: int) -> int:
 
 
 def _score(shape: Shape, work: Work, thoughts: Sequence[tuple[int, int, int]], causal: bool) -> int:
-    """For the evidence of thoughts: (tokens read behind it, its own, those ahead of it)."""
+    """`thoughts`: tokens read after each, its own, those before it."""
     if not work.reread:
         return decode_flops(shape, [(tail, at + n) for tail, n, at in thoughts])
     rows = [(at + n + tail + 1, 0) for tail, n, at in thoughts]
     if work.sharing == "document":
-        own = [(work.opening + n + tail + 1, at - work.opening) for tail, n, at in thoughts]
-        rows = _shared_rows(work) + own
+        suffixes = [(work.opening + n + tail + 1, at - work.opening) for tail, n, at in thoughts]
+        rows = _shared_rows(work) + suffixes
     return forward_flops(shape, rows, work.horizon * len(thoughts), causal)
 
 
 def _linear_flops(shape: Shape, tokens: int, head_rows: int) -> int:
-    return 2 * (tokens * shape.multiplied + head_rows * shape.hidden * shape.vocab)
+    return 2 * (tokens * shape.matmul_weights + head_rows * shape.hidden * shape.vocab)
 
 
 def _shared_rows(work: Work) -> list[Row]:
@@ -602,7 +583,7 @@ def _scan(one: Mamba, tokens: int) -> int:
 
 
 def _padded_scan(one: Mamba, tokens: int) -> int:
-    """The same as transformers' plain code multiplies it: whole chunks, each head by itself, all chunks with all."""
+    """The same as transformers' plain code multiplies it: whole chunks, each head separately, all pairs of chunks."""
     chunks = -(-tokens // one.chunk)
     within = chunks * one.chunk**2 * 2 * (one.heads * one.state + one.inner)
     across = (4 * chunks * one.chunk + 2 * (chunks + 1) ** 2) * one.inner * one.state

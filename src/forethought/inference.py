@@ -31,11 +31,8 @@ from forethought.models.loading import (
 )
 from forethought.models.logprobs import chunk_tokens, no_think_logp, suffix_logits
 from forethought.rollout import Thoughts, draw_noise
-from forethought.rollout.copies import Copies, read_copies
-from forethought.rollout.decoder import sample
-from forethought.rollout.generate import Sampling, Stop, generate
-from forethought.rollout.native import native_engine
-from forethought.tools.questions.questions import ends
+from forethought.rollout.decoder import ReplicatedBatch, sample
+from forethought.rollout.native import Sampling, Stop, generate, native_engine
 
 _TAIL = 8  # tokens of which a text is decoded to see what the last one adds; a character has at most 4
 _LOGITS = 2**26  # logits that are held at once
@@ -79,6 +76,16 @@ class ScoredToken:
         return self.logp - self.nothink
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """A generated answer and the thought before it."""
+
+    text: str  # without special tokens, up to the first stop string
+    length: int  # in generated tokens, including those that stopped it
+    cut_off: bool  # whether it reached the limit of tokens before anything stopped it
+    thought: Thought | None
+
+
 class ThinkingModel:
     """A causal LM with its tokenizer and its way of thinking. `thoughts=0` everywhere means: without a thought.
 
@@ -89,7 +96,7 @@ class ThinkingModel:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.form = thought_format(tokenizer, config.method)
         self.engine = native_engine(model, self.form, config)
-        self.ends = ends(model, tokenizer)
+        self.ends = _end_tokens(model, tokenizer)
 
     @classmethod
     def load(cls, source: str | Path, overrides: dict[str, Any] | None = None) -> "ThinkingModel":
@@ -160,6 +167,7 @@ class ThinkingModel:
         pairs: Sequence[Pair],
         *,
         thoughts: int = 1,
+        thought_temperature: float | None = None,
         seed: int = 0,
         progress: Callable[[int], Any] = lambda done: None,
     ) -> list[tuple[float, bool]]:
@@ -175,7 +183,7 @@ class ThinkingModel:
         order = sorted(range(len(pairs)), key=lambda i: (-len(pairs[i][0]), pairs[i][0]))
         for piece in _by_context(order, pairs, self.config.train.rollout_batch):
             contexts = list(dict.fromkeys(tuple(pairs[i][0]) for i in piece))
-            said = self._think([list(one) for one in contexts], thoughts, [seed] * len(contexts))
+            said = self._think([list(one) for one in contexts], thoughts, [seed] * len(contexts), thought_temperature)
             told = dict(zip(contexts, said, strict=True))
             for chunk in self._fitting(piece, pairs, thoughts):
                 found = self._score([pairs[i] for i in chunk], told)
@@ -208,18 +216,37 @@ class ThinkingModel:
 
     @torch.no_grad()
     def answer(
-        self, contexts: Sequence[list[int]], sampling: Sampling, stop: Stop, seeds: Sequence[int], *, thoughts: int = 1
-    ) -> list[list[int]]:
-        """What the model writes behind each context after one thought, or (thoughts=0) none; many at once.
+        self,
+        contexts: Sequence[list[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        *,
+        until: Sequence[str] = (),
+        thoughts: int = 1,
+        thought_temperature: float | None = None,
+    ) -> list[Answer]:
+        """Answers to a batch of contexts, each after one thought of its own, or (thoughts=0) after none.
 
-        A text that was drawn after one thought is drawn from the mixture over all of them, so more would not help.
-        Raises UserError where the model has no positions for a context, its thought and sampling.limit tokens.
+        An answer ends at an end token, at one of the strings `until`, or after sampling.limit tokens. One thought is
+        enough: an answer sampled after it is a sample of the mixture over all thoughts. `thought_temperature` replaces
+        method.temperature; 0 takes the most likely tokens. Raises UserError where the model has no positions for a
+        context, its thought and sampling.limit tokens.
         """
         self.check_length(max(map(len, contexts)) + sampling.limit, thoughts)
-        streams = [make_generator(seed, "answer", context) for seed, context in zip(seeds, contexts, strict=True)]
-        told = self._think(contexts, min(thoughts, 1), seeds)
-        prompts = [[*self._rows(context, said), context][0] for context, said in zip(contexts, told, strict=True)]
-        return generate(self.model, prompts, sampling, stop, streams)
+        generators = [make_generator(seed, "answer", context) for seed, context in zip(seeds, contexts, strict=True)]
+        said = self._think(contexts, min(thoughts, 1), seeds, thought_temperature)
+        prompts = [[*self._rows(context, some), context][0] for context, some in zip(contexts, said, strict=True)]
+        stop = _stop_at(self.tokenizer, until, self.ends)
+        found = generate(self.model, prompts, sampling, stop, generators)
+        return [
+            Answer(
+                text=_before(self.tokenizer.decode(tokens, skip_special_tokens=True), until),
+                length=len(tokens),
+                cut_off=not stop(tokens),
+                thought=some[0] if some else None,
+            )
+            for tokens, some in zip(found, said, strict=True)
+        ]
 
     def _write(
         self, tokens: list[int], lengths: tuple[int, int], thoughts: int, temperature: float, seed: int
@@ -253,14 +280,14 @@ class ThinkingModel:
     @torch.no_grad()
     def _pause(
         self, tokens: list[int], thoughts: int, seed: int
-    ) -> tuple[tuple[Thought, ...], Copies, Float[Tensor, "row vocab"]]:
+    ) -> tuple[tuple[Thought, ...], ReplicatedBatch, Float[Tensor, "row vocab"]]:
         """Think, and read a row for each thought and (last) one without; the logits that follow."""
         [said] = self._think([tokens], thoughts, [seed])
         rows = [*self._rows(tokens, said), tokens]
-        return said, *read_copies(self.model, rows, self.form.pad)
+        return said, *ReplicatedBatch.read(self.model, rows, self.form.pad)
 
     @torch.no_grad()
-    def _step(self, copies: Copies, token: int) -> Float[Tensor, "row vocab"]:
+    def _step(self, copies: ReplicatedBatch, token: int) -> Float[Tensor, "row vocab"]:
         return copies.step(torch.full((len(copies.mask),), token, device=self.model.device))
 
     def _draw(self, logp: Float[Tensor, " vocab"], before: list[int], temperature: float, seed: int) -> int:
@@ -282,14 +309,40 @@ class ThinkingModel:
     def _overhead(self, thoughts: int) -> int:
         return self.form.overhead + self.config.method.thought_length if thoughts else 0
 
-    def _think(self, contexts: Sequence[list[int]], thoughts: int, seeds: Sequence[int]) -> list[tuple[Thought, ...]]:
-        """Thoughts at the end of each context."""
+    def _think(
+        self, contexts: Sequence[list[int]], thoughts: int, seeds: Sequence[int], temperature: float | None = None
+    ) -> list[tuple[Thought, ...]]:
+        """Thoughts at the end of each context, at method.temperature unless another is given."""
         self.check_length(max(map(len, contexts)) + 1, thoughts)
         if thoughts < 1:
             return [()] * len(contexts)
+        if temperature is not None:
+            return self._think_at(temperature, contexts, thoughts, seeds)
         windows = [_window([*context, self.form.pad]) for context in contexts]  # an engine scores some token behind
         positions = at_positions(windows, [[len(context)] for context in contexts], 1)
         return self._told(self._sample(positions, thoughts, seeds))
+
+    def _think_at(
+        self, temperature: float, contexts: Sequence[list[int]], thoughts: int, seeds: Sequence[int]
+    ) -> list[tuple[Thought, ...]]:
+        """Thoughts at any temperature, 0 included, which the rollout engines do not sample at."""
+        close = list(self.form.close)
+        prompts = [self.form.prompt_tokens(context) for context in contexts for _ in range(thoughts)]
+        each = [make_generator(seed, "think", context) for seed, context in zip(seeds, contexts, strict=True)]
+        sampling = Sampling(
+            limit=self.config.method.thought_length,
+            temperature=temperature,
+            rows=self.config.train.rollout_batch,
+            not_first=close[0],
+        )
+        generators = [generator for generator in each for _ in range(thoughts)]
+        found = generate(self.model, prompts, sampling, lambda tokens: tokens[-len(close) :] == close, generators)
+        said = []
+        for tokens in found:
+            closed = tokens[-len(close) :] == close
+            inside = tokens[: -len(close)] if closed else tokens
+            said.append(Thought(text=self.tokenizer.decode(inside), tokens=tuple(inside), closed=closed))
+        return [tuple(said[i : i + thoughts]) for i in range(0, len(said), thoughts)]
 
     def _sample(self, positions: Positions, thoughts: int, seeds: Sequence[int]) -> Thoughts:
         streams = [
@@ -385,6 +438,29 @@ def _by_context(order: Sequence[int], pairs: Sequence[Pair], contexts: int) -> I
     groups = [list(some) for _, some in itertools.groupby(order, key=lambda i: tuple(pairs[i][0]))]
     for start in range(0, len(groups), contexts):
         yield [i for group in groups[start : start + contexts] for i in group]
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end a text: those of the generation config, and the tokenizer's EOS."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    several = own if isinstance(own, list) else [own]
+    return frozenset(token for token in (*several, tokenizer.eos_token_id) if token is not None)
+
+
+def _stop_at(tokenizer: Any, strings: Sequence[str], ends: frozenset[int]) -> Stop:
+    """Stop a row at an end token, or where its last tokens contain one of the strings."""
+    tail = max(map(len, strings), default=0) + 8  # in tokens; one may be less than a character
+
+    def stop(tokens: Sequence[int]) -> bool:
+        text = tokenizer.decode(tokens[-tail:]) if strings else ""
+        return tokens[-1] in ends or any(string in text for string in strings)
+
+    return stop
+
+
+def _before(text: str, strings: Sequence[str]) -> str:
+    """The text up to the first of the strings in it."""
+    return text[: min((text.find(string) for string in strings if string in text), default=len(text))]
 
 
 def _window(tokens: list[int]) -> Window:

@@ -20,8 +20,7 @@ from forethought.eval import heldout
 from forethought.flops import Flops, Shape, step_flops, t_flop
 from forethought.models import lora, sharding
 from forethought.models.loading import check_context_length, load_tokenizer, save_thinking_options
-from forethought.rollout import Responses, Thoughts
-from forethought.rollout.engines import engine
+from forethought.rollout import Responses, Thoughts, engine
 from forethought.run import checkpoint, distributed
 from forethought.run.diagnostics import Diagnosis, Monitor, diagnose_evaluation
 from forethought.run.folder import RunLog, check_free, disk_errors, read_lines
@@ -189,7 +188,7 @@ class Trainer:
                 after = self._evaluate(log, callbacks, guard, "after")
             except (SignalArrived, UserError, RunError) as error:
                 if self.consistent and (distributed.world_size() == 1 or isinstance(error, SignalArrived)):
-                    self._save(log)  # several processes that did not agree to stop cannot save together
+                    self._save(log)  # ranks that did not agree to stop cannot save together
                 if isinstance(error, SignalArrived):
                     again = f"forethought train --resume {log.path}"
                     raise Stopped(error.number, f"saved after step {self.step}; go on with: {again}") from None
@@ -206,7 +205,9 @@ class Trainer:
     def _step(self, log: RunLog, callbacks: Callbacks, guard: SignalGuard, tracker: Tracker) -> None:
         """One step: read text, collect, then `inner_steps` times backward, clip, optimizer step and sync."""
         started, cursor, number = time.perf_counter(), self.stream.cursor(), self.step + 1
-        self._set_rate(number)
+        rate = learning_rate(self.config, number, self.spent)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         try:
             with guard.interruptible():
                 windows = self._read()
@@ -223,7 +224,7 @@ class Trainer:
             metrics, more = metrics | self._update(), more | first
         self.step, spent = number, self.cost
         sums, rows = self._gather(record, sums | more, guard)
-        metrics |= means(sums) | self._rates(sums, time.perf_counter() - started) | self._costs(spent)
+        metrics |= means(sums) | self._rates(sums, time.perf_counter() - started, spent)
         if distributed.is_rank0() and (self.config.train.logs(number) or self.over):
             log.metrics(number, metrics)
             log.thoughts([{"step": number, **row} for row in rows])
@@ -245,11 +246,11 @@ class Trainer:
         return record, microbatches, sums
 
     def _read(self) -> list[corpus.Window]:
-        """The windows of the next step: all of them in every process, which then takes its share."""
+        """The windows of the next step: every rank reads all of them and takes its share later."""
         return distributed.run_on_all_ranks(lambda: [next(self.stream) for _ in range(self._windows_per_step())])
 
     def _gather(self, record: Record, sums: Sums, guard: SignalGuard) -> tuple[Sums, list[dict[str, Any]]]:
-        """Metrics and logged rows of all ranks; adds up their FLOPs, and makes a signal to one rank one to all."""
+        """Metrics and logged rows of all ranks. Adds up their FLOPs, and passes a signal to one rank on to all."""
         rows: list[dict[str, Any]] = []
         if self.config.train.logs(self.step):
             more, rows = record.text(self.tokenizer, self.form, self.config.train.log_thoughts)
@@ -264,7 +265,7 @@ class Trainer:
         return total, sorted((row for _, some, _, _ in gathered for row in some), key=lambda row: row["number"])
 
     def _warn(self, log: RunLog, callbacks: Callbacks, found: list[Diagnosis]) -> None:
-        """Log and tell what is new; a run that was killed after its evaluation finds the same again."""
+        """Log and report new warnings; a run that was killed after its evaluation finds the same ones again."""
         known = read_lines(log.path / "warnings.jsonl") if found else []
         new = [one for one in found if one.row() not in known]
         log.warnings([one.row() for one in new])
@@ -301,20 +302,16 @@ class Trainer:
             raise distributed.rank0_error(RunError(what))
         return {"objective/loss": total, "optim/gradient_norm": norm}, sums
 
-    def _set_rate(self, number: int) -> None:
-        rate = learning_rate(self.config, number, self.spent)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-
     def _update(self) -> dict[str, float]:
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)  # what the next thoughts need is room
+        self.optimizer.zero_grad(set_to_none=True)  # frees memory for the next thoughts
         self.network.sync()
         self.method.after_step()
         self.engine.sync()
         return {"optim/learning_rate": self.optimizer.param_groups[0]["lr"]}
 
-    def _rates(self, sums: Sums, seconds: float) -> dict[str, float]:
+    def _rates(self, sums: Sums, seconds: float, spent: Flops) -> dict[str, float]:
+        """Times and throughput of a step, its FLOPs (`spent` before it), and what was read so far."""
         phases = [sums.get(f"time/{phase}_s", (0.0, 1)) for phase in ("rollout", "score")]
         collect = sum(value / count for value, count in phases)
         figures = {"time/step_s": seconds, "time/update_s": seconds - collect}
@@ -323,22 +320,16 @@ class Trainer:
             figures["time/positions_per_s"] = self.config.train.batch / seconds
         else:
             figures["time/windows_per_s"] = self.config.train.batch / seconds
-        return figures | {
-            "corpus/documents": self.stream.documents,
-            "corpus/skipped": self.stream.skipped,
-            "corpus/tokens": self.stream.tokens,
-            "corpus/epoch": self.stream.epoch,
-        }
-
-    def _costs(self, before: Flops) -> dict[str, float]:
-        if self.shape is None:
-            return {}
-        return {"cost/flops": float(self.cost.total - before.total), "cost/flops_total": float(self.cost.total)}
+        if self.shape is not None:
+            figures["cost/flops"] = float(self.cost.total - spent.total)
+            figures["cost/flops_total"] = float(self.cost.total)
+        corpus_metrics = ("documents", "skipped", "tokens", "epoch")
+        return figures | {f"corpus/{name}": getattr(self.stream, name) for name in corpus_metrics}
 
     def _evaluate(
         self, log: RunLog, callbacks: Callbacks, guard: SignalGuard, when: str
     ) -> dict[str, heldout.Records] | None:
-        """Held-out records; those of before training are kept in the run folder, so a resumed run has them too."""
+        """Held-out records; those from before training are kept in the run folder for resumed runs."""
         if not self.config.evaluate.path:
             return None
         name = f"evaluation-{when}.json"
@@ -370,17 +361,16 @@ class Trainer:
         self.saved = self.step
 
     def _networks(self) -> dict[str, torch.nn.Module]:
-        """Whose weights a checkpoint must hold."""
+        """The networks whose weights a checkpoint holds."""
         return {"policy": self.network.weights, **self.method.state()}
 
     def restore(self, log: RunLog) -> None:
-        """Take up the run's newest checkpoint (or its start, where it has none) and drop what was logged after it."""
+        """Load the run's newest checkpoint, or its start where there is none, and drop what was logged after it."""
         path = distributed.all_gather(checkpoint.latest(log.path))[0]
         if path is None:
             distributed.run_on_rank0(lambda: log.rewind(0))
             return
         saved = distributed.run_on_all_ranks(lambda: checkpoint.Saved(path, check=distributed.is_rank0()))
-        assert saved is not None
         sharding.load_state(saved, self._networks(), self.optimizer)
         self.step = self.saved = saved.state["step"]
         self._seconds = saved.state["seconds"]
@@ -405,6 +395,9 @@ class Trainer:
             partial.rename(final)
 
     def _summary(self, before: Any, after: Any) -> dict[str, Any]:
+        """What summary.json holds. The paper's T_flop counts method.thought_length tokens per thought, text once."""
+        method, read = self.config.method, self.stream.tokens
+        thoughts = method.group if method.samples_thoughts else 0
         figures: dict[str, Any] = {
             "method": self.config.method.name,
             "seed": self.config.seed,
@@ -412,26 +405,17 @@ class Trainer:
             "seconds": round(self.seconds, 2),
             "trained_parameters": self.network.num_trainable,
             "documents": self.stream.documents,
-            "tokens": self.stream.tokens,
+            "tokens": read,
             "skipped": self.stream.skipped,
-            "t_flop_tokens": self._t_flop(),
+            "t_flop_tokens": t_flop(thoughts, method.thought_length, self.config.train.batch, self.step, read),
         }
         if self.shape is not None:
-            figures |= {
-                "flops": self.cost.total,
-                "flops_rollout": self.cost.rollout,
-                "flops_update": self.cost.training,
-            }
+            cost = self.cost
+            figures |= {"flops": cost.total, "flops_rollout": cost.rollout, "flops_update": cost.training}
         for when, records in (("before", before), ("after", after)):
             if records is not None:
                 figures |= {f"{when}/{name}": value for name, value in heldout.summarize(records, before).items()}
         return figures
-
-    def _t_flop(self) -> int:
-        """The paper's estimate for this run: a thought counts as method.thought_length tokens, text once."""
-        method = self.config.method
-        thoughts = method.group if method.samples_thoughts else 0
-        return t_flop(thoughts, method.thought_length, self.config.train.batch, self.step, self.stream.tokens)
 
 
 def learning_rate(config: Config, step: int, spent: float = 0.0) -> float:

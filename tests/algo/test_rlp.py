@@ -326,9 +326,10 @@ def trl_loss(model: Any, piece: Microbatch, temperature: float, folder: Any) -> 
     """The loss that TRL's GRPOTrainer computes on the same thoughts, and the copy of the model that it did it with."""
     import copy
 
-    from conftest import word_tokenizer
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
+
+    from helpers.models import word_tokenizer
 
     arguments = GRPOConfig(
         output_dir=str(folder),

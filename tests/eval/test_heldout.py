@@ -166,7 +166,7 @@ def test_evaluating_a_model_makes_a_folder_once(
     assert main(command) == 0
     shown = capsys.readouterr().out
     assert "figures: runs/evaluate-model/evaluate.json" in shown
-    for row in ("gain over itself (nats)", "... with another's thought", "statements in a thought", "mixture"):
+    for row in ("gain over itself (nats)", "gain of another's thought (nats)", "statements in a thought", "mixture"):
         assert row in shown
     assert "gain over the teacher" not in shown  # a model alone has none
     figures = json.loads(Path("runs/evaluate-model/evaluate.json").read_text())

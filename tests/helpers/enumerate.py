@@ -57,7 +57,7 @@ def every_thought(model: Any, prompt: list[int], form: ThoughtFormat, limit: int
     return found
 
 
-def experience(context: list[int], thoughts: list[list[int]], advantage: torch.Tensor, share: float) -> Microbatch:
+def microbatch(context: list[int], thoughts: list[list[int]], advantage: torch.Tensor, scale: float) -> Microbatch:
     width, rows = max(map(len, thoughts)), len(thoughts)
     tokens = torch.tensor([thought + [0] * (width - len(thought)) for thought in thoughts])
     mask = torch.arange(width) < torch.tensor([len(thought) for thought in thoughts])[:, None]
@@ -70,12 +70,12 @@ def experience(context: list[int], thoughts: list[list[int]], advantage: torch.T
         logp_old=None,
         logp_reference=None,
         advantage=advantage,
-        scale=share,
+        scale=scale,
     )
 
 
 def expected_group_gradient(model: Any, context: list[int], thoughts: list[Enumerated], scores: torch.Tensor):
-    """Gradient that RLP.backward adds, averaged exactly over all groups of two that can be sampled.
+    """Gradient that RLP.forward_backward adds, averaged exactly over all groups of two that can be sampled.
 
     At a ratio of 1 a row's loss is linear in its advantage: a thought's row takes its advantages in all pairs at once,
     each times the pair's probability.
@@ -87,4 +87,4 @@ def expected_group_gradient(model: Any, context: list[int], thoughts: list[Enume
     advantages = torch.zeros_like(scores).index_add(0, index.flatten(), weighted.flatten())
     method = rlp(model, config(temperature=1.0, group=2), FORM)
     rows = [one.thought for one in thoughts]
-    return update(method, [experience(context, rows, advantages, scale=1 / 2)])
+    return update(method, [microbatch(context, rows, advantages, scale=1 / 2)])

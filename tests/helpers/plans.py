@@ -3,9 +3,8 @@
 from typing import Any
 
 from forethought.config import Config, from_dict
-from forethought.flops import Attention, Kept, Shape
-from forethought.tools.plan.job import Job
-from forethought.tools.plan.machines import Machine
+from forethought.flops import Attention, SavedBytes, Shape
+from forethought.tools.plan.job import Job, Machine
 
 CPU = Machine(name="cpu", memory=8e9, bf16=1e9, fp32=1e9, bandwidth=1e9, launch=0.0)
 
@@ -18,9 +17,9 @@ GPU = Machine(
 
 
 TINY = Shape(
-    model_type="llama", hidden=8, vocab=10, parameters=1000, multiplied=600, layers=2, intermediate=16,
+    model_type="llama", hidden=8, vocab=10, parameters=1000, matmul_weights=600, layers=2, intermediate=16,
     attention=(Attention(heads=4, kv_heads=2, head_dim=2, window=None),) * 2, mamba=(),
-    kept=Kept(fp32=1000, bf16=500, fused=400),
+    saved=SavedBytes(fp32=1000, bf16=500, fused=400),
 )  # fmt: skip
 
 
@@ -38,5 +37,5 @@ def config(**sections: Any) -> Config:
 
 def job(options: Config | None = None, shape: Shape = TINY, **changes: Any) -> Job:
     """A job with an opening of one token."""
-    values: dict[str, Any] = {"machine": GPU, "prefix": 8, "document": 8, "longest": 8, "length": 4} | changes
+    values: dict[str, Any] = {"machine": GPU, "prefix": 8, "document": 8, "max_prefix": 8, "length": 4} | changes
     return Job(config=options or config(), shape=shape, **{**values, "length": float(values["length"])})

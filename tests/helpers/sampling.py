@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
-from forethought.config import Config
+from forethought.config import Config, Method
 from forethought.data.positions import ThoughtFormat, draw_positions, make_generator
 from forethought.rollout import Thoughts, draw_noise
-from forethought.rollout.cuda_graphs import Graphs
+from forethought.rollout.cuda_graphs import CUDAGraphDecoder
+from forethought.rollout.native import NativeEngine
 from helpers.models import (
     WINDOWS,
     engine,
@@ -33,8 +34,14 @@ def both(model: Any, form: ThoughtFormat, settings: Config, rows: int, horizon: 
     options = dataclasses.replace(settings.method, horizon=horizon)
     positions = draw_positions(WINDOWS, options, make_generator(1))
     noise = draw_noise((options.group, options.thought_length), [make_generator(2, i) for i in range(len(positions))])
-    plain = engine(model, settings, form).sample(positions, noise)
-    return plain, Graphs(model, form, options, rows, compiled=False).sample(positions, noise)
+    eager = engine(model, settings, form).sample(positions, noise)
+    return eager, cuda_graphs(model, form, options, rows).sample(positions, noise)
+
+
+def cuda_graphs(model: Any, form: ThoughtFormat, options: Method, rows: int = 256) -> NativeEngine:
+    """An engine that decodes as with CUDA graphs; on a CPU nothing is captured."""
+    decoder = CUDAGraphDecoder(model, form, options, rows, compiled=False)
+    return NativeEngine(model, form, options, rows, graphs=decoder)
 
 
 def assert_same(one: Thoughts, other: Thoughts) -> None:

@@ -1,13 +1,23 @@
-"""Modules that are computed another way give the same numbers and gradients; others are left alone."""
+"""Fused and prepacked modules give the same numbers and gradients; others are left alone."""
 
 import copy
+import platform
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from torch import nn
 
-from forethought.models.fused import fuse
+from forethought.config import Method
+from forethought.data.positions import at_positions, make_generator
+from forethought.models import fused as module
+from forethought.models.fused import PREPACK_MIN_WEIGHTS, fuse, prepacked
+from forethought.rollout import draw_noise
+from forethought.rollout.decoder import EagerBackend
+from forethought.rollout.native import NativeEngine
+from forethought.tools.plan import memory
+from helpers import architectures as tiny
+from helpers.models import FORM, WINDOWS, qwen3
 
 
 class Odd(torch.nn.Module):
@@ -85,3 +95,98 @@ def test_what_computes_something_else_is_left_alone():
         for parameter in gelu.parameters():
             parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
     assert fuse(gelu) == 0
+
+
+x86 = pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available(),
+    reason="weights are prepacked on x86 CPUs only",
+)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Even the smallest model is prepacked."""
+    monkeypatch.setattr(module, "PREPACK_MIN_WEIGHTS", 0)
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(24, 40), nn.SiLU(), nn.Linear(40, 8, bias=False))
+
+
+@x86
+@pytest.mark.parametrize("shape", [(1, 24), (16, 24), (5, 3, 24), (300, 24)])
+def test_prepacked_weights_give_the_same_products(small, shape):
+    model, x = mlp(), torch.randn(shape)
+    with torch.no_grad():
+        wanted = model(x)
+        for rows in (1, 16, 128):
+            with prepacked(model, rows) as count:
+                found = model(x)
+            assert count == 2 and found.shape == wanted.shape
+            assert torch.allclose(found, wanted, atol=1e-6, rtol=1e-5)
+
+
+@x86
+def test_prepacked_weights_are_the_current_ones_and_gone_afterwards(small):
+    """An optimizer step between two batches of thoughts takes effect, and gradients flow outside the context."""
+    model, x = mlp(), torch.randn(4, 24)
+    with torch.no_grad(), prepacked(model, 4):
+        before = model(x)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+        with prepacked(model, 4):
+            after = model(x)
+        assert torch.allclose(after, model(x), atol=1e-5)
+    assert not torch.allclose(before, after, atol=1e-2)
+    model(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@x86
+def test_layers_are_restored_after_an_error(small):
+    model = mlp()
+    with pytest.raises(RuntimeError, match="full"), prepacked(model, 4):
+        raise RuntimeError("full")
+    assert not any("forward" in vars(layer) for layer in model.modules())
+
+
+@x86
+def test_layers_that_are_not_prepacked(small):
+    """bf16 weights, subclasses, and layers whose forward pass has been replaced."""
+
+    class Other(nn.Linear):
+        pass
+
+    changed = nn.Linear(8, 8)
+    changed.forward = lambda input: input
+    with prepacked(nn.Sequential(nn.Linear(8, 8).bfloat16(), Other(8, 8), changed), 4) as count:
+        assert count == 0
+    assert "forward" in vars(changed)
+
+
+@x86
+def test_small_models_are_not_prepacked():
+    assert memory.PREPACK_MIN_WEIGHTS == PREPACK_MIN_WEIGHTS  # what the planner counts with
+    with prepacked(mlp(), 4) as count:
+        assert count == 0
+    with prepacked(nn.Linear(1000, 1000), 4) as count:
+        assert count == 1
+
+
+@x86
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "copied"])
+def test_thoughts_over_prepacked_weights_are_the_same(small, monkeypatch, shared):
+    model, layers, product = qwen3(scale=0.1), [], module._product
+    positions = at_positions(WINDOWS, [[1, 3], [2, 4, 5], [1], [2]], 2)
+    noise = draw_noise((5, 6), [make_generator(0, i) for i in range(len(positions))])
+    wanted = NativeEngine(model, FORM, Method(), 7, shared, backend=EagerBackend(model, prepack=False)).sample(
+        positions, noise
+    )
+    monkeypatch.setattr(module, "_product", lambda layer, rows: layers.append(layer) or product(layer, rows))
+    found = NativeEngine(model, FORM, Method(), 7, shared).sample(positions, noise)
+    assert len(layers) == sum(type(layer) is nn.Linear for layer in model.modules())
+    assert torch.equal(wanted.tokens, found.tokens) and torch.equal(wanted.closed, found.closed)
+    assert torch.allclose(wanted.logp, found.logp, atol=1e-5)
+    assert torch.allclose(wanted.evidence, found.evidence, atol=1e-5)

@@ -27,8 +27,8 @@ from helpers.models import (
 )
 
 WINDOWS = [window(5, 6, 7, 8, 9, 10, 11, 5, 6), window(9, 8, 5, 7), window(11, 8, 10, 5, 6, 6)]
-PLACES = [[1, 4, 6], [1], [2, 3]]
-READINGS = [
+POSITIONS = [[1, 4, 6], [1], [2, 3]]
+SCORING = [
     ScoringOptions(temperature=0.8, tokens=tokens, shared=shared)
     for tokens in (10**6, 40, 1)
     for shared in (True, False)
@@ -57,7 +57,7 @@ def test_log_probabilities_are_float32_whatever_the_logits():
         assert float(logp) == pytest.approx(-0.4076059, abs=1e-6)
 
 
-def test_forbid_takes_one_token_away_and_leaves_the_argument():
+def test_mask_token_takes_one_token_away_and_leaves_the_argument():
     logits = torch.zeros(2, 3)
     assert mask_token(logits, 1).softmax(-1).tolist() == [[0.5, 0.0, 0.5]] * 2
     assert mask_token(logits, 1, torch.tensor([False, True])).softmax(-1)[1].tolist() == [0.5, 0.0, 0.5]
@@ -76,15 +76,15 @@ def test_position_ids_count_real_tokens():
 def test_engine_and_trainer_and_plain_forward_agree_on_thoughts(name, form, shared):
     """A cache, a pass over shared or copied prefixes in chunks of any size, and one row alone give the same numbers."""
     model, temperature = MODELS[name](), 0.8
-    positions = at_positions(WINDOWS, PLACES, horizon=3)
+    positions = at_positions(WINDOWS, POSITIONS, horizon=3)
     noise = draw_noise((3, 6), [make_generator(1, i) for i in range(len(positions))])
     thoughts = NativeEngine(model, form, Method(temperature=temperature), shared=shared).sample(positions, noise)
     assert not thoughts.closed.all()
     prompts = [form.prompt_tokens(context) for context in positions.contexts()]
-    rows = ThoughtBatch.of(form, positions, thoughts.tokens, thoughts.mask)
-    assert [rows.contexts(form)[place] for place in rows.place.tolist()] == [one for one in prompts for _ in range(3)]
+    rows = ThoughtBatch.from_positions(form, positions, thoughts.tokens, thoughts.mask)
+    assert [rows.prompts(form)[i] for i in rows.position_index.tolist()] == [one for one in prompts for _ in range(3)]
     with torch.no_grad():
-        trained = [thought_logp(model, form, rows, reading) for reading in READINGS if reading.shared == shared]
+        trained = [thought_logp(model, form, rows, reading) for reading in SCORING if reading.shared == shared]
         targets = positions.targets()
         for i, prompt in enumerate(prompts):
             for g in range(3):
@@ -103,7 +103,7 @@ def test_engine_and_trainer_and_plain_forward_agree_on_thoughts(name, form, shar
     assert (thoughts.logp[~thoughts.mask] == 0).all()
 
 
-@pytest.mark.parametrize("reading", READINGS, ids=str)
+@pytest.mark.parametrize("reading", SCORING, ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_one_padded_row_scores_as_it_does_alone(name, reading):
     """A row alone, or beside one of another document and length, keeps the padding of the batch it was cut from."""
@@ -116,8 +116,8 @@ def test_one_padded_row_scores_as_it_does_alone(name, reading):
     for pick in ([0], [1], [0, 1]):
         rows = ThoughtBatch(
             documents=[[5, 6], [7, 8, 9, 10, 11, 5]],
-            stops=[[2], [6]],
-            place=torch.tensor(pick),
+            prefix_lengths=[[2], [6]],
+            position_index=torch.tensor(pick),
             tokens=tokens[pick],
             mask=mask[pick],
         )
@@ -132,7 +132,7 @@ def test_one_padded_row_scores_as_it_does_alone(name, reading):
 @pytest.mark.parametrize("name", MODELS)
 def test_plain_evidence_is_that_of_a_plain_forward(name, horizon, tokens):
     model = MODELS[name]()
-    positions = at_positions(WINDOWS, PLACES, horizon)
+    positions = at_positions(WINDOWS, POSITIONS, horizon)
     with torch.no_grad():
         evidence, hit = no_think_logp(model, positions, tokens)
         assert evidence.shape == (6, horizon)
@@ -146,15 +146,15 @@ def test_plain_evidence_is_that_of_a_plain_forward(name, horizon, tokens):
 def test_what_stands_behind_the_targets_changes_nothing(horizon):
     """Not the rest of the window, nor the windows beside it, nor what shorter rows are filled up with."""
     model = qwen3()
-    ends = [places[-1] + horizon for places in PLACES]
+    ends = [places[-1] + horizon for places in POSITIONS]
     others = [window(*one.tokens[:end], *[9, 4, 7, 7] * 3) for one, end in zip(WINDOWS, ends, strict=True)]
     with torch.no_grad():
-        evidence, hit = no_think_logp(model, at_positions(WINDOWS, PLACES, horizon), 512)
-        changed = no_think_logp(model, at_positions(others, PLACES, horizon), 512)
+        evidence, hit = no_think_logp(model, at_positions(WINDOWS, POSITIONS, horizon), 512)
+        changed = no_think_logp(model, at_positions(others, POSITIONS, horizon), 512)
         assert torch.equal(evidence, changed[0]) and torch.equal(hit, changed[1])
         alone = [
             no_think_logp(model, at_positions([one], [some], horizon), 512)
-            for one, some in zip(WINDOWS, PLACES, strict=True)
+            for one, some in zip(WINDOWS, POSITIONS, strict=True)
         ]
     assert torch.allclose(torch.cat([one[0] for one in alone]), evidence, atol=1e-6)
     assert torch.equal(torch.cat([one[1] for one in alone]), hit)

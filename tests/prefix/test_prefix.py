@@ -104,7 +104,7 @@ def close_to(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def test_thoughts_are_scored_as_plain_rows_are(model):
-    rows = ThoughtBatch.of(FORM, positions(), *thoughts(3, 7))
+    rows = ThoughtBatch.from_positions(FORM, positions(), *thoughts(3, 7))
     plain = thought_logp(model, FORM, rows, ScoringOptions(temperature=0.7, tokens=10**6, shared=False))
     for tokens in (10**6, 40):
         shared = thought_logp(model, FORM, rows, ScoringOptions(temperature=0.7, tokens=tokens, shared=True))
@@ -114,7 +114,7 @@ def test_thoughts_are_scored_as_plain_rows_are(model):
 
 @pytest.mark.parametrize("tokens", [10**6, 60, 1])
 def test_gradients_are_those_of_plain_rows(model, tokens):
-    rows = ThoughtBatch.of(FORM, positions(), *thoughts(3, 7))
+    rows = ThoughtBatch.from_positions(FORM, positions(), *thoughts(3, 7))
     weight = torch.randn(rows.tokens.shape, generator=torch.Generator().manual_seed(3))
 
     def gradients(shared: bool, tokens: int) -> torch.Tensor:
@@ -233,11 +233,11 @@ def _plain(query, keys, values, own_keys, own_values, hidden):
     return score.softmax(-1) @ value
 
 
-def test_rows_of_a_document_must_stand_together():
-    with pytest.raises(ValueError, match="stand together"):
+def test_rows_of_a_document_must_be_contiguous():
+    with pytest.raises(ValueError, match="contiguous"):
         attention.Layout.of([1, 0], [2, 2], torch.device("cpu"))
 
 
-def test_places_must_come_in_reading_order(model):
+def test_positions_must_come_in_reading_order(model):
     with pytest.raises(ValueError, match="reading order"):
         prefix.read(model, [[1, 2, 3]], [[3, 1]])

@@ -86,8 +86,8 @@ def model() -> Any:
     return made
 
 
-class Held:
-    """Bytes that autograd keeps for the backward pass: now, and the most so far. Views of one storage count once."""
+class SavedBytes:
+    """Bytes that autograd saves for the backward pass, and their peak. Views of one storage count once."""
 
     def __init__(self) -> None:
         self.count: dict[int, int] = {}
@@ -119,18 +119,18 @@ def updated(model: Any, group: int, chunk: int) -> tuple[list[int], int]:
     document = torch.randint(10, 97, (DOCUMENT + 1,), generator=generator).tolist()
     positions = at_positions([Window(document="0", start=0, tokens=document, marks={})], [list(PLACES)], 1)
     tokens = torch.randint(10, 97, (len(PLACES), group, LENGTH), generator=generator)
-    rows = ThoughtBatch.of(FORM, positions, tokens, torch.ones_like(tokens, dtype=torch.bool))
+    rows = ThoughtBatch.from_positions(FORM, positions, tokens, torch.ones_like(tokens, dtype=torch.bool))
     passes: list[int] = []
     hook = model.get_input_embeddings().register_forward_hook(lambda *some: passes.append(some[1][0].numel()))
-    held = Held()
+    saved = SavedBytes()
     try:
-        with saved_tensors_hooks(held.pack, lambda kept: kept.tensor):
+        with saved_tensors_hooks(saved.pack, lambda kept: kept.tensor):
             reading = ScoringOptions(temperature=1.0, tokens=chunk, shared=True)
             forward_backward(model, FORM, rows, reading, lambda logp, some: logp.sum())
     finally:
         hook.remove()
         model.zero_grad()
-    return passes, held.most
+    return passes, saved.most
 
 
 def test_work_grows_with_the_thoughts_and_memory_with_the_chunk(model):
@@ -146,14 +146,14 @@ def test_work_grows_with_the_thoughts_and_memory_with_the_chunk(model):
     assert passes == [DOCUMENT, 256 * row] and whole > 5 * kept[16]
 
 
-def test_a_fork_goes_with_its_last_user(model):
-    """Its masks and buffers too; in a cycle they would stay until the collector happens to run."""
-    fork = prefix.SuffixCache(prefix.read(model, [[5, 6, 7]], [[2, 3]]), [0, 1], 4)
-    prefix.backbone(model, torch.tensor([[8], [9]]), fork, fork.position_ids(1))
-    alive = weakref.ref(fork)
+def test_a_suffix_cache_is_freed_with_its_last_reference(model):
+    """Its masks and buffers too; in a reference cycle they would stay until the garbage collector runs."""
+    cache = prefix.SuffixCache(prefix.read(model, [[5, 6, 7]], [[2, 3]]), [0, 1], 4)
+    prefix.backbone(model, torch.tensor([[8], [9]]), cache, cache.position_ids(1))
+    alive = weakref.ref(cache)
     gc.disable()
     try:
-        del fork
+        del cache
         assert alive() is None
     finally:
         gc.enable()

@@ -1,23 +1,22 @@
-"""Decoding by compiled functions: the thoughts of the plain way, and a line where it cannot be."""
+"""The C++ backend gives the thoughts of eager decoding, and refuses other models with one line."""
 
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from forethought.cli import main
 from forethought.config import Config, Method, Model, UserError
 from forethought.data.positions import Positions, ThoughtFormat, at_positions, make_generator
-from forethought.prefix import SuffixCache, backbone, enable, read, vocabulary
+from forethought.prefix import SuffixCache, backbone, enable, lm_head, read
 from forethought.rollout import draw_noise
-from forethought.rollout.cpp import Compiled
-from forethought.rollout.cpp_library import library
-from forethought.rollout.decoder import draw
+from forethought.rollout.cpp import CppBackend, library
+from forethought.rollout.decoder import EagerBackend, sample_with_logp
 from forethought.rollout.native import NativeEngine, native_engine
+from helpers import architectures as tiny
 from helpers.models import CLOSE, FORM, WINDOWS, window
 from helpers.sampling import biased
 
@@ -41,7 +40,7 @@ CONFIGS: dict[str, Any] = {
 }  # fmt: skip
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 THREE = ThoughtFormat(before=(), after=(4, 5), open=(3,), close=(CLOSE, 5, 6), bos=None, pad=0)
-NEEDS_COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+NEEDS_COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 
 
 def network(name: str, seed: int = 0) -> Any:
@@ -56,7 +55,7 @@ def network(name: str, seed: int = 0) -> Any:
     return model
 
 
-def places() -> Positions:
+def positions_of_documents() -> Positions:
     """Documents of several lengths, one of them longer than a panel and a tile, one of them visited twice."""
     long = window(*(3 + i % 70 for i in range(150)))
     return at_positions([*WINDOWS, long], [[1, 3], [2, 4, 5], [1], [2], [33, 140]], 2)
@@ -65,20 +64,21 @@ def places() -> Positions:
 @NEEDS_COMPILER
 @pytest.mark.parametrize("form", [FORM, THREE], ids=["one", "three"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_thoughts_are_those_of_the_plain_way(name: str, form: ThoughtFormat):
-    """With all rows at once, and with few, whose places are taken by others as they end."""
-    model, positions = network(name), places()
+def test_thoughts_are_those_of_eager_decoding(name: str, form: ThoughtFormat):
+    """With all rows at once, and with few, which others replace as they end."""
+    model, positions = network(name), positions_of_documents()
     noise = draw_noise((11, 9), [make_generator(0, i) for i in range(len(positions))])
-    plain = NativeEngine(model, form, Method(temperature=0.8), ordered=False).sample(positions, noise)
-    compiled = Compiled(model)
+    plain = EagerBackend(model, prepack=False)
+    eager = NativeEngine(model, form, Method(temperature=0.8), backend=plain).sample(positions, noise)
+    backend = CppBackend(model)
     for rows in (500, 60, 23):
-        found = NativeEngine(model, form, Method(temperature=0.8), rows, compiled=compiled).sample(positions, noise)
-        same = (plain.tokens == found.tokens).all(dim=-1)
+        found = NativeEngine(model, form, Method(temperature=0.8), rows, backend=backend).sample(positions, noise)
+        same = (eager.tokens == found.tokens).all(dim=-1)
         assert (~same).sum() <= 1, "a number between two tokens may round to either"
-        assert torch.equal(plain.closed[same], found.closed[same])
-        assert torch.allclose(plain.logp[same], found.logp[same], atol=2e-5)
-        assert torch.allclose(plain.evidence[same], found.evidence[same], atol=2e-5)
-    assert form is THREE or 0.1 < plain.closed.float().mean() < 1
+        assert torch.equal(eager.closed[same], found.closed[same])
+        assert torch.allclose(eager.logp[same], found.logp[same], atol=2e-5)
+        assert torch.allclose(eager.evidence[same], found.evidence[same], atol=2e-5)
+    assert form is THREE or 0.1 < eager.closed.float().mean() < 1
 
 
 @NEEDS_COMPILER
@@ -90,26 +90,26 @@ def test_logits_and_caches_are_the_models_own_over_many_steps(threads: int):
     others, ends = [[8 + i % 50 for i in range(90)]], [[41, 90]]
     torch.set_num_threads(threads)
     try:
-        with torch.no_grad(), (compiled := Compiled(model)).ordered():
-            plain, ours = read(model, documents, stops), compiled.read(documents, stops)
-            for one, other in zip(plain.tensors(), ours.tensors(), strict=True):
+        with torch.no_grad(), (backend := CppBackend(model)).prepared():
+            eager, ours = read(model, documents, stops), backend.read(documents, stops)
+            for one, other in zip(eager.tensors(), ours.tensors(), strict=True):
                 for number, end in enumerate([229, 3]):
                     assert torch.allclose(one[number, :, :end], other[number, :, :end], atol=1e-5)
-            pair = [SuffixCache(some, [0] * 5 + [1] * 20 + [2], 32) for some in (plain, ours)]
+            pair = [SuffixCache(some, [0] * 5 + [1] * 20 + [2], 32) for some in (eager, ours)]
             for step in range(10):
-                agree(model, compiled, pair, step)
+                agree(model, backend, pair, step)
             for fork in pair:
                 fork.select(torch.tensor([0, 3, 7, 24, 25]))
-            agree(model, compiled, pair, 10)
+            agree(model, backend, pair, 10)
             younger = [
-                SuffixCache(some, [0, 0, 1], 32) for some in (read(model, others, ends), compiled.read(others, ends))
+                SuffixCache(some, [0, 0, 1], 32) for some in (read(model, others, ends), backend.read(others, ends))
             ]
-            agree(model, compiled, younger, 11)
+            agree(model, backend, younger, 11)
             for fork, more in zip(pair, younger, strict=True):
                 fork.join(more)
                 assert fork.ragged
             for step in range(12, 30):
-                agree(model, compiled, pair, step)
+                agree(model, backend, pair, step)
                 if step == 20:
                     for fork in pair:
                         fork.select(torch.tensor([2, 5, 7]))
@@ -117,51 +117,51 @@ def test_logits_and_caches_are_the_models_own_over_many_steps(threads: int):
         torch.set_num_threads(before)
 
 
-def agree(model: Any, compiled: Compiled, pair: list[SuffixCache], step: int) -> None:
-    """One more token of each row, by the model's own code and by the compiled functions."""
-    plain, ours = pair
-    token = (step + torch.arange(len(plain.places))) % 75
-    plain.make_room(1)
-    hidden = backbone(model, token[:, None], plain, plain.position_ids(1))
-    plain.length += 1
-    wanted, found = vocabulary(model, hidden[:, -1]), compiled.step(token, ours)
+def agree(model: Any, backend: CppBackend, pair: list[SuffixCache], step: int) -> None:
+    """One more token of each row, by the model itself and by the backend."""
+    eager, ours = pair
+    token = (step + torch.arange(len(eager.positions))) % 75
+    eager.reserve(1)
+    hidden = backbone(model, token[:, None], eager, eager.position_ids(1))
+    eager.length += 1
+    wanted, found = lm_head(model, hidden[:, -1]), backend.step(token[:, None], ours)
     assert float((wanted - found).abs().max() / wanted.abs().max()) < 1e-5
 
 
 @NEEDS_COMPILER
 def test_weights_are_read_anew_for_each_batch():
-    model, positions = network("llama"), places()
+    model, positions = network("llama"), positions_of_documents()
     noise = draw_noise((3, 6), [make_generator(0, i) for i in range(len(positions))])
-    engine = NativeEngine(model, FORM, Method(), compiled=Compiled(model))
+    engine = NativeEngine(model, FORM, Method(), backend=CppBackend(model))
     first = engine.sample(positions, noise)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
-    second, plain = engine.sample(positions, noise), NativeEngine(model, FORM, Method()).sample(positions, noise)
+    second, eager = engine.sample(positions, noise), NativeEngine(model, FORM, Method()).sample(positions, noise)
     assert not torch.equal(first.tokens, second.tokens)
-    assert torch.equal(second.tokens, plain.tokens)
-    assert torch.allclose(second.evidence, plain.evidence, atol=2e-5)
+    assert torch.equal(second.tokens, eager.tokens)
+    assert torch.allclose(second.evidence, eager.evidence, atol=2e-5)
 
 
 @NEEDS_COMPILER
-def test_written_predictions_are_those_of_the_plain_way():
-    model, positions = network("llama"), places()
+def test_written_predictions_are_those_of_eager_decoding():
+    model, positions = network("llama"), positions_of_documents()
     noise = draw_noise((4, 6), [make_generator(0, i) for i in range(len(positions))])
     writing = draw_noise((4, 3), [make_generator(1, i) for i in range(len(positions))])
-    plain = NativeEngine(model, FORM, Method()).respond(positions, noise, writing)
-    found = NativeEngine(model, FORM, Method(), compiled=Compiled(model)).respond(positions, noise, writing)
-    assert torch.equal(plain.written, found.written)
-    assert torch.allclose(plain.logp, found.logp, atol=2e-5)
+    eager = NativeEngine(model, FORM, Method()).respond(positions, noise, writing)
+    found = NativeEngine(model, FORM, Method(), backend=CppBackend(model)).respond(positions, noise, writing)
+    assert torch.equal(eager.written, found.written)
+    assert torch.allclose(eager.logp, found.logp, atol=2e-5)
 
 
 @NEEDS_COMPILER
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.0, 0.8)])
-def test_draws_are_those_of_the_plain_way(temperature: float, top_p: float):
+def test_draws_are_those_of_the_eager_sampler(temperature: float, top_p: float):
     torch.manual_seed(0)
     logits, noise = torch.randn(2000, 301) * 3, torch.rand(2000)
     logits[::7, :150] = float("-inf")
     options = Method(temperature=temperature, top_p=top_p)
-    wanted, found = draw(logits, noise, options), Compiled(network("llama")).draw(logits, noise, options)
+    wanted, found = sample_with_logp(logits, noise, options), CppBackend(network("llama")).draw(logits, noise, options)
     same = wanted[0] == found[0]
     assert same.float().mean() > 0.998, "a number at an edge of the distribution may round to either side"
     assert torch.allclose(wanted[1][same], found[1][same], atol=1e-5)
@@ -172,7 +172,7 @@ def test_draws_at_the_ends_have_weight():
     logits = torch.full((3, 300), float("-inf"))
     logits[:, 130:140] = 0.0
     noise = torch.tensor([0.0, 0.5, 1.0 - 2**-24])
-    tokens, logp = Compiled(network("llama")).draw(logits, noise, Method(temperature=1.0))
+    tokens, logp = CppBackend(network("llama")).draw(logits, noise, Method(temperature=1.0))
     assert tokens.tolist() == [130, 135, 139]
     assert torch.allclose(logp, torch.full((3,), 0.1).log())
 
@@ -183,24 +183,24 @@ def test_what_has_no_weight_is_never_drawn():
     torch.manual_seed(1)
     logits = torch.randn(4000, 512)
     logits[:, 100:128] = logits[:, 200:] = float("-inf")
-    noise, compiled, options = torch.full((4000,), 1.0 - 2**-24), Compiled(network("llama")), Method(temperature=1.0)
-    tokens, logp = compiled.draw(logits, noise, options)
+    noise, backend, options = torch.full((4000,), 1.0 - 2**-24), CppBackend(network("llama")), Method(temperature=1.0)
+    tokens, logp = backend.draw(logits, noise, options)
     assert logp.isfinite().all() and (tokens < 200).all()
     lost = torch.full((1, 512), float("nan"))
-    assert compiled.draw(lost, noise[:1], options)[0].tolist() == draw(lost, noise[:1], options)[0].tolist() == [511]
+    assert backend.draw(lost, noise[:1], options)[0].tolist() == [511]
+    assert sample_with_logp(lost, noise[:1], options)[0].tolist() == [511]
 
 
 @NEEDS_COMPILER
 def test_other_documents_may_be_read_between_two_steps():
     model = network("llama")
-    with torch.no_grad(), (compiled := Compiled(model)).ordered():
+    with torch.no_grad(), (backend := CppBackend(model)).prepared():
         pair = [
-            SuffixCache(some, [0, 0], 8)
-            for some in (read(model, [[5] * 40], [[40]]), compiled.read([[5] * 40], [[40]]))
+            SuffixCache(some, [0, 0], 8) for some in (read(model, [[5] * 40], [[40]]), backend.read([[5] * 40], [[40]]))
         ]
         for step in range(3):
-            agree(model, compiled, pair, step)
-            compiled.read([[7, 8, 9]], [[3]])
+            agree(model, backend, pair, step)
+            backend.read([[7, 8, 9]], [[3]])
 
 
 def adapted() -> Any:
@@ -214,18 +214,18 @@ def adapted() -> Any:
 @pytest.mark.parametrize(
     ("model", "line"),
     [
-        (lambda: tiny.model("gemma3_text"), r"Gemma3ForCausalLM is of another kind \(gemma3_text is none of llama, "),
-        (lambda: tiny.model("nemotron_h"), r"is of another kind \("),
-        (lambda: tiny.model("llama"), "heads have 6 numbers, no multiple of 16"),
+        (lambda: tiny.model("gemma3_text"), r"Gemma3ForCausalLM is not supported \(gemma3_text is none of llama, "),
+        (lambda: tiny.model("nemotron_h"), r"is not supported \("),
+        (lambda: tiny.model("llama"), "head size is 6, not a multiple of 16"),
         (
             lambda: AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, rope_parameters=DYNAMIC)),
             "depend on the length",
         ),
-        (lambda: tiny.model("llama-biased-tied"), "its head or its gated networks have biases"),
-        (lambda: biased({3: 1.0}), "its head or its gated networks have biases"),
-        (lambda: AutoModelForCausalLM.from_config(MistralConfig(**SIZES, sliding_window=5)), "through a window"),
+        (lambda: tiny.model("llama-biased-tied"), "its head or its MLPs have biases"),
+        (lambda: biased({3: 1.0}), "its head or its MLPs have biases"),
+        (lambda: AutoModelForCausalLM.from_config(MistralConfig(**SIZES, sliding_window=5)), "has a sliding window"),
         (lambda: network("llama").bfloat16(), "it takes fp32 weights on a CPU"),
-        (adapted, "its linear layers are changed"),
+        (adapted, "its linear layers are modified"),
     ],
 )
 def test_other_models_are_refused_in_a_line(model: Any, line: str):
@@ -237,29 +237,29 @@ def test_other_models_are_refused_in_a_line(model: Any, line: str):
 def test_a_model_that_computes_something_else_is_found_by_the_probe():
     model = network("llama")
     model.model.norm.forward = lambda hidden: 2 * hidden
-    with pytest.raises(ValueError, match=r"^LlamaForCausalLM is of another kind \(its logits differ by"):
-        Compiled(model)
+    with pytest.raises(ValueError, match=r"^LlamaForCausalLM is not supported \(its logits differ by"):
+        CppBackend(model)
 
 
 def test_copies_of_prefixes_are_refused():
     settings = Config(model=Model(decoding="cpp", prefix="replicated"))
-    with pytest.raises(UserError, match=r"model.prefix must be 'shared'; use 'auto' or 'plain'$"):
+    with pytest.raises(UserError, match=r"model.prefix must be 'shared'; use 'auto' or 'eager'$"):
         native_engine(network("llama"), FORM, settings)
 
 
 @pytest.mark.parametrize(
     ("compiler", "cache", "line"),
     [
-        ("no-such-compiler", "cache", "there is no C.. compiler"),
+        ("no-such-compiler", "cache", "no C.. compiler found"),
         ("false", "cache", "false fails: no message"),
-        ("c++", "file/cache", "cannot be made or used: .*Not a directory"),
+        ("c++", "file/cache", "cannot be built or loaded: .*Not a directory"),
     ],
 )
 def test_what_goes_wrong_while_compiling_is_one_line(
     compiler: str, cache: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     if shutil.which(compiler) is None and compiler == "c++":
-        pytest.skip("there is no C++ compiler")
+        pytest.skip("no C++ compiler")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
@@ -283,9 +283,7 @@ def test_a_run_trains_on_such_thoughts(tmp_path: Path, monkeypatch: pytest.Monke
     words = ["train", "quickstart", "--train.steps", "2", "--train.batch", "4", "--evaluate.documents", "4"]
     for decoding in ("eager", "cpp"):
         assert main([*words, "--model.decoding", decoding, "--run", decoding]) == 0
-    plain, compiled = (Path(name, "thoughts.jsonl").read_text() for name in ("eager", "cpp"))
-    assert plain.count("\n") == compiled.count("\n") > 0
-    mismatch = [
-        line for line in Path("compiled/metrics.jsonl").read_text().splitlines() if "objective/mismatch" in line
-    ]
+    eager, cpp = (Path(name, "thoughts.jsonl").read_text() for name in ("eager", "cpp"))
+    assert eager.count("\n") == cpp.count("\n") > 0
+    mismatch = [line for line in Path("cpp/metrics.jsonl").read_text().splitlines() if "objective/mismatch" in line]
     assert mismatch

@@ -1,10 +1,9 @@
-"""Decoding over static buffers gives the plain engine's thoughts. Graphs themselves need a GPU (benchmarks/gpu.py)."""
+"""Decoding over static buffers gives the thoughts of eager decoding. Captured graphs need a GPU (benchmarks/gpu.py)."""
 
 import subprocess
 import sys
 
 import pytest
-import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,25 +12,25 @@ from forethought.config import Config, Model, UserError
 from forethought.data.positions import ThoughtFormat, at_positions, draw_positions, make_generator
 from forethought.prefix import enable
 from forethought.rollout import draw_noise
-from forethought.rollout.cuda_graphs import Graphs, capturable
-from forethought.rollout.cuda_graphs import draw as draw_token
+from forethought.rollout.cuda_graphs import capturable, sample_by_cells
 from forethought.rollout.decoder import sample
 from forethought.rollout.native import native_engine
+from helpers import architectures as tiny
 from helpers.models import FORM, MODELS, WINDOWS, config, engine
-from helpers.sampling import assert_same, both
+from helpers.sampling import assert_same, both, cuda_graphs
 
 LONG = ThoughtFormat(before=(4,), after=(8,), open=(5, 6), close=(7, 9), bos=None, pad=0)
 
 
 @pytest.mark.parametrize("rows", [64, 5], ids=["all at once", "wave by wave"])
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
-def test_same_thoughts_as_the_plain_engine(rows: int, top_p: float):
+def test_same_thoughts_as_eager_decoding(rows: int, top_p: float):
     model = MODELS["qwen3"]()
     enable(model)
     settings = config(group=8, thought_length=12, positions=2, temperature=1.2, top_p=top_p)
-    plain, static = both(model, FORM, settings, rows)
-    assert_same(plain, static)
-    assert plain.closed.any() and not plain.closed.all()
+    eager, static = both(model, FORM, settings, rows)
+    assert_same(eager, static)
+    assert eager.closed.any() and not eager.closed.all()
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma3_text", "smollm3"])
@@ -42,25 +41,25 @@ def test_families_windows_and_delimiters_of_several_tokens(name: str):
     assert_same(*both(model, LONG, settings, 64, horizon=2))
 
 
-def test_rows_that_still_think_move_together_when_half_are_done():
+def test_unfinished_rows_move_to_the_front_when_half_are_finished():
     model = MODELS["qwen3"]()
     enable(model)
     settings = config(group=32, thought_length=70, positions=1, temperature=1.0)
     positions = draw_positions(WINDOWS, settings.method, make_generator(1))
     noise = draw_noise((32, 70), [make_generator(2, i) for i in range(len(positions))])
-    plain = engine(model, settings).sample(positions, noise)
-    graphs = Graphs(model, FORM, settings.method, 256, compiled=False)
-    assert_same(plain, graphs.sample(positions, noise))
-    assert {32, 64, 128} <= set(graphs.steps)  # 128 rows, halved as they ended
+    eager = engine(model, settings).sample(positions, noise)
+    graphs = cuda_graphs(model, FORM, settings.method)
+    assert_same(eager, graphs.sample(positions, noise))
+    assert graphs.graphs is not None and {32, 64, 128} <= set(graphs.graphs.steps)  # 128 rows, halved as they ended
     again = graphs.sample(positions, noise)  # buffers that were used before
-    assert_same(plain, again)
+    assert_same(eager, again)
 
 
-def test_later_positions_that_need_more_room_get_it():
+def test_buffers_grow_for_positions_that_need_more():
     model = MODELS["qwen3"]()
     enable(model)
     settings = config(group=4, thought_length=5)
-    graphs = Graphs(model, FORM, settings.method, 64, compiled=False)
+    graphs = cuda_graphs(model, FORM, settings.method, 64)
     for windows, group in ((WINDOWS[:1], 4), (WINDOWS, 4), (WINDOWS[:2], 1)):
         positions = at_positions(windows, [[2] for _ in windows], 1)
         noise = draw_noise((group, 5), [make_generator(2, i) for i in range(len(positions))])
@@ -73,7 +72,7 @@ def test_two_level_draws_are_those_of_one_level(seed: int, vocab: int, spread: f
     logits = spread * torch.randn(16, vocab, generator=generator)
     logits[:, 0] = float("-inf")
     noise = torch.rand(16, generator=generator)
-    token, wanted = draw_token(logits, noise), sample(logits, noise, 1.0, 1.0)
+    token, wanted = sample_by_cells(logits, noise), sample(logits, noise, 1.0, 1.0)
     cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
     edge = (cumulative - noise.double()[:, None]).abs().amin(dim=-1) < 1e-6
     assert (token != 0).all()
@@ -83,11 +82,11 @@ def test_two_level_draws_are_those_of_one_level(seed: int, vocab: int, spread: f
 def test_draws_at_the_ends_have_weight():
     logits = torch.full((2, 300), float("-inf"))
     logits[:, 130:140] = 0.0
-    tokens = draw_token(logits, torch.tensor([0.0, 1.0 - 2**-24]))
+    tokens = sample_by_cells(logits, torch.tensor([0.0, 1.0 - 2**-24]))
     assert tokens.tolist() == [130, 139]
 
 
-def test_what_cannot_be_captured_is_refused_and_told():
+def test_models_that_cannot_be_captured_are_refused():
     assert capturable(tiny.model("llama")) and capturable(tiny.model("qwen3"))
     assert not capturable(tiny.model("mixtral")) and not capturable(tiny.model("nemotron_h"))
     settings = Config(model=Model(decoding="cuda_graphs"))
@@ -98,15 +97,16 @@ def test_what_cannot_be_captured_is_refused_and_told():
 
 COMPILED = """
 import torch
-from forethought.rollout.graphs import DecodeState, advance
+from forethought.rollout.cuda_graphs import GraphState, advance
 
 def full(value, *shape):
     return torch.full((64, *shape), value)
 
 graphs = []
 run = torch.compile(advance, backend=lambda graph, inputs: graphs.append(graph) or graph)
-whole = DecodeState(
-    noise=full(0.5, 9), feed=full(0, 3), tail=full(-1), tokens=full(0, 9), logp=full(0.0, 9), length=full(0),
+whole = GraphState(
+    noise=full(0.5, 9), forced_tokens=full(0, 3), forced_index=full(-1), tokens=full(0, 9), logp=full(0.0, 9),
+    length=full(0),
     closed=full(0), evidence=full(0.0, 1), hit=full(0, 1), logits=torch.zeros(64, 50), next=full(0),
 )
 for rows in (64, 32, 16):

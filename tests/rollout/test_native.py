@@ -155,7 +155,7 @@ def test_dropping_finished_rows_disturbs_nobody(monkeypatch, shared):
     model = biased({CLOSE: 2.0})
     results = []
     for share in (0.0, 0.75, 2.0):  # only at the end; the default; at every step
-        monkeypatch.setattr("forethought.rollout.native.COMPACT", share)
+        monkeypatch.setattr("forethought.rollout.decoder.COMPACT", share)
         for rows in (128, 16):
             results.append(think(model, group=8, length=10, way=(rows, shared), horizon=2))
     assert results[0].lengths.unique().numel() > 4
@@ -168,7 +168,7 @@ def test_positions_that_take_the_place_of_finished_ones_disturb_nobody(monkeypat
     """Nearly when none is left; the default; as soon as one fits."""
     model = biased({CLOSE: 2.0})
     whole = think(model, group=8, length=10, horizon=2)
-    monkeypatch.setattr("forethought.rollout.native._REFILL", share)
+    monkeypatch.setattr("forethought.rollout.decoder._REFILL", share)
     for rows in (8, 24, 40):
         same(think(model, group=8, length=10, way=(rows, True), horizon=2), whole)
 

@@ -1,244 +1,200 @@
-"""The vLLM engine for real, where vLLM is installed: `make test-vllm`."""
+"""The vLLM engine without vLLM: its requests, what becomes of their samples, and the distribution of thoughts."""
 
-import copy
-import dataclasses
-import importlib.util
 import itertools
-import json
 import math
+import sys
+import threading
+import time
 from collections import Counter
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from helpers.models import CLOSE, WORDS, perturbed, plain_logits, plain_thought, window
-
-if importlib.util.find_spec("vllm") is None:
-    pytest.skip("vLLM is not installed", allow_module_level=True)
-
-from forethought.config import Config, Corpus, Lora, Method, Rollout, RunError, Train, UserError, from_dict
-from forethought.data.positions import Positions, ThoughtFormat, at_positions, make_generator
-from forethought.models.lora import adapted
-from forethought.prefix import enable
-from forethought.rollout import Thoughts, draw_noise
+from forethought.config import Config, RunError, UserError
+from forethought.data.positions import at_positions, make_generator, pad_rows
+from forethought.models.logprobs import ScoringOptions, ThoughtBatch, target_logp
+from forethought.rollout import draw_noise
 from forethought.rollout.native import NativeEngine
-from forethought.rollout.vllm import VLLMEngine, start
-from forethought.trainer import train
+from forethought.rollout.vllm import (
+    Caller,
+    Draw,
+    Request,
+    Sample,
+    as_thoughts,
+    closed,
+    difference,
+    scored_texts,
+    seed,
+    start,
+    think,
+)
+from helpers.models import FORM, LONG, WINDOWS, config, qwen3
 
-ONE = ThoughtFormat(before=(), after=(), open=(3,), close=(CLOSE,), bos=None, pad=0)
-TWO = ThoughtFormat(before=(6,), after=(8,), open=(3, 5), close=(CLOSE, 7), bos=None, pad=0)
-WINDOWS = [window(5, 6, 7, 8, 9, 10), window(9, 10, 5, 7, 11, 6, 8)]
-PLACES = [[2, 4], [3]]
-
-
-@pytest.fixture(scope="module")
-def policy() -> Any:
-    """Qwen3-shaped, with heads of a size that vLLM's CPU attention takes."""
-    architecture = Qwen3Config(
-        vocab_size=len(WORDS),
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-    )
-    return perturbed(Qwen3ForCausalLM, architecture, 0, 0.1)
+NOISE = draw_noise((2, 5), [make_generator(0, i) for i in range(2)])
 
 
-def settings(length: int = 4, temperature: float = 0.8, **rollout: Any) -> Config:
-    return Config(
-        corpus=Corpus(window=16),
-        method=Method(group=4, thought_length=length, temperature=temperature),
-        train=Train(batch=4, rollout_batch=1024),
-        rollout=Rollout(engine="vllm", cache_gb=0.1, **rollout),
-    )
+def scripted(*turns: list[list[list[int]]]) -> tuple[Draw, list[list[Request]]]:
+    """An engine that returns these tokens, turn by turn, and the requests that it received."""
+    requested: list[list[Request]] = []
+
+    def draw(requests: list[Request]) -> list[list[Sample]]:
+        requested.append(requests)
+        answers = turns[len(requested) - 1]
+        return [[Sample(tokens=some, logp=[-float(t) for t in some]) for some in group] for group in answers]
+
+    return draw, requested
 
 
-@pytest.fixture(scope="module")
-def engine(policy: Any) -> VLLMEngine:
-    return start(policy, ONE, settings())
-
-
-def with_form(engine: VLLMEngine, form: ThoughtFormat) -> VLLMEngine:
-    """The same vLLM with another format: starting one takes long."""
-    other = object.__new__(VLLMEngine)
-    other.__dict__ = {**engine.__dict__, "form": form}
-    return other
-
-
-def positions(horizon: int = 1) -> Positions:
-    return at_positions(WINDOWS, PLACES, horizon)
-
-
-def sample(engine: VLLMEngine, group: int, length: int = 4, key: int = 0, horizon: int = 1) -> Thoughts:
-    return engine.sample(positions(horizon), draw_noise((group, length), [make_generator(key, i) for i in range(3)]))
-
-
-@pytest.mark.parametrize("form", [ONE, TWO], ids=["one", "two"])
-def test_log_probabilities_and_evidence_are_the_policys(engine: VLLMEngine, policy: Any, form: ThoughtFormat):
-    engine = with_form(engine, form)
-    thoughts = sample(engine, 8, horizon=2)
-    contexts, targets = positions(2).contexts(), positions(2).targets()
-    for i, g in itertools.product(range(3), range(8)):
-        own = thoughts.tokens[i, g][thoughts.mask[i, g]].tolist()
-        prompt = form.prompt_tokens(contexts[i])
-        with torch.no_grad():
-            wanted = plain_thought(policy, prompt, own, 0.8, CLOSE)
-            whole = [*prompt, *own, *(() if thoughts.closed[i, g] else form.close), *targets[i].tolist()]
-            behind = plain_logits(policy, whole)[-3:-1].log_softmax(-1).gather(-1, targets[i][:, None]).squeeze(-1)
-        assert torch.allclose(thoughts.logp[i, g, : len(own)], wanted, atol=1e-4)
-        assert torch.allclose(thoughts.evidence[i, g], behind, atol=1e-4)
-        assert thoughts.closed[i, g] == (tuple(own[-len(form.close) :]) == form.close and len(own) > len(form.close))
-        assert own[0] != CLOSE
-        assert thoughts.closed[i, g] or len(own) == 4
-
-
-def test_adapters_come_merged(engine: VLLMEngine, policy: Any):
-    options = dataclasses.replace(engine.config, lora=Lora(r=3, alpha=6))
-    network = adapted(copy.deepcopy(policy), options)
-    enable(network.model)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for factor in network.weights.parameters():
-            factor.add_(torch.randn(factor.shape, generator=generator), alpha=0.1)
-    network.sync()
-    other = with_form(engine, ONE)
-    other.policy, other.config = network.model, options
-    other.sync()
-    test_log_probabilities_and_evidence_are_the_policys(other, network.model, ONE)
-    other.policy, other.config = policy, engine.config
-    other.sync()
-
-
-@pytest.mark.parametrize("form", [ONE, TWO], ids=["one", "two"])
-def test_thoughts_have_the_policys_distribution(engine: VLLMEngine, policy: Any, form: ThoughtFormat):
-    """First tokens and lengths of 3 x 2,000 thoughts against exact probabilities and the native engine, by chi-square.
-
-    A right engine fails once in a million runs for each comparison; an engine that forgets the temperature, allows the
-    delimiter first or ends at a part of it is far outside.
-    """
-    count, length = 2000, 4
-    engine = with_form(engine, form)
-    thoughts = sample(engine, count, length, key=1)
-    native = NativeEngine(policy, form, engine.config.method, rows=6000)
-    theirs = native.sample(positions(), draw_noise((count, length), [make_generator(2, i) for i in range(3)]))
-    for i, context in enumerate(positions().contexts()):
-        with torch.no_grad():
-            logits = plain_logits(policy, form.prompt_tokens(context))[-1] / 0.8
-        logits[CLOSE] = -torch.inf
-        seen = Counter(thoughts.tokens[i, :, 0].tolist())
-        exact = {token: count * float(p) for token, p in enumerate(logits.softmax(-1)) if token != CLOSE}
-        assert seen[CLOSE] == 0
-        within(sum((seen[token] - n) ** 2 / n for token, n in exact.items()), len(exact) - 1)
-        ours, other = (Counter(describe(some, i)) for some in (thoughts, theirs))
-        kinds = set(ours) | set(other)
-        assert len(kinds) > 3
-        within(sum((ours[k] - other[k]) ** 2 / (ours[k] + other[k]) for k in kinds), len(kinds) - 1)
-
-
-def describe(thoughts: Thoughts, place: int) -> list[tuple[int, bool, int]]:
-    """How long each thought is, whether it closed, and its second token."""
-    columns = (thoughts.lengths[place], thoughts.closed[place], thoughts.tokens[place, :, 1])
-    return list(zip(*(column.tolist() for column in columns), strict=True))
-
-
-def within(chi: float, freedom: int) -> None:
-    """Wilson-Hilferty: the cube root of chi^2 / freedom is nearly normal; a one-sided test at 4.75 sigma."""
-    spread = 2 / (9 * freedom)
-    assert ((chi / freedom) ** (1 / 3) - (1 - spread)) / math.sqrt(spread) < 4.75
-
-
-def test_the_same_noise_gives_the_same_thoughts_however_they_are_split(engine: VLLMEngine):
-    whole, again = sample(engine, 6), sample(engine, 6)
-    assert torch.equal(whole.tokens, again.tokens)
-    noise = draw_noise((6, 4), [make_generator(0, i) for i in range(3)])
-    parts = [engine.sample(chunk, noise[2 * k : 2 * k + len(chunk)]) for k, chunk in enumerate(positions().chunks(1))]
-    rows = [
-        some[mask].tolist() for part in parts for some, mask in zip(_rows(part.tokens), _rows(part.mask), strict=True)
+def test_one_request_a_position_is_enough_for_a_delimiter_of_one_token():
+    draw, requested = scripted([[[5, 9], [5, 5, 5, 5, 5]], [[6, 7, 9], [5, 6, 7, 8, 9]]])
+    rows = think([[1, 2], [3]], NOISE, (9,), draw)
+    assert [(one.prompt, one.samples, one.limit, one.stop, one.may_stop_first) for one in requested[0]] == [
+        ([1, 2], 2, 5, 9, False),
+        ([3], 2, 5, 9, False),
     ]
-    assert rows == [some[mask].tolist() for some, mask in zip(_rows(whole.tokens), _rows(whole.mask), strict=True)]
-    assert not torch.equal(sample(engine, 6, key=9).tokens, whole.tokens)
+    assert len(requested) == 1
+    assert [closed(row, (9,)) for row in rows] == [True, False, True, True]
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    return x.flatten(0, 1)
+def test_a_delimiter_of_several_tokens_is_awaited_thought_by_thought():
+    first = [[[5, 8], [5, 5, 5, 5, 5]], [[6, 8], [6, 7, 8]]]
+    draw, requested = scripted(first, [[[9]], [[7, 9]], [[7, 6]]], [[[5]]])
+    rows = think([[1, 2], [3]], NOISE, (8, 9), draw)
+    assert [row.tokens for row in rows] == [[5, 8, 9], [5, 5, 5, 5, 5], [6, 8, 7, 9, 5], [6, 7, 8, 7, 6]]
+    assert [row.logp for row in rows][2] == [-6, -8, -7, -9, -5]
+    assert [closed(row, (8, 9)) for row in rows] == [True, False, False, False]
+    assert [(one.prompt, one.samples, one.limit, one.stop, one.may_stop_first) for one in requested[1]] == [
+        ([1, 2, 5, 8], 1, 3, 9, True),
+        ([3, 6, 8], 1, 3, 9, True),
+        ([3, 6, 7, 8], 1, 2, 9, True),
+    ]
+    assert [one.prompt for one in requested[2]] == [[3, 6, 8, 7, 9]]
+    seeds = [one.seed for some in requested for one in some]
+    assert len(set(seeds)) == len(seeds)
 
 
-def test_many_prompts_at_once_are_taken_whole(engine: VLLMEngine):
-    """More tokens than vLLM reads in one step: 0.32 on a CPU fails where it cuts the prompt of a seeded request."""
-    windows = [window(*(5 + (i + 3 * k) % 7 for k in range(15)), 5 + i % 7, 5 + i // 7 % 7) for i in range(900)]
-    some = at_positions(windows, [[14] for _ in windows], 1)
-    thoughts = engine.sample(some, draw_noise((1, 2), [make_generator(7, i) for i in range(900)]))
-    assert thoughts.tokens.shape == (900, 1, 2)
-    assert thoughts.mask[..., 0].all()
+def test_seeds_are_a_function_of_the_noise():
+    again = draw_noise((2, 5), [make_generator(0, i) for i in range(2)])
+    assert [seed(one) for one in NOISE] == [seed(one) for one in again]
+    found = [seed(one, turn) for one in [*NOISE, *NOISE.flatten(0, 1)] for turn in (0, 1)]
+    assert len(set(found)) == len(found)
+    assert all(0 <= one < 2**62 for one in found)
 
 
-def test_new_weights_are_taken_and_old_ones_are_noticed(engine: VLLMEngine, policy: Any):
-    assert engine.answers is not None
-    before = engine.answers[1]
-    kept = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=make_generator(5)), alpha=0.01)
-    assert torch.equal(engine.caller.call("a probe", engine._answer), before), "nothing is shared with the policy"
-    engine.sync()
-    assert float((engine.answers[1] - before).abs().mean()) > 0.01
-    assert torch.allclose(*engine.answers, atol=1e-4)
-    thoughts = sample(engine, 2)
-    with torch.no_grad():
-        own = thoughts.tokens[0, 0][thoughts.mask[0, 0]].tolist()
-        wanted = plain_thought(policy, ONE.prompt_tokens(positions().contexts()[0]), own, 0.8, CLOSE)
-    assert torch.allclose(thoughts.logp[0, 0, : len(own)], wanted, atol=1e-4), (
-        "prefixes of the old weights are forgotten"
+def markov(requests: list[Request]) -> list[list[Sample]]:
+    """Samples of a chain over four tokens, by the rules that a request states."""
+    found = []
+    for request in requests:
+        draw, group = torch.Generator().manual_seed(request.seed), []
+        for _ in range(request.samples):
+            tokens: list[int] = []
+            while len(tokens) < request.limit and not (tokens and tokens[-1] == request.stop):
+                row = CHAIN[[*request.prompt, *tokens][-1]].clone()
+                if not tokens and not request.may_stop_first:
+                    row[request.stop] = 0
+                tokens.append(int(torch.multinomial(row, 1, generator=draw)))
+            group.append(Sample(tokens=tokens, logp=[0.0] * len(tokens)))
+        found.append(group)
+    return found
+
+
+CHAIN = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.3, 0.1, 0.4, 0.2], [0.2, 0.3, 0.1, 0.4], [0.4, 0.1, 0.4, 0.1]])
+
+
+@pytest.mark.parametrize("close", [(2,), (2, 3), (3, 3), (2, 3, 2)])
+def test_thoughts_by_requests_have_the_distribution_of_the_definition(close: tuple[int, ...]):
+    """Every thought of up to four tokens: sampled shares against probabilities, by chi-square at 5 sigma."""
+    limit, count, exact = 4, 4000, Counter[tuple[int, ...]]()
+    for tokens in itertools.product(range(4), repeat=limit):
+        if tokens[0] == close[0]:
+            continue
+        p = float(CHAIN[1][tokens[0]] / (1 - CHAIN[1][close[0]]))
+        p *= math.prod(float(CHAIN[a][b]) for a, b in itertools.pairwise(tokens))
+        ends = [n for n in range(len(close) + 1, limit + 1) if tokens[n - len(close) : n] == close]
+        exact[tokens[: ends[0]] if ends else tokens] += p
+    assert sum(exact.values()) == pytest.approx(1, abs=1e-6)
+    noise = draw_noise((count, limit), [make_generator(1)])
+    seen = Counter(tuple(row.tokens) for row in think([[0, 1]], noise, close, markov))
+    assert set(seen) <= set(exact)
+    chi = sum((seen[some] - count * p) ** 2 / (count * p) for some, p in exact.items())
+    freedom = len(exact) - 1
+    assert abs(chi - freedom) < 5 * math.sqrt(2 * freedom)
+
+
+def test_samples_become_thoughts():
+    rows = [Sample(tokens=tokens, logp=[-1.0] * len(tokens)) for tokens in ([5, 4], [5, 6, 7], [6, 5, 4], [5])]
+    assert scored_texts(rows, FORM.close, [[8, 9], [10, 11]]) == [
+        [5, 4, 8, 9],
+        [5, 6, 7, 4, 8, 9],
+        [6, 5, 4, 10, 11],
+        [5, 4, 10, 11],
+    ]
+    evidence = torch.tensor([[[-1.0, -2.0], [-3.0, -4.0]], [[-5.0, -6.0], [-7.0, -8.0]]])
+    thoughts = as_thoughts(rows, FORM, evidence, evidence > -4)
+    assert thoughts.tokens.tolist() == [[[5, 4, 0], [5, 6, 7]], [[6, 5, 4], [5, 0, 0]]]
+    assert thoughts.lengths.tolist() == [[2, 3], [3, 1]]
+    assert thoughts.closed.tolist() == [[True, False], [True, False]]
+    assert thoughts.logp.tolist() == (-1.0 * thoughts.mask).tolist()
+
+
+@pytest.mark.parametrize("form", [FORM, LONG], ids=["short", "long"])
+@pytest.mark.parametrize(("shared", "tokens"), [(True, 10**6), (True, 20), (False, 30)])
+def test_evidence_scored_by_the_policy_is_that_of_the_native_engine(form, shared: bool, tokens: int):
+    model, settings = qwen3(scale=0.2), config(thought_length=6, horizon=2)
+    positions = at_positions(WINDOWS, [[1, 3], [2, 4, 5], [1], [2]], horizon=2)
+    noise = draw_noise((4, 6), [make_generator(0, i) for i in range(len(positions))])
+    wanted = NativeEngine(model, form, settings.method, shared=shared).sample(positions, noise)
+    flat = zip(wanted.tokens.flatten(0, 1), wanted.mask.flatten(0, 1), strict=True)
+    rows = [Sample(tokens=(own := some[mask].tolist()), logp=[0.0] * len(own)) for some, mask in flat]
+    texts, mask = pad_rows(scored_texts(rows, form.close, positions.targets().tolist()), form.pad, left=False)
+    again = ThoughtBatch.from_positions(
+        form, positions, texts.view(len(positions), 4, -1), mask.view(len(positions), 4, -1)
     )
-    policy.load_state_dict(kept)
-    stale = with_form(engine, ONE)
-    stale._reload = lambda weights: None
-    with pytest.raises(RunError, match=r"after loading the new weights a probe differs by .* nats"):
-        stale.sync()
-    engine.sync()
+    evidence, hit = target_logp(model, form, again, 2, ScoringOptions(temperature=1.0, tokens=tokens, shared=shared))
+    assert torch.allclose(evidence.view_as(wanted.evidence), wanted.evidence, atol=1e-5)
+    assert torch.equal(hit.view_as(wanted.hit), wanted.hit)
+    assert 0 < wanted.hit.float().mean() < 1
 
 
-def test_a_dead_engine_is_one_line(engine: VLLMEngine):
-    dead = with_form(engine, ONE)
-    dead.llm = None
-    with pytest.raises(RunError, match=r"^rollout.engine = 'vllm': sampling failed with AttributeError: .*whole$"):
-        sample(dead, 2)
+def test_a_probe_detects_other_weights_and_weights_that_were_not_loaded():
+    policy = torch.tensor([-1.0, -2.0, -3.0])
+    near, far = policy + 1e-5, policy + torch.tensor([0.0, 0.5, 0.0])
+    assert difference((policy, near), None, 1e-3) == ""
+    assert "differs from the policy by 0.17 nats" in difference((policy, far), None, 1e-3)
+    assert "differs from the policy by nan" in difference((policy, near * math.nan), None, 1e-3)
+    moved = policy + 5e-4
+    assert difference((moved, moved + 1e-5), (policy, near), 1e-3) == ""
+    assert "were not loaded: the policy moved by 0.0005 nats" in difference((moved, near), (policy, near), 1e-3)
+    assert difference((policy + 1e-6, near), (policy, near), 1e-3) == ""
 
 
-def test_a_model_that_vllm_does_not_take_is_one_line(policy: Any):
-    odd = settings()
-    odd = dataclasses.replace(odd, corpus=Corpus(window=4096))  # more positions than the model has
-    with pytest.raises(UserError, match=r"^rollout.engine = 'vllm': the start failed with ") as error:
-        start(policy, ONE, odd)
-    assert "\n" not in str(error.value)
+def fails() -> None:
+    raise ValueError("no\nroom")
 
 
-@pytest.mark.parametrize("close", ["</think>", "</think> ball"], ids=["one", "two"])
-def test_a_run_on_the_embedded_world(tmp_path: Path, close: str):
-    """Sampler and trainer agree at every step, so every sync was taken; and the run is that of its seed."""
-    values = {
-        "corpus": {"window": 128},
-        "method": {"group": 4, "thought_length": 12, "temperature": 1.0, "close": close},
-        "optim": {"learning_rate": 1e-3},
-        "train": {"steps": 4, "batch": 8, "rollout_batch": 32},
-        "rollout": {"engine": "vllm", "cache_gb": 0.1, "importance_cap": 2.0},
-        "evaluate": {"path": "world:cups/heldout", "documents": 4, "positions": 2},
-    }
-    runs = []
-    for name in ("one", "again"):
-        summary = train(from_dict({"run": str(tmp_path / name), **values}))
-        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        assert len(rows) == 4
-        assert all(row["objective/mismatch"] < 1e-4 for row in rows)
-        assert all(row["objective/importance_weight"] == pytest.approx(1, abs=1e-3) for row in rows)
-        assert math.isfinite(summary["after/all/ce_think"])
-        runs.append([row[name] for row in rows for name in ("rollout/length", "reward/evidence")])
-    assert runs[0] == pytest.approx(runs[1], rel=1e-3)
-    assert len(set(runs[0][1::2])) == 4
+def test_an_engine_that_fails_is_one_line():
+    caller = Caller(60.0)
+    with pytest.raises(RunError, match=r"^rollout.engine = 'vllm': sampling failed with ValueError: no room; the last"):
+        caller.call("sampling", fails)
+    assert caller.call("sampling", lambda: 3) == 3
+
+
+def test_an_engine_that_hangs_is_one_line_and_is_not_called_again():
+    caller, ended = Caller(0.05), threading.Event()
+    started = time.monotonic()
+    with pytest.raises(
+        RunError, match=r"^rollout.engine = 'vllm': sampling takes longer than rollout.timeout_s = 0.05"
+    ):
+        caller.call("sampling", ended.wait)
+    with pytest.raises(RunError, match=r"sampling has not ended, so loading the new weights cannot begin"):
+        caller.call("loading the new weights", lambda: 3)
+    assert time.monotonic() - started < 30
+    ended.set()
+
+
+def test_a_missing_vllm_is_one_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    wanted: Callable[..., object] = start
+    with pytest.raises(UserError, match=r"^rollout.engine = 'vllm': vLLM cannot be imported \(.*\); docs/vllm.md"):
+        wanted(qwen3(), FORM, Config())

@@ -15,11 +15,12 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 import forethought
-from forethought.algo.metrics import PositionShard, SampledTokens
+from forethought.algo.metrics import PositionShard
 from forethought.algo.objective import group_advantages
 from forethought.config import Config, Corpus, Method, Model, UserError
 from forethought.data.corpus import Windows
 from forethought.data.positions import draw_positions, make_generator
+from forethought.rollout import Thoughts
 from forethought.tools import trl
 from helpers.models import CLOSE, FORM, assert_close, config, plain_targets, qwen3, rlp, word_tokenizer
 
@@ -101,7 +102,14 @@ def test_reward_advantages_loss_and_gradient_are_those_of_our_trainer(settings, 
     assert torch.allclose(inputs["advantages"][order], advantages, atol=1e-5)
 
     method = rlp(ours, settings)
-    sampled = SampledTokens(tokens=tokens, mask=mask, logp=torch.zeros(mask.shape))
+    sampled = Thoughts(
+        tokens=tokens,
+        mask=mask,
+        closed=mask.any(-1),
+        logp=torch.zeros(mask.shape),
+        evidence=torch.zeros(4, 4, 1),
+        hit=torch.zeros(4, 4, 1, dtype=torch.bool),
+    )
     shard = PositionShard(positions=positions, global_indices=list(range(len(positions))), global_count=len(positions))
     (piece,) = method.policy_gradient.microbatches(shard, sampled, advantages)
     loss, _ = method.forward_backward(piece)
@@ -189,6 +197,7 @@ def test_a_corpus_whose_text_does_not_tokenize_back_is_refused(settings):
         ({"kl_weight": 0.1}, "method.kl_weight"),
         ({"baseline": "batch"}, "method.baseline"),
         ({"name": "rpt"}, "method.name = 'rpt'"),
+        ({"reward": "random"}, "method.reward = .random.: must be .information_gain."),
         ({"position_policy": "entropy"}, "position_policy = 'entropy'"),
     ],
 )

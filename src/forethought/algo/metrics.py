@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from forethought.algo.rewards import Predictions, Rewards
@@ -47,21 +47,12 @@ class PositionShard:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SampledTokens:
-    """The tokens that the policy sampled and is trained on: thoughts, in RPT followed by their predictions."""
-
-    tokens: Int[Tensor, "batch group thought"]  # padded on the right
-    mask: Bool[Tensor, "batch group thought"]  # True at sampled tokens; at least one in each row
-    logp: Float[Tensor, "batch group thought"]  # the sampler's, at its temperature, nats; 0 where masked
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ThoughtRecord:
     """The thoughts of one step on this rank with their rewards and advantages. Nothing here carries a gradient."""
 
     shard: PositionShard
     thoughts: Thoughts
-    sampled: SampledTokens
+    sampled: Thoughts  # what the policy is trained on: the thoughts, in RPT followed by their predictions
     no_think_logp: Float[Tensor, "batch horizon"] | None  # the teacher's (eq. 4); None where it was not evaluated
     rewards: Rewards
     advantages: Float[Tensor, "batch group"]  # nats

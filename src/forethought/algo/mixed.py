@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from forethought.algo.cpt import CPT, TextMicrobatch, TextRecord
-from forethought.algo.metrics import PositionShard, SampledTokens, Sums, ThoughtRecord, thought_tokens
+from forethought.algo.metrics import PositionShard, Sums, ThoughtRecord, thought_tokens
 from forethought.algo.position_sampler import PositionSampler
 from forethought.algo.rewards import RewardInputs, information_gain
 from forethought.config import Config
@@ -111,7 +111,7 @@ class Mixed:
         return ThoughtRecord(
             shard=shard,
             thoughts=thoughts,
-            sampled=SampledTokens(tokens=thoughts.tokens, mask=thoughts.mask, logp=thoughts.logp),
+            sampled=thoughts,
             no_think_logp=None,
             rewards=rewards,
             advantages=torch.zeros_like(rewards.value),

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from forethought.algo.metrics import PositionShard, SampledTokens, Sums, add_sums
+from forethought.algo.metrics import PositionShard, Sums, add_sums
 from forethought.algo.objective import (
     batch_advantages,
     clipped_share,
@@ -22,6 +22,7 @@ from forethought.config import Config
 from forethought.data.positions import ThoughtFormat
 from forethought.models.compute_copy import Network
 from forethought.models.logprobs import ScoringOptions, ThoughtBatch, chunk_tokens, forward_backward, thought_logp
+from forethought.rollout import Thoughts
 from forethought.run import distributed
 
 
@@ -75,7 +76,7 @@ class PolicyGradient:
         )
 
     def microbatches(
-        self, shard: PositionShard, sampled: SampledTokens, advantages: Float[Tensor, "batch group"]
+        self, shard: PositionShard, sampled: Thoughts, advantages: Float[Tensor, "batch group"]
     ) -> list[Microbatch]:
         """Whole documents with their thoughts, as many at a time as update.tokens_per_chunk allows."""
         group, positions = advantages.shape[1], shard.positions

@@ -86,14 +86,14 @@ def random_reward(inputs: RewardInputs) -> Rewards:
 
 
 def as_rewards(found: Rewards | Tensor, inputs: RewardInputs, name: str) -> Rewards:
-    """What a reward function returned, checked. Raises UserError for another shape."""
-    if isinstance(found, Tensor):
-        value = found.detach().float().to(inputs.thoughts.evidence.device)
-        found = Rewards(value=value, shift=value.new_zeros(len(value)))
-    shape = tuple(inputs.thoughts.closed.shape)
-    if tuple(found.value.shape) != shape:
-        raise UserError(f"method.reward = {name!r}: returned shape {tuple(found.value.shape)}, must be {shape}")
-    return found
+    """What a reward function returned, a tensor as `Rewards` without a shift. Raises UserError for another shape."""
+    value, shape = found if isinstance(found, Tensor) else found.value, tuple(inputs.thoughts.closed.shape)
+    if tuple(value.shape) != shape:
+        raise UserError(f"method.reward = {name!r}: returned shape {tuple(value.shape)}, must be {shape}")
+    if isinstance(found, Rewards):
+        return found
+    value = value.detach().float().to(inputs.thoughts.evidence.device)
+    return Rewards(value=value, shift=value.new_zeros(len(value)))
 
 
 def apply_unclosed_penalty(rewards: Rewards, closed: Bool[Tensor, "batch group"], options: Method) -> Rewards:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from forethought.algo.metrics import PositionShard, SampledTokens, Sums, ThoughtRecord
+from forethought.algo.metrics import PositionShard, Sums, ThoughtRecord
 from forethought.algo.policy_gradient import Microbatch, PolicyGradient, compute_advantages
 from forethought.algo.position_sampler import PositionSampler
 from forethought.algo.rewards import Predictions, Reward, RewardInputs, Rewards, apply_unclosed_penalty, as_rewards
@@ -72,12 +72,12 @@ class RLP:
         """Whether the reward is measured against an EMA teacher."""
         return config.method.teacher_every > 0
 
-    def sample(self, shard: PositionShard, step: int) -> tuple[Thoughts, SampledTokens, Predictions | None]:
+    def sample(self, shard: PositionShard, step: int) -> tuple[Thoughts, Thoughts, Predictions | None]:
         """The thoughts, the tokens that are trained on, and the predictions after the thoughts, which RLP has not."""
         thoughts = self.engine.sample(
             shard.positions, self.noise("thoughts", self.config.method.thought_length, shard, step)
         )
-        return thoughts, SampledTokens(tokens=thoughts.tokens, mask=thoughts.mask, logp=thoughts.logp), None
+        return thoughts, thoughts, None
 
     def noise(self, purpose: str, length: int, shard: PositionShard, step: int) -> Float[Tensor, "batch group thought"]:
         """Uniform numbers that draw the tokens; each position has a generator of its own."""

@@ -3,13 +3,14 @@
 It differs from RLP in `sample`, which continues behind the thoughts, and in the reward, which matches bytes.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from forethought.algo.metrics import PositionShard, SampledTokens
+from forethought.algo.metrics import PositionShard
 from forethought.algo.rewards import Predictions, prefix_match
 from forethought.algo.rlp import RLP
 from forethought.config import Config, UserError
@@ -39,7 +40,7 @@ class RPT(RLP):
         """Never: the reward is the text itself."""
         return False
 
-    def sample(self, shard: PositionShard, step: int) -> tuple[Thoughts, SampledTokens, Predictions]:
+    def sample(self, shard: PositionShard, step: int) -> tuple[Thoughts, Thoughts, Predictions]:
         """Thoughts, each followed by its prediction; the policy is trained on both."""
         options = self.config.method
         noise = self.noise("thoughts", options.thought_length, shard, step)
@@ -85,7 +86,7 @@ def _until(written: list[int], end: list[int]) -> tuple[list[int], int]:
     return [], len(written)
 
 
-def join(responses: Responses, trained: Tensor, pad_token: int) -> SampledTokens:
+def join(responses: Responses, trained: Tensor, pad_token: int) -> Thoughts:
     """Thought and prediction as one row: everything that the policy sampled, nothing that was forced."""
     thoughts, length = responses.thoughts, responses.written.shape[2]
     width = thoughts.tokens.shape[2] + length
@@ -94,4 +95,4 @@ def join(responses: Responses, trained: Tensor, pad_token: int) -> SampledTokens
     mask = steps < (thoughts.lengths + trained)[..., None]
     tokens = pad(thoughts.tokens, (0, length)).scatter(-1, columns, responses.written)
     logp = pad(thoughts.logp, (0, length)).scatter(-1, columns, responses.logp)
-    return SampledTokens(tokens=tokens.masked_fill(~mask, pad_token), mask=mask, logp=logp.masked_fill(~mask, 0))
+    return replace(thoughts, tokens=tokens.masked_fill(~mask, pad_token), mask=mask, logp=logp.masked_fill(~mask, 0))

@@ -11,7 +11,6 @@ import importlib
 import json
 import math
 import tomllib
-import typing
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,11 +115,7 @@ def _resolved(config: Config) -> dict[str, Any]:
 
 def option_names() -> list[str]:
     """Every option's name, `section.option`."""
-    names = []
-    for field in dataclasses.fields(Config):
-        section = field.type if dataclasses.is_dataclass(field.type) else None
-        names += [f"{field.name}.{inner.name}" for inner in dataclasses.fields(section)] if section else [field.name]
-    return names
+    return list(flatten(to_dict(Config())))
 
 
 def shipped() -> Path:
@@ -177,10 +172,7 @@ def _nested(option: str, value: Any) -> dict[str, Any]:
 
 def _literal(option: str, text: str) -> Any:
     """Text where the option takes text, else the TOML literal that the text spells, else the text itself."""
-    section, _, name = option.rpartition(".")
-    owner = {field.name: field.type for field in dataclasses.fields(Config)}.get(section, Config)
-    types = {field.name: field.type for field in dataclasses.fields(owner)} if dataclasses.is_dataclass(owner) else {}
-    if str in (types.get(name), *typing.get_args(types.get(name))):
+    if isinstance(flatten(to_dict(Config())).get(option), str):
         return text
     if text in ("True", "False"):
         return text == "True"
@@ -194,9 +186,7 @@ def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     name = ".".join(str(part) for part in first["loc"])
     if first["type"] == "unexpected_keyword_argument":
-        near = difflib.get_close_matches(
-            name, [*option_names(), *(field.name for field in dataclasses.fields(Config))], n=1
-        )
+        near = difflib.get_close_matches(name, [*option_names(), *to_dict(Config())], n=1)
         return f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else "; see forethought train --help")
     message = first["msg"][0].lower() + first["msg"][1:]
     return f"{name} = {first['input']!r}: {message}"
@@ -277,7 +267,7 @@ def _conflicts_of_entries(config: Config) -> Iterator[str]:
     if not method.samples_thoughts and method.reward != "auto":
         yield f"method.reward = {method.reward!r}: method.name {method.name} samples no thoughts to reward"
     if method.samples_thoughts and not registry.fits(entry, reward := registry.entry("reward", method.reward_name)):
-        fitting = [name for name, one in registry.REWARDS.items() if registry.fits(entry, one)]
+        fitting = entry.rewards or [name for name, one in registry.REWARDS.items() if registry.fits(entry, one)]
         yield f"method.reward = {reward.name!r}: is not for method.name {method.name}; use {' or '.join(fitting)}"
     if entry.writes and not engine.writes:
         yield f"rollout.engine = {engine.name!r}: cannot write the predictions of method.name {method.name}; use native"

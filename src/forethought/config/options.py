@@ -35,28 +35,28 @@ def _registered(kind: Kind, *more: str) -> AfterValidator:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Model:
-    """Which network, and in which precision."""
+    """The model and its precision."""
 
     path: Name = "embedded"
     """A base inside the package (`embedded`, `embedded:notes`), a hub id, a folder, or a .gguf file (dequantized)."""
     tokenizer: str = ""
     """Tokenizer hub id or folder; empty: the one that comes with the model."""
     init: Literal["pretrained", "random"] = "pretrained"
-    """`random`: take only the architecture from model.path (a folder or a config.json) and draw fresh weights."""
+    """`random`: take only the architecture from model.path (a folder or a config.json) and initialize new weights."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Compute precision. Weights, gradients, optimizer and teacher are fp32 either way; bf16 computes with a copy."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run; `auto` takes a GPU where there is one."""
+    """`auto`: a GPU if there is one."""
     prefix: Literal["shared", "replicated"] = "shared"
     """Read a document once for all its thoughts, or (for families that cannot share) a copy for each; same result."""
     decoding: Literal["auto", "eager", "cuda_graphs", "cuda_graphs_compiled", "cpp"] = "auto"
-    """Backend that decodes thoughts: PyTorch calls, CUDA graphs, CUDA graphs of a compiled model, or C++ on a CPU (for
-    Llama-style decoders). `auto`: CUDA graphs where they work, else eager, on a CPU with prepacked weights."""
+    """Decoding of thoughts: eager, CUDA graphs (also of a compiled model), or on a CPU C++ (for Llama-style decoders).
+    `auto`: CUDA graphs where they are supported, else eager, which prepacks weights on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Corpus:
-    """Which text, and how it is cut."""
+    """The text and how it is cut into windows."""
 
     path: Name = "world:cups/train"
     """File, folder or glob (.txt .md .jsonl .jsonl.gz .parquet), `hub:ID`, or an embedded world `world:NAME/SPLIT`."""
@@ -69,11 +69,11 @@ class Corpus:
     split: Name = "train"
     """Split of a hub data set."""
     window: Annotated[int, Field(ge=2)] = 2048
-    """Longest piece of a document, in tokens; longer documents are cut into windows."""
+    """Maximum length of a window, in tokens; longer documents are cut into several."""
     min_tokens: Annotated[int, Field(ge=2)] = 8
     """Windows shorter than this many tokens are skipped and counted."""
     shuffle: Count = 1024
-    """Documents shuffled together in memory (and files among themselves); 0 keeps the order of the corpus."""
+    """Size of the shuffle buffer, in documents (files are shuffled too); 0 keeps the order of the corpus."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -85,39 +85,39 @@ class Method:
     group: Positive = 16
     """Thoughts per position (G); at least 2 unless the baseline is not the group's."""
     thought_length: Positive = 2048
-    """Longest thought, in sampled tokens, its sampled closing delimiter included (L)."""
+    """Maximum length of a thought (L), in sampled tokens, a sampled closing delimiter included."""
     positions: Positive = 1
     """Positions drawn from each window (K)."""
     position_policy: Annotated[Name, _registered("position_policy", "auto")] = "auto"
     """How positions are drawn from a window, or `module:attribute`. `auto`: uniform; for rpt, entropy."""
     marked_share: Share = 0.5
-    """Chance that a position is drawn among the tokens that the corpus marks (position_policy `marked`)."""
+    """Probability that a position is drawn among the tokens that the corpus marks (position_policy `marked`)."""
     min_entropy: NonNegative = 1.0
-    """Least entropy of the proxy's next token, in nats, where positions are drawn (position_policy `entropy`)."""
+    """Minimum next-token entropy of the proxy at a position, in nats (position_policy `entropy`)."""
     proxy: str = ""
-    """Model with the same tokenizer, as model.path, whose entropy that is; empty: the start of training, kept."""
+    """Proxy with the same tokenizer, named as model.path is (position_policy `entropy`); empty: the frozen start."""
     prediction_length: Positive = 1
-    """Tokens that are written after a thought as a prediction of the text (rpt), a sampled method.end included."""
+    """Tokens sampled after a thought as a prediction of the text (rpt), a sampled method.end included."""
     end: str = ""
-    """Text that ends a prediction (rpt), which counts only if it was written; empty: all tokens are the prediction."""
+    """Text that must end a prediction (rpt); empty: all of its tokens are the prediction."""
     horizon: Positive = 1
-    """True tokens scored after the thought (H); 1 is the paper."""
+    """Target tokens scored after a thought (H); 1 in the paper."""
     discount: Share = 1.0
     """Weight gamma^k of the k-th scored token."""
     temperature: Above0 = 0.7
-    """Sampling temperature of thoughts; ratios are taken at the same temperature, evidence always at 1."""
+    """Sampling temperature of thoughts and of the ratios; targets are always scored at temperature 1."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Nucleus of the sampler. Below 1 the ratios stay those of the untruncated distribution."""
+    """Nucleus sampling of thoughts. Below 1 the ratios are still those of the untruncated distribution."""
     reward: Annotated[Name, _registered("reward", "auto")] = "auto"
     """Reward of a thought, or `module:attribute` for a function of your own. `auto`: the method's own reward."""
     baseline: Literal["group", "batch", "none"] = "group"
-    """What a reward is compared with: its group's mean (eq. 7), the mean of all positions of the step, or nothing."""
+    """Baseline of a reward: the mean of its group (eq. 7), the mean of all positions of the step, or none."""
     scale: Literal["none", "std"] = "none"
     """`std` divides advantages by the group's standard deviation, as GRPO does; the paper does not."""
     clamp_gain: bool = False
-    """Raise negative gains to zero before comparing. Not shift-invariant: the teacher then shapes the update."""
+    """Clamp negative gains to zero. Not shift-invariant: the teacher then affects the update."""
     min_gain: float = -math.inf
-    """Train only on positions where some thought gains at least this much, in nats. Not shift-invariant either."""
+    """Train only on positions where some thought gains at least this much, in nats. Not shift-invariant."""
     clip_low: Annotated[float, Field(ge=0, le=1)] = 0.2
     """The ratio is clipped below at 1 - clip_low."""
     clip_high: NonNegative = 0.2
@@ -129,9 +129,9 @@ class Method:
     teacher_every: Count = 1
     """Score the teacher (so log the gain) on the first and every n-th step; 0: never. The update stays the same."""
     freeze_teacher: bool = False
-    """Keep the start as teacher instead of its EMA (a control: the update must not change)."""
+    """Keep the start as teacher instead of the EMA (a control: the update must not change)."""
     kl_weight: NonNegative = 0.0
-    """Weight (beta) of a token-level KL to the frozen start, on thought tokens; above 0 keeps a third copy."""
+    """Weight (beta) of a token-level KL to the frozen start on thought tokens; above 0 keeps one more copy."""
     unclosed: Literal["score", "drop", "penalize"] = "score"
     """A thought cut off at thought_length is closed by force, then scored as it is, dropped, or penalized."""
     unclosed_penalty: NonNegative = 1.0
@@ -139,9 +139,9 @@ class Method:
     open: Name = "<think>"
     """Text before a thought."""
     close: Name = "</think>"
-    """Text after a thought; when it has been produced the thought ends."""
+    """Text after a thought; sampling it ends the thought."""
     prompt: str = "{context}"
-    """Template around the prefix when thinking; holds {context} once. The no-think score never sees it."""
+    """Template around the context of a thought, with {context} once. Scoring without a thought does not use it."""
 
     @property
     def entry(self) -> Entry:
@@ -164,21 +164,22 @@ class Method:
         return self.reward if self.reward != "auto" else self._default("method.reward")
 
     def _default(self, option: str) -> str:
-        return (registry.AUTOMATIC | dict(self.entry.defaults))[option]
+        first = {"method.reward": self.entry.rewards[0]} if self.entry.rewards else {}
+        return {**registry.AUTOMATIC, **first, **self.entry.defaults}[option]
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Rollout:
-    """Who samples the thoughts, in training and on held-out text."""
+    """Sampling of thoughts, in training and on held-out text."""
 
     engine: Annotated[Name, _registered("engine")] = "native"
     """The engine that samples thoughts, or `module:attribute` for one of your own."""
     cache_gb: Above0 = 1.0
-    """Memory of vLLM's key-value cache, in GiB; its weights, a second copy of the policy's, come on top."""
+    """Size of vLLM's key-value cache, in GiB, in addition to its copy of the weights."""
     timeout_s: Above0 = 600.0
     """Seconds after which a call of vLLM counts as hung, and the run stops with an error."""
     importance_cap: NonNegative = 0.0
-    """Weigh each thought token by min(policy / sampler, cap), where the sampler is not quite the policy; 0: do not."""
+    """Weight thought tokens by min(policy / sampler, cap), for a sampler that differs from the policy; 0: off."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -188,7 +189,7 @@ class Optim:
     learning_rate: Above0 = 1e-6
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After the warm-up: stay, or decay to zero just after train.steps."""
+    """After the warm-up: constant, or decay to zero just after train.steps."""
     warmup: Count = 0
     """Steps of linear warm-up."""
     weight_decay: NonNegative = 0.0
@@ -203,22 +204,22 @@ class Optim:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Lora:
-    """Low-rank adapters (arXiv:2106.09685, extra `lora`): the model's weights stay, W + alpha / r * B A computes."""
+    """Low-rank adapters (arXiv:2106.09685, extra `lora`): W + alpha / r * B A, with W frozen."""
 
     r: Count = 0
-    """Rank of the adapters, which alone are trained; 0: all weights are."""
+    """Rank of the adapters; 0: no adapters, all weights are trained."""
     alpha: Positive = 32
-    """Adapters are multiplied by alpha / r."""
+    """Scale of the adapters: B A is multiplied by alpha / r."""
     target_modules: Annotated[tuple[Name, ...], _SPLIT, Field(min_length=1, strict=False)] = ("all-linear",)
-    """Linear layers that get one, by the ends of their names, separated by commas; `all-linear`: all but the head."""
+    """Linear layers with adapters, by suffixes of their names, separated by commas; `all-linear`: all but the head."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Train:
-    """The loop."""
+    """The training loop."""
 
     steps: Positive = 100
-    """Batches of text to train on, at most."""
+    """Maximum number of steps."""
     tokens: Count = 0
     """Stop after the step that has read this many tokens of the corpus; 0: never. The schedule follows."""
     flops: NonNegative = 0.0
@@ -234,9 +235,9 @@ class Train:
     checkpoint_every: Positive = 50
     """Steps between checkpoints; one more is written at the end and when the run is stopped."""
     keep_checkpoints: Positive = 2
-    """Newest checkpoints that stay on disk."""
+    """Number of newest checkpoints to keep."""
     tracker: Literal["none", "tensorboard", "wandb", "mlflow", "trackio"] = "none"
-    """Send metrics to a tracker too, through accelerate."""
+    """Also send metrics to a tracker, through accelerate."""
 
     def logs(self, step: int) -> bool:
         """Whether a step is logged: every log_every-th, the first and the last."""
@@ -250,7 +251,7 @@ class Update:
     tokens_per_chunk: Count = 0
     """Tokens in one forward and backward pass; 0: as many as fit about 1 GiB. Changes speed and memory, not results."""
     checkpointing: bool = False
-    """Keep only what goes into each layer for the backward pass, and compute the rest again: less memory, more time."""
+    """Activation checkpointing: keep only the inputs of each layer and recompute the rest. Less memory, more time."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -258,10 +259,9 @@ class Parallel:
     """Several processes, started by torchrun or `accelerate launch`."""
 
     shard: Literal["none", "zero1"] = "none"
-    """`zero1`: fp32 weights, optimizer state and teacher are sharded over the processes, each of which keeps a full
-    compute copy. `none`: each process keeps all of them (DDP)."""
+    """`zero1`: shard fp32 weights, optimizer state and teacher; each process keeps a full compute copy. `none`: DDP."""
     timeout_s: Positive = 1800
-    """Seconds that a process waits for the others before it gives up; more than the longest step or evaluation."""
+    """Timeout of collectives, in seconds; must exceed the longest step or evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -271,15 +271,15 @@ class Evaluate:
     path: str = ""
     """Held-out corpus, as corpus.path; empty: training does not evaluate."""
     documents: Positive = 200
-    """Windows to evaluate on: one of each document, more only where the documents are too few."""
+    """Windows to evaluate on: one per document, more only if there are too few documents."""
     positions: Positive = 4
     """Positions per window for the group `all`."""
     thoughts: Positive = 1
-    """Thoughts sampled per position; figures are means over them."""
+    """Thoughts sampled per position; metrics are means over them."""
     view: Count = 3
-    """Windows thought at every position by `forethought evaluate`, for documents.json and its viewer; 0: none."""
+    """Windows in which `forethought evaluate` samples thoughts at every position, for the viewer; 0: none."""
     view_thoughts: Annotated[int, Field(ge=2)] = 4
-    """Thoughts at each of these positions, at least 2 to be compared."""
+    """Thoughts per position in these windows."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -308,12 +308,12 @@ class Questions:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Config:
-    """One run. Saved whole as config.json in the run folder."""
+    """All options of a run, saved as config.json in the run folder."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Seed of everything random: order of documents, positions, thoughts, fresh weights."""
+    """Seed of all random draws: order of documents, positions, thoughts, new weights."""
     run: Name = "runs/forethought"
-    """Run folder to make."""
+    """Run folder to create."""
     overwrite: bool = False
     """Replace the run folder if it exists; only a folder that holds a Forethought run is ever replaced."""
     model: Model = dataclasses.field(default_factory=Model)

@@ -46,16 +46,12 @@ class Entry:
     paper: str = ""  # arXiv identifier
     required: tuple[str, ...] = ()  # options that must be set with it
     excluded: Mapping[str, str] = field(default_factory=dict)  # options that must not, each with the reason
-    # methods:
-    samples_thoughts: bool = True  # whether training samples thoughts
-    defaults: Mapping[str, str] = field(default_factory=dict)  # what `auto` means, where it differs from AUTOMATIC
-    rewards: tuple[str, ...] = ()  # that fit; empty: those that name the method, and those that name none
-    # rewards:
-    methods: tuple[str, ...] = ()  # that it fits; empty: all
-    # engines and methods:
-    writes: bool = False  # an engine can (`respond`), and a method must, write predictions after thoughts
-    # position policies:
-    proxy: bool = False  # whether a proxy model's entropies are queried
+    samples_thoughts: bool = True  # of a method: whether training samples thoughts
+    rewards: tuple[str, ...] = ()  # that fit a method, its own first; empty: those that name the method or none
+    methods: tuple[str, ...] = ()  # that a reward fits; empty: all
+    defaults: Mapping[str, str] = field(default_factory=dict)  # of a method: what `auto` means, if not AUTOMATIC
+    writes: bool = False  # a method needs, and an engine has, predictions after thoughts (`respond`)
+    proxy: bool = False  # whether a position policy takes the entropies of a proxy model
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,28 +76,27 @@ METHODS = _table(
     ),
     Entry(
         name="rpt", target="forethought.algo.rpt:RPT", label="RPT, reinforcement pre-training", paper="2506.08007",
-        help="a prediction is written after each thought, and is right or wrong", writes=True,
+        help="a prediction is sampled after each thought, and is right or wrong", writes=True,
         defaults={"method.reward": "prefix_match", "method.position_policy": "entropy"},
         excluded={"method.clamp_gain": "has no gain to clamp", "method.min_gain": "has no gain to filter by"},
     ),
     Entry(
-        name="cpt", target="forethought.algo.cpt:CPT", label="CPT, continued pretraining",
-        help="next-token prediction without thoughts", samples_thoughts=False,
+        name="cpt", target="forethought.algo.cpt:CPT", label="CPT, continued pretraining", samples_thoughts=False,
+        help="next-token prediction without thoughts",
     ),
     Entry(
         name="mixed", target="forethought.algo.mixed:Mixed", label="mixed supervised training", paper="2608.23256",
-        help="next-token prediction on text with and without thoughts of the start that gained",
-        rewards=("information_gain",),
+        help="next-token prediction with and without thoughts of the start", rewards=("information_gain",),
     ),
 )  # fmt: skip
 REWARDS = _table(
     Entry(
         name="information_gain", target="forethought.algo.rewards:information_gain", methods=("rlp", "mixed"),
-        help="log p of the next tokens after the thought, minus the teacher's without it (eq. 5)",
+        help="log p of the target with the thought, minus the teacher's without it (eq. 5)",
     ),
     Entry(
         name="prefix_match", target="forethought.algo.rewards:prefix_match_reward", methods=("rpt",),
-        help="1 where the text begins with the prediction, which ends where a token does; else 0",
+        help="1 if the text begins with the prediction and a token ends where it does, else 0",
     ),
     Entry(
         name="random", target="forethought.algo.rewards:random_reward", methods=("rlp", "rpt"),
@@ -109,13 +104,10 @@ REWARDS = _table(
     ),
 )  # fmt: skip
 ENGINES = _table(
-    Entry(
-        name="native", target="forethought.rollout.native:native_engine", writes=True,
-        help="the policy itself, in PyTorch",
-    ),
+    Entry(name="native", target="forethought.rollout.native:native_engine", help="the policy itself", writes=True),
     Entry(
         name="vllm", target="forethought.rollout.vllm:start", label="vLLM",
-        help="vLLM in the same process, given the new weights after every step",
+        help="vLLM in the same process; its weights are updated after every step",
         excluded={"method.top_p": "returns log-probabilities of the nucleus"},
     ),
 )  # fmt: skip
@@ -141,7 +133,7 @@ _METRICS = (
     Metric("reward/match", "right predictions", "share", "thoughts followed by a right prediction", 1),
     Metric("reward/evidence", "log p after a thought", "nats", "log p of the target after the thought (eq. 3)", 1),
     Metric("reward/nothink", "log p without a thought", "nats", "the teacher's log p of the target (eq. 4)"),
-    Metric("reward/std", "reward standard deviation", "", "mean over positions of that within the group"),
+    Metric("reward/std", "reward standard deviation", "", "mean over positions of the rewards' standard deviation"),
     Metric("reward/zero_std_fraction", "groups of equal rewards", "share", "positions that teach nothing", -1),
     Metric("rollout/length", "thought length", "tokens", "mean sampled tokens of a thought"),
     Metric("rollout/closed", "closed thoughts", "share", "thoughts that ended on their own", 1),
@@ -262,7 +254,11 @@ def load(kind: Kind, name: str) -> Any:
 
 def label(kind: Kind, name: str) -> str:
     """What tables and cards call an entry. Imports nothing, so that runs made with code that is gone can be shown."""
-    return TABLES[kind][name].label if name in TABLES[kind] else name
+    if name in TABLES[kind]:
+        return TABLES[kind][name].label
+    module, _, attribute = name.partition(":")
+    own = getattr(getattr(sys.modules.get(module), attribute, None), "entry", None)
+    return own.label or name if isinstance(own, Entry) else name
 
 
 def fits(method: Entry, reward: Entry) -> bool:

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from forethought import rollout
 from forethought.config import Config, UserError, from_dict, load, merge, to_dict
 from forethought.data import corpus
 from forethought.data.positions import thought_format
@@ -12,7 +13,6 @@ from forethought.eval import controls, heldout, viewer
 from forethought.models import lora
 from forethought.models.compute_copy import compute_copy
 from forethought.models.loading import check_context_length, load_model, load_thinking_options, load_tokenizer
-from forethought.rollout import engines
 from forethought.run import checkpoint
 from forethought.run.folder import RunLog, check_free
 
@@ -101,5 +101,5 @@ def subject_of(config: Config) -> heldout.Subject:
     form = thought_format(tokenizer, config.method)
     check_context_length(config, form)
     model = compute_copy(load_model(config.model, config.seed), config.model.precision)
-    engine = engines.engine(model, form, config)
+    engine = rollout.engine(model, form, config)
     return heldout.Subject(model=model, engine=engine, form=form, tokenizer=tokenizer, config=config)

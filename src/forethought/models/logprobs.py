@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from forethought.data.positions import Positions, ThoughtFormat, pad_rows
-from forethought.prefix import Prefix, SuffixCache, activation_checkpointing, backbone, read, vocabulary
+from forethought.prefix import Prefix, SuffixCache, activation_checkpointing, backbone, lm_head, read
 
 _ROWS = 4096  # rows of vocabulary size that are normalized at once
 _LOGITS = {"cpu": 2**26, "cuda": 2**28}  # logits that are in memory at once, with their gradients
@@ -208,7 +208,7 @@ def _logp(
     some, hidden = chunk
     width = hidden.shape[1]
     mask, tokens = rows.mask[some, :width], rows.tokens[some, :width]
-    logits = vocabulary(model, hidden[mask])
+    logits = lm_head(model, hidden[mask])
     first = torch.zeros_like(mask)
     first[:, 0] = True
     found = log_probabilities(mask_token(logits, form.close[0], first[mask]), tokens[mask], temperature)
@@ -262,7 +262,7 @@ def _plain_logits(
         places = chunk.at[:, None] - 1 + torch.arange(chunk.horizon)
         picked = hidden[owner[:, None].to(model.device), places.to(model.device)]
         for part, target in zip(picked.split(_ROWS), targets.split(_ROWS), strict=True):
-            yield vocabulary(model, part), target
+            yield lm_head(model, part), target
 
 
 def thought_evidence(
@@ -304,7 +304,7 @@ def suffix_logits(
         fork = SuffixCache(read(model, *form.documents_and_prefix_lengths(positions)), places)
         hidden = backbone(model, tokens.to(model.device), fork, fork.position_ids(tokens.shape[1]))
         columns = (mask.sum(dim=1, keepdim=True) + torch.arange(-keep, 0)).clamp(min=0).to(model.device)
-        return vocabulary(model, hidden[torch.arange(len(rows), device=model.device)[:, None], columns])
+        return lm_head(model, hidden[torch.arange(len(rows), device=model.device)[:, None], columns])
     ahead = [form.prefix_tokens(context) for context in positions.contexts()]
     copies = [[*ahead[place], *row] for place, row in zip(places, rows, strict=True)]
     tokens, mask = pad_rows(copies, form.pad, left=True)
@@ -326,7 +326,7 @@ def target_logp(
         hidden = _hidden(model, form, rows, (chunk, width), prefix)
         last = torch.arange(-horizon, 0, device=chunk.device)
         columns = rows.mask[chunk].sum(dim=-1)[:, None] + last  # (row, horizon)
-        logits = vocabulary(model, hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1])))
+        logits = lm_head(model, hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1])))
         targets = rows.tokens[chunk].gather(1, columns)
         evidence[chunk] = log_probabilities(logits, targets)
         hit[chunk] = logits.argmax(dim=-1) == targets

@@ -1,7 +1,7 @@
-"""One document, many thoughts: a document is read once, and rows of suffix tokens continue it at any of its places.
+"""One document, many thoughts: a document is read once, and rows of suffix tokens continue it at any of its positions.
 
-What a cache's `update` returns goes straight into the attention function, so a cache layer may return a
-`PrefixSuffixKV` there, and the attention registered here takes it apart. Mamba layers keep a state for each place that is continued.
+What a cache layer's `update` returns is passed to the attention function unchanged, so a layer may return a
+`PrefixSuffixKV`, which the attention registered here handles. Mamba layers keep a state for each continued position.
 """
 
 from typing import Any
@@ -22,14 +22,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from forethought.prefix.attention import PrefixSuffixKV, merged_attention
 from forethought.prefix.checkpointing import activation_checkpointing, layers_of
-from forethought.prefix.models import backbone, vocabulary
-from forethought.prefix.reading import read
-from forethought.prefix.states import Prefix
-from forethought.prefix.static_cache import CacheCapacity, StaticCache, StaticKV, static_kv_attention
-from forethought.prefix.suffix_cache import SuffixCache
+from forethought.prefix.reading import LayerState, Prefix, backbone, lm_head, read
+from forethought.prefix.suffix_cache import CacheCapacity, StaticCache, StaticKV, SuffixCache, static_kv_attention
 
 __all__ = [
     "CacheCapacity",
+    "LayerState",
     "Prefix",
     "StaticCache",
     "SuffixCache",
@@ -37,8 +35,8 @@ __all__ = [
     "backbone",
     "enable",
     "layers_of",
+    "lm_head",
     "read",
-    "vocabulary",
 ]
 
 ATTENTION = "shared_prefix"
@@ -52,13 +50,13 @@ _KNOWN = (
 
 
 def enable(model: Any) -> None:
-    """Let a model's attention take shared prefixes; everything else it computes as before (scaled dot product).
+    """Let a model's attention accept shared prefixes; otherwise it computes as before (scaled dot product).
 
-    Raises ValueError for a model that cannot share, told by its cache layers and by a probe against plain rows.
+    Raises ValueError for a model that cannot share prefixes, by its cache layers or by a probe against separate rows.
     """
     layers = DynamicCache(config=model.config).layers
     if odd := sorted({type(layer).__name__ for layer in layers if type(layer) not in _KNOWN}):
-        raise ValueError(f"its cache has layers of kind {', '.join(odd)}, which cannot share a prefix")
+        raise ValueError(f"its cache has layers of type {', '.join(odd)}, which cannot share a prefix")
     model.set_attn_implementation(ATTENTION)
     try:
         _probe(model)
@@ -68,23 +66,21 @@ def enable(model: Any) -> None:
 
 @torch.no_grad()
 def _probe(model: Any) -> None:
-    """Compare two rows that share a prefix, read in one pass and one token later, with the same rows read plainly."""
+    """Compare two rows that share a prefix, read in one pass and one token later, with separate rows."""
     size = model.get_input_embeddings().num_embeddings
     document, suffix = ([i % size for i in some] for some in (range(5, 14), range(17, 20)))
-    stops, tokens = [4, 9], torch.tensor([suffix, suffix], device=model.device)
-    fork = SuffixCache(read(model, [document], [stops]), (0, 1), len(suffix))
-    hidden = [backbone(model, tokens[:, :-1], fork, fork.position_ids(len(suffix) - 1))]
-    fork.length += len(suffix) - 1
-    hidden.append(backbone(model, tokens[:, -1:], fork, fork.position_ids(1)))
-    shared = vocabulary(model, torch.cat(hidden, dim=1))
-    for row, stop in zip(shared, stops, strict=True):
-        plain = model(input_ids=torch.tensor([document[:stop] + suffix], device=model.device), use_cache=False).logits
-        plain = plain[0, -len(suffix) :]
-        gap = float((row - plain).abs().max() / plain.abs().max().clamp(min=1e-6))
+    prefix_lengths, tokens = [4, 9], torch.tensor([suffix, suffix], device=model.device)
+    cache = SuffixCache(read(model, [document], [prefix_lengths]), (0, 1), len(suffix))
+    hidden = [backbone(model, tokens[:, :-1], cache, cache.position_ids(len(suffix) - 1))]
+    cache.length += len(suffix) - 1
+    hidden.append(backbone(model, tokens[:, -1:], cache, cache.position_ids(1)))
+    shared = lm_head(model, torch.cat(hidden, dim=1))
+    for row, length in zip(shared, prefix_lengths, strict=True):
+        wanted = model(input_ids=torch.tensor([document[:length] + suffix], device=model.device), use_cache=False)
+        wanted = wanted.logits[0, -len(suffix) :]
+        gap = float((row - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6))
         if not gap < (1e-4 if model.dtype == torch.float32 else 0.1):  # some families give fp32 logits of bf16 weights
-            raise ValueError(
-                f"its logits differ by {gap:.1e} (relative) from those of plain rows when a prefix is shared"
-            )
+            raise ValueError(f"its logits differ by {gap:.1e} (relative) when rows share a prefix")
 
 
 def _attend(
@@ -94,7 +90,7 @@ def _attend(
     if not isinstance(key, PrefixSuffixKV | StaticKV):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if odd := [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]:
-        raise ValueError(f"its attention uses {', '.join(odd)}, which a shared prefix does not take")
+        raise ValueError(f"its attention uses {', '.join(odd)}, which shared prefixes do not support")
     scale = options.get("scaling") or query.shape[-1] ** -0.5
     attention: Any = static_kv_attention if isinstance(key, StaticKV) else merged_attention
     out = attention(query, key, value, scale, options.get("sliding_window"))

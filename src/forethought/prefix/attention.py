@@ -14,77 +14,77 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-HIDDEN = -1e30  # added to the score of a key that a row must not see; finite, so that a row may see none
-_SPARSE = 1.5  # slots for each row above which each position is attended on its own instead of in one call for all
-_BIAS = 2**22  # entries of an additive mask above which each position is attended on its own instead
+HIDDEN = -1e30  # added to the score of a masked key; finite, so that a row may see no key at all
+_SPARSE = 1.5  # slots per row above which each position gets a call of its own
+_BIAS = 2**22  # entries of an additive mask above which each position gets a call of its own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Which document each row continues and how much of it the row sees. Rows of a document stand together.
+    """Which document each row continues and how much of it the row sees. Rows of a document are contiguous.
 
-    Example: two documents of 5 and 4 tokens, three rows that continue token 3 and 5 of the first and 4 of the second:
-    spans (0, 3, 0, 1), (0, 5, 1, 2), (1, 4, 2, 3); slots [[0, 1], [2, 2]]; place [0, 1, 2].
+    Example: two documents of 5 and 4 tokens, three rows that continue 3 and 5 tokens of the first and 4 of the second:
+    spans (0, 3, 0, 1), (0, 5, 1, 2), (1, 4, 2, 3); slots [[0, 1], [2, 2]]; slot_index [0, 1, 2].
     """
 
     spans: tuple[tuple[int, int, int, int], ...]  # (document, visible keys, first row, end of rows) of each position
-    stop: Int[Tensor, " row"]  # the row sees keys 0 .. stop-1 of its document
-    slots: Int[Tensor, "document slot"]  # the rows of each document; the last one again where there are fewer
-    place: Int[Tensor, " row"]  # where a row stands in `slots`, read as one list
-    spare: Float[Tensor, "document slot"]  # 1 at a row's place, 0 where a row was repeated
-    even: bool  # whether every document has as many rows, so that `slots` lists them all in their order
+    prefix_lengths: Int[Tensor, " row"]  # the row sees the first so many keys of its document
+    slots: Int[Tensor, "document slot"]  # the rows of each document; its last one repeated where there are fewer
+    slot_index: Int[Tensor, " row"]  # a row's index in the flattened `slots`
+    valid: Float[Tensor, "document slot"]  # 1 at a row, 0 where one is repeated
+    even: bool  # whether all documents have equally many rows, so that the flattened `slots` are the rows in order
     biases: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)  # masks that all layers and steps share
 
     @classmethod
-    def of(cls, owner: Sequence[int], stop: Sequence[int], device: torch.device) -> "Layout":
-        """The layout of rows that continue `stop` tokens of document `owner`; owners must not decrease."""
+    def of(cls, documents: Sequence[int], prefix_lengths: Sequence[int], device: torch.device) -> "Layout":
+        """The layout of rows that continue some tokens of their documents, which must not decrease."""
         spans: list[tuple[int, int, int, int]] = []
         rows: dict[int, list[int]] = {}
-        for row, (document, seen) in enumerate(zip(owner, stop, strict=True)):
+        for row, (document, seen) in enumerate(zip(documents, prefix_lengths, strict=True)):
             rows.setdefault(document, []).append(row)
             if spans and spans[-1][:2] == (document, seen):
                 spans[-1] = (document, seen, spans[-1][2], row + 1)
             else:
                 spans.append((document, seen, row, row + 1))
-        if list(owner) != sorted(owner):
-            raise ValueError("rows of a document must stand together, in the order of the documents")
-        widest, count = max(len(some) for some in rows.values()), max(owner) + 1
+        if list(documents) != sorted(documents):
+            raise ValueError("rows of a document must be contiguous, in the order of the documents")
+        widest, count = max(len(some) for some in rows.values()), max(documents) + 1
         slots = [(some := rows.get(n, [0])) + some[-1:] * (widest - len(some)) for n in range(count)]
-        place = [n * widest + i for n in range(count) for i in range(len(rows.get(n, [])))]
-        spare = torch.zeros(count * widest)
-        spare[place] = 1.0
+        slot_index = [n * widest + i for n in range(count) for i in range(len(rows.get(n, [])))]
+        valid = torch.zeros(count * widest)
+        valid[slot_index] = 1.0
         return cls(
             spans=tuple(spans),
-            stop=torch.tensor(list(stop), device=device),
+            prefix_lengths=torch.tensor(list(prefix_lengths), device=device),
             slots=torch.tensor(slots, device=device),
-            place=torch.tensor(place, device=device),
-            spare=spare.view(count, widest).to(device),
-            even=len(place) == count * widest,
+            slot_index=torch.tensor(slot_index, device=device),
+            valid=valid.view(count, widest).to(device),
+            even=len(slot_index) == count * widest,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class PrefixSuffixKV:
-    """Keys or values in two parts; stands where an attention function expects one tensor."""
+    """Keys or values in two parts, passed where an attention function expects one tensor."""
 
-    prefix: Float[Tensor, "document head prefix size"]  # one copy a document
+    prefix: Float[Tensor, "document head prefix size"]  # one copy per document
     suffix: Float[Tensor, "row head suffix size"]
     layout: Layout
     start: Int[Tensor, " row"] | None = None  # first column of the row's own suffix; None: 0 for all
 
     @property
     def shape(self) -> torch.Size:
-        """Shape of the suffix; models look at it for the number of rows."""
+        """Shape of the suffix, from which models read the number of rows."""
         return self.suffix.shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
-    """One kernel call: which rows, over which keys. Queries of all its rows and heads are rows of one matrix a head."""
+    """One kernel call: which rows, over which keys. Queries of its rows and heads are rows of one matrix per head."""
 
     fold: Callable[[Tensor], Tensor]  # (row, query head, query, *) -> (batch, key head, query, *) of the call
     unfold: Callable[[Tensor], Tensor]  # and back
-    real: Callable[[Tensor], Tensor]  # zeroes folded rows that stand there twice
+    unrepeated: Callable[[Tensor], Tensor]  # zeros at folded rows that are repeated
     keys: Callable[[Tensor], Tensor]  # the call's slice of the keys or values
     causal: bool = False
     bias: Float[Tensor, "batch one query key"] | None = None
@@ -111,14 +111,14 @@ def merged_attention(
 
 
 def _prefix_parts(query: Tensor, key: PrefixSuffixKV, window: int | None) -> list[_Part]:
-    """All documents in one call with a mask, or one call for each position where the mask would be large."""
+    """All documents in one call with a mask, or one call per position where the mask would be large."""
     layout, prefix = key.layout, key.prefix
     heads, length = prefix.shape[1:3]
     fan, width = query.shape[1] // heads, query.shape[2]
     documents, slots = layout.slots.shape
     whole = window is None and all(seen == length for _, seen, _, _ in layout.spans)
     large = documents * slots * fan * width * length > _BIAS
-    sparse = documents * slots > _SPARSE * len(layout.place)
+    sparse = documents * slots > _SPARSE * len(layout.slot_index)
     if window is None and width > 1 and (sparse or ((large or query.is_cuda) and not whole)):
         return [_span_part(span, heads, fan) for span in layout.spans]
 
@@ -130,19 +130,19 @@ def _prefix_parts(query: Tensor, key: PrefixSuffixKV, window: int | None) -> lis
     def unfold(y: Tensor) -> Tensor:
         grid = y.view(documents, heads, slots, fan, width, -1).transpose(1, 2)
         rows = grid.reshape(documents * slots, heads * fan, width, -1)
-        return rows if layout.even else rows.index_select(0, layout.place)
+        return rows if layout.even else rows.index_select(0, layout.slot_index)
 
-    def real(y: Tensor) -> Tensor:
+    def unrepeated(y: Tensor) -> Tensor:
         if layout.even:
             return y
-        spare = layout.spare.to(y.dtype)[:, None, :, None].expand(-1, heads, -1, fan * width)
-        return y * spare.reshape(*y.shape[:3], 1)
+        valid = layout.valid.to(y.dtype)[:, None, :, None].expand(-1, heads, -1, fan * width)
+        return y * valid.reshape(*y.shape[:3], 1)
 
     return [
         _Part(
             fold=fold,
             unfold=unfold,
-            real=real,
+            unrepeated=unrepeated,
             keys=lambda k: k[:documents],
             bias=None if whole else _prefix_bias(query, key, window),
         )
@@ -157,13 +157,13 @@ def _prefix_bias(query: Tensor, key: PrefixSuffixKV, window: int | None) -> Tens
     if window is None and known in layout.biases:
         return layout.biases[known]
     index = torch.arange(length, device=query.device)
-    stop = layout.stop[layout.slots][..., None, None]  # (document, slot, 1, 1)
-    seen = index < stop
+    prefix_lengths = layout.prefix_lengths[layout.slots][..., None, None]  # (document, slot, 1, 1)
+    seen = index < prefix_lengths
     if window is not None:
         own = key.suffix.shape[2] - width + torch.arange(width, device=query.device)[:, None]
         if key.start is not None:
             own = own - key.start[layout.slots][..., None, None]
-        seen = seen & (index > stop + own - window)
+        seen = seen & (index > prefix_lengths + own - window)
     bias = torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill_(~seen, HIDDEN)
     documents, slots = layout.slots.shape
     bias = bias[:, :, None].expand(documents, slots, fan, width, length)
@@ -185,7 +185,7 @@ def _span_part(span: tuple[int, int, int, int], heads: int, fan: int) -> _Part:
         rows = end - first
         return y.view(heads, rows, fan, -1, y.shape[-1]).transpose(0, 1).reshape(rows, heads * fan, -1, y.shape[-1])
 
-    return _Part(fold=fold, unfold=unfold, real=lambda y: y, keys=lambda k: k[document : document + 1, :, :seen])
+    return _Part(fold=fold, unfold=unfold, unrepeated=lambda y: y, keys=lambda k: k[document : document + 1, :, :seen])
 
 
 def _suffix_part(query: Tensor, key: PrefixSuffixKV, window: int | None) -> _Part:
@@ -207,7 +207,7 @@ def _suffix_part(query: Tensor, key: PrefixSuffixKV, window: int | None) -> _Par
         return _Part(
             fold=lambda x: x.view(rows, heads, fan, -1),
             unfold=lambda y: y.reshape(rows, total, 1, -1),
-            real=lambda y: y,
+            unrepeated=lambda y: y,
             keys=lambda k: k,
             bias=None if bias is None else bias.expand(rows, 1, fan, length),
         )
@@ -219,7 +219,7 @@ def _suffix_part(query: Tensor, key: PrefixSuffixKV, window: int | None) -> _Par
     return _Part(
         fold=lambda x: x,
         unfold=lambda y: y,
-        real=lambda y: y,
+        unrepeated=lambda y: y,
         keys=lambda k: k.repeat_interleave(fan, dim=1),
         causal=causal,
         bias=bias,
@@ -235,7 +235,7 @@ def _merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _step(query: Tensor, keys: Sequence[Tensor], parts: list[_Part], scale: float) -> Tensor:
-    """One query a row: a single softmax over both parts' scores, for so few of which fused kernels are slow."""
+    """One query a row: a single softmax over both parts' scores, which are too few for fused kernels to be fast."""
     (shared, kp, vp), (own, ks, vs) = _calls(parts, keys)
     query = query * scale
     scores = []
@@ -249,7 +249,7 @@ def _step(query: Tensor, keys: Sequence[Tensor], parts: list[_Part], scale: floa
 
 
 def _reference(q: Tensor, keys: tuple[Tensor, ...], parts: list[_Part], scale: float) -> Tensor:
-    """The same in plain matrix products, for every backend; softmax in float32."""
+    """The same in matrix products, for every device; softmax in float32."""
     outs, lses = [], []
     for part, k, v in _calls(parts, keys):
         score = torch.matmul(part.fold(q), k.transpose(-1, -2)).float() * scale
@@ -264,7 +264,7 @@ def _reference(q: Tensor, keys: tuple[Tensor, ...], parts: list[_Part], scale: f
 
 
 def _has_kernel(query: Tensor, parts: list[_Part]) -> bool:
-    """Whether flash kernels take these queries: on a CPU all; on CUDA 16-bit ones without a mask."""
+    """Whether flash kernels support these queries: on a CPU all; on CUDA 16-bit ones without a mask."""
     if query.device.type == "cpu":
         return True
     fits = query.shape[-1] % 8 == 0 and query.shape[-1] <= 256 and all(part.bias is None for part in parts)
@@ -272,7 +272,7 @@ def _has_kernel(query: Tensor, parts: list[_Part]) -> bool:
 
 
 def _flash(part: _Part, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
-    """Output, log-sum-exp (batch, head, query) and what the backward kernel wants besides."""
+    """Output, log-sum-exp (batch, head, query) and the other arguments of the backward kernel."""
     aten = torch.ops.aten
     if q.device.type == "cpu":
         kernel = aten._scaled_dot_product_flash_attention_for_cpu
@@ -295,7 +295,7 @@ def _flash_backward(
 
 
 class _Fused(torch.autograd.Function):
-    """Flash forward and backward for each part."""
+    """Flash attention for each part, forward and backward."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
@@ -321,7 +321,7 @@ class _Fused(torch.autograd.Function):
         query_grads, tops, top_grads = [], [], []
         for (part, k, v), more in zip(calls, ctx.more, strict=True):
             folded = part.fold(lse).squeeze(-1).contiguous()
-            tensors = (part.real(part.fold(grad)), part.fold(q), k.detach(), v.detach(), part.fold(out), folded)
+            tensors = (part.unrepeated(part.fold(grad)), part.fold(q), k.detach(), v.detach(), part.fold(out), folded)
             dq, dk, dv = _flash_backward(part, tensors, more, ctx.scale)
             query_grads.append(part.unfold(dq))
             tops += [k, v]

@@ -1,6 +1,6 @@
-"""Gradient checkpointing that knows caches: of a layer only its input is kept, the rest is computed again backward.
+"""Activation checkpointing that supports caches: a layer keeps its input, the backward pass recomputes the rest.
 
-transformers' own drops the cache, through which gradients of shared prefixes run.
+transformers' own drops the cache, through which the gradients of shared prefixes flow.
 """
 
 import contextlib
@@ -12,24 +12,24 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from forethought.prefix.states import duplicate
+from forethought.prefix.reading import snapshot
 
 
 def layers_of(model: Any) -> list[Any]:
-    """The layers that can be computed again, in their order."""
+    """The layers that can be recomputed, in order."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 @contextlib.contextmanager
-def activation_checkpointing(model: Any, asked: bool) -> Iterator[None]:
-    """Passes with gradients that begin in here keep the input of each layer alone, if that was `asked` for.
+def activation_checkpointing(model: Any, enabled: bool) -> Iterator[None]:
+    """If `enabled`, forward passes with gradients inside this context keep only the input of each layer.
 
-    Exact: the same numbers come out of a layer twice, because its cache is put back to what it was. The backward pass
-    may follow later, and more than once.
+    Exact: a layer's cache is restored before it is recomputed. The backward pass may run after the context has ended,
+    and more than once.
     """
-    layers = layers_of(model) if asked else []
+    layers = layers_of(model) if enabled else []
     for number, layer in enumerate(layers):
-        layer.forward = _twice(layer.forward, number)
+        layer.forward = _checkpointed(layer.forward, number)
     try:
         yield
     finally:
@@ -37,22 +37,22 @@ def activation_checkpointing(model: Any, asked: bool) -> Iterator[None]:
             del layer.forward
 
 
-def _twice(forward: Callable[..., Any], number: int) -> Callable[..., Any]:
+def _checkpointed(forward: Callable[..., Any], number: int) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
-        before = None if cache is None else duplicate(cache.layers[number])
+        before = None if cache is None else snapshot(cache.layers[number])
         first = True
 
-        def once(*again: Any) -> Any:
+        def once(*inputs: Any) -> Any:
             nonlocal first
             if first or cache is None:
                 first = False
-                return forward(*again, **kwargs)
-            now, cache.layers[number] = cache.layers[number], duplicate(before)
+                return forward(*inputs, **kwargs)
+            now, cache.layers[number] = cache.layers[number], snapshot(before)
             try:
-                return forward(*again, **kwargs)
+                return forward(*inputs, **kwargs)
             finally:
                 cache.layers[number] = now
 

@@ -1,8 +1,8 @@
 """Decoding attention on a GPU (Triton): many rows over one copy of their document, then over their own suffixes.
 
-Two kernels leave partial outputs with their log-sum-exp, a third merges them. A program of the first reads a piece of a
-document's keys once for all rows that continue it. Lengths are read from the device, so a captured call stays right as
-suffixes grow.
+Two kernels write partial outputs with their log-sum-exp, a third merges them. A program of the first reads a piece of a
+document's keys once for all rows that continue it. Lengths are read from device memory, so a captured call stays valid
+as suffixes grow.
 """
 
 import torch
@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_PROGRAMS = 264  # two for each multiprocessor of a large GPU; documents are cut into pieces until there are as many
-_PIECES = 16  # but into no more than so many
+_PROGRAMS = 264  # two per multiprocessor of a large GPU; documents are split into pieces until there are as many
+_PIECES = 16  # at most
 
 
 @triton.jit
@@ -140,7 +140,7 @@ def decode_attention(
         prefix_keys: (document, key head, prefix, size), as prefix_values; contiguous.
         suffix_keys: (row, key head, suffix, size), as suffix_values; contiguous.
         slots: the rows of each document (document, slot), -1 where there is none.
-        seen: the largest stop of a document's rows.
+        seen: the largest `stop` of a document's rows.
         stop: keys of its document that a row sees.
         column: (1,), the newest column of all suffixes.
         scale: factor of the scores.

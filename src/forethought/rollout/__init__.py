@@ -1,18 +1,20 @@
-"""Positions -> thoughts. An engine samples a group of thoughts at each position and reads the evidence off them."""
+"""Positions -> thoughts. An engine samples a group of thoughts at each position and returns their evidence."""
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from forethought.data.positions import Positions
+from forethought.config import Config, UserError, registry
+from forethought.data.positions import Positions, ThoughtFormat
+from forethought.prefix import enable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Thoughts:
-    """What was thought at each position, how likely that was, and what it made of the true tokens.
+    """Sampled thoughts, their log-probabilities, and the log-probabilities of the true tokens after them (evidence).
 
     Example: L = 4, close = 9. Sampled 5 6 9: mask 1 1 1 0, closed. Sampled 5 6 7 8: mask 1 1 1 1, not closed; the
     closing delimiter was then forced (and is not part of `tokens`).
@@ -23,7 +25,7 @@ class Thoughts:
     closed: Bool[Tensor, "batch group"]  # whether the thought closed itself
     logp: Float[Tensor, "batch group thought"]  # the sampler's log-probability at its temperature, nats; 0 where masked
     evidence: Float[Tensor, "batch group horizon"]  # log p(x_t+k | x_<t, c, ...) at temperature 1, nats (eq. 3)
-    hit: Bool[Tensor, "batch group horizon"]  # whether the true token was the likeliest
+    hit: Bool[Tensor, "batch group horizon"]  # whether the true token was the likeliest one
 
     @property
     def lengths(self) -> Int[Tensor, "batch group"]:
@@ -33,10 +35,7 @@ class Thoughts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Responses:
-    """Thoughts, each with what the policy went on to write behind the closing delimiter.
-
-    After a thought that was closed by force something was written as well; it is no answer to anything.
-    """
+    """Thoughts, and what the policy continued to write after each closing delimiter, forced ones included."""
 
     thoughts: Thoughts  # with the evidence of x_t alone
     written: Int[Tensor, "batch group prediction"]  # sampled tokens
@@ -45,7 +44,10 @@ class Responses:
 
 @runtime_checkable
 class Engine(Protocol):
-    """Samples thoughts. A new engine is one class with these two methods; `forethought.trainer.Trainer` makes it."""
+    """Samples thoughts, built by the registry's entry as Engine(model, form, config).
+
+    A new engine is a class with these two methods and one entry, or `--rollout.engine my_file:MyEngine`.
+    """
 
     def sample(self, positions: Positions, noise: Float[Tensor, "batch group thought"]) -> Thoughts:
         """One thought for each position and group member; noise[..., u] is the uniform number that draws its token u.
@@ -55,13 +57,13 @@ class Engine(Protocol):
         ...
 
     def sync(self) -> None:
-        """Take over the policy's weights after an optimizer step."""
+        """Load the policy's weights after an optimizer step."""
         ...
 
 
 @runtime_checkable
 class Writer(Engine, Protocol):
-    """An engine that can go on writing behind a thought."""
+    """An engine that can continue to write after a thought."""
 
     def respond(
         self,
@@ -69,10 +71,29 @@ class Writer(Engine, Protocol):
         noise: Float[Tensor, "batch group thought"],
         writing: Float[Tensor, "batch group prediction"],
     ) -> Responses:
-        """The thoughts that `sample` gives for the same noise, and behind each the tokens that `writing` draws."""
+        """The thoughts that `sample` returns for the same noise, each followed by the tokens that `writing` draws."""
         ...
 
 
+def engine(model: Any, form: ThoughtFormat, config: Config) -> Any:
+    """The `Engine` of a config (for RPT a `Writer`). Raises UserError where the model does not support it."""
+    share_prefixes(model, config)
+    return registry.load("engine", config.rollout.engine)(model, form, config)
+
+
+def share_prefixes(model: Any, config: Config) -> None:
+    """Enable shared prefixes if the config asks for them. Raises UserError for a model that does not support them."""
+    if config.model.prefix != "shared":
+        return
+    try:
+        enable(model)
+    except ValueError as error:
+        raise UserError(
+            f"model.prefix = 'shared': {type(model).__name__} cannot read a document once for all its thoughts "
+            f"({error}); set model.prefix to 'replicated'"
+        ) from error
+
+
 def draw_noise(shape: tuple[int, int], generators: list[torch.Generator]) -> Float[Tensor, "batch group thought"]:
-    """Uniform numbers, each position's from a generator of its own: independent of how a batch is split."""
+    """Uniform numbers, each position's from its own generator: independent of how a batch is split."""
     return torch.stack([torch.rand(shape, generator=generator) for generator in generators])

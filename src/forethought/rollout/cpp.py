@@ -1,16 +1,23 @@
-"""Decoding on a CPU by compiled functions (decoder.cpp), for decoders of Llama's kind in fp32.
+"""The C++ backend (decoder.cpp): decoding of Llama-style models in fp32 on a CPU, one call per token.
 
-What a model's modules do in hundreds of small operations a token is one call here. Weights are put into order once for
-each batch of thoughts, keys and values of documents when they are read or put together; norms, rotary positions,
-attention and gates are computed in place. The model is read and not changed. Families are named, and a probe compares.
+Weights are packed into panels once for each batch of thoughts, keys and values of documents when they are read or
+joined; norms, rotary embeddings, attention and gates are computed in place. The model is read and never changed. The
+supported families are listed, and a probe compares the backend with the model.
 """
 
 import contextlib
 import ctypes
+import hashlib
 import math
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,17 +27,71 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from forethought.config import Method
-from forethought.prefix import Prefix, SuffixCache, backbone, read, vocabulary
-from forethought.prefix.states import State
-from forethought.rollout.cpp_library import Call, Layer, library
-from forethought.rollout.decoder import draw
+from forethought.prefix import LayerState, Prefix, SuffixCache, backbone, lm_head, read
+from forethought.rollout.decoder import sample_with_logp
 
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-_BY_LENGTH = ("dynamic", "longrope")  # rotary positions that depend on what else is read
+_BY_LENGTH = ("dynamic", "longrope")  # rotary embeddings that depend on the length of the input
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+_WEIGHTS = ("norm", "qkv", "qkv_bias", "query_norm", "key_norm", "out", "out_bias", "second_norm", "gate_up", "down")
 
 
-class Compiled:
-    """Reads documents, then a token a row. Raises ValueError without a compiler, or for a model of another kind."""
+class _Layer(ctypes.Structure):
+    """`Layer` of decoder.cpp."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in (*_WEIGHTS, "prefix_keys", "prefix_values", "keys", "values")]
+
+
+class _Call(ctypes.Structure):
+    """`Call` of decoder.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "hidden", "heads", "key_heads", "size", "inner", "vocabulary")),
+        *((name, ctypes.c_int64) for name in ("layers", "threads", "spans", "column", "capacity", "length")),
+        *((name, ctypes.c_double) for name in ("eps", "scale")),
+        *((name, ctypes.c_void_p) for name in ("norm", "head", "cosines", "sines", "span", "start", "states")),
+        *((name, ctypes.c_void_p) for name in ("logits", "layer")),
+    ]
+
+
+@cache
+def library() -> Any:
+    """decoder.cpp, compiled for this processor or loaded from the user's cache. Raises ValueError if that fails."""
+    compiler = [*shlex.split(os.environ.get("CXX", "c++")), *_FLAGS]
+    if shutil.which(compiler[0]) is None:
+        raise ValueError("no C++ compiler found (c++, or the value of CXX)")
+    source = Path(__file__).with_name("decoder.cpp")
+    macros = _run([*compiler, "-dM", "-E", "-x", "c++", os.devnull])  # the processor's features, among others
+    name = hashlib.sha256(source.read_bytes() + " ".join([*compiler, macros]).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "forethought"
+    built = folder / f"decoder-{name}.so"
+    try:
+        if not built.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as temporary:
+                _run([*compiler, str(source), "-o", f"{temporary}/decoder.so"])
+                Path(temporary, "decoder.so").replace(built)  # atomic, as other processes may build it too
+        library = ctypes.CDLL(str(built))
+    except OSError as error:
+        raise ValueError(f"{built} cannot be built or loaded: {error}") from error
+    library.panel_width.restype = ctypes.c_int64
+    number, pointer = ctypes.c_int64, ctypes.c_void_p
+    library.large_pages.argtypes = [pointer, number]
+    library.pack.argtypes = [pointer, number, number, number, number, number, pointer]
+    library.draw.argtypes = [pointer, number, number, ctypes.c_double, pointer, number, pointer, pointer]
+    library.pack_columns.argtypes = [pointer, number, number, number, pointer]
+    return library
+
+
+def _run(words: list[str]) -> str:
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"{words[0]} fails: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return done.stdout
+
+
+class CppBackend:
+    """A `decoder.Backend`. Raises ValueError without a compiler, or for a model that it does not support."""
 
     def __init__(self, model: Any):
         self.model = model
@@ -40,14 +101,14 @@ class Compiled:
         self._sizes: dict[str, Any] = {}
         self._weights: list[dict[str, Tensor]] = []
         self._documents: list[_Documents] = []
-        self._known: tuple[Any, ...] = ()  # what `_laid_out` found last
+        self._known: tuple[Any, ...] = ()  # the last result of `_tables`
         self._head = torch.empty(0)
-        with torch.no_grad(), self.ordered():
+        with torch.no_grad(), self.prepared():
             _probe(model, self)
 
     @contextlib.contextmanager
-    def ordered(self) -> Iterator["Compiled"]:
-        """Hold the model's weights in the order that products of few rows read them, as they are now."""
+    def prepared(self) -> Iterator["CppBackend"]:
+        """Pack the model's current weights into panels."""
         layers = self.model.base_model.layers
         products = [*(_products(layer) for layer in layers), {"head": [self.model.lm_head.weight]}]
         assert not self._weights, "one batch of thoughts at a time"
@@ -60,80 +121,84 @@ class Compiled:
         finally:
             self._weights, self._documents, self._known, self._head = [], [], (), torch.empty(0)
 
-    def read(self, documents: Sequence[Sequence[int]], stops: Sequence[Sequence[int]]) -> Prefix:
-        """As `prefix.read`."""
-        base, ends = self.model.base_model, [some[-1] for some in stops]
+    def read(self, documents: Sequence[Sequence[int]], prefix_lengths: Sequence[Sequence[int]]) -> Prefix:
+        """Read documents, as `prefix.read`."""
+        base, ends = self.model.base_model, [lengths[-1] for lengths in prefix_lengths]
         shape = (len(documents), self._sizes["key_heads"], max(ends), self._sizes["size"])
-        made = [_Documents.empty(shape, self.width) for _ in base.layers]
+        layers = [_Documents.empty(shape, self.width) for _ in base.layers]
         for number, (tokens, end) in enumerate(zip(documents, ends, strict=True)):
             hidden = base.embed_tokens(torch.tensor(tokens[:end]))
-            table = _table({**own, **one.of(number)} for own, one in zip(self._weights, made, strict=True))
-            self._call(self.library.read, hidden, torch.arange(end), table, room=max(ends), length=max(ends))
-        self._documents, self._known = made, ()
-        states = (State(keys=x.keys, values=x.values, conv={}, recurrent={}, kernels={}) for x in made)
-        return Prefix.of(states, stops, self.model.device)
+            table = _table({**own, **one.of(number)} for own, one in zip(self._weights, layers, strict=True))
+            self._call(self.library.read, hidden, torch.arange(end), table, capacity=max(ends), length=max(ends))
+        self._documents, self._known = layers, ()
+        states = (LayerState(keys=x.keys, values=x.values, conv={}, recurrent={}, kernels={}) for x in layers)
+        return Prefix.of(states, prefix_lengths, self.model.device)
 
-    def step(self, tokens: Int[Tensor, " row"], fork: SuffixCache) -> Float[Tensor, "row vocab"]:
-        """The logits that follow one more token of each row, whose keys and values go into the fork."""
-        fork.make_room(1)
+    def step(self, tokens: Int[Tensor, "row width"], cache: SuffixCache) -> Float[Tensor, "row vocab"]:
+        """Read some tokens per row, column by column; the logits that follow the last."""
+        return [self._step(column, cache) for column in tokens.T.contiguous()][-1]
+
+    def _step(self, tokens: Int[Tensor, " row"], cache: SuffixCache) -> Float[Tensor, "row vocab"]:
+        cache.reserve(1)
         states = self.model.base_model.embed_tokens(tokens)
         logits = states.new_empty(len(tokens), self.model.lm_head.weight.shape[0])
-        table, spans, start = self._laid_out(fork)
+        table, spans, start = self._tables(cache)
         self._call(
-            self.library.step, states, fork.position_ids(1)[:, 0], table, spans=len(spans), span=_at(spans),
-            start=_at(start), column=fork.length, room=fork.room, length=self._documents[0].keys.shape[2],
-            logits=_at(logits),
+            self.library.step, states, cache.position_ids(1)[:, 0], table, spans=len(spans), span=_pointer(spans),
+            start=_pointer(start), column=cache.length, capacity=cache.capacity,
+            length=self._documents[0].keys.shape[2], logits=_pointer(logits),
         )  # fmt: skip
-        fork.length += 1
+        cache.length += 1
         return logits
 
-    def _laid_out(self, fork: SuffixCache) -> tuple[Any, Tensor, Tensor]:
-        """Where everything of a fork lies: a table of its layers, its spans and its first columns."""
-        rows, known = fork.rows, self._known
-        if known and known[0] is fork.layout and known[1] is rows[0].keys:  # shifted, dropped, joined: new tensors
+    def _tables(self, cache: SuffixCache) -> tuple[Any, Tensor, Tensor]:
+        """A cache's layers as C structures, its spans and the first column of each row."""
+        rows, known = cache.rows, self._known
+        if known and known[0] is cache.layout and known[1] is rows[0].keys:  # other tensors after shift, select or join
             return known[2], known[3], known[4]
         for row in rows:
             if not row.is_initialized:
-                some = torch.empty(len(fork.places), self._sizes["key_heads"], 1, self._sizes["size"])
-                row.lazy_initialization(some, some)
+                like = torch.empty(len(cache.positions), self._sizes["key_heads"], 1, self._sizes["size"])
+                row.lazy_initialization(like, like)
         if any(one.keys is not row.state.keys for one, row in zip(self._documents, rows, strict=False)):
             self._documents = []
-        self._documents = self._documents or [self._ordered_documents(row.state) for row in rows]
+        self._documents = self._documents or [self._pack_documents(row.state) for row in rows]
         table = _table(
             {**weights, **one.panels(), "keys": row.keys, "values": row.values}
             for weights, one, row in zip(self._weights, self._documents, rows, strict=True)
         )
-        spans = torch.tensor(fork.layout.spans)
-        self._known = (fork.layout, rows[0].keys, table, spans, fork.start)
-        return table, spans, fork.start
+        spans = torch.tensor(cache.layout.spans)
+        self._known = (cache.layout, rows[0].keys, table, spans, cache.start)
+        return table, spans, cache.start
 
     def draw(
         self, logits: Float[Tensor, "row vocab"], noise: Float[Tensor, " row"], options: Method
     ) -> tuple[Int[Tensor, " row"], Float[Tensor, " row"]]:
-        """As `decoding.draw`."""
+        """As `decoder.sample_with_logp`."""
         if options.top_p < 1:
-            return draw(logits, noise, options)
+            return sample_with_logp(logits, noise, options)
         logits, noise = logits.contiguous(), noise.contiguous()
         tokens, logp = torch.empty(len(noise), dtype=torch.long), torch.empty(len(noise))
         self.library.draw(
-            _at(logits), *logits.shape, options.temperature, _at(noise), torch.get_num_threads(), _at(tokens), _at(logp)
-        )
+            _pointer(logits), *logits.shape, options.temperature, _pointer(noise), torch.get_num_threads(),
+            _pointer(tokens), _pointer(logp),
+        )  # fmt: skip
         return tokens, logp
 
     def _call(self, function: Any, states: Tensor, at: Int[Tensor, " row"], table: Any, **more: int) -> None:
-        """One of the functions over rows that stand `at` these positions; `states` are overwritten."""
-        assert self._weights and len(states) == len(at), "within `ordered`, a position for each row"
+        """Call a function for rows with these position ids; `states` are overwritten."""
+        assert self._weights and len(states) == len(at), "inside `prepared`, a position id per row"
         base = self.model.base_model
-        turned = base.rotary_emb(states[None], at[None])
-        cosines, sines = (some.expand(1, len(at), -1).contiguous() for some in turned)
-        function(ctypes.byref(Call(
-            **self._sizes, **more, rows=len(at), threads=torch.get_num_threads(), norm=_at(base.norm.weight),
-            head=_at(self._head), cosines=_at(cosines), sines=_at(sines), states=_at(states),
+        rotary = base.rotary_emb(states[None], at[None])
+        cosines, sines = (some.expand(1, len(at), -1).contiguous() for some in rotary)
+        function(ctypes.byref(_Call(
+            **self._sizes, **more, rows=len(at), threads=torch.get_num_threads(), norm=_pointer(base.norm.weight),
+            head=_pointer(self._head), cosines=_pointer(cosines), sines=_pointer(sines), states=_pointer(states),
             layer=ctypes.addressof(table),
         )))  # fmt: skip
 
     def _vectors(self, layer: Any) -> dict[str, Tensor]:
-        """What a layer has besides matrices."""
+        """The weights of a layer that are not matrices."""
         attention = layer.self_attn
         found = {
             "norm": layer.input_layernorm.weight,
@@ -145,48 +210,48 @@ class Compiled:
         }
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
-    def _ordered_documents(self, state: State) -> "_Documents":
-        """Of documents that were not read here, or were put together."""
-        assert state.keys is not None and state.values is not None
-        made, threads = _Documents.empty(tuple(state.keys.shape), self.width), torch.get_num_threads()
-        length, size = state.keys.shape[2:]
-        made.keys, made.values = state.keys, state.values
-        for document in range(len(state.keys)):
-            for head in range(state.keys.shape[1]):
-                key, value = (some[document, head].contiguous() for some in (state.keys, state.values))
-                to = [_at(some[document, head]) for some in (made.key_panels, made.value_panels)]
-                self.library.pack(_at(key), length, size, self.width, 0, threads, to[0])
-                self.library.pack_columns(_at(value), size, length, threads, to[1])
-        return made
-
-    def _panels(self, products: Sequence[dict[str, list[Tensor]]]) -> list[dict[str, Tensor]]:
-        """The matrices, (output, input), of each product in panels with as many outputs of each; one allocation."""
-        named = [(number, name, some) for number, one in enumerate(products) for name, some in one.items()]
-        shapes = [
-            (-(-some[0].shape[0] * len(some) // self.width), some[0].shape[1], self.width) for _, _, some in named
-        ]
-        whole = torch.empty(sum(math.prod(shape) for shape in shapes))
-        self.library.large_pages(_at(whole), 4 * whole.numel())
-        made: list[dict[str, Tensor]] = [{} for _ in products]
-        for (number, name, matrices), shape in zip(named, shapes, strict=True):
-            panels, whole = whole[: math.prod(shape)].view(shape), whole[math.prod(shape) :]
-            panels[-1] = 0  # the last may have columns that are none
-            share, threads = self.width // len(matrices), torch.get_num_threads()
-            for i, matrix in enumerate(matrices):
-                given = matrix.detach().contiguous()
-                self.library.pack(_at(given), *given.shape, share, i * share, threads, _at(panels))
-            made[number][name] = panels
-        return made
-
     def _bias(self, parts: Sequence[Tensor | None]) -> Tensor | None:
         if parts[0] is None:
             return None
         whole = torch.cat([part.detach() for part in parts if part is not None])
-        return nn.functional.pad(whole, (0, _whole(len(whole), self.width) - len(whole)))
+        return nn.functional.pad(whole, (0, -len(whole) % self.width))
+
+    def _pack_documents(self, state: LayerState) -> "_Documents":
+        """Pack documents that were read by something else, or joined."""
+        assert state.keys is not None and state.values is not None
+        packed, threads = _Documents.empty(tuple(state.keys.shape), self.width), torch.get_num_threads()
+        length, size = state.keys.shape[2:]
+        packed.keys, packed.values = state.keys, state.values
+        for document in range(len(state.keys)):
+            for head in range(state.keys.shape[1]):
+                key, value = (some[document, head].contiguous() for some in (state.keys, state.values))
+                to = [_pointer(some[document, head]) for some in (packed.key_panels, packed.value_panels)]
+                self.library.pack(_pointer(key), length, size, self.width, 0, threads, to[0])
+                self.library.pack_columns(_pointer(value), size, length, threads, to[1])
+        return packed
+
+    def _panels(self, products: Sequence[dict[str, list[Tensor]]]) -> list[dict[str, Tensor]]:
+        """The (output, input) matrices of each product in panels that hold equally many outputs of each matrix."""
+        named = [(number, name, some) for number, one in enumerate(products) for name, some in one.items()]
+        shapes = [
+            (-(-some[0].shape[0] * len(some) // self.width), some[0].shape[1], self.width) for _, _, some in named
+        ]
+        whole = torch.empty(sum(math.prod(shape) for shape in shapes))  # one allocation
+        self.library.large_pages(_pointer(whole), 4 * whole.numel())
+        packed: list[dict[str, Tensor]] = [{} for _ in products]
+        for (number, name, matrices), shape in zip(named, shapes, strict=True):
+            panels, whole = whole[: math.prod(shape)].view(shape), whole[math.prod(shape) :]
+            panels[-1] = 0  # the last one may have columns of padding
+            share, threads = self.width // len(matrices), torch.get_num_threads()
+            for i, matrix in enumerate(matrices):
+                given = matrix.detach().contiguous()
+                self.library.pack(_pointer(given), *given.shape, share, i * share, threads, _pointer(panels))
+            packed[number][name] = panels
+        return packed
 
 
 def _sizes(model: Any) -> dict[str, Any]:
-    """What is the same in every call."""
+    """Fields of `_Call` that are the same in every call."""
     base = model.base_model
     attention, size = base.layers[0].self_attn, base.layers[0].self_attn.head_dim
     return {
@@ -203,13 +268,13 @@ def _sizes(model: Any) -> dict[str, Any]:
 
 
 def _products(layer: Any) -> dict[str, list[Tensor]]:
-    """The matrices of a layer's products; those of one product have as many outputs, and stand side by side."""
-    attention, network = layer.self_attn, layer.mlp
+    """The matrices of a layer's products; those of one product have equally many outputs and are interleaved."""
+    attention, mlp = layer.self_attn, layer.mlp
     return {
         "qkv": [torch.cat([part.weight for part in (attention.q_proj, attention.k_proj, attention.v_proj)])],
         "out": [attention.o_proj.weight],
-        "gate_up": [network.gate_proj.weight, network.up_proj.weight],
-        "down": [network.down_proj.weight],
+        "gate_up": [mlp.gate_proj.weight, mlp.up_proj.weight],
+        "down": [mlp.down_proj.weight],
     }
 
 
@@ -225,7 +290,7 @@ class _Documents:
     @classmethod
     def empty(cls, shape: tuple[int, ...], width: int) -> "_Documents":
         documents, heads, length, size = shape
-        panels = (_whole(length, width) * size, _whole(size, width) * length)
+        panels = ((length + -length % width) * size, (size + -size % width) * length)
         keys, values = (torch.zeros(shape) for _ in range(2))
         return cls(keys, values, *(torch.zeros(documents, heads, some) for some in panels))
 
@@ -234,64 +299,58 @@ class _Documents:
         return {"prefix_keys": self.key_panels, "prefix_values": self.value_panels}
 
     def of(self, document: int) -> dict[str, Tensor]:
-        """One document's own."""
+        """Of one document."""
         panels = {name: some[document] for name, some in self.panels().items()}
         return {**panels, "keys": self.keys[document], "values": self.values[document]}
 
 
 def _table(layers: Iterable[dict[str, Tensor]]) -> Any:
-    """`Layer` of decoder.cpp for each layer; the tensors must live as long."""
-    made = [Layer(**{name: _at(tensor) for name, tensor in tensors.items()}) for tensors in layers]
-    return (Layer * len(made))(*made)
+    """An array of `_Layer`; the tensors must outlive it."""
+    structures = [_Layer(**{name: _pointer(tensor) for name, tensor in tensors.items()}) for tensors in layers]
+    return (_Layer * len(structures))(*structures)
 
 
-def _whole(number: int, of: int) -> int:
-    """The next multiple."""
-    return -(-number // of) * of
-
-
-def _at(tensor: Tensor) -> int:
-    """Where a tensor's first number lies; the others must follow without gaps."""
+def _pointer(tensor: Tensor) -> int:
     assert tensor.is_contiguous()
     return tensor.data_ptr()
 
 
 def _check(model: Any) -> None:
-    """Raise ValueError unless the functions compute what a model does."""
+    """Raise ValueError for a model that decoder.cpp does not implement."""
     if (family := model.config.model_type) not in _FAMILIES:
-        raise ValueError(f"{type(model).__name__} is of another kind ({family} is none of {', '.join(_FAMILIES)})")
+        raise ValueError(f"{type(model).__name__} is not supported ({family} is none of {', '.join(_FAMILIES)})")
     weight = model.get_input_embeddings().weight
     if (weight.device.type, weight.dtype) != ("cpu", torch.float32):
         raise ValueError("it takes fp32 weights on a CPU")
     base, linear = model.base_model, [one for one in model.modules() if isinstance(one, nn.Linear)]
-    networks = [one for layer in base.layers for one in layer.mlp.children() if isinstance(one, nn.Linear)]
+    mlps = [one for layer in base.layers for one in layer.mlp.children() if isinstance(one, nn.Linear)]
     size = base.layers[0].self_attn.head_dim
-    hindrances = {
-        "its linear layers are changed, as by adapters": any(
+    reasons = {
+        "its linear layers are modified, as by adapters": any(
             type(one) is not nn.Linear or "forward" in vars(one) for one in linear
         ),
-        "its head or its gated networks have biases": any(one.bias is not None for one in (model.lm_head, *networks)),
-        "its attention looks through a window": any(
+        "its head or its MLPs have biases": any(one.bias is not None for one in (model.lm_head, *mlps)),
+        "its attention has a sliding window": any(
             type(one) is not DynamicLayer for one in DynamicCache(config=model.config).layers
         ),
-        "its rotary positions depend on the length of what is read": base.rotary_emb.rope_type in _BY_LENGTH,
-        f"its heads have {size} numbers, no multiple of 16": size % 16 != 0,
+        "its rotary embeddings depend on the length of the input": base.rotary_emb.rope_type in _BY_LENGTH,
+        f"its head size is {size}, not a multiple of 16": size % 16 != 0,
     }
-    for what, found in hindrances.items():
-        if found:
-            raise ValueError(what)
+    for reason, applies in reasons.items():
+        if applies:
+            raise ValueError(reason)
 
 
-def _probe(model: Any, compiled: Compiled) -> None:
-    """Compare two rows that read two tokens behind a document with the same rows by the model's own code."""
+def _probe(model: Any, backend: CppBackend) -> None:
+    """Compare two rows that read two tokens after a document with the same rows by the model itself."""
     size = model.get_input_embeddings().num_embeddings
     document, tokens = [i % size for i in range(5, 14)], torch.tensor([[17 % size, 18 % size]] * 2)
-    plain, ours = (
-        SuffixCache(reads([document], [[4, 9]]), (0, 1), 2) for reads in (partial(read, model), compiled.read)
+    eager, ours = (
+        SuffixCache(reads([document], [[4, 9]]), (0, 1), 2) for reads in (partial(read, model), backend.read)
     )
-    wanted = vocabulary(model, backbone(model, tokens, plain, plain.position_ids(2)))
+    wanted = lm_head(model, backbone(model, tokens, eager, eager.position_ids(2)))
     for column in range(2):
-        found = compiled.step(tokens[:, column].contiguous(), ours)
+        found = backend.step(tokens[:, column : column + 1], ours)
         gap = float((found - wanted[:, column]).abs().max() / wanted[:, column].abs().max().clamp(min=1e-6))
         if not gap < 1e-4:
-            raise ValueError(f"{type(model).__name__} is of another kind (its logits differ by {gap:.1e})")
+            raise ValueError(f"{type(model).__name__} is not supported (its logits differ by {gap:.1e})")

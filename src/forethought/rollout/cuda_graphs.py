@@ -1,8 +1,8 @@
-"""Decoding without the host: a step over static buffers, captured once as a CUDA graph and replayed.
+"""CUDA-graph decoding: a step over static buffers, captured once and replayed, so that the host launches nothing.
 
-What `decoding.Rows` does with as many rows as are left is done here with masks on as many rows as there are, so that a
-step never asks the device how many that is. The host looks every few steps, and moves the rows that still decode
-together when half of them are done. Same noise, same thoughts as the plain engine, up to rounding.
+What the loop of decoder.py does with as many rows as are left is done here with masks on all rows, so that a step never
+synchronizes with the device. The host checks every few steps which rows are finished, and moves the remaining rows
+together when half of them are. Same noise, same thoughts as eager decoding, up to rounding.
 """
 
 from collections.abc import Callable
@@ -19,55 +19,36 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from forethought.config import Method
 from forethought.data.positions import Positions, ThoughtFormat
 from forethought.prefix import CacheCapacity, StaticCache, SuffixCache
-from forethought.rollout import Thoughts
-from forethought.rollout.decoder import Rows, sample
-from forethought.rollout.shared import read_shared
+from forethought.rollout.decoder import DecodeState, EagerBackend, SharedBatch, sample
 
-_LOOK = 8  # steps between two looks of the host at which rows are done
-_FEWEST = 16  # rows below which nothing is moved together any more
-_GRAIN = 256  # documents' room is a multiple of this many tokens, so that few shapes occur
-_WINDOWS = 4  # documents kept at once: this many times those that a step's groups would fill
+_LOOK = 8  # steps between two checks by the host which rows are finished
+_FEWEST = 16  # rows below which rows are no longer moved together
+_GRAIN = 256  # the documents' capacity is a multiple of this many tokens, so that few shapes occur
+_WINDOWS = 4  # documents in memory at once: this many times those that a step's groups would fill
 _SHAPES = 64  # numbers of rows for which a step may be compiled
 _CELL = 128  # tokens of the vocabulary that are summed together before one of them is drawn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DecodeState:
-    """What `Rows` keeps of each row, one seat a row, and what the model reads next. All of it is written in place."""
+class GraphState(DecodeState):
+    """The state of the rows that decode together, with the input and output of the model. Written in place."""
 
-    noise: Float[Tensor, "row thought"]
-    feed: Int[Tensor, "row fed"]  # the closing delimiter, then the targets
-    tail: Int[Tensor, " row"]  # -1 while a row thinks, then the index in `feed` of its next token; past it: done
-    tokens: Int[Tensor, "row thought"]
-    logp: Float[Tensor, "row thought"]
-    length: Int[Tensor, " row"]
-    closed: Int[Tensor, " row"]
-    evidence: Float[Tensor, "row horizon"]
-    hit: Int[Tensor, "row horizon"]
     logits: Float[Tensor, "row vocab"]  # those that follow what the row has read
     next: Int[Tensor, " row"]  # the token that it reads now
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Each by its name."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
-
-    def head(self, rows: int) -> "DecodeState":
-        """The first seats only."""
-        return DecodeState(**{name: tensor[:rows] for name, tensor in self.tensors().items()})
-
 
 def capturable(model: Any) -> bool:
-    """Whether a step of a model can be captured: attention layers only, and no experts that the data choose."""
+    """Whether a step of a model can be captured: attention layers only, and no data-dependent experts."""
     options = model.config.get_text_config()
     kinds = (DynamicLayer, DynamicSlidingWindowLayer)
     experts = any(getattr(options, name, 0) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
     return not experts and all(type(layer) in kinds for layer in DynamicCache(config=model.config).layers)
 
 
-def draw(logits: Float[Tensor, "row vocab"], noise: Float[Tensor, " row"]) -> Int[Tensor, " row"]:
-    """A token per row by inverting the cumulative distribution, as `decoding.sample`, in two levels.
+def sample_by_cells(logits: Float[Tensor, "row vocab"], noise: Float[Tensor, " row"]) -> Int[Tensor, " row"]:
+    """A token per row by inverting the cumulative distribution, as `decoder.sample`, in two levels.
 
-    Sums of a cell of tokens first, then the tokens of the cell that is hit, so that no running sum goes over a whole
+    Sums over cells of tokens first, then the tokens of the cell that is hit, so that no running sum covers a whole
     vocabulary.
     """
     weight = (logits - logits.amax(dim=-1, keepdim=True)).exp()
@@ -80,208 +61,202 @@ def draw(logits: Float[Tensor, "row vocab"], noise: Float[Tensor, " row"]) -> In
     rest = point - torch.where(cell > 0, sums.gather(1, (cell - 1).clamp(min=0)), 0.0)
     within = cells.gather(1, cell[..., None].expand(-1, -1, _CELL)).squeeze(1).double().cumsum(dim=-1)
     # rounding may leave a rest past the cell: then its last token of any weight
-    place = torch.minimum((within <= rest).sum(dim=-1), (within < within[:, -1:]).sum(dim=-1))
-    return (cell.squeeze(1) * _CELL + place).clamp(max=logits.shape[-1] - 1)
+    index = torch.minimum((within <= rest).sum(dim=-1), (within < within[:, -1:]).sum(dim=-1))
+    return (cell.squeeze(1) * _CELL + index).clamp(max=logits.shape[-1] - 1)
 
 
-def advance(seats: DecodeState, close: Int[Tensor, " closing"], temperature: float, top_p: float) -> None:
-    """Use each row's logits: sample or score, and set the token that it reads next. `Rows.advance` without indices."""
-    limit, width, size = seats.tokens.shape[1], seats.feed.shape[1], len(close)
-    thinking, tail = seats.tail < 0, seats.tail
-    logits = seats.logits.float()
-    fed = seats.feed.gather(1, tail.clamp(0, width - 1)[:, None]).squeeze(1)
-    tail = _score(seats, logits, fed, size)
-    at = seats.length.clamp(max=limit - 1)[:, None]
-    barred = (thinking & (seats.length == 0))[:, None]
+def advance(state: GraphState, close: Int[Tensor, " closing"], temperature: float, top_p: float) -> None:
+    """Sample or score with each row's logits, and set the token that it reads next: decoder.py's with masks."""
+    limit, width, size = state.tokens.shape[1], state.forced_tokens.shape[1], len(close)
+    thinking, index = state.forced_index < 0, state.forced_index
+    logits = state.logits.float()
+    forced = state.forced_tokens.gather(1, index.clamp(0, width - 1)[:, None]).squeeze(1)
+    index = _score(state, logits, forced, size)
+    at = state.length.clamp(max=limit - 1)[:, None]
+    masked = (thinking & (state.length == 0))[:, None]
     words = torch.arange(logits.shape[1], device=logits.device)
-    logits = torch.where(barred & (words == close[0]), float("-inf"), logits)
+    logits = torch.where(masked & (words == close[0]), float("-inf"), logits)
     scaled = logits if temperature == 1 else logits / temperature
-    noise = seats.noise.gather(1, at).squeeze(1)
-    token = draw(scaled, noise) if top_p == 1 else sample(logits, noise, temperature, top_p)
+    noise = state.noise.gather(1, at).squeeze(1)
+    token = sample_by_cells(scaled, noise) if top_p == 1 else sample(logits, noise, temperature, top_p)
     logp = scaled.gather(1, token[:, None]) - scaled.logsumexp(dim=-1, keepdim=True)
-    seats.tokens.scatter_(1, at, torch.where(thinking[:, None], token[:, None], seats.tokens.gather(1, at)))
-    seats.logp.scatter_(1, at, torch.where(thinking[:, None], logp, seats.logp.gather(1, at)))
+    state.tokens.scatter_(1, at, torch.where(thinking[:, None], token[:, None], state.tokens.gather(1, at)))
+    state.logp.scatter_(1, at, torch.where(thinking[:, None], logp, state.logp.gather(1, at)))
     columns = at + 1 + torch.arange(-size, 0, device=at.device)
-    ending = (seats.tokens.gather(1, columns.clamp(min=0)) == close).all(dim=-1) & (at.squeeze(1) + 1 > size)
+    ending = (state.tokens.gather(1, columns.clamp(min=0)) == close).all(dim=-1) & (at.squeeze(1) + 1 > size)
     closed = thinking & ending
     cut = thinking & ~ending & (at.squeeze(1) + 1 == limit)
-    seats.length.add_(thinking.long())
-    seats.closed.add_(closed.long())
-    seats.tail.copy_(torch.where(closed, size, torch.where(cut, 0, tail)))
-    seats.next.copy_(torch.where(thinking, token, fed))
+    state.length.add_(thinking.long())
+    state.closed.add_(closed.long())
+    state.forced_index.copy_(torch.where(closed, size, torch.where(cut, 0, index)))
+    state.next.copy_(torch.where(thinking, token, forced))
 
 
 def _score(
-    seats: DecodeState, logits: Float[Tensor, "row vocab"], fed: Int[Tensor, " row"], size: int
+    state: GraphState, logits: Float[Tensor, "row vocab"], forced: Int[Tensor, " row"], size: int
 ) -> Int[Tensor, " row"]:
-    """Record the evidence of rows at a target; where each row that does not think stands then."""
-    tail, width = seats.tail, seats.feed.shape[1]
-    scored = ((tail >= size) & (tail < width))[:, None]
-    column = (tail - size).clamp(0, seats.evidence.shape[1] - 1)[:, None]
-    evidence = logits.gather(1, fed[:, None]) - logits.logsumexp(dim=-1, keepdim=True)
-    hit = (logits.argmax(dim=-1) == fed).long()[:, None]
-    seats.evidence.scatter_(1, column, torch.where(scored, evidence, seats.evidence.gather(1, column)))
-    seats.hit.scatter_(1, column, torch.where(scored, hit, seats.hit.gather(1, column)))
-    return torch.where(tail >= 0, (tail + 1).clamp(max=width), tail)
+    """Record the evidence of rows at a target; returns the new index of each row that does not think."""
+    index, width = state.forced_index, state.forced_tokens.shape[1]
+    scored = ((index >= size) & (index < width))[:, None]
+    column = (index - size).clamp(0, state.evidence.shape[1] - 1)[:, None]
+    evidence = logits.gather(1, forced[:, None]) - logits.logsumexp(dim=-1, keepdim=True)
+    hit = (logits.argmax(dim=-1) == forced).long()[:, None]
+    state.evidence.scatter_(1, column, torch.where(scored, evidence, state.evidence.gather(1, column)))
+    state.hit.scatter_(1, column, torch.where(scored, hit, state.hit.gather(1, column)))
+    return torch.where(index >= 0, (index + 1).clamp(max=width), index)
 
 
-class Graphs:
-    """Samples with a model that `prefix.enable` prepared, step by captured step.
+class CUDAGraphDecoder:
+    """Decodes with a model that `prefix.enable` prepared, step by captured step.
 
-    Buffers and graphs are made for the first positions, and again only where later ones need more room. What follows
-    the logits is compiled (torch.compile), with `compiled` the model too. On a CPU a step runs as it is, for tests.
+    Buffers and graphs are created for the first positions, and again only where later ones need a larger capacity. What
+    follows the logits is compiled (torch.compile), with `compiled` the model too. On a CPU, for tests, nothing is
+    captured.
     """
 
     def __init__(self, model: Any, form: ThoughtFormat, options: Method, rows: int, compiled: bool):
-        self.model, self.form, self.options, self.capacity, self.compiled = model, form, options, rows, compiled
+        self.model, self.form, self.options, self.rows, self.compiled = model, form, options, rows, compiled
         self.close = torch.tensor(form.close, device=model.device)
-        self.room: CacheCapacity | None = None
-        self.shape = (0, 0, 0)  # thought, fed and horizon of the seats
+        self.capacity: CacheCapacity | None = None
+        self.shape = (0, 0, 0)  # thought, forced tokens and horizon of the buffers
         self.cache: StaticCache | None = None
-        self.seats: DecodeState | None = None
+        self.state: GraphState | None = None
         self.steps: dict[int, Callable[[], None]] = {}
 
-    @torch.no_grad()
-    def sample(self, positions: Positions, noise: Float[Tensor, "batch group thought"]) -> Thoughts:
-        """The thoughts of the engine protocol's `sample`."""
-        group, start = noise.shape[1], 0
-        rows = Rows(positions.targets(), self.form, noise, self.model.device)
+    def decode(self, positions: Positions, state: DecodeState) -> None:
+        """Decode all rows of the state, which are those of the positions."""
+        group, start = len(state.length) // len(positions), 0
         while start < len(positions):
             end = self._end(positions, start, group)
-            self._take(positions.slice(start, end), rows, start * group, end * group)
+            self._decode(positions.slice(start, end), state, start * group, end * group)
             start = end
-        return rows.thoughts(len(positions), group)
 
     def _end(self, positions: Positions, start: int, group: int) -> int:
-        """The end of the next positions that decode together: as many as there is room for, in not too many windows."""
-        end = positions.window_boundary(start, max(1, self.capacity // group), at_least=True)
-        most = max(1, _WINDOWS * self.capacity // self.options.group)
+        """The end of the next positions that decode together: as many as fit, in a bounded number of windows."""
+        end = positions.window_boundary(start, max(1, self.rows // group), at_least=True)
+        most = max(1, _WINDOWS * self.rows // self.options.group)
         owners = positions.window[start:end]
         return start + int((owners < owners[0] + most).sum())
 
-    def _take(self, positions: Positions, rows: Rows, first: int, last: int) -> None:
-        """All steps of the rows first .. last-1, whose places these are."""
+    def _decode(self, positions: Positions, state: DecodeState, first: int, last: int) -> None:
+        """Decode rows first .. last-1, which are those of the positions."""
         group = (last - first) // len(positions)
         lead = len(self.form.after) + len(self.form.open)
-        batch, logits = read_shared(self.model, self.form, positions, group, lead)
-        fork = batch.fork
-        self._make_room(fork, rows, logits)
-        assert self.room is not None and self.seats is not None and self.cache is not None
-        self.cache.load(fork)
+        batch, logits = SharedBatch.read(EagerBackend(self.model), self.form, positions, group, lead)
+        self._reserve(batch.cache, state, logits)
+        assert self.capacity is not None and self.state is not None and self.cache is not None
+        self.cache.load(batch.cache)
         ids = torch.arange(first, last, device=self.model.device)
-        self._load_rows(rows, ids, logits)
-        count = self.room.rows
+        self._load_rows(state, ids, logits)
+        count = self.capacity.rows
         while True:
             step = self._step(count)
             for _ in range(_LOOK):
                 step()
-            going = self.seats.tail[:count] < self.seats.feed.shape[1]
-            left = int(going.sum())
+            unfinished = self.state.forced_index[:count] < self.state.forced_tokens.shape[1]
+            left = int(unfinished.sum())
             if left and (left > count // 2 or count // 2 < _FEWEST):
                 continue
-            self._store_rows(rows, ids)
+            self._store_rows(state, ids)
             if not left:
                 return
             count //= 2
-            order = (~going).to(torch.int8).argsort(stable=True)[:count]
-            ids = self._move(order, ids)
+            order = (~unfinished).to(torch.int8).argsort(stable=True)[:count]
+            ids = self._move_to_front(order, ids)
 
-    def _make_room(self, fork: SuffixCache, rows: Rows, logits: Float[Tensor, "row vocab"]) -> None:
-        """Buffers that hold a fork's rows to their ends; those at hand, where these are large enough."""
-        owner = [fork.prefix.owner[place] for place in fork.places]
+    def _reserve(self, cache: SuffixCache, state: DecodeState, logits: Float[Tensor, "row vocab"]) -> None:
+        """Ensure that the buffers can hold a cache's rows to their ends; existing ones are kept if large enough."""
+        documents = cache.documents_and_lengths()[0]
+        shape = (state.tokens.shape[1], state.forced_tokens.shape[1], state.evidence.shape[1])
+        limit, width, horizon = shape
         need = CacheCapacity(
-            rows=len(owner),
-            documents=max(owner) + 1,
-            slots=max(owner.count(document) for document in set(owner)),
-            prefix=max(fork.prefix.stop),
-            suffix=fork.length + rows.tokens.shape[1] + rows.feed.shape[1] + 2 * _LOOK,
+            rows=len(documents),
+            documents=max(documents) + 1,
+            slots=max(documents.count(document) for document in set(documents)),
+            prefix=max(cache.prefix.length),
+            suffix=cache.length + limit + width + 2 * _LOOK,
         )
-        limit, width, horizon = rows.tokens.shape[1], rows.feed.shape[1], rows.evidence.shape[1]
-        if self.room is not None and self.room.holds(need) and self.shape == (limit, width, horizon):
+        if self.capacity is not None and self.capacity.fits(need) and self.shape == shape:
             return
-        old = self.room or need
+        old = self.capacity or need
         self.steps.clear()
-        self.cache = self.seats = None
-        self.room = CacheCapacity(
+        self.cache = self.state = None
+        self.capacity = CacheCapacity(
             rows=max(need.rows, old.rows),
             documents=max(need.documents, old.documents),
             slots=max(need.slots, old.slots),
             prefix=-max(need.prefix, old.prefix) // _GRAIN * -_GRAIN,
             suffix=max(need.suffix, old.suffix),
         )
-        self.cache = StaticCache.like(fork, self.room)
-        count, self.shape = self.room.rows, (limit, width, horizon)
+        self.cache = StaticCache.like(cache, self.capacity)
+        count, self.shape = self.capacity.rows, shape
 
         def full(value: Any, *shape: int) -> Tensor:
             return torch.full((count, *shape), value, device=logits.device)
 
-        self.seats = DecodeState(
-            noise=full(0.5, limit), feed=full(0, width), tail=full(width), tokens=full(self.form.pad, limit),
-            logp=full(0.0, limit), length=full(0), closed=full(0), evidence=full(0.0, horizon),
-            hit=full(0, horizon), logits=logits.new_zeros(count, logits.shape[1]), next=full(0),
+        self.state = GraphState(
+            noise=full(0.5, limit), forced_tokens=full(0, width), forced_index=full(width),
+            tokens=full(self.form.pad, limit), logp=full(0.0, limit), length=full(0), closed=full(0),
+            evidence=full(0.0, horizon), hit=full(0, horizon), logits=logits.new_zeros(count, logits.shape[1]),
+            next=full(0),
         )  # fmt: skip
 
-    def _load_rows(self, rows: Rows, ids: Int[Tensor, " row"], logits: Float[Tensor, "row vocab"]) -> None:
-        """Give each row a seat; the seats left over are done from the start."""
-        assert self.seats is not None
-        count, seats = len(ids), self.seats
-        for name in ("noise", "feed", "tail", "tokens", "logp", "length", "evidence"):
-            getattr(seats, name)[:count] = getattr(rows, name)[ids]
-        seats.closed.zero_()
-        seats.hit.zero_()
-        seats.logits[:count] = logits
-        seats.tail[count:] = seats.feed.shape[1]
+    def _load_rows(self, state: DecodeState, ids: Int[Tensor, " row"], logits: Float[Tensor, "row vocab"]) -> None:
+        """Copy rows into the first rows of the buffers; the rows after them are finished from the start."""
+        assert self.state is not None
+        count, buffers = len(ids), self.state
+        for name, tensor in state.tensors().items():
+            getattr(buffers, name)[:count] = tensor[ids]
+        buffers.logits[:count] = logits
+        buffers.forced_index[count:] = buffers.forced_tokens.shape[1]
 
-    def _store_rows(self, rows: Rows, ids: Int[Tensor, " row"]) -> None:
-        """Write down what the seats hold."""
-        assert self.seats is not None
-        count = len(ids)
-        for name in ("tokens", "logp", "length", "evidence"):
-            getattr(rows, name)[ids] = getattr(self.seats, name)[:count]
-        rows.closed[ids] = self.seats.closed[:count].bool()
-        rows.hit[ids] = self.seats.hit[:count].bool()
+    def _store_rows(self, state: DecodeState, ids: Int[Tensor, " row"]) -> None:
+        """Copy the results of rows out of the buffers."""
+        assert self.state is not None
+        for name in ("tokens", "logp", "length", "closed", "evidence", "hit"):
+            getattr(state, name)[ids] = getattr(self.state, name)[: len(ids)]
 
-    def _move(self, order: Int[Tensor, " seat"], ids: Int[Tensor, " seated"]) -> Int[Tensor, " known"]:
-        """Seat some rows first; which they are."""
-        assert self.seats is not None and self.cache is not None
-        for tensor in self.seats.tensors().values():
+    def _move_to_front(self, order: Int[Tensor, " front"], ids: Int[Tensor, " row"]) -> Int[Tensor, " known"]:
+        """Move some rows of the buffers to the front; returns their ids."""
+        assert self.state is not None and self.cache is not None
+        for tensor in self.state.tensors().values():
             tensor[: len(order)] = tensor[order]
         known = int((order < len(ids)).sum())
-        self.cache.pick(order, known)
+        self.cache.move_to_front(order, known)
         return ids[order[:known]]
 
     def _step(self, count: int) -> Callable[[], None]:
-        """One step of the first seats, as something to call again and again."""
+        """One step of the first rows, to be called repeatedly."""
         if count not in self.steps:
-            assert self.seats is not None and self.cache is not None
-            self.steps[count] = self._captured(self.seats.head(count), self.cache.head(count))
+            assert self.state is not None and self.cache is not None
+            self.steps[count] = self._capture(self.state.head(count), self.cache.head(count))
         return self.steps[count]
 
-    def _captured(self, seats: DecodeState, cache: StaticCache) -> Callable[[], None]:
+    def _capture(self, state: GraphState, cache: StaticCache) -> Callable[[], None]:
         options, model = self.options, self.model
         column, choose = cache.table.column, advance
-        if seats.tail.is_cuda and not self.compiled:
+        if state.length.is_cuda and not self.compiled:
             choose = torch.compile(advance)
-            for tensor in seats.tensors().values():  # or every number of rows would be compiled for itself
+            for tensor in state.tensors().values():  # or it would be compiled again for every number of rows
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
         def step() -> None:
-            choose(seats, self.close, options.temperature, options.top_p)
-            at = (cache.table.stop + column)[:, None]
+            choose(state, self.close, options.temperature, options.top_p)
+            at = (cache.table.prefix_lengths + column)[:, None]
             output = model(
-                input_ids=seats.next[:, None], position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=1
+                input_ids=state.next[:, None], position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=1
             )
-            seats.logits.copy_(output.logits[:, -1])
+            state.logits.copy_(output.logits[:, -1])
             column.add_(1)
 
         run: Callable[[], None] = step
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _SHAPES)
         if self.compiled:
             run = torch.compile(step, fullgraph=True, dynamic=False)
-        if not seats.tail.is_cuda:
+        if not state.length.is_cuda:
             return run
-        state = [*seats.tensors().values(), column]
-        kept = [tensor.clone() for tensor in state]
+        tensors = [*state.tensors().values(), column]
+        kept = [tensor.clone() for tensor in tensors]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -291,6 +266,6 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             run()
-        for tensor, value in zip(state, kept, strict=True):
+        for tensor, value in zip(tensors, kept, strict=True):
             tensor.copy_(value)
         return graph.replay

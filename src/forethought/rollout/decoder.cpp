@@ -1,10 +1,10 @@
-// Reading a document, and a step of decoding, as one function each: rows that read one token each, over documents that
-// are kept once. For decoders of Llama's kind (root-mean-square norms, rotary positions, grouped queries, SiLU-gated
-// networks), fp32, on a CPU.
+// Reading a document and a decoding step, one function each: rows that read one token each, over documents that are in
+// memory once. For Llama-style decoders (RMS norms, rotary embeddings, grouped-query attention, SiLU-gated MLPs) in fp32
+// on a CPU.
 //
-// Every product is of few rows with a matrix whose columns stand in panels of NR: panel p holds, for each of the k
-// inputs, its NR columns side by side. Weights, the documents' keys (columns: keys) and values (columns: their entries)
-// are all put into panels beforehand (`pack`), so that the same loop multiplies with all of them.
+// Every product multiplies few rows by a matrix whose columns are packed into panels of NR: panel p holds, for each of the
+// k inputs, its NR columns side by side. Weights, the documents' keys (columns: keys) and values (columns: their entries)
+// are all packed in advance (`pack`), so that the same loop multiplies by all of them.
 
 #include <algorithm>
 #include <cmath>
@@ -18,7 +18,7 @@
 #endif
 
 #if defined(__AVX512F__)
-constexpr int W = 16, MR = 8;  // floats of a vector; rows of a tile, whose sums stay in registers
+constexpr int W = 16, MR = 8;  // floats per vector; rows per tile, whose sums stay in registers
 #elif defined(__AVX__)
 constexpr int W = 8, MR = 4;
 #else
@@ -29,15 +29,15 @@ constexpr int NR = 2 * W;
 typedef float Vector __attribute__((vector_size(W * 4)));
 typedef int32_t Integers __attribute__((vector_size(W * 4)));
 
-// The same in compiled.py.
+// Mirrored in cpp.py.
 struct Layer {
     const float *norm, *qkv, *qkv_bias, *query_norm, *key_norm, *out, *out_bias, *second_norm, *gate_up, *down;
     float *prefix_keys, *prefix_values;  // (document, key head) panels
-    float *keys, *values;                // (row, key head, room, size)
+    float *keys, *values;                // (row, key head, capacity, size)
 };
 struct Call {
     int64_t rows, hidden, heads, key_heads, size, inner, vocabulary, layers, threads;
-    int64_t spans, column, room, length;  // `length`: keys of a document, the filling included
+    int64_t spans, column, capacity, length;  // `length`: keys of a document, padding included
     double eps, scale;
     const float *norm, *head, *cosines, *sines;  // cosines and sines: (row, size)
     const int64_t *span;                         // (document, visible keys, first row, end of rows)
@@ -94,7 +94,7 @@ inline Vector exponential(Vector given) {
     const Vector zero = {};
     Vector x = given < -87.0f ? zero - 87.0f : given;
     x = x > 88.0f ? zero + 88.0f : x;
-    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
     Vector whole = (x * 1.44269504f + magic) - magic;
     Vector r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
     Vector p = zero + 1.9875691500e-4f;
@@ -155,7 +155,7 @@ void tile(const float *x, int64_t x_row, const float *w, int64_t k, float *y, in
     }
 }
 
-// All rows with one panel. Each MR rows call for a share of the panel behind it, so that memory works all the time.
+// All rows by one panel. Each MR rows prefetch a share of the next panel, so that memory is always busy.
 template <Then then>
 void tiles(int64_t rows, const float *x, int64_t x_row, const float *w, int64_t k, float *y, int64_t y_row, int columns,
            const float *bias) {
@@ -171,7 +171,7 @@ void tiles(int64_t rows, const float *x, int64_t x_row, const float *w, int64_t 
     }
 }
 
-// y (rows, n) = x (rows, k) times a matrix in panels
+// y (rows, n) = x (rows, k) times a packed matrix
 template <Then then>
 void product(const Call &s, const float *x, int64_t x_row, const float *w, int64_t n, int64_t k, float *y, int64_t y_row,
              const float *bias = nullptr) {
@@ -200,8 +200,8 @@ void rotate(float *x, const float *cosines, const float *sines, int64_t size) {
     }
 }
 
-// Norms and rotary positions of a row's queries and new key; key and value go to column `column` of `keys` and `values`.
-void place(const Call &s, const Layer &layer, float *row, int64_t r, int64_t column, float *keys, float *values) {
+// Norms and rotary embeddings of a row's queries and new key; stores key and value in column `column` of the cache.
+void write_kv(const Call &s, const Layer &layer, float *row, int64_t r, int64_t column, float *keys, float *values) {
     const float *cosines = s.cosines + r * s.size, *sines = s.sines + r * s.size;
     for (int64_t h = 0; h < s.heads + s.key_heads; h++) {
         float *x = row + h * s.size;
@@ -211,7 +211,7 @@ void place(const Call &s, const Layer &layer, float *row, int64_t r, int64_t col
     }
     const float *key = row + s.heads * s.size, *value = key + s.key_heads * s.size;
     for (int64_t h = 0; h < s.key_heads; h++) {
-        const int64_t at = (h * s.room + column) * s.size;
+        const int64_t at = (h * s.capacity + column) * s.size;
         std::memcpy(keys + at, key + h * s.size, s.size * sizeof(float));
         std::memcpy(values + at, value + h * s.size, s.size * sizeof(float));
     }
@@ -227,8 +227,8 @@ void blend(const float *weight, const float *rows, int64_t row_size, int64_t cou
     for (int c = 0; c < C; c++) store(y + c * W, sums[c]);
 }
 
-// One key head, rows `first` to `end`, which continue one document after `stop` tokens each: one softmax over what a row
-// sees of the document's keys and its `own` columns of suffix.
+// One key head, rows `first` to `end`, which continue `stop` tokens of one document each: one softmax over the keys that a
+// row sees of the document and its `own` columns of suffix.
 void attend(const Call &s, const Layer &layer, int64_t document, const int64_t *stop, int64_t first, int64_t end,
             int64_t head, int64_t own, const float *qkv, int64_t row_size, float *out) {
     const int64_t fan = s.heads / s.key_heads, size = s.size, queries = (end - first) * fan;
@@ -249,7 +249,7 @@ void attend(const Call &s, const Layer &layer, int64_t document, const int64_t *
         tiles<SET>(queries, query, size, keys + p * size * NR, size, score + p * NR, line, NR, nullptr);
     for (int64_t q = 0; q < queries; q++) {
         const int64_t r = first + q / fan, begun = own ? s.start[r] : 0;
-        const float *mine = layer.keys + (r * s.key_heads + head) * s.room * size, *x = query + q * size;
+        const float *mine = layer.keys + (r * s.key_heads + head) * s.capacity * size, *x = query + q * size;
         float *to = score + q * line;
         for (int64_t j = stop[r]; j < width; j++) to[j] = -std::numeric_limits<float>::infinity();
         for (int64_t j = 0; j < begun; j++) to[width + j] = -std::numeric_limits<float>::infinity();
@@ -266,7 +266,7 @@ void attend(const Call &s, const Layer &layer, int64_t document, const int64_t *
                    std::min<int64_t>(NR, size - p * NR), nullptr);
     for (int64_t q = 0; q < queries; q++) {
         const int64_t r = first + q / fan, begun = own ? s.start[r] : 0;
-        const float *mine = layer.values + ((r * s.key_heads + head) * s.room + begun) * size;
+        const float *mine = layer.values + ((r * s.key_heads + head) * s.capacity + begun) * size;
         const float *weight = score + q * line + width + begun;
         float *to = sum + q * size;
         int64_t i = 0;
@@ -276,7 +276,7 @@ void attend(const Call &s, const Layer &layer, int64_t document, const int64_t *
     }
 }
 
-struct Part {  // rows of one document that attend at once
+struct Part {  // rows of one document that attend together
     int64_t document, first, end;
 };
 
@@ -285,40 +285,40 @@ void cut(const Call &s, int64_t document, int64_t first, int64_t end, std::vecto
     for (; first < end; first += rows) parts.push_back({document, first, std::min(first + rows, end)});
 }
 
-struct Room {  // what a layer computes
+struct Scratch {  // intermediate results of a layer
     int64_t row_size;
     std::vector<float> normed, qkv, out, gated;
-    explicit Room(const Call &s)
+    explicit Scratch(const Call &s)
         : row_size((s.heads + 2 * s.key_heads) * s.size), normed(s.rows * s.hidden), qkv(s.rows * row_size),
           out(s.rows * s.heads * s.size), gated(s.rows * s.inner) {}
 };
 
-void normalize_rows(const Call &s, const float *weight, Room &room) {
+void normalize_rows(const Call &s, const float *weight, Scratch &buf) {
 #pragma omp parallel for num_threads(s.threads) if (s.threads > 1 && s.rows > 64)
     for (int64_t r = 0; r < s.rows; r++)
-        normalize(s.states + r * s.hidden, weight, s.hidden, s.eps, &room.normed[r * s.hidden]);
+        normalize(s.states + r * s.hidden, weight, s.hidden, s.eps, &buf.normed[r * s.hidden]);
 }
 
-void project(const Call &s, const Layer &layer, Room &room) {
-    normalize_rows(s, layer.norm, room);
-    product<SET>(s, room.normed.data(), s.hidden, layer.qkv, room.row_size, s.hidden, room.qkv.data(), room.row_size,
+void project(const Call &s, const Layer &layer, Scratch &buf) {
+    normalize_rows(s, layer.norm, buf);
+    product<SET>(s, buf.normed.data(), s.hidden, layer.qkv, buf.row_size, s.hidden, buf.qkv.data(), buf.row_size,
                  layer.qkv_bias);
 }
 
-// A layer from its attention on.
+// A layer after the projections.
 void finish(const Call &s, const Layer &layer, const std::vector<Part> &parts, const int64_t *stop, int64_t own,
-            Room &room) {
+            Scratch &buf) {
     const int64_t tasks = parts.size() * s.key_heads, out_size = s.heads * s.size;
 #pragma omp parallel for num_threads(s.threads) schedule(dynamic) if (s.threads > 1)
     for (int64_t task = 0; task < tasks; task++) {
         const Part &part = parts[task / s.key_heads];
-        attend(s, layer, part.document, stop, part.first, part.end, task % s.key_heads, own, room.qkv.data(),
-               room.row_size, room.out.data());
+        attend(s, layer, part.document, stop, part.first, part.end, task % s.key_heads, own, buf.qkv.data(),
+               buf.row_size, buf.out.data());
     }
-    product<ADD>(s, room.out.data(), out_size, layer.out, s.hidden, out_size, s.states, s.hidden, layer.out_bias);
-    normalize_rows(s, layer.second_norm, room);
-    product<GATE>(s, room.normed.data(), s.hidden, layer.gate_up, s.inner, s.hidden, room.gated.data(), s.inner);
-    product<ADD>(s, room.gated.data(), s.inner, layer.down, s.hidden, s.inner, s.states, s.hidden);
+    product<ADD>(s, buf.out.data(), out_size, layer.out, s.hidden, out_size, s.states, s.hidden, layer.out_bias);
+    normalize_rows(s, layer.second_norm, buf);
+    product<GATE>(s, buf.normed.data(), s.hidden, layer.gate_up, s.inner, s.hidden, buf.gated.data(), s.inner);
+    product<ADD>(s, buf.gated.data(), s.inner, layer.down, s.hidden, s.inner, s.states, s.hidden);
 }
 
 }  // namespace
@@ -327,19 +327,18 @@ extern "C" {
 
 int64_t panel_width() { return NR; }
 
-// Ask for large pages before memory is written for the first time: weights that no cache holds are then read
-// faster.
+// Request huge pages before memory is written for the first time: weights that exceed the caches are then read faster.
 void large_pages(void *from, int64_t bytes) {
 #ifdef __linux__
     constexpr uintptr_t page = 4096;
     const uintptr_t first = (reinterpret_cast<uintptr_t>(from) + page - 1) / page * page;
     const uintptr_t end = (reinterpret_cast<uintptr_t>(from) + bytes) / page * page;
-    if (end > first) madvise(reinterpret_cast<void *>(first), end - first, MADV_HUGEPAGE);  // a hint: it may be refused
+    if (end > first) madvise(reinterpret_cast<void *>(first), end - first, MADV_HUGEPAGE);  // a hint, which may be ignored
 #endif
 }
 
-// Columns of a matrix w (n, k), whose rows are what a product's columns are, into panels; `share` of each panel's NR
-// columns, from `offset` on, are this matrix's.
+// Pack w (n, k), whose rows are the columns of the product; `share` of each panel's NR columns, from `offset` on, are of
+// this matrix.
 void pack(const float *w, int64_t n, int64_t k, int64_t share, int64_t offset, int64_t threads, float *to) {
     const int64_t panels = (n + share - 1) / share;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
@@ -348,7 +347,7 @@ void pack(const float *w, int64_t n, int64_t k, int64_t share, int64_t offset, i
             for (int64_t i = 0; i < k; i++) to[(p * k + i) * NR + offset + j] = w[(p * share + j) * k + i];
 }
 
-// The same of w (k, n), whose columns are a product's columns.
+// Pack w (k, n), whose columns are the columns of the product.
 void pack_columns(const float *w, int64_t n, int64_t k, int64_t threads, float *to) {
     const int64_t panels = (n + NR - 1) / NR;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
@@ -357,7 +356,7 @@ void pack_columns(const float *w, int64_t n, int64_t k, int64_t threads, float *
             std::memcpy(to + (p * k + i) * NR, w + i * n + p * NR, std::min<int64_t>(NR, n - p * NR) * sizeof(float));
 }
 
-// A token a row by inverting the cumulative distribution of softmax(logits / temperature) at a uniform number, and its
+// A token per row by inverting the cumulative distribution of softmax(logits / temperature) at a uniform number, and its
 // log-probability. Sums over CELL tokens are float, over cells double.
 void draw(const float *logits, int64_t rows, int64_t vocabulary, double temperature, const float *noise, int64_t threads,
           int64_t *tokens, float *logp) {
@@ -366,7 +365,7 @@ void draw(const float *logits, int64_t rows, int64_t vocabulary, double temperat
     for (int64_t r = 0; r < rows; r++) {
         const float *x = logits + r * vocabulary, factor = float(1 / temperature);
         std::vector<float> share(vocabulary);
-        std::vector<double> before(1, 0.0);  // what the cells before each one sum to
+        std::vector<double> before(1, 0.0);  // sum of the cells before each one
         const float top = highest(x, vocabulary);
         for (int64_t from = 0; from < vocabulary; from += CELL) {
             const int64_t count = std::min(CELL, vocabulary - from);
@@ -375,9 +374,9 @@ void draw(const float *logits, int64_t rows, int64_t vocabulary, double temperat
         const double point = noise[r] * before.back();
         int64_t cell = std::upper_bound(before.begin() + 1, before.end(), point) - before.begin() - 1;
         cell = std::min<int64_t>(cell, before.size() - 2);
-        int64_t token = vocabulary - 1;  // without any weight at all, as of logits that are nan
+        int64_t token = vocabulary - 1;  // if there is no weight at all, as for NaN logits
         double sum = before[cell];
-        bool found = false;  // in its cell, the first token behind the point, or the last with any weight
+        bool found = false;  // in its cell, the first token after the point, or the last with any weight
         for (int64_t i = cell * CELL; i < std::min((cell + 1) * CELL, vocabulary) && !(found && sum > point); i++) {
             sum += share[i];
             if (share[i] > 0) token = i, found = true;
@@ -387,7 +386,7 @@ void draw(const float *logits, int64_t rows, int64_t vocabulary, double temperat
     }
 }
 
-// Rows that read one token each. Their keys and values go into column `column` of the suffixes.
+// A decoding step: rows read one token each, whose keys and values are stored in column `column` of the suffixes.
 void step(const Call *given) {
     const Call &s = *given;
     std::vector<int64_t> stop(s.rows);
@@ -397,42 +396,42 @@ void step(const Call *given) {
         std::fill(stop.begin() + span[2], stop.begin() + span[3], span[1]);
         cut(s, span[0], span[2], span[3], parts);
     }
-    Room room(s);
+    Scratch buf(s);
     for (int64_t l = 0; l < s.layers; l++) {
         const Layer &layer = s.layer[l];
-        project(s, layer, room);
-        const int64_t row = s.key_heads * s.room * s.size;
+        project(s, layer, buf);
+        const int64_t row = s.key_heads * s.capacity * s.size;
         for (int64_t r = 0; r < s.rows; r++)
-            place(s, layer, &room.qkv[r * room.row_size], r, s.column, layer.keys + r * row, layer.values + r * row);
-        finish(s, layer, parts, stop.data(), s.column + 1, room);
+            write_kv(s, layer, &buf.qkv[r * buf.row_size], r, s.column, layer.keys + r * row, layer.values + r * row);
+        finish(s, layer, parts, stop.data(), s.column + 1, buf);
     }
-    normalize_rows(s, s.norm, room);
-    product<SET>(s, room.normed.data(), s.hidden, s.head, s.vocabulary, s.hidden, s.logits, s.vocabulary);
+    normalize_rows(s, s.norm, buf);
+    product<SET>(s, buf.normed.data(), s.hidden, s.head, s.vocabulary, s.hidden, s.logits, s.vocabulary);
 }
 
-// A document, whose tokens are the rows, which see those before them and themselves: its keys and values, as they are and
-// in panels. Of the last layer nothing else is needed.
+// Read a document, whose tokens are the rows, with causal attention: its keys and values, unpacked and packed, which is all
+// that is needed of the last layer.
 void read(const Call *given) {
     const Call &s = *given;
     std::vector<int64_t> stop(s.rows);
     for (int64_t r = 0; r < s.rows; r++) stop[r] = r + 1;
     std::vector<Part> parts;
     cut(s, 0, 0, s.rows, parts);
-    Room room(s);
+    Scratch buf(s);
     const int64_t key_panels = (s.length + NR - 1) / NR, value_panels = (s.size + NR - 1) / NR;
     for (int64_t l = 0; l < s.layers; l++) {
         const Layer &layer = s.layer[l];
-        project(s, layer, room);
+        project(s, layer, buf);
 #pragma omp parallel for num_threads(s.threads) if (s.threads > 1)
         for (int64_t r = 0; r < s.rows; r++)
-            place(s, layer, &room.qkv[r * room.row_size], r, r, layer.keys, layer.values);
+            write_kv(s, layer, &buf.qkv[r * buf.row_size], r, r, layer.keys, layer.values);
         for (int64_t h = 0; h < s.key_heads; h++) {
-            const int64_t at = h * s.room * s.size;
+            const int64_t at = h * s.capacity * s.size;
             pack(layer.keys + at, s.length, s.size, NR, 0, s.threads, layer.prefix_keys + h * key_panels * s.size * NR);
             pack_columns(layer.values + at, s.size, s.length, s.threads,
                          layer.prefix_values + h * value_panels * s.length * NR);
         }
-        if (l + 1 < s.layers) finish(s, layer, parts, stop.data(), 0, room);
+        if (l + 1 < s.layers) finish(s, layer, parts, stop.data(), 0, buf);
     }
 }
 }

@@ -1,151 +1,34 @@
-"""The decoding state of thoughts: sample, close by force where needed, read the evidence off the logits."""
+"""Decoding of thoughts: the state of its rows, the sampler, the batches that hold a KV cache, and the decoding loop.
 
-from collections.abc import Callable
-from dataclasses import replace
+The loop runs over a `Backend`, which reads documents and computes the logits of the next token: PyTorch (here) or C++
+(cpp.py). CUDA graphs (cuda_graphs.py) have a loop of their own over the same state, because it runs on the device.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformers import DynamicCache
 
 from forethought.config import Method
-from forethought.data.positions import ThoughtFormat
-from forethought.models.logprobs import log_probabilities, mask_token
+from forethought.data.positions import Positions, ThoughtFormat, pad_rows
+from forethought.models.fused import prepacked
+from forethought.models.logprobs import log_probabilities, mask_token, position_ids
+from forethought.prefix import Prefix, SuffixCache, backbone, lm_head, read
 from forethought.rollout import Responses, Thoughts
 
-
-class Rows:
-    """All rows, position by position: each thinks, then is fed `close` (if it must be) and its targets.
-
-    `tail` is -1 while a row thinks; afterwards it is the index, in close + targets, of the token it is fed next. Rows
-    need not be at the same token of their thoughts. With `writing` (a uniform number for each token) a row goes on to
-    sample: what it writes takes the place of the target that was scored there. `drawing` stands for `draw`.
-    """
-
-    def __init__(
-        self,
-        targets: Int[Tensor, "batch horizon"],
-        form: ThoughtFormat,
-        noise: Float[Tensor, "batch group thought"],
-        device: torch.device,
-        writing: Float[Tensor, "batch group horizon"] | None = None,
-        drawing: Callable[[Tensor, Tensor, Method], tuple[Tensor, Tensor]] | None = None,
-    ):
-        group, limit = noise.shape[1:]
-        rows = noise.shape[0] * group
-        self.drawing = drawing or draw
-        self.noise = noise.reshape(rows, limit).to(device)
-        self.writing = None if writing is None else writing.flatten(0, 1).to(device)
-        self.close = torch.tensor(form.close, device=device)
-        forced = self.close.expand(rows, -1)
-        self.feed = torch.cat([forced, targets.to(device).repeat_interleave(group, 0)], dim=1)
-        self.tail = torch.full((rows,), -1, device=device)
-        self.tokens = torch.full((rows, limit), form.pad, device=device)
-        self.logp = torch.zeros(rows, limit, device=device)
-        self.length = torch.zeros(rows, dtype=torch.long, device=device)
-        self.closed = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.evidence = torch.zeros(rows, targets.shape[1], device=device)
-        self.hit = torch.zeros(rows, targets.shape[1], dtype=torch.bool, device=device)
-        self.written_logp = torch.zeros(rows, targets.shape[1], device=device)
-        self.alive = torch.zeros(0, dtype=torch.long, device=device)  # rows that are in the cache, in its order
-        self.fresh = False  # whether some of them have not thought a token yet
-        self.behind = torch.arange(1 - len(form.close), 1, device=device)  # tokens of a delimiter, from its last
-
-    def begin(self, start: int, end: int) -> None:
-        """Rows start .. end-1 stand in the cache now, behind those that already do."""
-        self.alive = torch.cat([self.alive, torch.arange(start, end, device=self.alive.device)])
-        self.fresh = True
-
-    def advance(self, logits: Float[Tensor, "row vocab"], options: Method) -> Int[Tensor, " row"]:
-        """Use the logits of the rows in the cache: sample or score; return the token that each row reads next."""
-        tail = self.tail[self.alive]
-        thinking = tail < 0
-        count = int(thinking.sum())
-        if count == len(tail):
-            return self._think(logits, self.alive, options)
-        place = tail.clamp(min=0, max=self.feed.shape[1] - 1)
-        self._score(logits, tail, self.feed[self.alive, place], options)
-        fed = self.feed[self.alive, place]  # read again: rows that write have changed it
-        if count:
-            fed[thinking] = self._think(logits[thinking], self.alive[thinking], options)
-        return fed
-
-    def _score(
-        self, logits: Float[Tensor, "row vocab"], tail: Int[Tensor, " row"], fed: Int[Tensor, " row"], options: Method
-    ) -> None:
-        """Record the evidence of rows at a target, write there, and move every row that does not think one token on."""
-        scored = ((tail >= len(self.close)) & (tail < self.feed.shape[1])).nonzero().squeeze(-1)
-        rows, column = self.alive[scored], tail[scored] - len(self.close)
-        if scored.numel():
-            here = logits[scored]
-            self.evidence[rows, column] = log_probabilities(here, fed[scored])
-            self.hit[rows, column] = here.argmax(dim=-1) == fed[scored]
-            if self.writing is not None:
-                token = sample(here, self.writing[rows, column], options.temperature, options.top_p)
-                self.feed[rows, tail[scored]] = token
-                self.written_logp[rows, column] = log_probabilities(here, token, options.temperature)
-        self.tail[self.alive] = torch.where(tail >= 0, tail + 1, tail)
-
-    def _think(
-        self, logits: Float[Tensor, "thinker vocab"], rows: Int[Tensor, " thinker"], options: Method
-    ) -> Int[Tensor, " thinker"]:
-        """Sample the next thought token of rows that think; note which of them are done thinking."""
-        at = self.length[rows]
-        if self.fresh:
-            logits, self.fresh = mask_token(logits, int(self.close[0]), at == 0), False
-        token, logp = self.drawing(logits, self.noise[rows, at], options)
-        self.tokens[rows, at] = token
-        self.logp[rows, at] = logp
-        size, limit, length = len(self.close), self.tokens.shape[1], at + 1
-        self.length[rows] = length
-        ending = self.tokens[rows[:, None], (at[:, None] + self.behind).clamp(min=0)]
-        closed = (ending == self.close).all(dim=-1) & (length > size)
-        self.closed[rows] = closed
-        self.tail[rows] = torch.where(closed, size, torch.where(length == limit, 0, -1))
-        return token
-
-    def alive_rows(self) -> Int[Tensor, " row"]:
-        """Indices, among the rows in the cache, of those that still have a token to think or to score."""
-        return (self.tail[self.alive] < self.feed.shape[1]).nonzero().squeeze(-1)
-
-    def drop(self, keep: Int[Tensor, " row"]) -> None:
-        """Forget finished rows."""
-        self.alive = self.alive[keep]
-
-    def thoughts(self, batch: int, group: int) -> Thoughts:
-        """The result, cut to the longest thought."""
-        width = int(self.length.max())
-        mask = torch.arange(width, device=self.length.device) < self.length[:, None]
-        return Thoughts(
-            tokens=self.tokens[:, :width].view(batch, group, width).clone(),
-            mask=mask.view(batch, group, width),
-            closed=self.closed.view(batch, group),
-            logp=self.logp[:, :width].view(batch, group, width).clone(),
-            evidence=self.evidence.view(batch, group, -1),
-            hit=self.hit.view(batch, group, -1),
-        )
-
-    def responses(self, batch: int, group: int) -> Responses:
-        """The result of rows that wrote: only their first target was one."""
-        thoughts = self.thoughts(batch, group)
-        return Responses(
-            thoughts=replace(thoughts, evidence=thoughts.evidence[..., :1], hit=thoughts.hit[..., :1]),
-            written=self.feed[:, len(self.close) :].view(batch, group, -1),
-            logp=self.written_logp.view(batch, group, -1),
-        )
-
-
-def draw(
-    logits: Float[Tensor, "row vocab"], noise: Float[Tensor, " row"], options: Method
-) -> tuple[Int[Tensor, " row"], Float[Tensor, " row"]]:
-    """A token per row at a uniform number, by `sample`, and its log-probability at the temperature."""
-    token = sample(logits, noise, options.temperature, options.top_p)
-    return token, log_probabilities(logits, token, options.temperature)
+COMPACT = 0.75  # finished rows are dropped from a batch when less than this share of its rows is still decoding
+_REFILL = 0.5  # more positions are read when less than this share of the rows that fit is still decoding
 
 
 def sample(
     logits: Float[Tensor, "row vocab"], noise: Float[Tensor, " row"], temperature: float, top_p: float
 ) -> Int[Tensor, " row"]:
-    """Draw a token per row by inverting the cumulative distribution at a uniform number; float64 sums.
+    """Draw a token per row by inverting the cumulative distribution at a uniform number; sums in float64.
 
     With top_p < 1 the draw is from the smallest set of likeliest tokens whose probability reaches top_p.
     """
@@ -157,3 +40,345 @@ def sample(
     cumulative = probability.double().cumsum(dim=-1)
     point = noise.double()[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, point, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+
+def sample_with_logp(
+    logits: Float[Tensor, "row vocab"], noise: Float[Tensor, " row"], options: Method
+) -> tuple[Int[Tensor, " row"], Float[Tensor, " row"]]:
+    """A token per row by `sample`, and its log-probability at the temperature."""
+    token = sample(logits, noise, options.temperature, options.top_p)
+    return token, log_probabilities(logits, token, options.temperature)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeState:
+    """The state of all rows, position by position; its tensors are updated in place.
+
+    A row samples its thought (`forced_index` is -1), then reads `forced_tokens`: the closing delimiter, unless the
+    thought closed itself, and the targets, whose log-probabilities are its evidence. `forced_index` is the index of the
+    token that the row reads next; past the last one the row is finished. Rows need not be at the same step. With
+    `response_noise` a row writes: what it samples replaces the target that was scored there.
+    """
+
+    noise: Float[Tensor, "row thought"]  # a uniform number for each token
+    forced_tokens: Int[Tensor, "row forced"]
+    forced_index: Int[Tensor, " row"]
+    tokens: Int[Tensor, "row thought"]
+    logp: Float[Tensor, "row thought"]
+    length: Int[Tensor, " row"]
+    closed: Int[Tensor, " row"]  # 0 or 1
+    evidence: Float[Tensor, "row horizon"]
+    hit: Int[Tensor, "row horizon"]  # 0 or 1
+    response_noise: Float[Tensor, "row horizon"] | None = None
+    response_logp: Float[Tensor, "row horizon"] | None = None
+
+    @classmethod
+    def start(
+        cls,
+        targets: Int[Tensor, "batch horizon"],
+        form: ThoughtFormat,
+        noise: Float[Tensor, "batch group thought"],
+        device: torch.device,
+        response_noise: Float[Tensor, "batch group horizon"] | None = None,
+    ) -> "DecodeState":
+        """Rows that have not sampled a token yet."""
+        group, limit = noise.shape[1:]
+        rows, horizon = noise.shape[0] * group, targets.shape[1]
+        close = torch.tensor(form.close, device=device).expand(rows, -1)
+        writes = response_noise is not None
+        return cls(
+            noise=noise.reshape(rows, limit).to(device),
+            forced_tokens=torch.cat([close, targets.to(device).repeat_interleave(group, 0)], dim=1),
+            forced_index=torch.full((rows,), -1, device=device),
+            tokens=torch.full((rows, limit), form.pad, device=device),
+            logp=torch.zeros(rows, limit, device=device),
+            length=torch.zeros(rows, dtype=torch.long, device=device),
+            closed=torch.zeros(rows, dtype=torch.long, device=device),
+            evidence=torch.zeros(rows, horizon, device=device),
+            hit=torch.zeros(rows, horizon, dtype=torch.long, device=device),
+            response_noise=response_noise.flatten(0, 1).to(device) if writes else None,
+            response_logp=torch.zeros(rows, horizon, device=device) if writes else None,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Each tensor by its name."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def head(self, rows: int) -> Any:
+        """A view of the first rows."""
+        return type(self)(**{name: tensor[:rows] for name, tensor in self.tensors().items()})
+
+    def thoughts(self, batch: int) -> Thoughts:
+        """The thoughts at `batch` positions, padded to the longest."""
+        width = int(self.length.max())
+        mask = torch.arange(width, device=self.length.device) < self.length[:, None]
+        return Thoughts(
+            tokens=self.tokens[:, :width].view(batch, -1, width).clone(),
+            mask=mask.view(batch, -1, width),
+            closed=self.closed.bool().view(batch, -1),
+            logp=self.logp[:, :width].view(batch, -1, width).clone(),
+            evidence=self.evidence.unflatten(0, (batch, -1)),
+            hit=self.hit.bool().unflatten(0, (batch, -1)),
+        )
+
+    def responses(self, batch: int) -> Responses:
+        """The thoughts and responses of rows that wrote; only the first target was one."""
+        assert self.response_logp is not None
+        thoughts, horizon = self.thoughts(batch), self.evidence.shape[1]
+        return Responses(
+            thoughts=replace(thoughts, evidence=thoughts.evidence[..., :1], hit=thoughts.hit[..., :1]),
+            written=self.forced_tokens[:, -horizon:].unflatten(0, (batch, -1)),
+            logp=self.response_logp.unflatten(0, (batch, -1)),
+        )
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """Computes what the decoding loop needs of a model."""
+
+    model: Any
+
+    def prepared(self) -> contextlib.AbstractContextManager[Any]:
+        """Entered for as long as some positions are decoded; the weights do not change inside."""
+        ...
+
+    def read(self, documents: Sequence[Sequence[int]], prefix_lengths: Sequence[Sequence[int]]) -> Prefix:
+        """Read documents, as `prefix.read`."""
+        ...
+
+    def step(self, tokens: Int[Tensor, "row width"], cache: SuffixCache) -> Float[Tensor, "row vocab"]:
+        """Read some tokens per row, whose keys and values are added to the cache; the logits that follow the last."""
+        ...
+
+    def draw(
+        self, logits: Float[Tensor, "row vocab"], noise: Float[Tensor, " row"], options: Method
+    ) -> tuple[Int[Tensor, " row"], Float[Tensor, " row"]]:
+        """As `sample_with_logp`."""
+        ...
+
+
+class EagerBackend:
+    """The model's own forward pass; on a CPU, if `prepack`, over weights that are prepacked for `rows` rows."""
+
+    def __init__(self, model: Any, rows: int = 128, prepack: bool = True):
+        self.model, self.rows, self.prepack = model, rows, prepack
+        self.draw = sample_with_logp
+
+    def prepared(self) -> contextlib.AbstractContextManager[Any]:
+        """Prepack the weights."""
+        return prepacked(self.model, self.rows, self.prepack)
+
+    def read(self, documents: Sequence[Sequence[int]], prefix_lengths: Sequence[Sequence[int]]) -> Prefix:
+        """Read documents."""
+        return read(self.model, documents, prefix_lengths)
+
+    def step(self, tokens: Int[Tensor, "row width"], cache: SuffixCache) -> Float[Tensor, "row vocab"]:
+        """Read some tokens per row; the logits that follow the last."""
+        width = tokens.shape[1]
+        cache.reserve(width)
+        hidden = backbone(self.model, tokens, cache, cache.position_ids(width))
+        cache.length += width
+        return lm_head(self.model, hidden[:, -1])
+
+
+class SharedBatch:
+    """Rows over documents that are in memory once. New rows can join while others are decoding."""
+
+    def __init__(self, backend: Backend, cache: SuffixCache):
+        self.backend, self.cache = backend, cache
+
+    @classmethod
+    def read(
+        cls, backend: Backend, form: ThoughtFormat, positions: Positions, group: int, capacity: int
+    ) -> "tuple[SharedBatch, Float[Tensor, 'row vocab']]":
+        """A row per thought, and the logits that follow the opening delimiter; suffixes have `capacity` columns."""
+        prefix = backend.read(*form.documents_and_prefix_lengths(positions))
+        cache = SuffixCache(prefix, [position for position in range(len(positions)) for _ in range(group)], capacity)
+        lead = torch.tensor([*form.after, *form.open], device=backend.model.device)
+        return cls(backend, cache), backend.step(lead.expand(len(positions) * group, -1), cache)
+
+    @property
+    def full(self) -> bool:
+        """Whether all columns are in use, so that finished rows must be dropped before the next step."""
+        return self.cache.length == self.cache.capacity
+
+    def step(self, tokens: Int[Tensor, " row"]) -> Float[Tensor, "row vocab"]:
+        """Read one token per row; the logits that follow."""
+        return self.backend.step(tokens[:, None], self.cache)
+
+    def select(self, rows: Int[Tensor, " row"]) -> None:
+        """Keep only some rows, in their order."""
+        self.cache.select(rows)
+
+    def join(self, other: "SharedBatch") -> None:
+        """Append the rows of a younger batch."""
+        self.cache.join(other.cache)
+
+
+class ReplicatedBatch:
+    """Rows of any Hugging Face causal LM, each with a copy of its prompt in the cache."""
+
+    full = False  # the cache grows
+
+    def __init__(self, model: Any, mask: Bool[Tensor, "row width"]):
+        self.model, self.mask, self.cache = model, mask, DynamicCache(config=model.config)
+
+    @classmethod
+    def read(
+        cls, model: Any, prompts: Sequence[Sequence[int]], pad: int
+    ) -> "tuple[ReplicatedBatch, Float[Tensor, 'row vocab']]":
+        """A row per prompt, and the logits that follow it. Equal prompts are read once and then copied."""
+        index: dict[tuple[int, ...], int] = {}
+        rows = torch.tensor([index.setdefault(tuple(prompt), len(index)) for prompt in prompts], device=model.device)
+        tokens, mask = (part.to(model.device) for part in pad_rows(list(index), pad, left=True))
+        batch = cls(model, mask)
+        logits = batch._forward(tokens)
+        if len(index) < len(prompts):
+            batch.select(rows)
+            logits = logits[rows]
+        return batch, logits
+
+    def _forward(self, tokens: Int[Tensor, "row new"]) -> Float[Tensor, "row vocab"]:
+        """Read the last columns of the mask; the logits that follow."""
+        return self.model(
+            input_ids=tokens,
+            attention_mask=self.mask.long(),
+            position_ids=position_ids(self.mask)[:, -tokens.shape[1] :],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+
+    def step(self, tokens: Int[Tensor, " row"]) -> Float[Tensor, "row vocab"]:
+        """Read one token per row; the logits that follow."""
+        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
+        return self._forward(tokens[:, None])
+
+    def select(self, rows: Int[Tensor, " row"]) -> None:
+        """Keep, copy or drop rows in every layer, attention and Mamba alike."""
+        self.cache.reorder_cache(cast(torch.LongTensor, rows))
+        self.mask = self.mask[rows]
+
+
+class Decoder:
+    """Decodes at most `rows` thoughts at once (or one document's, where these are more).
+
+    With `shared` documents the next positions join the batch as thoughts finish; otherwise each batch is decoded to its
+    end before the next.
+    """
+
+    def __init__(self, backend: Backend, form: ThoughtFormat, options: Method, rows: int, shared: bool):
+        self.backend, self.form, self.options, self.rows, self.shared = backend, form, options, rows, shared
+
+    def decode(self, positions: Positions, state: DecodeState) -> None:
+        """Decode all rows of the state, which are those of the positions."""
+        group = len(state.length) // len(positions)
+        active = _ActiveRows(state, self.backend, self.form, self.options)
+        read, batch, logits = 0, None, None  # positions read so far
+        with self.backend.prepared():
+            while read < len(positions) or active.rows.numel():
+                count = active.rows.numel()
+                if read < len(positions) and (not count or (self.shared and count < _REFILL * self.rows)):
+                    end = positions.window_boundary(read, (self.rows - count) // group, at_least=not count)
+                    if end > read:
+                        running = (batch, logits) if count else None
+                        batch = logits = None  # frees a finished batch before the next is read
+                        batch, logits = self._read(positions.slice(read, end), group, state, running)
+                        active.add(read * group, end * group)
+                        read = end
+                assert batch is not None and logits is not None
+                tokens = active.advance(logits)
+                keep = active.unfinished()
+                if keep.numel() < COMPACT * len(active.rows) or not keep.numel() or batch.full:
+                    active.rows, tokens = active.rows[keep], tokens[keep]
+                    batch.select(keep) if keep.numel() else None
+                if active.rows.numel():
+                    logits = batch.step(tokens)
+
+    def _read(
+        self, positions: Positions, group: int, state: DecodeState, running: tuple[Any, Any] | None
+    ) -> tuple[SharedBatch | ReplicatedBatch, Float[Tensor, "row vocab"]]:
+        """Read positions, and append their rows to the batch that is running."""
+        form = self.form
+        if not self.shared:
+            contexts = [form.prompt_tokens(context) for context in positions.contexts() for _ in range(group)]
+            return ReplicatedBatch.read(self.backend.model, contexts, form.pad)
+        columns = len(form.after) + len(form.open) + state.tokens.shape[1] + state.forced_tokens.shape[1]
+        batch, logits = SharedBatch.read(self.backend, form, positions, group, columns)
+        if running is None:
+            return batch, logits
+        running[0].join(batch)
+        return running[0], torch.cat([running[1], logits])
+
+
+class _ActiveRows:
+    """The rows of a state that are in the batch, in its order."""
+
+    def __init__(self, state: DecodeState, backend: Backend, form: ThoughtFormat, options: Method):
+        device = state.length.device
+        self.state, self.backend, self.options = state, backend, options
+        self.close = torch.tensor(form.close, device=device)
+        self.last = torch.arange(1 - len(form.close), 1, device=device)  # offsets of the last tokens of a thought
+        self.rows = torch.zeros(0, dtype=torch.long, device=device)
+        self.fresh = False  # whether some of them have not sampled a token yet
+
+    def add(self, start: int, end: int) -> None:
+        """Rows start .. end-1 have been appended to the batch."""
+        self.rows = torch.cat([self.rows, torch.arange(start, end, device=self.rows.device)])
+        self.fresh = True
+
+    def unfinished(self) -> Int[Tensor, " row"]:
+        """Indices, in the batch, of rows that have a token left to sample or to score."""
+        return (self.state.forced_index[self.rows] < self.state.forced_tokens.shape[1]).nonzero().squeeze(-1)
+
+    def advance(self, logits: Float[Tensor, "row vocab"]) -> Int[Tensor, " row"]:
+        """Sample or score with the logits of each row; returns the token that it reads next."""
+        state = self.state
+        index = state.forced_index[self.rows]
+        thinking = index < 0
+        count = int(thinking.sum())
+        if count == len(index):
+            return self._sample(logits, self.rows)
+        column = index.clamp(min=0, max=state.forced_tokens.shape[1] - 1)
+        self._score(logits, index, state.forced_tokens[self.rows, column])
+        forced = state.forced_tokens[self.rows, column]  # once more: rows that write have changed them
+        if count:
+            forced[thinking] = self._sample(logits[thinking], self.rows[thinking])
+        return forced
+
+    def _score(
+        self, logits: Float[Tensor, "row vocab"], index: Int[Tensor, " row"], forced: Int[Tensor, " row"]
+    ) -> None:
+        """Score rows at a target (and let them write), and move all rows past their thought forward by one token."""
+        state, options = self.state, self.options
+        scored = ((index >= len(self.close)) & (index < state.forced_tokens.shape[1])).nonzero().squeeze(-1)
+        rows, column = self.rows[scored], index[scored] - len(self.close)
+        if scored.numel():
+            here = logits[scored]
+            state.evidence[rows, column] = log_probabilities(here, forced[scored])
+            state.hit[rows, column] = (here.argmax(dim=-1) == forced[scored]).long()
+            if state.response_noise is not None and state.response_logp is not None:
+                token = sample(here, state.response_noise[rows, column], options.temperature, options.top_p)
+                state.forced_tokens[rows, index[scored]] = token
+                state.response_logp[rows, column] = log_probabilities(here, token, options.temperature)
+        state.forced_index[self.rows] = torch.where(index >= 0, index + 1, index)
+
+    def _sample(
+        self, logits: Float[Tensor, "thinking vocab"], rows: Int[Tensor, " thinking"]
+    ) -> Int[Tensor, " thinking"]:
+        """Sample the next token of rows that think, and determine which thoughts end with it."""
+        state, size, limit = self.state, len(self.close), self.state.tokens.shape[1]
+        at = state.length[rows]
+        if self.fresh:
+            logits, self.fresh = mask_token(logits, int(self.close[0]), at == 0), False
+        token, logp = self.backend.draw(logits, state.noise[rows, at], self.options)
+        state.tokens[rows, at] = token
+        state.logp[rows, at] = logp
+        length = at + 1
+        state.length[rows] = length
+        ending = state.tokens[rows[:, None], (at[:, None] + self.last).clamp(min=0)]
+        closed = (ending == self.close).all(dim=-1) & (length > size)
+        state.closed[rows] = closed.long()
+        state.forced_index[rows] = torch.where(closed, size, torch.where(length == limit, 0, -1))
+        return token

@@ -1,7 +1,8 @@
-"""Thoughts from any Hugging Face causal LM: a document is read once, the thoughts at all its places decode together."""
+"""The native engine: thoughts, and free text, from any Hugging Face causal LM."""
 
-import contextlib
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -9,44 +10,19 @@ from torch import Tensor
 
 from forethought.config import Config, Method, UserError
 from forethought.data.positions import Positions, ThoughtFormat
-from forethought.models.prepacked import packed
-from forethought.prefix import enable
-from forethought.rollout import Responses, Thoughts
-from forethought.rollout.copies import COMPACT, read_copies
-from forethought.rollout.cpp import Compiled
-from forethought.rollout.cuda_graphs import Graphs, capturable
-from forethought.rollout.decoder import Rows
-from forethought.rollout.shared import read_shared
-
-_REFILL = 0.5  # the next positions are read when fewer than this share of the rows that fit is still decoding
-
-
-@runtime_checkable
-class _Batch(Protocol):
-    """Rows that decode together."""
-
-    @property
-    def full(self) -> bool:
-        """Whether the next token finds room only if finished rows are dropped."""
-        ...
-
-    def step(self, tokens: Int[Tensor, " row"]) -> Float[Tensor, "row vocab"]:
-        """Read one token a row; the logits that follow."""
-        ...
-
-    def select(self, rows: Int[Tensor, " row"]) -> None:
-        """Keep only some rows."""
-        ...
+from forethought.models.logprobs import mask_token
+from forethought.rollout import Responses, Thoughts, share_prefixes
+from forethought.rollout.cpp import CppBackend
+from forethought.rollout.cuda_graphs import CUDAGraphDecoder, capturable
+from forethought.rollout.decoder import COMPACT, Backend, Decoder, DecodeState, EagerBackend, ReplicatedBatch, sample
 
 
 class NativeEngine:
-    """Samples with the policy itself, so there is nothing to synchronise and nothing to mismatch.
+    """Samples with the policy itself, so there is nothing to synchronize and no mismatch between sampler and policy.
 
-    `rows` bounds how many thoughts decode at once. With `shared` (a model that `prefix.enable` prepared) a document is
-    kept once for all its thoughts, and as thoughts finish the next positions take their place; without, each thought
-    has a copy of its prefix. With `graphs` thoughts decode without the host; what is written behind them does not.
-    With `ordered`, a CPU multiplies with weights that are put into order once for each batch of thoughts (`packed`);
-    with `compiled` (for shared documents) it decodes by compiled functions, one call a token.
+    At most `rows` thoughts decode at once. With `shared` (a model that `prefix.enable` prepared) a document is stored
+    once for all its thoughts; without, each thought has a copy of its prefix. A `backend` other than eager PyTorch is
+    for shared documents. With `graphs` thoughts are decoded by CUDA graphs; responses are not.
     """
 
     def __init__(
@@ -57,26 +33,21 @@ class NativeEngine:
         rows: int = 128,
         shared: bool = True,
         *,
-        graphs: Graphs | None = None,
-        ordered: bool = True,
-        compiled: Compiled | None = None,
+        backend: Backend | None = None,
+        graphs: CUDAGraphDecoder | None = None,
     ):
-        self.model, self.form, self.options, self.capacity, self.shared = model, form, options, rows, shared
-        self.graphs, self.ordered, self.compiled = graphs, ordered, compiled
-        self._drawing = None if compiled is None else compiled.draw
+        self.model, self.form, self.graphs = model, form, graphs
+        self.decoder = Decoder(backend or EagerBackend(model, rows), form, options, rows, shared)
 
     def sync(self) -> None:
         """Nothing to do: the engine reads the policy's own weights."""
 
     @torch.no_grad()
     def sample(self, positions: Positions, noise: Float[Tensor, "batch group thought"]) -> Thoughts:
-        """Sample, close by force where needed, and read log p of the targets off the logits that follow."""
-        if self.graphs is not None:
-            return self.graphs.sample(positions, noise)
-        rows = Rows(positions.targets(), self.form, noise, self.model.device, drawing=self._drawing)
-        with self._prepared():
-            self._decode(positions, noise, rows)
-        return rows.thoughts(len(positions), noise.shape[1])
+        """Sample, force the closing delimiter where needed, and score the targets with the logits that follow."""
+        state = DecodeState.start(positions.targets(), self.form, noise, self.model.device)
+        (self.graphs or self.decoder).decode(positions, state)
+        return state.thoughts(len(positions))
 
     @torch.no_grad()
     def respond(
@@ -85,106 +56,118 @@ class NativeEngine:
         noise: Float[Tensor, "batch group thought"],
         writing: Float[Tensor, "batch group prediction"],
     ) -> Responses:
-        """Sample a thought, read log p of the target off the logits that follow, and go on to write from them."""
+        """Sample a thought, score the target with the logits that follow, and continue to sample from them."""
         targets = positions.targets()[:, :1].expand(-1, writing.shape[2])
-        rows = Rows(targets, self.form, noise, self.model.device, writing, self._drawing)
-        with self._prepared():
-            self._decode(positions, noise, rows)
-        return rows.responses(len(positions), noise.shape[1])
-
-    def _prepared(self) -> contextlib.AbstractContextManager[Any]:
-        """Weights in the order that decoding reads them fastest."""
-        if self.compiled is not None:
-            return self.compiled.ordered()
-        return packed(self.model, self.capacity, self.ordered)
-
-    def _decode(self, positions: Positions, noise: Float[Tensor, "batch group thought"], rows: Rows) -> None:
-        """Read positions as there is room for their rows, and take all rows to their ends."""
-        group = noise.shape[1]
-        room = len(self.form.after) + len(self.form.open) + noise.shape[2] + rows.feed.shape[1]
-        waiting, batch, logits = 0, None, None
-        while waiting < len(positions) or rows.alive.numel():
-            alive = rows.alive.numel()
-            if waiting < len(positions) and (not alive or (self.shared and alive < _REFILL * self.capacity)):
-                end = positions.window_boundary(waiting, (self.capacity - alive) // group, at_least=not alive)
-                if end > waiting:
-                    running = (batch, logits) if alive else None
-                    batch = logits = None  # a batch that has ended makes room before the next is read
-                    batch, logits = self._begin(positions.slice(waiting, end), group, room, running)
-                    rows.begin(waiting * group, end * group)
-                    waiting = end
-            assert batch is not None and logits is not None
-            tokens = rows.advance(logits, self.options)
-            keep = rows.alive_rows()
-            if keep.numel() < COMPACT * len(rows.alive) or not keep.numel() or batch.full:
-                rows.drop(keep)
-                tokens = tokens[keep]
-                batch.select(keep) if keep.numel() else None
-            if rows.alive.numel():
-                logits = batch.step(tokens)
-
-    def _begin(
-        self, positions: Positions, group: int, room: int, running: tuple[Any, Any] | None
-    ) -> tuple[_Batch, Float[Tensor, "row vocab"]]:
-        """Read new positions and set their rows behind those that are running."""
-        if not self.shared:
-            contexts = [self.form.prompt_tokens(context) for context in positions.contexts() for _ in range(group)]
-            return read_copies(self.model, contexts, self.form.pad)
-        batch, logits = read_shared(self.model, self.form, positions, group, room, self.compiled)
-        if running is None:
-            return batch, logits
-        running[0].fork.join(batch.fork)
-        return running[0], torch.cat([running[1], logits])
+        state = DecodeState.start(targets, self.form, noise, self.model.device, writing)
+        self.decoder.decode(positions, state)
+        return state.responses(len(positions))
 
 
 def native_engine(model: Any, form: ThoughtFormat, config: Config) -> NativeEngine:
-    """The engine that a config asks for. Raises UserError for a model that cannot share prefixes but should."""
-    shared = config.model.prefix == "shared"
-    if shared:
-        try:
-            enable(model)
-        except ValueError as error:
-            raise UserError(
-                f"model.prefix = 'shared': {type(model).__name__} cannot read a document once for all its thoughts "
-                f"({error}); set model.prefix to 'replicated'"
-            ) from error
-    rows = config.train.rollout_batch
-    graphs, ordered = _graphs(model, form, config), config.model.decoding != "eager"
-    compiled = _compiled(model, config)
-    return NativeEngine(model, form, config.method, rows, shared, graphs=graphs, ordered=ordered, compiled=compiled)
+    """The engine of a config. Raises UserError where the model does not support what the config asks for."""
+    share_prefixes(model, config)
+    rows, shared = config.train.rollout_batch, config.model.prefix == "shared"
+    backend = _cpp(model, config) or EagerBackend(model, rows, prepack=config.model.decoding != "eager")
+    graphs = _cuda_graphs(model, form, config)
+    return NativeEngine(model, form, config.method, rows, shared, backend=backend, graphs=graphs)
 
 
-def _graphs(model: Any, form: ThoughtFormat, config: Config) -> Graphs | None:
-    """Decoding without the host, where it was asked for or (`auto`) a GPU and the model's layers allow it.
-
-    Raises UserError where it was asked for and cannot be.
-    """
-    asked = config.model.decoding
-    if asked in ("eager", "cpp"):
+def _cuda_graphs(model: Any, form: ThoughtFormat, config: Config) -> CUDAGraphDecoder | None:
+    """CUDA-graph decoding, if requested or (`auto`) if a GPU and the model's layers allow it."""
+    decoding = config.model.decoding
+    if decoding in ("eager", "cpp"):
         return None
-    hindrance = None
+    reason = None
     if config.model.prefix != "shared":
-        hindrance = "model.prefix must be 'shared'"
+        reason = "model.prefix must be 'shared'"
     elif model.device.type != "cuda":
-        hindrance = "there is no GPU"
+        reason = "there is no GPU"
     elif not capturable(model):
-        hindrance = f"{type(model).__name__} has layers (Mamba, experts) that a graph cannot hold"
-    if hindrance and asked != "auto":
-        raise UserError(f"model.decoding = {asked!r}: {hindrance}; use 'auto' or 'eager'")
-    if hindrance:
-        return None
-    return Graphs(model, form, config.method, config.train.rollout_batch, asked == "cuda_graphs_compiled")
+        reason = f"{type(model).__name__} has layers (Mamba, experts) that a CUDA graph cannot capture"
+    if reason and decoding != "auto":
+        raise UserError(f"model.decoding = {decoding!r}: {reason}; use 'auto' or 'eager'")
+    compiled = decoding == "cuda_graphs_compiled"
+    return None if reason else CUDAGraphDecoder(model, form, config.method, config.train.rollout_batch, compiled)
 
 
-def _compiled(model: Any, config: Config) -> Compiled | None:
-    """The C++ backend, where it was asked for. Raises UserError where it cannot be."""
+def _cpp(model: Any, config: Config) -> CppBackend | None:
+    """The C++ backend, if requested."""
     if config.model.decoding != "cpp":
         return None
     try:
-        if model.device.type != "cpu":
-            raise ValueError("the model is not on a CPU")
         if config.model.prefix != "shared":
             raise ValueError("model.prefix must be 'shared'")
-        return Compiled(model)
+        return CppBackend(model)
     except ValueError as error:
         raise UserError(f"model.decoding = 'cpp': {error}; use 'auto' or 'eager'") from error
+
+
+Stop = Callable[[Sequence[int]], bool]  # whether a row that has generated these tokens is finished
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How to draw tokens, how many, and for how many rows at once."""
+
+    limit: int  # longest text, in generated tokens
+    temperature: float  # 0: greedy
+    top_p: float = 1.0
+    rows: int = 64  # changes speed and memory, not the result
+    not_first: int | None = None  # a token that no text begins with, such as a thought's closing delimiter
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    stop: Stop,
+    streams: Sequence[torch.Generator],
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[list[int]]:
+    """The tokens that follow each prompt, with the one that stopped it; at least one each.
+
+    Prompt i draws from streams[i] alone, so its text does not depend on how prompts are split into batches (up to the
+    rounding of a row that is padded to another width). `progress` receives the number of prompts of each batch.
+    """
+    texts: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))  # similar prompts together
+    for start in range(0, len(order), sampling.rows):
+        batch = order[start : start + sampling.rows]
+        noise = torch.stack([torch.rand(sampling.limit, generator=streams[i]) for i in batch])
+        found = _generate_batch(model, [prompts[i] for i in batch], sampling, stop, noise.to(model.device))
+        for i, tokens in zip(batch, found, strict=True):
+            texts[i] = tokens
+        progress(len(batch))
+    return texts
+
+
+def _generate_batch(
+    model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, stop: Stop, noise: Float[Tensor, "row limit"]
+) -> list[list[int]]:
+    batch, logits = ReplicatedBatch.read(model, prompts, pad=0)
+    texts: list[list[int]] = [[] for _ in prompts]
+    rows, running = list(range(len(prompts))), [True] * len(prompts)  # the rows in the batch, and which continue
+    for step in range(sampling.limit):
+        if step == 0 and sampling.not_first is not None:
+            logits = mask_token(logits, sampling.not_first)
+        drawn = _draw(logits, noise[rows, step], sampling)
+        for i, (row, token) in enumerate(zip(rows, drawn.tolist(), strict=True)):
+            if running[i]:
+                texts[row].append(token)
+                running[i] = not stop(texts[row])
+        if not any(running) or step + 1 == sampling.limit:
+            break
+        if sum(running) < COMPACT * len(rows):
+            kept = [i for i, runs in enumerate(running) if runs]
+            rows, running = [rows[i] for i in kept], [True] * len(kept)
+            drawn = drawn[kept]
+            batch.select(torch.tensor(kept, device=model.device))
+        logits = batch.step(drawn)
+    return texts
+
+
+def _draw(logits: Float[Tensor, "row vocab"], noise: Float[Tensor, " row"], sampling: Sampling) -> Int[Tensor, " row"]:
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    return sample(logits, noise, sampling.temperature, sampling.top_p)

@@ -1,17 +1,20 @@
-"""Thoughts from vLLM, in the same process and on the same device as the policy (docs/vllm.md). The only user of vLLM.
+"""Thoughts from vLLM, in the same process and on the same device as the policy (docs/vllm.md).
 
-Token ids go in and come out. vLLM tells the log-probabilities of what it sampled; the evidence, which it does not tell,
-is read off the policy. After every step the policy's weights are loaded in place, and a probe must then give what the
-policy gives.
+Token ids go in and come out. Requests are sampled by vLLM, which returns the log-probabilities of the tokens; the
+evidence is computed by the policy. A thought ends with the closing delimiter, which may be several tokens, and does not
+begin with its first one: vLLM stops at a given token and masks it as the first one, and `think` combines the two. After
+every optimizer step the policy's weights are loaded in place, and a probe must then agree with the policy.
 """
 
 import copy
+import hashlib
 import importlib
 import os
 import queue
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +27,6 @@ from forethought.data.positions import Positions, ThoughtFormat, pad_rows
 from forethought.models.logprobs import ScoringOptions, ThoughtBatch, chunk_tokens, log_probabilities, target_logp
 from forethought.models.lora import merged_weights
 from forethought.rollout import Thoughts
-from forethought.rollout.requests import Request, Sample, as_thoughts, read_back, think
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, so that weights need not be sent anywhere
@@ -33,13 +35,109 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 _PROBE = 32  # tokens
-_BOUND = {"float32": 1e-3, "bfloat16": 0.2}  # nats a token that engine and policy may differ by on the probe
-_KEPT: list[Any] = []  # vLLM's engines share groups of the process, which the death of one would take from all
-_STILL = 1e-4  # nats a token that a policy may move without the engine's answer changing
+_BOUND = {"float32": 1e-3, "bfloat16": 0.2}  # largest difference of engine and policy on the probe, nats per token
+_ENGINES: list[Any] = []  # kept alive: they share process groups, which the first one destroyed would take from all
+_UNMOVED = 1e-4  # nats per token that the policy may move on the probe while vLLM does not
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A prompt and the samples that are requested after it."""
+
+    prompt: list[int]
+    samples: int
+    limit: int  # longest sample, in tokens
+    stop: int  # a sample ends with this token
+    may_stop_first: bool  # whether `stop` may be the first token
+    seed: int  # of the first sample; the others' follow from it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """Sampled tokens, with the one that ended the sample."""
+
+    tokens: list[int]
+    logp: list[float]  # of each token, by the engine, at its temperature, nats
+
+    def __add__(self, more: "Sample") -> "Sample":
+        return Sample(tokens=self.tokens + more.tokens, logp=self.logp + more.logp)
+
+
+Draw = Callable[[list[Request]], list[list[Sample]]]  # the samples of each request
+
+
+def think(
+    prompts: Sequence[list[int]], noise: Float[Tensor, "batch group thought"], close: Sequence[int], draw: Draw
+) -> list[Sample]:
+    """A group of thoughts after each prompt, position by position; the noise determines the seeds alone.
+
+    The first request stops at the first token of the closing delimiter. If the delimiter has more tokens, each thought
+    is continued by requests of its own, which stop at the last token, until it has the whole delimiter or is full.
+    """
+    group, limit = noise.shape[1:]
+    first = [
+        Request(prompt=list(prompt), samples=group, limit=limit, stop=close[0], may_stop_first=False, seed=seed(own))
+        for prompt, own in zip(prompts, noise, strict=True)
+    ]
+    rows = [sample for found in draw(first) for sample in found]
+    own, turn = noise.flatten(0, 1), 0
+    while unfinished := [i for i, row in enumerate(rows) if not closed(row, close) and len(row.tokens) < limit]:
+        turn += 1
+        more = [
+            Request(
+                prompt=[*prompts[i // group], *rows[i].tokens],
+                samples=1,
+                limit=limit - len(rows[i].tokens),
+                stop=close[-1],
+                may_stop_first=True,
+                seed=seed(own[i], turn),
+            )
+            for i in unfinished
+        ]
+        for i, (sample,) in zip(unfinished, draw(more), strict=True):
+            rows[i] = rows[i] + sample
+    return rows
+
+
+def seed(noise: Float[Tensor, "..."], turn: int = 0) -> int:
+    """A seed below 2^62 from uniform numbers, which are a function of (run's seed, step, position, member)."""
+    digest = hashlib.blake2b(noise.contiguous().numpy().tobytes() + bytes([turn % 256]), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 2
+
+
+def closed(row: Sample, close: Sequence[int]) -> bool:
+    """Whether a thought ends with the closing delimiter and has tokens before it."""
+    return len(row.tokens) > len(close) and row.tokens[-len(close) :] == list(close)
+
+
+def scored_texts(rows: Sequence[Sample], close: Sequence[int], targets: Sequence[list[int]]) -> list[list[int]]:
+    """What the policy reads to compute the evidence: each thought, its delimiter (forced or not), its targets."""
+    group = len(rows) // len(targets)
+    return [[*row.tokens, *(() if closed(row, close) else close), *targets[i // group]] for i, row in enumerate(rows)]
+
+
+def as_thoughts(
+    rows: Sequence[Sample],
+    form: ThoughtFormat,
+    evidence: Float[Tensor, "batch group horizon"],
+    hit: Bool[Tensor, "batch group horizon"],
+) -> Thoughts:
+    """Samples and their evidence as `Thoughts`, on the evidence's device."""
+    shape, device = evidence.shape[:2], evidence.device
+    tokens, mask = pad_rows([row.tokens for row in rows], form.pad, left=False)
+    logp = torch.zeros(mask.shape).masked_scatter(mask, torch.tensor([x for row in rows for x in row.logp]))
+    return Thoughts(
+        tokens=tokens.view(*shape, -1).to(device),
+        mask=mask.view(*shape, -1).to(device),
+        closed=torch.tensor([closed(row, form.close) for row in rows], device=device).view(shape),
+        logp=logp.view(*shape, -1).to(device),
+        evidence=evidence,
+        hit=hit,
+    )
 
 
 class Caller:
-    """Makes calls in a thread of its own and waits for each, for so long and no longer."""
+    """Runs calls in a thread of its own, with a timeout."""
 
     def __init__(self, timeout_s: float):
         self.timeout_s = timeout_s
@@ -48,9 +146,9 @@ class Caller:
         threading.Thread(target=self._work, name="vllm", daemon=True).start()
 
     def call(self, name: str, function: Callable[[], Any]) -> Any:
-        """What `function` returns. Raises RunError if it raises, takes too long, or an earlier call never ended."""
+        """The result of `function`. Raises RunError if it raises or times out, or if an earlier call has not ended."""
         if self._stuck:
-            raise RunError(f"rollout.engine = 'vllm': {self._stuck} never ended, so {name} cannot begin")
+            raise RunError(f"rollout.engine = 'vllm': {self._stuck} has not ended, so {name} cannot begin")
         answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._tasks.put((function, answer))
         try:
@@ -59,13 +157,13 @@ class Caller:
             self._stuck = name
             raise RunError(
                 f"rollout.engine = 'vllm': {name} takes longer than rollout.timeout_s = {self.timeout_s:g} s; "
-                "vLLM hangs, or needs more time; the last checkpoint is whole"
+                "vLLM hangs or needs more time; the last checkpoint is complete"
             ) from None
         if error is not None:
-            text = " ".join(str(error).split()) or "no reason given"
+            text = " ".join(str(error).split()) or "no message"
             raise RunError(
                 f"rollout.engine = 'vllm': {name} failed with {type(error).__name__}: {text[:300]}; "
-                "the last checkpoint is whole"
+                "the last checkpoint is complete"
             ) from error
         return value
 
@@ -79,11 +177,11 @@ class Caller:
 
 
 class VLLMEngine:
-    """Samples with vLLM and scores with the policy. `start` makes one."""
+    """Samples with vLLM and scores with the policy. `start` creates one."""
 
     def __init__(self, policy: Any, form: ThoughtFormat, config: Config, vllm: Any, options: dict[str, Any]):
         self.policy, self.form, self.config, self.vllm = policy, form, config, vllm
-        self.reading = ScoringOptions(
+        self.scoring = ScoringOptions(
             temperature=1.0,
             tokens=chunk_tokens(policy, config.update.tokens_per_chunk),
             shared=config.model.prefix == "shared",
@@ -91,25 +189,25 @@ class VLLMEngine:
         size = policy.get_input_embeddings().num_embeddings
         self.probe = [i % size for i in range(7, 7 + min(_PROBE, options["max_model_len"] - 1))]
         self.bound = _BOUND[options["dtype"]]
-        self.answers: tuple[Tensor, Tensor] | None = None  # the policy's and vLLM's to the last probe
+        self.answers: tuple[Tensor, Tensor] | None = None  # of the policy and of vLLM to the last probe
         self.caller = Caller(config.rollout.timeout_s)
         try:
             self.llm = self.caller.call("the start", lambda: vllm.LLM(**options))
         except RunError as error:
             raise UserError(str(error).partition("; the last checkpoint")[0]) from error
-        _KEPT.append(self.llm)
+        _ENGINES.append(self.llm)
         self.sync()
 
     @torch.no_grad()
     def sample(self, positions: Positions, noise: Float[Tensor, "batch group thought"]) -> Thoughts:
-        """Sample with vLLM, close by force where needed, and read log p of the targets off the policy."""
+        """Sample with vLLM, force the closing delimiter where needed, and score the targets with the policy."""
         prompts = [self.form.prompt_tokens(context) for context in positions.contexts()]
         rows = think(prompts, noise, self.form.close, self._draw)
         return as_thoughts(rows, self.form, *self._evidence(positions, rows, noise.shape[1]))
 
     @torch.no_grad()
     def sync(self) -> None:
-        """Load the policy's weights in place. Raises RunError where a probe then tells of others."""
+        """Load the policy's weights in place. Raises RunError if a probe then disagrees with the policy."""
         own = merged_weights(self.policy, dict(self.policy.named_parameters()), self.config.lora)
         weights = revert_weight_conversion(self.policy, own)
         self.caller.call("loading the new weights", lambda: self._reload(list(weights.items())))
@@ -117,13 +215,13 @@ class VLLMEngine:
         logits = self.policy(input_ids=tokens[None], use_cache=False).logits[0, :-1]
         answers = log_probabilities(logits, tokens[1:]).cpu(), self.caller.call("a probe", self._answer)
         if wrong := difference(answers, self.answers, self.bound):
-            raise RunError(f"rollout.engine = 'vllm': {wrong}; the last checkpoint is whole")
+            raise RunError(f"rollout.engine = 'vllm': {wrong}; the last checkpoint is complete")
         self.answers = answers
 
     def _reload(self, weights: list[tuple[str, Tensor]]) -> None:
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if not self.llm.reset_prefix_cache():
-            raise RuntimeError("the cache of prefixes, which the old weights computed, could not be emptied")
+            raise RuntimeError("the prefix cache of the old weights could not be reset")
 
     def _answer(self) -> Float[Tensor, " token"]:
         """log p of the probe's tokens from the second on, by vLLM."""
@@ -143,7 +241,7 @@ class VLLMEngine:
             seed=request.seed,
             temperature=self.config.method.temperature,
             max_tokens=request.limit,
-            min_tokens=0 if request.open_end else 1,
+            min_tokens=0 if request.may_stop_first else 1,
             stop_token_ids=[request.stop],
             ignore_eos=True,
             logprobs=0,
@@ -153,22 +251,22 @@ class VLLMEngine:
     def _evidence(
         self, positions: Positions, rows: list[Sample], group: int
     ) -> tuple[Float[Tensor, "batch group horizon"], Bool[Tensor, "batch group horizon"]]:
-        """Of all targets, some whole documents at a time."""
-        texts = read_back(rows, self.form.close, positions.targets().tolist())
+        """Of all targets, a few whole documents at a time."""
+        texts = scored_texts(rows, self.form.close, positions.targets().tolist())
         longest, device = max(len(window.tokens) for window in positions.windows), self.policy.device
-        places, parts, start = self.config.method.positions, [], 0
-        for chunk in positions.chunks(max(1, places * (self.reading.tokens // longest))):
+        per_document, parts, start = self.config.method.positions, [], 0
+        for chunk in positions.chunks(max(1, per_document * (self.scoring.tokens // longest))):
             tokens, mask = pad_rows(texts[start : start + len(chunk) * group], self.form.pad, left=False)
             tokens, mask = (some.view(len(chunk), group, -1).to(device) for some in (tokens, mask))
-            again = ThoughtBatch.from_positions(self.form, chunk, tokens, mask)
-            parts.append(target_logp(self.policy, self.form, again, positions.horizon, self.reading))
+            batch = ThoughtBatch.from_positions(self.form, chunk, tokens, mask)
+            parts.append(target_logp(self.policy, self.form, batch, positions.horizon, self.scoring))
             start += len(chunk) * group
         evidence, hit = (torch.cat(some).view(len(positions), group, -1) for some in zip(*parts, strict=True))
         return evidence, hit
 
 
 def start(policy: Any, form: ThoughtFormat, config: Config) -> VLLMEngine:
-    """An engine with the policy's weights. Raises UserError where vLLM is not there or will not take the model."""
+    """An engine with the policy's weights. Raises UserError if vLLM is not installed or does not support the model."""
     os.environ.update(_ENVIRONMENT)
     try:
         vllm = importlib.import_module("vllm")
@@ -184,12 +282,12 @@ def start(policy: Any, form: ThoughtFormat, config: Config) -> VLLMEngine:
         options = {
             "model": folder,
             "runner": "generate",
-            "load_format": "dummy",  # no weights: those of the policy follow
+            "load_format": "dummy",  # the policy's weights follow
             "skip_tokenizer_init": True,
-            "generation_config": "vllm",  # nothing from the model's own
+            "generation_config": "vllm",  # not the model's own
             "dtype": {torch.float32: "float32", torch.bfloat16: "bfloat16"}[policy.dtype],
             "enable_prefix_caching": True,
-            "enable_chunked_prefill": policy.device.type != "cpu",  # on a CPU 0.32 fails where a seeded prompt is cut
+            "enable_chunked_prefill": policy.device.type != "cpu",  # vLLM 0.32 on a CPU fails to split seeded prompts
             "logprobs_mode": "processed_logprobs",  # at the sampling temperature
             "max_model_len": config.corpus.window + form.overhead + config.method.thought_length,
             "max_num_seqs": config.train.rollout_batch,
@@ -203,14 +301,14 @@ def difference(
     before: tuple[Float[Tensor, " token"], Float[Tensor, " token"]] | None,
     bound: float,
 ) -> str:
-    """What is wrong with the answers of policy and vLLM to one probe, given those of the last one; empty: nothing."""
+    """What is wrong with the answers of policy and vLLM to a probe, given those to the last one; "" if nothing."""
     gap = float((now[0] - now[1]).abs().mean())
     if not gap <= bound:
-        return f"after loading the new weights a probe differs by {gap:.2g} nats a token from the policy's"
+        return f"after loading the new weights a probe differs from the policy by {gap:.2g} nats per token"
     if before is not None and torch.equal(now[1], before[1]):
         moved = float((now[0] - before[0]).abs().mean())
-        if moved > _STILL:
-            return f"the new weights were not taken: the policy moved by {moved:.2g} nats a token on a probe"
+        if moved > _UNMOVED:
+            return f"the new weights were not loaded: the policy moved by {moved:.2g} nats per token on a probe"
     return ""
 
 

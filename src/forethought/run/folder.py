@@ -113,7 +113,7 @@ class RunLog:
         """
         for path in (self.path / f"{name}.jsonl" for name in ("metrics", "thoughts", "warnings")):
             kept = []
-            for number, row in _numbered_rows(path):
+            for number, row in numbered_rows(path):
                 if type(row.get("step")) is not int:
                     raise UserError(f"{path}:{number}: has no step; fix or delete the line")
                 if row["step"] <= step:
@@ -191,14 +191,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
     Raises UserError, with file and line, for any other malformed line.
     """
-    return [row for _, row in _numbered_rows(path)]
+    return [row for _, row in numbered_rows(path)]
 
 
-def _numbered_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
+def numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """`read_lines` one by one, with line numbers."""
     try:
-        return list(read_jsonl(path, allow_truncated=True))
+        yield from read_jsonl(path, allow_truncated=True)
     except FileNotFoundError:
-        return []
+        return
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from forethought.config import Config
 from forethought.run.distributed import launcher_rank_and_size
-from forethought.run.folder import RunLog
 from forethought.tools.report import card
 
 if TYPE_CHECKING:
@@ -25,7 +24,8 @@ def train(config: Config, callbacks: "Callbacks | None" = None) -> dict[str, Any
     from forethought import trainer
 
     summary = trainer.train(config, callbacks)
-    _write_card(Path(config.run))
+    if launcher_rank_and_size()[0] == 0:
+        card.write(Path(config.run))
     return summary
 
 
@@ -34,7 +34,8 @@ def resume(run: str | Path, callbacks: "Callbacks | None" = None, parallel: "Par
     from forethought import trainer
 
     summary = trainer.resume(run, callbacks, parallel)
-    _write_card(Path(run))
+    if launcher_rank_and_size()[0] == 0:
+        card.write(Path(run))
     return summary
 
 
@@ -45,13 +46,5 @@ def evaluate(
     from forethought import eval as held_out
 
     figures, file = held_out.evaluate(target, overrides, progress)
-    path = (overrides or {}).get("evaluate", {}).get("path") or RunLog.open(file.parent).config().evaluate.path
-    _write_card(file.parent, (path, figures))
+    card.write(file.parent, (overrides or {}).get("evaluate", {}).get("path", ""))
     return figures, file
-
-
-def _write_card(run: Path, measured: tuple[str, dict[str, Any]] | None = None) -> None:
-    """The card of a finished run's model; rank 0 alone writes it."""
-    if launcher_rank_and_size()[0] == 0 and (run / "summary.json").is_file():
-        log = RunLog.open(run)
-        log.write_text("policy/README.md", card.text(log.config(), log.read_json("summary.json"), measured))

@@ -1,7 +1,9 @@
-"""What the command line looks like: a bar while something goes on, tables of figures, plain lines."""
+"""What the command line looks like: a progress bar, tables of figures, plain lines."""
 
+import contextlib
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -10,20 +12,20 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from forethought.config import RenamedWarning
+from forethought.config.registry import METRICS
 from forethought.run.diagnostics import Diagnosis
 from forethought.run.trackers import Callbacks
 
 PLAIN_EVERY_S = 5.0
 
-FIGURES = {
-    "accuracy_think": "accuracy, thinking",
-    "accuracy_nothink": "accuracy, no thought",
-    "ce_think": "cross-entropy, thinking",
-    "ce_nothink": "cross-entropy, no thought",
-    "gain_over_base": "gain over the base (nats)",
-    "thought_length": "thought length (tokens)",
-    "closed": "thoughts that close",
-}
+FIGURES = (
+    "accuracy_think", "accuracy_nothink", "ce_think", "ce_nothink", "gain_over_base", "thought_length", "closed",
+)  # fmt: skip
+CONTROLS = (
+    "gain_over_teacher", "gain_self", "gain_empty", "gain_random", "gain_shuffled", "kept_shuffled", "marginal",
+    "drift", "leakage", "checkable", "truth",
+)  # fmt: skip
 ANSWERS = {
     "pass_at_1": "pass@1",
     "greedy": "greedy",
@@ -37,20 +39,6 @@ ANSWERS = {
     "thought_length": "thought, tokens",
     "closed": "thoughts closed",
 }
-CONTROLS = {
-    "gain_over_teacher": "gain over the teacher (nats)",
-    "gain_self": "gain over itself (nats)",
-    "gain_empty": "... with an empty thought",
-    "gain_random": "... with random tokens",
-    "gain_shuffled": "... with another's thought",
-    "kept_shuffled": "gain that shuffling keeps",
-    "marginal": "cross-entropy, mixture",
-    "drift": "drift of plain prediction",
-    "leakage": "thoughts with the target",
-    "checkable": "statements in a thought",
-    "truth": "statements that are right",
-}
-SHARES = ("accuracy_think", "accuracy_nothink", "closed", "kept_shuffled", "leakage", "truth")
 
 
 class ProgressBar(Callbacks):
@@ -88,16 +76,11 @@ class ProgressBar(Callbacks):
         self._show(name, done, total, "")
 
     def step(self, step: int, total: int, metrics: dict[str, float]) -> None:
-        """Progress of training, with the figures that tell most."""
-        names = {
-            "gain": "reward/gain",
-            "length": "rollout/length",
-            "tokens/s": "time/thought_tokens_per_s",
-            "loss": "objective/loss",
-            "accuracy": "objective/accuracy",
-        }
-        shown = ("gain", "length", "tokens/s") if "rollout/length" in metrics else ("loss", "accuracy")
-        figures = [f"{name} {metrics[names[name]]:.3g}" for name in shown if names[name] in metrics]
+        """Progress of training, with its main metrics."""
+        with_thoughts = {"gain": "reward/gain", "length": "rollout/length", "tokens/s": "time/thought_tokens_per_s"}
+        without = {"loss": "objective/loss", "accuracy": "objective/accuracy"}
+        names = with_thoughts if "rollout/length" in metrics else without
+        figures = [f"{short} {metrics[name]:.3g}" for short, name in names.items() if name in metrics]
         self._show("training", step, total, ", ".join(figures))
 
     def warning(self, found: Diagnosis) -> None:
@@ -121,7 +104,7 @@ class ProgressBar(Callbacks):
             line(self._console, ", ".join(part for part in parts if part))
 
 
-def table(figures: dict[str, Any], columns: Sequence[str], out: Console, rows: dict[str, str] = FIGURES) -> None:
+def table(figures: dict[str, Any], columns: Sequence[str], out: Console, metrics: Sequence[str] = FIGURES) -> None:
     """Figures by group of positions, one column for each of `columns`, intervals in brackets."""
     first = f"{columns[0]}/"
     groups = sorted({name.split("/")[1] for name in figures if name.startswith(first) and name.count("/") == 2})
@@ -134,10 +117,13 @@ def table(figures: dict[str, Any], columns: Sequence[str], out: Console, rows: d
     for group in groups:
         count = figures[f"{first}{group}/positions"]
         shown.add_row(Text(f"{printable(group)}: {count} positions", style="bold"))
-        for metric, meaning in rows.items():
-            names = [f"{column}/{group}/{metric}" for column in columns]
+        for metric in (METRICS[name] for name in metrics):
+            names = [f"{column}/{group}/{metric.name}" for column in columns]
             if any(name in figures for name in names):
-                shown.add_row(f"  {meaning}", *[_cell(figures, name, metric in SHARES) for name in names])
+                units = ("nats", "tokens") if "entropy" not in metric.label else ()  # an entropy is in nats
+                unit = f" ({metric.unit})" if metric.unit in units else ""
+                cells = [_cell(figures, name, metric.unit == "share") for name in names]
+                shown.add_row(f"  {metric.label}{unit}", *cells)
     out.print(shown)
 
 
@@ -186,3 +172,21 @@ def printable(text: str) -> str:
 def line(console: Console, text: str) -> None:
     """A line of text, as it is."""
     console.print(printable(text), markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def renamed_options(err: Console, first: bool) -> Iterator[None]:
+    """Print each use of an old name as one line; of several processes only the first one does."""
+    with warnings.catch_warnings():
+        others, seen = warnings.showwarning, set()
+
+        def show(message: Any, category: type[Warning], *where: Any) -> None:
+            if not issubclass(category, RenamedWarning):
+                others(message, category, *where)
+            elif first and str(message) not in seen:
+                seen.add(str(message))
+                line(err, f"forethought: {message}")
+
+        warnings.simplefilter("always", RenamedWarning)
+        warnings.showwarning = show
+        yield

@@ -1,90 +1,117 @@
-"""lm-evaluation-harness: a model type `forethought` that thinks before it answers, so that any of its tasks runs.
+"""lm-evaluation-harness: the model type `forethought`, which thinks before it answers any of the harness's tasks.
 
     forethought lm-eval --model_args path=RUN/policy,thoughts=4 --tasks arc_easy
 
-The harness knows only the model types of its own list and loads no plugins; this command adds ours and hands over.
+The harness has no plugins: this command registers the model type and calls the harness's own command line.
 """
 # pyright: reportMissingImports=false
 
+import functools
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from forethought.config import UserError, merge
-from forethought.inference import Pair, ThinkingModel
-from forethought.rollout.generate import Sampling
-from forethought.tools.questions.questions import before, stop_at
+from forethought.inference import Answer, Pair, ThinkingModel
+from forethought.rollout.native import Sampling
 
+TASKS = Path(__file__).parent / "tasks"  # the task files of tools/benchmarks.py
 _KNOWN = {"until", "do_sample", "temperature", "top_p", "max_gen_toks"}
+_SEEDS = 2**32  # between the seeds of two samples: no sample of one seed is drawn like one of another seed
 
 
-@register_model("forethought")
+class Reply(str):
+    """The text of an answer, which is all that the harness reads, with the rest of the answer."""
+
+    answer: Answer
+
+
+class BenchmarkTask(ConfigurableTask):
+    """A task with up to `num_fewshot` worked examples: those of the question's subject in the data, else its file's."""
+
+    def __init__(self, config: dict[str, Any]):
+        super().__init__(config={name: value for name, value in config.items() if name != "class"})
+
+    def fewshot_context(self, doc: dict[str, Any], num_fewshot: int, *args: Any, **options: Any) -> Any:
+        """The worked examples and the question."""
+        examples: Any = self.dataset.get("dev", {}).get(doc["subject"]) or self.fewshot_cfg.samples
+        self.sampler.replace_df(examples)
+        return super().fewshot_context(doc, min(num_fewshot, len(examples)), *args, **options)
+
+
 class ForethoughtLM(TemplateLM):
     """A ThinkingModel for the harness.
 
-    - `loglikelihood`: k thoughts behind the context; the continuation's probability is its mean over them. The choices
-      of a question are scored after the same thoughts.
+    - `loglikelihood`: samples thoughts after the context; the probability of the continuation is its mean over them.
+      The choices of a question are scored after the same thoughts.
     - `loglikelihood_rolling`: thinks before every `think_every`-th token of the text.
-    - `generate_until`: thinks once, then writes. Only what is written behind the thought is the answer.
+    - `generate_until`: thinks once, then writes. Only the text after the thought is the answer.
 
-    The same seed gives the same results, whatever the batch size.
+    The same seed gives the same results for any batch size.
     """
 
     def __init__(
         self,
-        path: str,
+        path: str | ThinkingModel,
         thoughts: int = 1,
         thinking: bool = True,
         think_every: int = 1,
         seed: int = 0,
+        thought_temperature: float | None = None,
         **options: Any,
     ):
-        """`path` is what ThinkingModel.load takes. `thinking=False` is the same model without a thought.
+        """`path` is a loaded model, or what ThinkingModel.load takes. `thinking=False`: the same model, no thoughts.
 
-        `options` are the harness's own batch_size (thoughts decoded at once), device and max_gen_toks, and any option
-        of Forethought by its whole name, such as method.thought_length=64. Raises UserError.
+        `thought_temperature` replaces method.temperature; 0 takes the most likely tokens. `options` are the harness's
+        batch_size (thoughts decoded at once), device and max_gen_toks, and any option of Forethought by its full name,
+        such as method.thought_length=64. Raises UserError.
         """
         super().__init__()
         if thoughts < 1 or think_every < 1:
             raise UserError(f"thoughts = {thoughts}, think_every = {think_every}: must be at least 1")
         self.max_gen_toks = int(options.pop("max_gen_toks", 256))
-        self.path, self.thoughts, self.think_every, self.seed = path, thoughts if thinking else 0, think_every, seed
-        self.thinker = ThinkingModel.load(path, _overrides(options))
+        self.thoughts, self.thought_temperature = thoughts if thinking else 0, thought_temperature
+        self.think_every, self.seed = think_every, seed
+        self.thinker = path if isinstance(path, ThinkingModel) else ThinkingModel.load(path, _overrides(options))
         self.tokenizer = self.thinker.tokenizer
         self._device = self.thinker.model.device
+        self.progress: Callable[[int], Any] = lambda done: None  # called with the number of requests just finished
 
     @property
     def max_length(self) -> int:
-        """Tokens of text that a row can hold beside a thought."""
+        """The longest text, in tokens, that leaves positions for a thought."""
         return self.thinker.max_text_tokens(self.thoughts)
 
     @property
     def eot_token_id(self) -> int:
-        """What ends a text; where the tokenizer has no such token, what begins one."""
+        """The token that ends a text; where the tokenizer has none, the one that begins it."""
         return self._special("eos_token_id", "bos_token_id")
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without a context: the token that begins one, where there is one."""
+        """The token before a text without a context: the one that begins a text, where there is one."""
         return self._special("bos_token_id", "eos_token_id")
 
     def _special(self, *names: str) -> int:
         found = [token for name in names if (token := getattr(self.tokenizer, name)) is not None]
         if not found:
-            raise UserError(f"path = {self.path!r}: its tokenizer has no token that begins or ends a text")
+            path = self.thinker.config.model.path
+            raise UserError(f"path = {path!r}: its tokenizer has no token that begins or ends a text")
         return found[0]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Tokens, by default with the special ones that documents had in training, but never a second BOS."""
+        """Tokens, by default with the special ones of training documents, but never a second BOS."""
         begins = self.tokenizer.bos_token is not None and string.startswith(self.tokenizer.bos_token)
         special = not begins if add_special_tokens is None else add_special_tokens
         return list(self.tokenizer(string, add_special_tokens=special, truncation=False, verbose=False)["input_ids"])
@@ -92,21 +119,22 @@ class ForethoughtLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        pairs = [self._fitting(context, continuation) for _, context, continuation in requests]
+        pairs = [self._truncate(context, continuation) for _, context, continuation in requests]
+        how = {"thoughts": self.thoughts, "thought_temperature": self.thought_temperature, "seed": self.seed}
         with tqdm(total=len(pairs), disable=disable_tqdm, desc="Running loglikelihood requests") as bar:
-            scores = self.thinker.score(pairs, thoughts=self.thoughts, seed=self.seed, progress=bar.update)
-        for (asked, _, _), score in zip(requests, scores, strict=True):
-            self.cache_hook.add_partial("loglikelihood", asked, score)
+            scores = self.thinker.score(pairs, progress=functools.partial(self._advance, bar), **how)
+        for (texts, _, _), score in zip(requests, scores, strict=True):
+            self.cache_hook.add_partial("loglikelihood", texts, score)
         return scores
 
-    def _fitting(self, context: list[int], continuation: list[int]) -> Pair:
-        """The pair without the oldest tokens of a context that is too long."""
-        room = self.max_length - len(continuation)
-        if room < 1:
+    def _truncate(self, context: list[int], continuation: list[int]) -> Pair:
+        """Drop the oldest tokens of a context that is too long."""
+        left = self.max_length - len(continuation)
+        if left < 1:
             raise UserError(
-                f"a continuation of {len(continuation)} tokens: the model has room for {self.max_length - 1}"
+                f"a continuation of {len(continuation)} tokens: the model has positions for {self.max_length - 1}"
             )
-        return context[-room:], continuation
+        return context[-left:], continuation
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """log p of each text from its first token on, in windows where it is longer than the model."""
@@ -128,35 +156,32 @@ class ForethoughtLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes behind each context, up to the first of the strings that end it."""
-        answers = [""] * len(requests)
+        """A Reply to each context, up to the first of the strings that end it."""
+        replies = [Reply()] * len(requests)
+        how = {"thoughts": self.thoughts, "thought_temperature": self.thought_temperature}
         with tqdm(total=len(requests), disable=disable_tqdm, desc="Running generate_until requests") as bar:
-            asked: list[Any] = [one.args for one in requests]
-            for batch, sampling, until in self._batches(asked):
-                contexts = [
-                    self.tok_encode(requests[i].args[0])[-(self.max_length - sampling.limit) :] for i, _ in batch
-                ]
-                stop = stop_at(self.tokenizer, until, self.thinker.ends)
-                seeds = [self.seed + turn for _, turn in batch]
-                found = self.thinker.answer(contexts, sampling, stop, seeds, thoughts=self.thoughts)
-                for (i, _), tokens in zip(batch, found, strict=True):
-                    answers[i] = before(self.tokenizer.decode(tokens, skip_special_tokens=True), until)
-                    self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
-                bar.update(len(batch))
-        return answers
+            for batch, sampling, until in self._batches([one.args for one in requests]):
+                longest = self.max_length - sampling.limit
+                contexts = [self.tok_encode(requests[i].args[0])[-longest:] for i, _ in batch]
+                seeds = [self.seed + _SEEDS * turn for _, turn in batch]
+                answers = self.thinker.answer(contexts, sampling, seeds, until=until, **how)
+                for (i, _), answer in zip(batch, answers, strict=True):
+                    replies[i] = Reply(answer.text)
+                    replies[i].answer = answer
+                    self.cache_hook.add_partial("generate_until", requests[i].args, replies[i])
+                self._advance(bar, len(batch))
+        return list(replies)
 
-    def _batches(
-        self, asked: Sequence[tuple[str, dict[str, Any]]]
-    ) -> Iterator[tuple[list[tuple[int, int]], Sampling, list[str]]]:
+    def _batches(self, requests: Sequence[Any]) -> Iterator[tuple[list[tuple[int, int]], Sampling, list[str]]]:
         """Requests that are answered together: their indices, each with its turn among equal ones; how to answer."""
         groups: dict[str, list[tuple[int, int]]] = {}
         seen: Counter[str] = Counter()
-        for i, (context, options) in enumerate(asked):
+        for i, (context, options) in enumerate(requests):
             groups.setdefault(repr(sorted(options.items())), []).append((i, seen[context]))
             seen[context] += 1
         size = self.thinker.config.train.rollout_batch
         for members in groups.values():
-            options: dict[str, Any] = dict(normalize_gen_kwargs(asked[members[0][0]][1], self.max_gen_toks))
+            options: dict[str, Any] = dict(normalize_gen_kwargs(requests[members[0][0]][1], self.max_gen_toks))
             if odd := sorted(options.keys() - _KNOWN):
                 raise UserError(f"generation options {', '.join(odd)}: must be among {', '.join(sorted(_KNOWN))}")
             limit = options["max_gen_toks"]
@@ -166,14 +191,18 @@ class ForethoughtLM(TemplateLM):
                 )
             temperature = float(options.get("temperature", 1.0 if options.get("do_sample") else 0.0))
             sampling = Sampling(limit=limit, temperature=temperature, top_p=options.get("top_p", 1.0), rows=size)
-            members.sort(key=lambda one: -len(asked[one[0]][0]))
+            members.sort(key=lambda one: -len(requests[one[0]][0]))
             for start in range(0, len(members), size):
                 yield members[start : start + size], sampling, list(options.get("until", []))
+
+    def _advance(self, bar: tqdm, done: int) -> None:
+        bar.update(done)
+        self.progress(done)
 
     @property
     def tokenizer_name(self) -> str:
         """For the harness's cache of requests."""
-        return self.path.replace("/", "__")
+        return self.thinker.config.model.path.replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """By the tokenizer's own template."""
@@ -185,6 +214,9 @@ class ForethoughtLM(TemplateLM):
         )
 
 
+register_model("forethought")(ForethoughtLM)
+
+
 def _overrides(options: dict[str, Any]) -> dict[str, Any]:
     """Nested options of Forethought from the harness's flat ones."""
     batch, device = options.pop("batch_size", None), options.pop("device", None)
@@ -192,7 +224,7 @@ def _overrides(options: dict[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     if batch not in (None, "auto"):
         values = merge(values, {"train": {"rollout_batch": int(batch)}})
-    if device is not None:  # the harness asks for a GPU wherever the user names nothing
+    if device is not None:  # the harness requests a GPU where the user names no device
         kind = str(device).partition(":")[0]
         values = merge(values, {"model": {"device": "auto" if kind == "cuda" else kind}})
     for option, value in options.items():
@@ -204,10 +236,12 @@ def _overrides(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(words: Sequence[str]) -> None:
-    """The harness's own command line, `--model forethought` unless another model type is named."""
+    """The harness's own command line, by default with `--model forethought` and the task files of this package."""
     words = list(words)
     runs = not words or words[0].startswith("--") or words[0] == "run"
-    if runs and len(words) > 1 and not any(word.partition("=")[0] in ("--model", "-M") for word in words):
-        words += ["--model", "forethought"]
+    options = {word.partition("=")[0] for word in words}
+    if runs and len(words) > 1:
+        words += [] if options & {"--model", "-M"} else ["--model", "forethought"]
+        words += [] if "--include_path" in options else ["--include_path", str(TASKS)]
     sys.argv = ["forethought lm-eval", *words]
     cli_evaluate()

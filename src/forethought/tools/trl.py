@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 
 from forethought.algo.rewards import discounted
 from forethought.config import Config, Method, UserError
+from forethought.config.registry import entry
 from forethought.data.corpus import Windows
 from forethought.data.positions import ThoughtFormat, draw_positions, make_generator, pad_rows, thought_format
 from forethought.models.compute_copy import Teacher
@@ -35,10 +36,7 @@ except ModuleNotFoundError as error:
 MAX_DRAWN_PER_PROMPT = 20
 """Positions drawn for each usable prompt before `prompts` gives up on a corpus."""
 
-FIXED = (
-    "name", "reward", "baseline", "scale", "clamp_gain", "min_gain", "kl_weight", "inner_steps", "unclosed",
-    "teacher_every",
-)  # fmt: skip
+FIXED = ("name", "baseline", "scale", "clamp_gain", "min_gain", "kl_weight", "inner_steps", "unclosed", "teacher_every")
 """Options of the method that must keep their defaults: TRL's GRPO implements no other value."""
 
 
@@ -72,8 +70,10 @@ def check(config: Config, form: ThoughtFormat) -> None:
     for option in FIXED:
         if (found := getattr(method, option)) != (value := getattr(Method(), option)):
             raise UserError(f"method.{option} = {found!r}: must be {value!r} with TRL; use forethought train")
-    if method.policy == "entropy":
-        raise UserError("method.position_policy = 'entropy': TRL's prompts are drawn before training, without a proxy")
+    if method.reward_name != "information_gain":
+        raise UserError(f"method.reward = {method.reward!r}: must be 'information_gain' with TRL")
+    if entry("position_policy", method.policy).proxy:
+        raise UserError(f"method.position_policy = {method.policy!r}: TRL's prompts are drawn without a proxy")
     if len(form.close) > 1:
         raise UserError(
             f"method.close = {method.close!r}: is {len(form.close)} tokens of this tokenizer, but TRL stops a "

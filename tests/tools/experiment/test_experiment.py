@@ -161,29 +161,53 @@ def test_an_arm_made_with_other_options_is_not_mixed_in(finished: Any):
         compare(run.parent / "small.toml", {"run": str(run), "method": {"temperature": 0.5}})
 
 
+WAITING = '''
+import time
+from pathlib import Path
+
+from forethought.algo.rewards import information_gain
+
+
+def gain(inputs):
+    """The gain. After the first step of run/rlp/seed-0 it waits to be stopped, once."""
+    if Path("run/rlp/seed-0/metrics.jsonl").is_file() and not Path("stopped").exists():
+        Path("waiting").touch()
+        time.sleep(3600)
+    return information_gain(inputs)
+'''
+
+
+def waits(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> str:
+    """Work in a folder that has the reward above; the text of an experiment whose arm rlp uses it."""
+    monkeypatch.chdir(folder)
+    (folder / "waiting_reward.py").write_text(WAITING)
+    return text.replace("[arms.rlp]", '[arms.rlp]\noptions = { method.reward = "waiting_reward:gain" }', 1)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_stopped_experiment_goes_on(tmp_path: Path, processes: int):
+def test_a_stopped_experiment_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int):
     text = SMALL[: SMALL.index("[arms.cpt-tokens]")] + "[arms.twin]\noptions = { method.freeze_teacher = true }\n"
-    (tmp_path / "small.toml").write_text(text)
-    words = ["compare", str(tmp_path / "small.toml"), "--run", str(tmp_path / "run"), "--seeds", "0"]
-    words += ["--train.steps", "12", "--train.checkpoint_every", "1000", "--processes", str(processes)]
+    Path(tmp_path / "small.toml").write_text(waits(tmp_path, monkeypatch, text))
+    words = ["compare", "small.toml", "--run", "run", "--seeds", "0", "--processes", str(processes)]
+    words += ["--train.steps", "4", "--train.checkpoint_every", "1000"]
     run = tmp_path / "run" / "rlp" / "seed-0"
     code = "import sys; from forethought.cli import main; sys.exit(main())"
     process = subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.PIPE, text=True)
-    until = time.monotonic() + 240
-    while not (run / "metrics.jsonl").exists() and time.monotonic() < until:
-        time.sleep(0.1)
+    while not Path("waiting").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=240)
+    _, said = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM, said
-    assert f"finished arms are kept in {tmp_path / 'run'}; go on with the same command" in said
+    assert "finished arms are kept in run; resume with the same command" in said
     saved = [int(path.name.removeprefix("step-")) for path in (run / "checkpoints").iterdir()]
     assert saved, "the arm saved before it left"
+    Path("stopped").touch()
     assert main(words) == 0
     steps = [row["step"] for row in figures(run)]
-    assert steps == list(range(1, 13))
+    assert steps == list(range(1, 5))
     whole = tmp_path / "whole"
-    assert main([*[str(whole) if word == str(tmp_path / "run") else word for word in words], "--processes", "1"]) == 0
+    assert main([*["whole" if word == "run" else word for word in words], "--processes", "1"]) == 0
     assert arms.weights(run) == arms.weights(whole / "rlp" / "seed-0") == arms.weights(whole / "twin" / "seed-0")
 
 
@@ -212,19 +236,23 @@ def test_a_process_that_fails_names_its_arm(tmp_path: Path):
         compare(tmp_path / "small.toml", {"run": str(tmp_path / "run"), "processes": 2, "seeds": 0})
 
 
-def test_a_process_takes_several_jobs_and_one_that_is_killed_is_replaced(tmp_path: Path):
-    whole = dataclasses.replace(experiment(tmp_path, seeds="0"), processes=1)
+def test_a_process_takes_several_jobs_and_one_that_is_killed_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    text = waits(tmp_path, monkeypatch, SMALL)
+    whole = dataclasses.replace(experiment(tmp_path, text, seeds="0"), processes=1)
     whole.run.mkdir()
     pool, killed = WorkerPool(whole, list(whole.jobs)), []
 
-    def kill(done: int) -> None:
-        """The first process, as soon as it trains; `phase` is called every POLL_S."""
-        if not killed and (whole.run / "rlp" / "seed-0" / "config.json").is_file():
+    def kill() -> None:
+        """The first process, while it trains."""
+        if not killed and Path("waiting").exists():
+            Path("stopped").touch()
             killed.append(pool.workers[0].process)
             killed[0].kill()
 
     observer = Callbacks()
-    observer.phase = lambda name, done, total: kill(done)  # type: ignore[method-assign]
+    observer.phase = lambda name, done, total: kill()  # type: ignore[method-assign]
     failed = pool.run(observer)
     assert failed.keys() == {"rlp/seed-0", "cpt-tokens/seed-0", "cpt-flops/seed-0"}
     assert failed["rlp/seed-0"].startswith(f"ended with status {-signal.SIGKILL} (see ")
@@ -240,7 +268,7 @@ def test_a_process_takes_several_jobs_and_one_that_is_killed_is_replaced(tmp_pat
         ("[arms.rlp]", "[arms.rlp", "is not valid TOML"),
         ("seeds = [0, 1]", "seeds = []", "seeds = .*at least 1 item"),
         ("seeds = [0, 1]", "sseds = [0]", "unknown key sseds"),
-        ("[arms.rlp-frozen]", "[arms.base]", r"arms.base: the base is always there"),
+        ("[arms.rlp-frozen]", "[arms.base]", r"arms.base: the base is always included"),
         ('flops = "rlp"', 'flops = "rpl"', r"arms.cpt-flops.budget.flops = 'rpl': must be another arm"),
         ('flops = "rlp"', 'seconds = "rlp"', r"budget"),
         ("freeze_teacher = true", "freeze = true", r"arms.rlp-frozen: unknown option method.freeze"),

@@ -17,14 +17,21 @@ from forethought.cli import main
 from forethought.config import UserError, load
 from forethought.flops import Shape, rlp_step
 from forethought.tools import plan as planner
-from forethought.tools.plan import advice, as_dict, plan, shipped_shape, words_of
-from forethought.tools.plan.advice import fits, largest
-from forethought.tools.plan.job import Job, with_option
+from forethought.tools.plan import as_dict, plan, shipped_shape, words_of
+from forethought.tools.plan.job import GIB, MACHINES, Job, machine
 from forethought.tools.plan.job import job as read_job
-from forethought.tools.plan.machines import GIB, MACHINES, machine
-from forethought.tools.plan.memory import captured, chunk_tokens, memory
-from forethought.tools.plan.seconds import decode_step, ring, step, sync
-from forethought.tools.plan.simulate import RANKS, Lengths, lengths_of_run, lognormal, simulate
+from forethought.tools.plan.memory import advice, chunk_tokens, fits, largest, memory, uses_cuda_graphs
+from forethought.tools.plan.timing import (
+    RANKS,
+    Lengths,
+    decode_step,
+    lengths_of_run,
+    lognormal,
+    ring,
+    simulate,
+    step,
+    sync,
+)
 from helpers.architectures import CONFIGS
 from helpers.plans import CPU, GPU, TINY, config, job
 
@@ -39,20 +46,20 @@ def paper(**words: str) -> Job:
 
 def test_held_bytes_by_hand():
     """20 bytes a parameter, the gradient's only in the update; masters, moments and teacher in parts on 4 GPUs."""
-    one, four = memory(job()), memory(job(gpus=4, layout="fsdp2"))
+    one, four = memory(job()), memory(job(gpus=4, layout="zero1"))
     assert one.held == {
         "weights, fp32": 4000,
-        "Adam's two moments, fp32": 8000,
+        "Adam moments, fp32": 8000,
         "teacher (EMA), fp32": 4000,
         "KL reference, fp32": 0,
-        "thoughts and their noise": 29 * 4 * 4,
-        "decoding's buffers": (2 * 8 + 4 * (1 + 4 + 1 + 1 + 32)) * 16 * 4 + 48 * 4 * 10,
+        "sampled tokens and noise": 29 * 4 * 4,
+        "CUDA-graph buffers": (2 * 8 + 4 * (1 + 4 + 1 + 1 + 32)) * 16 * 4 + 48 * 4 * 10,
     }
     assert one.update["gradients"] == 4000
     assert [four.held[name] for name in list(one.held)[:3]] == [1000, 2000, 1000]
-    assert four.held["weights that compute"] == four.update["gradients"] == four.score["the policy's weights, aside"]
-    half = memory(job(config(model={"precision": "bf16"}), gradient=2))
-    assert half.held["weights that compute"] == half.update["gradients"] == 2000
+    assert four.held["compute weights"] == four.update["gradients"] == four.score["policy weights, set aside"]
+    half = memory(job(config(model={"precision": "bf16"}), gradient_bytes=2))
+    assert half.held["compute weights"] == half.update["gradients"] == 2000
 
 
 def test_adapters_by_hand():
@@ -62,17 +69,17 @@ def test_adapters_by_hand():
     one = job(options, shape.adapted(options.lora), gpus=4, layout="ddp")
     found = memory(one)
     assert list(found.held.values())[:3] == [400, 800, 400]
-    assert (found.held["weights that compute"], found.update["gradients"]) == (4400, 400)
+    assert (found.held["compute weights"], found.update["gradients"]) == (4400, 400)
     assert memory(dataclasses.replace(one, config=config(lora={"r": 2}, model={"precision": "bf16"}))).held[
-        "weights that compute"
+        "compute weights"
     ] == (2200)
     assert sync(one).seconds == pytest.approx(ring(one, 400, 2))
     part = config(lora={"r": 3, "target_modules": ["mlp.up_proj"]})
     assert shape.adapted(part.lora).adapter == 90
     with pytest.raises(UserError, match=r"^lora.target_modules = 'gate': .* q_proj, up_proj, or all-linear$"):
         shape.adapted(config(lora={"r": 3, "target_modules": ["gate"]}).lora)
-    with pytest.raises(UserError, match=r"^--layout fsdp2: with lora.r = 2 "):
-        read_job(options, shape, {"gpus": "4", "layout": "fsdp2"})
+    with pytest.raises(UserError, match=r"^--layout zero1: with lora.r = 2 "):
+        read_job(options, shape, {"gpus": "4", "layout": "zero1"})
 
 
 def test_layers_computed_again_by_hand():
@@ -82,7 +89,7 @@ def test_layers_computed_again_by_hand():
     assert found.update["thoughts' activations"] == 2 * 5 * 2 * 8 * 4
     assert found.update["documents' activations"] == 8 * (2 * 8 + 16) * 4 / 2
     gradients = 4 * 10 * (32 + 32)
-    assert found.update["logits, or gradients on their way"] == gradients + 10 * 500
+    assert found.update["logits or backward buffers"] == gradients + 10 * 500
     plain, again = (step(job(config(update={"checkpointing": asked}))).phases for asked in (False, True))
     assert again[3].seconds == pytest.approx(plain[3].seconds * 4 / 3)
 
@@ -107,15 +114,15 @@ def test_bytes_of_decoding_and_update_by_hand():
     """Keys and values: 2 layers x 2 x 2 x 2 = 16 numbers a token. Chunks of 10 tokens hold two thoughts of 5."""
     options = config(update={"tokens_per_chunk": 10})
     found = memory(job(options, machine=CPU))
-    assert found.decode["documents' keys, values and states"] == 2 * 8 * 16 * 4
-    assert found.decode["thoughts' keys, values and states"] == 4 * (1 + 4 + 1 + 1) * 16 * 4
+    assert found.decode["documents' KV cache and states"] == 2 * 8 * 16 * 4
+    assert found.decode["thoughts' KV cache and states"] == 4 * (1 + 4 + 1 + 1) * 16 * 4
     assert found.update["thoughts' activations"] == 2 * 5 * 1000
     assert found.update["documents' activations"] == 8 * 1000 / 2
-    assert found.update["logits, or gradients on their way"] == max(16 * 2 * 4 * 10, 4 * 10 * (32 + 32))
-    assert "attention's scores (no fused kernel)" not in found.update
-    assert memory(job(options)).update["attention's scores (no fused kernel)"] == 8 * 8 * 2 * 5 * (8 + 5)
+    assert found.update["logits or backward buffers"] == max(16 * 2 * 4 * 10, 4 * 10 * (32 + 32))
+    assert "attention scores (no fused kernel)" not in found.update
+    assert memory(job(options)).update["attention scores (no fused kernel)"] == 8 * 8 * 2 * 5 * (8 + 5)
     bf16 = memory(job(config(update={"tokens_per_chunk": 10}, model={"precision": "bf16"})))
-    assert bf16.update["attention's scores (no fused kernel)"] == 0
+    assert bf16.update["attention scores (no fused kernel)"] == 0
     assert bf16.update["thoughts' activations"] == 2 * 5 * 400
 
 
@@ -142,22 +149,22 @@ def test_seconds_by_hand():
 def test_rings_by_hand():
     """8 GPUs in a node at 50 GB/s; 16 in nodes of 4, whose cards send 4 x 5 GB/s together."""
     assert ring(job(gpus=8), 80e9, 2) == pytest.approx(2 * 7 / 8 * 80e9 / 50e9)
-    assert ring(job(gpus=16, per_node=4), 80e9, 1) == pytest.approx(15 / 16 * 80e9 / 20e9)
+    assert ring(job(gpus=16, gpus_per_node=4), 80e9, 1) == pytest.approx(15 / 16 * 80e9 / 20e9)
     assert ring(job(), 80e9, 2) == 0
     late = job(gpus=8, machine=dataclasses.replace(GPU, latency=1.0))
     assert ring(late, 8e-3, 2) == pytest.approx(14, rel=1e-6)
     count = TINY.parameters
     assert sync(job(gpus=8, layout="ddp")).seconds == pytest.approx(ring(job(gpus=8), 4 * count, 2))
-    assert sync(job(gpus=8, layout="fsdp2")).seconds == pytest.approx(2 * ring(job(gpus=8), 4 * count, 1))
+    assert sync(job(gpus=8, layout="zero1")).seconds == pytest.approx(2 * ring(job(gpus=8), 4 * count, 1))
 
 
 def test_positions_are_dealt_and_spaced():
     one = job(config(train={"batch": 12, "rollout_batch": 9}, method={"positions": 3}), gpus=3, layout="ddp")
-    assert (one.windows, one.windows_here, one.rows_of_window, one.rows_here) == (4, 2, 6, 12)
-    assert (one.windows_at_once, one.rows_at_once) == (1, 6)
-    assert one.stops(8) == [3, 5, 8]
+    assert (one.windows, one.local_windows, one.thoughts_per_window, one.local_thoughts) == (4, 2, 6, 12)
+    assert (one.decode_windows, one.decode_rows) == (1, 6)
+    assert one.prefix_lengths(8) == [3, 5, 8]
     prompt = config(method={"prompt": "12345{context}123456789"})
-    assert (job(prompt).template, job(prompt).behind) == (2, 4)
+    assert (job(prompt).template, job(prompt).between) == (2, 4)
 
 
 numbers = st.integers(1, 6)
@@ -175,7 +182,7 @@ def test_more_of_anything_never_takes_less(
             train={"batch": 4 * places, "rollout_batch": 4 * places * group},
             model={"precision": precision},
         )
-        lengths = {"prefix": window, "document": window, "longest": window, "length": length}
+        lengths = {"prefix": window, "document": window, "max_prefix": window, "length": length}
         return job(options, machine=GPU if gpu else CPU, **lengths)
 
     small = made(group, places, length, 16)
@@ -190,7 +197,7 @@ def test_more_of_anything_never_takes_less(
         assert step(large).thought >= step(small).thought
     fewer = dataclasses.replace(small, gpus=2, layout="ddp")
     assert memory(fewer).peak <= memory(small).peak
-    parts = [memory(dataclasses.replace(small, gpus=n, layout="fsdp2")) for n in (2, 4)]
+    parts = [memory(dataclasses.replace(small, gpus=n, layout="zero1")) for n in (2, 4)]
     assert parts[1].peak < parts[0].peak
     assert sum(parts[0].held.values()) < sum(memory(fewer).held.values()) + 4 * TINY.parameters
 
@@ -199,7 +206,7 @@ def test_more_of_anything_never_takes_less(
 @given(st.integers(1, 40), st.integers(1, 40))
 def test_smaller_chunks_and_fewer_rows_take_less(tokens: int, more: int):
     def peak(section: str, **changes: int) -> dict[str, float]:
-        return memory(with_option(job(config(train={"batch": 64}), machine=CPU), section, **changes)).phases
+        return memory(job(config(train={"batch": 64}), machine=CPU).with_option(section, **changes)).phases
 
     assert peak("update", tokens_per_chunk=tokens)["update"] <= peak("update", tokens_per_chunk=tokens + more)["update"]
     assert peak("train", rollout_batch=tokens)["decode"] <= peak("train", rollout_batch=tokens + more)["decode"] * 2
@@ -218,7 +225,7 @@ def test_the_papers_budget():
     assert found["parameters"] == 1_720_574_976
     assert found["total"]["dollars"] == pytest.approx(2 * 32 * 350 * found["step"]["seconds"] / 3600)
     assert found["step"]["seconds"] == pytest.approx(sum(one["seconds"] for one in found["step"]["phases"].values()))
-    assert found["memory"]["fsdp2"]["peak"] < found["memory"]["ddp"]["peak"] < 80e9
+    assert found["memory"]["zero1"]["peak"] < found["memory"]["ddp"]["peak"] < 80e9
     json.dumps(found)
 
 
@@ -241,7 +248,7 @@ def test_what_fits_and_what_to_change():
     one = paper()
     assert fits(one)
     assert advice(one) == []
-    large = with_option(with_option(one, "train", rollout_batch=256), "update", tokens_per_chunk=2**16)
+    large = one.with_option("train", rollout_batch=256).with_option("update", tokens_per_chunk=2**16)
     changes = advice(large)
     assert [change.what.split()[0] for change in changes] == ["--train.rollout_batch", "--update.tokens_per_chunk"]
     peaks = [memory(large).peak, *(change.peak for change in changes)]
@@ -252,7 +259,7 @@ def test_what_fits_and_what_to_change():
     hopeless = dataclasses.replace(one, machine=dataclasses.replace(MACHINES["h100"], memory=5e9))
     changes = advice(hopeless)
     assert changes[-1].peak > hopeless.machine.usable
-    assert [change.what for change in changes if change.what.startswith("--layout")] == ["--layout fsdp2 on 32 GPUs"]
+    assert [change.what for change in changes if change.what.startswith("--layout")] == ["--layout zero1 on 32 GPUs"]
 
 
 def test_the_largest_batch_fits_and_one_more_does_not():
@@ -262,27 +269,27 @@ def test_the_largest_batch_fits_and_one_more_does_not():
     rows, positions = found["rollout_batch"], found["batch"]
 
     def with_rows(rows: int) -> Job:
-        return with_option(one, "train", rollout_batch=rows, batch=32 * 1024)
+        return one.with_option("train", rollout_batch=rows, batch=32 * 1024)
 
     assert fits(with_rows(rows))
     assert not fits(with_rows(rows + 16))
-    assert fits(with_option(one, "train", batch=positions))
-    assert not fits(with_option(one, "train", batch=positions + 32))
+    assert fits(one.with_option("train", batch=positions))
+    assert not fits(one.with_option("train", batch=positions + 32))
 
 
 def test_captured_steps_are_for_attention_on_a_gpu():
-    assert captured(job())
-    assert not captured(job(machine=CPU))
-    assert not captured(job(config(model={"decoding": "eager"})))
-    assert not captured(job(config(model={"prefix": "replicated"})))
-    assert "decoding's buffers" not in memory(job(machine=CPU)).held
+    assert uses_cuda_graphs(job())
+    assert not uses_cuda_graphs(job(machine=CPU))
+    assert not uses_cuda_graphs(job(config(model={"decoding": "eager"})))
+    assert not uses_cuda_graphs(job(config(model={"prefix": "replicated"})))
+    assert "CUDA-graph buffers" not in memory(job(machine=CPU)).held
 
 
 def test_compiled_decoding_holds_weights_and_documents_once_more():
     plain, compiled = (memory(job(config(model={"decoding": way}), machine=CPU)).decode for way in ("eager", "cpp"))
-    assert set(compiled) - set(plain) == {"weights in order", "documents in order"}
-    assert compiled["weights in order"] == 4 * (job().shape.multiplied + job().shape.vocab * job().shape.hidden)
-    assert 0 < compiled["documents in order"] <= plain["documents' keys, values and states"]
+    assert set(compiled) - set(plain) == {"prepacked weights", "prepacked KV cache"}
+    assert compiled["prepacked weights"] == 4 * (job().shape.matmul_weights + job().shape.vocab * job().shape.hidden)
+    assert 0 < compiled["prepacked KV cache"] <= plain["documents' KV cache and states"]
 
 
 def test_usable_memory_leaves_a_share():
@@ -324,7 +331,7 @@ def test_waiting_by_hand():
     """All thoughts as long: nobody waits. One in eight long: the more GPUs, the surer that one of them has it."""
     one = paper(length="256")
     same = simulate(one, Lengths(groups=np.full((1, 1), 64), source=""), 0, True, (1, 4))
-    fixed = dataclasses.replace(one, longest=one.prefix)
+    fixed = dataclasses.replace(one, max_prefix=one.prefix)
     level = simulate(fixed, Lengths(groups=np.full((1, 1), 64), source=""), 0, True, (1, 4))
     assert [row.waits for row in level] == [pytest.approx(0), pytest.approx(0, abs=1e-9)]
     assert level[1].seconds - level[0].seconds == pytest.approx(level[1].sync)
@@ -376,7 +383,7 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
     words = ["plan", "qwen3-1.7b", "--gpus", "32", "--price", "2.5", "--simulate", "--json", str(file)]
     assert main(words) == 0
     out = capsys.readouterr().out
-    for text in ("1.72B parameters", "estimate", "FSDP2", "on 32", "peak", "bound by", "GPU hours, $", "1,024 GPUs"):
+    for text in ("1.72B parameters", "estimate", "ZeRO-1", "on 32", "peak", "bound by", "GPU hours, $", "1,024 GPUs"):
         assert text in out
     assert "assumed" in out.lower()
     found = json.loads(file.read_text())
@@ -392,7 +399,7 @@ def test_the_command_says_what_to_change(capsys: pytest.CaptureFixture[str], mon
     out = capsys.readouterr().out
     assert "NO" in out
     assert "it does not fit; change, in this order" in out
-    assert "Mamba's kernels" in out
+    assert "mamba_ssm kernels" in out
 
 
 @pytest.mark.parametrize("path", ["embedded", "folder", "config.json"])
@@ -414,15 +421,15 @@ def test_models_by_path(path: str, tmp_path: Path, capsys: pytest.CaptureFixture
         (["qwen3-1.7b", "--gpu", "cpu"], "--gpu cpu: needs --ceilings FILE"),
         (["qwen3-1.7b", "--ceilings", "nothing.json"], "--ceilings nothing.json: cannot be read: No such file"),
         (["qwen3-1.7b", "--price", "-1"], "--price -1: must be dollars per GPU hour"),
-        (["qwen3-1.7b", "--layout", "zero"], "--layout zero: must be one, ddp, fsdp2"),
-        (["qwen3-1.7b", "--layout", "ddp"], "--layout ddp: does not go with --gpus 1"),
+        (["qwen3-1.7b", "--layout", "zero"], "--layout zero: must be one, ddp, zero1"),
+        (["qwen3-1.7b", "--layout", "ddp"], "--layout ddp: does not fit --gpus 1"),
         (["qwen3-1.7b", "--gradients", "fp8"], "--gradients fp8: must be fp32 or bf16"),
         (["qwen3-1.7b", "--prefix", "4000"], "--prefix 4000: must be at most 2047"),
         (["qwen3-1.7b", "--length", "4000"], "--length 4000: must be at most method.thought_length = 2048"),
         (["qwen3-1.7b", "--document", "4"], "--document 4: must be from --prefix = 1023 to corpus.window = 2048"),
         (["qwen3-1.7b", "--lengths", "x"], "--lengths: is for --simulate"),
         (["qwen3-1.7b", "--simulate", "--lengths", "x"], "--lengths x: cannot be read: No such file"),
-        (["qwen3-1.7b", "--method.name", "cpt"], "method.name = 'cpt': plan is for methods that think"),
+        (["qwen3-1.7b", "--method.name", "cpt"], "method.name = 'cpt': plan is for methods that sample thoughts"),
         (["qwen3-1.7b", "--method.grup", "2"], "unknown option method.grup; did you mean method.group?"),
         (["qwen3-1.7b", "--gpuz", "2"], "unknown option gpuz"),
         (["qwen3-1.7b", "extra"], "expected an option such as --method.group 8, got 'extra'"),

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, NemotronHConfig, Pre
 from forethought.algo.rlp import RLP
 from forethought.config import Config, from_dict
 from forethought.data.corpus import Window
-from forethought.flops import Shape, mixer_kept
+from forethought.flops import Shape, mamba_saved
 from forethought.models.compute_copy import Network
 from forethought.models.logprobs import chunk_tokens as real_chunk_tokens
 from forethought.models.lora import adapted
@@ -164,13 +164,13 @@ def test_peaks_are_within_15_percent(name: str):
             method.forward_backward(piece)
         peaks.mark("end")
     shape = Shape.of(network.model.config).adapted(options.lora)
-    one = job(options, shape, prefix=n["P"], longest=n["P"], document=n["P"], length=n["L"], machine=CPU)
+    one = job(options, shape, prefix=n["P"], max_prefix=n["P"], document=n["P"], length=n["L"], machine=CPU)
     one = dataclasses.replace(one, opening=len(LONG.after) + len(LONG.open), closing=len(LONG.close))
     planned = memory(one)
     assert chunk_tokens(one) == real_chunk_tokens(network.model, n["chunk"]) == method.learner.reading.tokens
     update = planned.phases["update"] - planned.update["gradients"]
     assert update == pytest.approx(peaks.peak["update"], rel=0.15)
-    decode = planned.phases["decode"] + planned.held["thoughts and their noise"]
+    decode = planned.phases["decode"] + planned.held["sampled tokens and noise"]
     assert decode == pytest.approx(peaks.peak["decode"], rel=0.15)
 
 
@@ -208,7 +208,7 @@ def test_what_a_token_keeps_is_what_autograd_saves(name: str, half: bool):
         return backbone(network, torch.ones(3, 8, dtype=torch.long), fork, fork.position_ids(8))
 
     chunk, _ = saved(thoughts, known)
-    kept = [shape.kept, *(part for one in shape.mamba for part in mixer_kept(one))]
+    kept = [shape.saved, *(part for one in shape.mamba for part in mamba_saved(one))]
     planned = sum(one.bf16 if half else one.fp32 for one in kept)
     assert planned == pytest.approx(document / 24, rel=0.15)
     assert planned == pytest.approx(chunk / 24, rel=0.15)

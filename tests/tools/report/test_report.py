@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from forethought.config import UserError
-from forethought.tools.report import evaluation, page, plots, svg, write
+from forethought.tools import report
+from forethought.tools.report import plots, write
 from forethought.tools.report import runs as run_folders
-from forethought.tools.report.text import duration, figure, signed, visible
+from forethought.tools.report.tables import duration, evaluations, figure, signed, visible
 from helpers.pages import Page, make_run
 
 
@@ -60,7 +61,7 @@ def test_page_says_what_the_run_was_and_what_it_brought(one):
 
 def test_page_has_each_plot_with_its_explanation_and_keeps_it_as_svg(one):
     page = read(one)
-    drawn = [plot for plot in plots.PLOTS if plot.only != "cpt" and plot.name not in ("kl", "leakage", "match")]
+    drawn = [plot for plot in plots.PLOTS if not plot.next_token and plot.name not in ("kl", "leakage", "match")]
     assert sorted(path.stem for path in (one / "plots").iterdir()) == sorted(plot.name for plot in drawn)
     assert all(plot.explanation in page.text for plot in drawn)
     assert len([tag for tag, _ in page.tags if tag == "svg"]) == len(drawn)
@@ -76,9 +77,9 @@ def test_thoughts_of_first_middle_and_last_step_come_sorted_by_reward(one):
     assert html.index(f"advantage {signed(best.advantage)}") < html.index(f"reward {signed(rewards[-1])}")
     assert re.search(r'class="thought up" style="--strength: 1\.00"', html)
     text = read(one).text
-    assert "␣black has log p −1.609 nats, a chance of 20.0 %" in text
-    assert "The log-probability without a thought was not scored here." in text
-    assert "✂ cut off" in text
+    assert "␣black has log p −1.609 nats, a probability of 20.0 %" in text
+    assert "The log-probability without a thought was not measured here." in text
+    assert "✂ truncated" in text
 
 
 def test_corpus_text_is_shown_and_never_obeyed(one):
@@ -123,8 +124,8 @@ def test_plots_take_the_colours_of_the_page_and_stand_alone_on_white(one):
     }  # fmt: skip
     assert "<style" not in drawn
     kept = (one / "plots" / "gain.svg").read_text()
-    assert f"fill: {svg.PAPER}" in kept
-    assert f"stroke: {svg.COLOURS[0]}" in kept
+    assert f"fill: {plots.PAPER}" in kept
+    assert f"stroke: {plots.COLORS[0]}" in kept
     assert "http://purl.org" not in kept
 
 
@@ -138,7 +139,7 @@ def test_several_runs_share_plots_tables_and_colours(three):
     assert "3 runs compared" in page.text
     step_time, accuracy = (
         Page(re.search(rf'<svg[^>]*aria-label="{title}.*?</svg>', html, flags=re.DOTALL).group()).text
-        for title in ("Time per step", "Next-token accuracy")
+        for title in ("Step time", "Next-token accuracy")
     )
     assert all(name in step_time for name in ("rlp", shown, "cpt"))
     assert "cpt" in accuracy
@@ -148,9 +149,9 @@ def test_several_runs_share_plots_tables_and_colours(three):
     assert "opacity: 0.2" in (kept / "accuracy.svg").read_text(), "300 points are drawn as a band"
     assert "opacity: 0.2" not in (kept / "gain.svg").read_text()
     assert "seed ≠ differs" in page.text
-    assert f"No summary from {shown}: still going" in page.text
+    assert f"No summary of {shown}: still running" in page.text
     assert "40 of 80, not finished" in page.text
-    assert "Continued pretraining does not think" in page.text
+    assert "This method samples no thoughts." in page.text
 
 
 def test_out_names_another_page(tmp_path):
@@ -194,7 +195,7 @@ def test_odd_numbers_do_not_stop_the_report(tmp_path):
     assert {path.stem for path in (run / "plots").iterdir()} == {"length", "gradient-norm"}
     text = read(run).text
     assert "⟨U+D800⟩" in text
-    assert "12 more with smaller rewards" in text
+    assert "12 more thoughts with smaller rewards" in text
 
 
 def test_line_cut_by_a_killed_run_is_left_out(tmp_path):
@@ -216,11 +217,14 @@ def test_step_logged_again_after_a_resume_counts_once(tmp_path):
     ("files", "message"),
     [
         ({"metrics": '{"step": 1}\n{"step": 2, "rew\n{"step": 3}\n'}, r"metrics\.jsonl:2: malformed JSON"),
-        ({"metrics": '{"step": 1}\n{"reward/gain": 2}\n'}, r"metrics\.jsonl:2 is not a line of a run: KeyError 'step'"),
+        ({"metrics": '{"step": 1}\n{"reward/gain": 2}\n'}, r"metrics\.jsonl:2: unexpected content: KeyError 'step'"),
         ({"metrics": "[1]\n"}, r"metrics\.jsonl:1: a row must be an object"),
-        ({"thoughts": '{"step": 1, "context": "a", "target": "b", "thoughts": 5}'}, r"thoughts\.jsonl:1 is not"),
-        ({"config": "{"}, r"config\.json is not valid JSON"),
-        ({"summary": "[]"}, r"summary\.json must hold one JSON object"),
+        (
+            {"thoughts": '{"step": 1, "context": "a", "target": "b", "thoughts": 5}'},
+            r"thoughts\.jsonl:1: unexpected content",
+        ),
+        ({"config": "{"}, r"config\.json: is not valid JSON"),
+        ({"summary": "[]"}, r"summary\.json: holds a list, not a JSON object"),
         ({"metrics": '{"step": 1, "rew'}, "neither metrics nor a summary"),
     ],
 )
@@ -251,15 +255,42 @@ def test_report_needs_neither_torch_nor_pyplot(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
 
 
+def test_a_method_and_metrics_from_outside_the_package_are_shown(tmp_path):
+    run = small(tmp_path, metrics='{"step": 1, "my/metric": 2.5, "rollout/length": 3, "objective/loss": 1}\n')
+    config = json.loads((run / "config.json").read_text())
+    config["method"] |= {"name": "mine:Method", "reward": "mine:reward", "position_policy": "mine:policy"}
+    config["rollout"]["engine"] = "mine:engine"
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "summary.json").write_text(json.dumps({"before/all/mine": 0.5, "after/all/mine": 0.75}))
+    write([run])
+    text = read(run).text
+    assert "mine:Method, with the reward mine:reward" in text
+    assert "32 positions with 8 thoughts each" in text
+    assert "Mine" in text
+    assert {path.stem for path in (run / "plots").iterdir()} == {"my-metric", "length", "loss"}
+    (run / "metrics.jsonl").write_text('{"step": 1, "objective/loss": 1, "objective/accuracy": 0.5}\n')
+    (run / "thoughts.jsonl").unlink()
+    write([run])
+    assert "32 windows of text" in read(run).text
+    assert "This method samples no thoughts." in read(run).text
+
+
+def test_metrics_of_version_0_1_are_shown(tmp_path):
+    metrics = '{"step": 1, "reward/spread": 0.5, "reward/flat_groups": 0.25, "objective/clipped": 0.0}\n'
+    run = small(tmp_path, metrics=metrics)
+    write([run])
+    assert {path.stem for path in (run / "plots").iterdir()} == {"reward-std", "zero-std", "clip-fraction"}
+
+
 def test_names_take_as_many_parents_as_needed():
     assert run_folders.names([Path("/a/b/run"), Path("/a/c/run")]) == ["b/run", "c/run"]
     assert run_folders.names([Path("/a/b/run"), Path("/a/c/other")]) == ["run", "other"]
 
 
 def test_evaluation_calls_a_difference_only_where_intervals_part(one):
-    [everywhere, answer] = evaluation.groups([run_folders.load(one, "cups")])
-    assert (everywhere.name, answer.name) == ("all", "answer")
-    verdicts = {metric.name: cells[0].verdict for metric, cells in everywhere.rows}
+    [(name, rows), (other, _)] = evaluations([run_folders.load(one, "cups")])
+    assert (name, other) == ("all", "answer")
+    verdicts = {metric.name: cells[0].verdict for metric, cells in rows}
     assert [verdicts[name] for name in ("ce_think", "ce_nothink", "thought_length")] == ["better", "", ""]
 
 
@@ -270,8 +301,8 @@ def test_running_mean_is_centred_and_shrinks_at_the_ends():
 def test_colour_strength_is_relative_to_the_group(one):
     position = run_folders.load(one, "cups").positions[0]
     largest = max(abs(thought.advantage) for thought in position.thoughts)
-    assert page.strength(position, -largest / 2) == "0.50"
-    assert page.strength(position, None) == "0"
+    assert report.strength(position, -largest / 2) == "0.50"
+    assert report.strength(position, None) == "0"
 
 
 def test_numbers_and_durations_as_text():
@@ -287,5 +318,5 @@ def test_numbers_and_durations_as_text():
 def test_invisible_characters_become_signs():
     assert visible("a\tb\x7f\u200b\u2028\ue000é木👩\u200d🔬") == "a⇥b⟨U+007F⟩⟨U+200B⟩⟨U+2028⟩⟨U+E000⟩é木👩\u200d🔬"
     assert visible("a\nb", kept="\n") == "a\nb"
-    assert page.passage("<\n") == '&lt;<span class="sign">↵</span>\n'
-    assert page.token(" a\n") == "␣a↵"
+    assert report.passage("<\n") == '&lt;<span class="sign">↵</span>\n'
+    assert report.token(" a\n") == "␣a↵"

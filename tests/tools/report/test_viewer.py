@@ -100,7 +100,7 @@ def test_section_and_its_link_wait_for_the_script(two):
     tags = Page(two.read_text(encoding="utf-8")).tags
     hidden = {attrs["id"] for _, attrs in tags if "hidden" in attrs and "id" in attrs}
     assert {"viewer", "viewer-link"} <= hidden
-    assert "Text that was measured token by token." in two.read_text(encoding="utf-8")
+    assert "Documents measured token by token." in two.read_text(encoding="utf-8")
 
 
 def test_only_this_script_may_run_and_it_fetches_nothing(two):
@@ -136,7 +136,7 @@ def test_without_documents_the_logged_thoughts_are_shown(tmp_path):
     assert not first["spaced"]
     mean = sum(one.evidence for one in logged[0].thoughts if one.evidence is not None) / 8
     assert first["positions"][0]["gain"] == pytest.approx(mean + 1.609)
-    assert "Places that training logged" in page.read_text(encoding="utf-8")
+    assert "Positions logged during training" in page.read_text(encoding="utf-8")
 
 
 def test_without_thoughts_there_is_neither_viewer_nor_script(tmp_path):
@@ -170,11 +170,11 @@ def test_missing_figures_are_left_open(tmp_path):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ([], r"the whole: "),
+        ([], r"top level: "),
         (documents() | {"version": 2}, r"version: Input should be 1"),
         (documents(document("a", {"target": "x"})), r"documents\.0\.positions\.0\.at: Field required"),
-        (documents(document("a", place(4, "x"))), r"document 'a': every position must stand at a token .* 0 to 3"),
-        (documents(document("a", place(1, "x"), place(1, "x"))), r"every position must stand at a token of its own"),
+        (documents(document("a", place(4, "x"))), r"document 'a': positions must have different tokens, from 0 to 3"),
+        (documents(document("a", place(1, "x"), place(1, "x"))), r"positions must have different tokens"),
         (documents(document("a", place(1, "x", nothink_top=[["y", 1.5]]))), r"less than or equal to 1"),
         (documents(document("a") | {"tokens": "now"}), r"documents\.0\.tokens: Input should be a valid list"),
     ],

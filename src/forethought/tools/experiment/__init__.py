@@ -1,4 +1,4 @@
-"""Arms from one start under matched budgets, measured at the same positions, put beside each other by one command."""
+"""Trains arms from one start with matched budgets, measures them at the same positions, and compares them."""
 
 import dataclasses
 import time
@@ -24,15 +24,15 @@ def compare(
 ) -> tuple[list[Verdict], Path]:
     """Train every arm of an experiment with every seed, measure them, and write the table and the page.
 
-    What is finished is not done again, and what was stopped goes on. `overrides`: see `design.read`. Writes
-    RUN/compare.json (a list of rows: arm, seed or `all`, metric, value, low, high), RUN/experiment.json (what the page
-    needs besides) and RUN/compare.html, of what is finished, also when an arm fails or a signal comes. Returns the
-    verdicts on the experiment's claims, and the page.
+    Finished arms are kept, stopped ones are resumed. `overrides`: see `design.read`. Writes RUN/compare.json (rows of
+    arm, seed or `all`, metric, value, low, high), RUN/experiment.json (what else the page shows) and RUN/compare.html
+    of the finished arms, also when an arm fails or a signal arrives. Returns the verdicts on the claims, and the page.
+    With `processes` above 1, a script calls this under `if __name__ == "__main__":`, since workers import the script.
 
     Raises:
-        UserError: a mistake in the experiment, or an arm that was made with other options.
-        RunError: arms that cannot go on; the others were finished first.
-        Stopped: SIGINT or SIGTERM; the same call goes on.
+        UserError: a mistake in the experiment, or an arm that was trained with other options.
+        RunError: some arms failed; the others were finished first.
+        Stopped: SIGINT or SIGTERM; the same call resumes.
     """
     began, meter = time.perf_counter(), arms.Meter()
     experiment, observer = read(path, overrides or {}), observer or Callbacks()
@@ -47,7 +47,7 @@ def compare(
             failed = WorkerPool(experiment, todo).run(observer)
     except (SignalArrived, Stopped) as stopped:
         _publish(experiment, failed, began)
-        kept = f"finished arms are kept in {experiment.run}; go on with the same command"
+        kept = f"finished arms are kept in {experiment.run}; resume with the same command"
         raise Stopped(stopped.number, kept) from None
     verdicts, page = _publish(experiment, failed, began)
     if failed:
@@ -57,7 +57,7 @@ def compare(
 
 
 def _one_by_one(experiment: Experiment, todo: list[Job], observer: Callbacks, meter: arms.Meter) -> dict[str, str]:
-    """All jobs in this process. Returns what failed, and why; whatever follows a failed arm's budget fails too."""
+    """Run all jobs in this process. Returns the failed ones with the reason."""
     failed: dict[str, str] = {}
     for number, job in enumerate(todo, 1):
         observer.part(f"{job.name} ({number} of {len(todo)})")
@@ -76,13 +76,13 @@ def _publish(experiment: Experiment, failed: dict[str, str], began: float) -> tu
     verdicts = table.judge(experiment, rows, done)
     log = RunLog(experiment.run)
     log.write_json("compare.json", [dataclasses.asdict(row) for row in rows])
-    described = _described(experiment, verdicts, done, failed)
-    log.write_json(DESCRIBED, {**described, "spent": _spent(log, done, time.perf_counter() - began)})
+    spent = _spent(log, done, time.perf_counter() - began)
+    log.write_json(DESCRIBED, {**_described(experiment, verdicts, done, failed), "spent": spent})
     return verdicts, report.write_comparison(experiment.run)
 
 
 def _spent(log: RunLog, done: Sequence[Job], seconds: float) -> dict[str, float]:
-    """Seconds of this call and of those before it that came to their end, and CPU seconds of all finished runs."""
+    """Seconds of this call and of completed calls before it, and CPU seconds of all finished runs."""
     before = log.read_json(DESCRIBED).get("spent", {}) if (log.path / DESCRIBED).is_file() else {}
     files = [log.path / name / arms.SPENT for name in (BASE, *(job.name for job in done))]
     spent = [RunLog(file.parent).read_json(file.name)["cpu_seconds"] for file in files if file.is_file()]
@@ -92,31 +92,22 @@ def _spent(log: RunLog, done: Sequence[Job], seconds: float) -> dict[str, float]
 def _described(
     experiment: Experiment, verdicts: list[Verdict], done: Sequence[Job], failed: dict[str, str]
 ) -> dict[str, Any]:
-    """What the page says besides the rows."""
-    names = {job.name for job in done}
+    """What the page shows besides the rows."""
+    start, names, sweeps = experiment.start, {job.name for job in done}, []
+    for curve in experiment.curves:
+        points = [[value, curve.label(value, arm)] for value, arm in curve.points]
+        sweeps.append({**dataclasses.asdict(curve), "points": points})
+    described = {}
+    for name in experiment.named:
+        seeds = [job.seed for job in experiment.of(name) if job.name in names]
+        described[name] = {**dataclasses.asdict(experiment.arms[name]), "seeds": seeds}
     return {
         "name": experiment.name,
-        "model": experiment.start.model.path,
-        "corpus": experiment.start.corpus.path,
-        "held_out": experiment.start.evaluate.path,
-        "arms": {
-            name: {
-                "seeds": [job.seed for job in experiment.of(name) if job.name in names],
-                "options": experiment.arms[name].options,
-                "budget": experiment.arms[name].budget,
-            }
-            for name in experiment.named
-        },
-        "sweeps": [
-            {
-                "name": curve.name,
-                "option": curve.option,
-                "points": [[value, curve.label(value, arm)] for value, arm in curve.points],
-                "seeds": list(curve.seeds),
-                "published": dataclasses.asdict(curve.published) if curve.published else None,
-            }
-            for curve in experiment.curves
-        ],
-        "claims": [dataclasses.asdict(one) for one in verdicts],
+        "model": start.model.path,
+        "corpus": start.corpus.path,
+        "held_out": start.evaluate.path,
+        "arms": described,
+        "sweeps": sweeps,
+        "claims": [dataclasses.asdict(verdict) for verdict in verdicts],
         "missing": {job.name: failed.get(job.name, "") for job in experiment.jobs if job.name not in names},
     }

@@ -1,12 +1,12 @@
-"""One job of an experiment: train an arm with one seed, or go on where it was stopped; then measure it. Nothing twice.
+"""One job of an experiment: train an arm with one seed, or resume it, then measure it. Finished parts are kept.
 
-RUN/base/records.json              the start, measured
+RUN/base/records.json              measurements of the start
 RUN/ARM/seed-N/                    the arm's run folder, and its records.json
 RUN/ARM/seed-N/documents.json      for the thought viewer, with the first seed
-RUN/ARM/seed-N/answers.json        what it answered to the experiment's questions (asked.py), and base/answers.json
-RUN/ARM/seed-N/spent.json          seconds and CPU seconds that all this took
-RUN/ARM/seed-N/post/               of post-training: a run folder for each stage, and records.json after the last
-RUN/base/seed-N/post/              the same of the start
+RUN/ARM/seed-N/answers.json        results of the experiment's questions (asked.py); also base/answers.json
+RUN/ARM/seed-N/spent.json          seconds and CPU seconds of the job
+RUN/ARM/seed-N/post/               post-training: a run folder for each stage, and records.json after the last
+RUN/base/seed-N/post/              the same for the start
 """
 
 import dataclasses
@@ -31,13 +31,13 @@ Recorded = dict[str, heldout.Records]
 
 
 class Meter:
-    """Seconds and CPU seconds of this process: of each job, and what the process itself took to begin, of its first."""
+    """Seconds and CPU seconds that this process spends on each job; starting the process counts for the first."""
 
     def __init__(self) -> None:
         self._wall, self._cpu = time.perf_counter() - time.process_time(), 0.0
 
     def lap(self, folder: Path) -> None:
-        """Add what passed since the last lap to a job's spent.json."""
+        """Add the time since the last lap to a job's spent.json."""
         wall, cpu = time.perf_counter(), time.process_time()
         log = RunLog(folder)
         before = log.read_json(SPENT) if (folder / SPENT).is_file() else {"seconds": 0.0, "cpu_seconds": 0.0}
@@ -47,7 +47,7 @@ class Meter:
 
 
 def measure_base(experiment: Experiment, observer: Callbacks, meter: Meter) -> None:
-    """Measure the start, and post-train it with every seed where arms are, unless that is done."""
+    """Measure the start, and post-train it with every seed if arms are, unless that is done."""
     folder = experiment.run / BASE
     known, seeds = (folder / RECORDS).is_file(), sorted({job.seed for job in experiment.jobs})
     if known:
@@ -67,7 +67,7 @@ def measure_base(experiment: Experiment, observer: Callbacks, meter: Meter) -> N
 
 
 def finished(experiment: Experiment, job: Job) -> bool:
-    """Whether a job is done. Raises UserError where its folder holds a run with other options."""
+    """Whether a job is done. Raises UserError if its folder holds a run with other options."""
     folder = Path(job.config.run)
     if not (folder / "config.json").is_file():
         return False
@@ -80,11 +80,11 @@ def finished(experiment: Experiment, job: Job) -> bool:
 
 
 def run_job(experiment: Experiment, job: Job, observer: Callbacks, meter: Meter) -> None:
-    """Train, measure, post-train and measure again, or what of it is not done yet.
+    """Train, measure, post-train and measure again, except for what is done.
 
     Raises:
         UserError: the folder holds a run with other options; the job whose budget it follows is not finished.
-        RunError, Stopped: as in training; the same call goes on.
+        RunError, Stopped: as in training; the same call resumes.
     """
     config = _with_budget(experiment, job)
     folder, begun = Path(config.run), (Path(config.run) / "config.json").is_file()
@@ -102,7 +102,7 @@ def run_job(experiment: Experiment, job: Job, observer: Callbacks, meter: Meter)
 
 
 def _measure_job(experiment: Experiment, job: Job, config: Config, observer: Callbacks) -> None:
-    """What a trained arm is worth, unless that is known."""
+    """Measure and post-train a trained arm, except for what is done."""
     folder, shared = Path(config.run), experiment.start
     method = dataclasses.replace(config.method, horizon=shared.method.horizon)  # the same positions for all
     config = dataclasses.replace(config, evaluate=shared.evaluate, method=method)
@@ -116,13 +116,13 @@ def _measure_job(experiment: Experiment, job: Job, config: Config, observer: Cal
 
 
 def records(folder: Path) -> Recorded:
-    """What was measured of an arm's run, or of the base."""
+    """The records of an arm's run, or of the base."""
     RunLog.open(folder)
     return _read(folder)
 
 
 def post_records(experiment: Experiment, folder: Path) -> Recorded:
-    """What was measured after post-training, as groups `post:NAME`; nothing where there is none."""
+    """The records after post-training, as groups `post:NAME`; empty where there is none."""
     found = _read(folder / POST) if experiment.post else {}
     return {f"post:{name}": one for name, one in found.items()}
 
@@ -132,7 +132,7 @@ def _read(folder: Path) -> Recorded:
 
 
 def weights(folder: Path) -> str:
-    """A digest of a trained model's files: the same for the same bits. Raises UserError where there are none."""
+    """A digest of a trained model's weight files. Raises UserError where there are none."""
     digest, files = hashlib.sha256(), sorted((folder / "policy").glob("*.safetensors"))
     if not files:
         raise UserError(f"{folder / 'policy'}: holds no weights")
@@ -151,7 +151,7 @@ def _measure(log: RunLog, subject: heldout.Subject, observer: Callbacks, view_as
 
 
 def _posttrain(experiment: Experiment, start: Config, folder: Path, observer: Callbacks) -> None:
-    """Take a start through all stages, then measure it as it was measured before."""
+    """Run all stages of post-training, then measure as before."""
     if not experiment.post:
         return
     last = chain(experiment.post, start, folder / POST, observer)
@@ -160,7 +160,7 @@ def _posttrain(experiment: Experiment, start: Config, folder: Path, observer: Ca
 
 
 def _with_budget(experiment: Experiment, job: Job) -> Config:
-    """The job's options with what the arm that it follows has spent."""
+    """The job's config with the budget of the job that it follows."""
     if job.needs is None:
         return job.config
     finished = experiment.run / job.needs
@@ -176,11 +176,11 @@ def _with_budget(experiment: Experiment, job: Job) -> Config:
 
 
 def _check_same(saved: Config, wanted: Config, name: str) -> None:
-    """What was done with other options is not mixed with this experiment."""
-    saved = dataclasses.replace(saved, questions=wanted.questions)  # answers know what they were asked with
+    """Raise UserError for a run with other options."""
+    saved = dataclasses.replace(saved, questions=wanted.questions)  # answers.json has its own
     if found := difference(saved, wanted):
         option, before, now = found
         raise UserError(
             f"{name} was made with {option} = {before!r}, and the experiment says {now!r}; "
-            "name another run (--run PATH)"
+            "choose another run (--run PATH)"
         )

@@ -1,13 +1,13 @@
-"""Benchmark questions in an experiment: every arm is asked the same, with the same random numbers, once.
+"""Benchmark questions in an experiment: every arm gets the same questions, with the same random numbers, once.
 
-FOLDER/answers.json      what it was asked with, and each metric as one number a question
+FOLDER/answers.json      the options of the questions, and each metric as one number per question
 FOLDER/questions.jsonl   every prompt, answer and verdict (docs/questions.md)
 """
 
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,47 +16,68 @@ import numpy as np
 from forethought.config import Config
 from forethought.run.folder import RunLog
 from forethought.run.trackers import Callbacks
-from forethought.tools.experiment.design import Experiment
-from forethought.tools.questions import answers, questions
-from forethought.tools.questions import ask as asking
-from forethought.tools.questions.tasks import exams
+from forethought.tools import benchmarks
+from forethought.tools.benchmarks import Columns, Figures
+from forethought.tools.experiment.design import BASE, Experiment
 
 ANSWERS = "answers.json"
 NORMAL = 1.96  # standard errors in half a 95 % interval
 
-Answered = Mapping[tuple[str, str], Mapping[str, np.ndarray]]
-"""(mode, task) -> metric -> one number a question, the mean over its answers."""
-
 
 def check(experiment: Experiment) -> None:
-    """Fail before anything is trained where the questions cannot be read. Raises UserError."""
-    if experiment.ask:
-        exams(experiment.start.questions)
+    """Fail before anything is trained where questions are left and cannot be read. Raises UserError."""
+    if not all(done(experiment, folder) for folder in _folders(experiment)):
+        benchmarks.require_extra()
+        benchmarks.load_tasks(experiment.start.questions)
 
 
 def done(experiment: Experiment, folder: Path) -> bool:
-    """Whether the model of this folder was asked with the experiment's options; no questions are always answered."""
+    """Whether the model of this folder has answered with the experiment's options; without questions always.
+
+    Answers graded by another checker (such as those of version 0.1) remain where it graded all of the experiment's.
+    """
     if not experiment.ask:
         return True
-    return (folder / ANSWERS).is_file() and RunLog(folder).read_json(ANSWERS)["asked"] == _asked(experiment)
+    found = _options_of(folder)
+    if found is None or {**found, "checker": ""} != _options(experiment):
+        return False
+    checkers = {(_options_of(one) or {}).get("checker") for one in _folders(experiment)}
+    return len(checkers) == 1 or found["checker"] == benchmarks.checker()
 
 
 def ask(experiment: Experiment, config: Config, folder: Path, observer: Callbacks) -> None:
-    """Ask `config.model`, unless that is done. Raises UserError."""
+    """Evaluate `config.model`, unless that is done. Raises UserError."""
     if done(experiment, folder):
         return
     start = experiment.start
     config = dataclasses.replace(config, seed=start.seed, questions=start.questions)
-    measure = asking.prepared(config, exams(start.questions), lambda done, total: observer.phase("asking", done, total))
-    records = measure()
-    columns = {"/".join(key): _plain(some) for key, some in questions.columns(records).items()}
+    tasks = benchmarks.load_tasks(start.questions)
+    rows = benchmarks.prepare(config, tasks, lambda done, total: observer.phase("answering", done, total))(folder.name)
+    columns = {
+        "/".join(key): {metric: values.tolist() for metric, values in some.items()}
+        for key, some in benchmarks.columns(rows).items()
+    }
     log = RunLog(folder)
-    log.write_lines("questions.jsonl", [asking.row(folder.name, one) for one in records])
-    log.write_json(ANSWERS, {"asked": _asked(experiment), "columns": columns})
+    log.write_lines("questions.jsonl", rows)
+    log.write_json(ANSWERS, {"asked": {**_options(experiment), "checker": benchmarks.checker()}, "columns": columns})
 
 
-def answered(folder: Path) -> Answered:
-    """What `ask` found."""
+def _folders(experiment: Experiment) -> list[Path]:
+    return [experiment.run / name for name in (BASE, *(job.name for job in experiment.jobs))]
+
+
+def _options_of(folder: Path) -> dict[str, Any] | None:
+    return RunLog(folder).read_json(ANSWERS)["asked"] if (folder / ANSWERS).is_file() else None
+
+
+def _options(experiment: Experiment) -> dict[str, Any]:
+    """What answers depend on besides the model and the checker, as JSON."""
+    options = dataclasses.asdict(experiment.start.questions)
+    return json.loads(json.dumps({**options, "seed": experiment.start.seed, "checker": ""}))
+
+
+def answered(folder: Path) -> Columns:
+    """The columns of `ask`."""
     found: dict[tuple[str, str], dict[str, np.ndarray]] = {}
     for key, metrics in RunLog(folder).read_json(ANSWERS)["columns"].items():
         mode, task = key.split("/")
@@ -64,7 +85,7 @@ def answered(folder: Path) -> Answered:
     return found
 
 
-def pooled(seeds: Sequence[Answered]) -> questions.Figures:
+def pooled(seeds: Sequence[Columns]) -> Figures:
     """Flat figures MODE/GROUP/METRIC, each with /se: means over seeds.
 
     The error is over questions (each one's mean over seeds) and over seeds, as if the two were independent:
@@ -72,35 +93,25 @@ def pooled(seeds: Sequence[Answered]) -> questions.Figures:
     """
     keys = seeds[0].items()
     mean = {key: {name: np.mean([one[key][name] for one in seeds], axis=0) for name in some} for key, some in keys}
-    figures = questions.figures(mean)
+    figures = benchmarks.summarize(mean)
     if len(seeds) == 1:
         return figures
-    each = [questions.figures(one) for one in seeds]
+    each = [benchmarks.summarize(one) for one in seeds]
     for name in [name for name in figures if f"{name}/se" in figures]:
         between = float(np.var([one[name] for one in each], ddof=1)) / len(each)
         figures[f"{name}/se"] = math.sqrt(figures[f"{name}/se"] ** 2 + between)
     return figures
 
 
-def over(seeds: Sequence[Answered], base: Answered) -> questions.Figures:
+def over(seeds: Sequence[Columns], base: Columns) -> Figures:
     """The same of the differences to the base, question by question: accuracies only."""
-    return pooled([questions.difference(one, base) for one in seeds])
+    return pooled([benchmarks.difference(one, base) for one in seeds])
 
 
-def with_intervals(figures: questions.Figures) -> questions.Figures:
+def with_intervals(figures: Figures) -> Figures:
     """Each figure that has an error with the 95 % interval that it means, as /low and /high."""
-    ends: questions.Figures = {}
+    ends: Figures = {}
     for name in [name for name in figures if f"{name}/se" in figures]:
         reach = NORMAL * figures[f"{name}/se"]
         ends |= {f"{name}/low": figures[name] - reach, f"{name}/high": figures[name] + reach}
     return {**figures, **ends}
-
-
-def _asked(experiment: Experiment) -> dict[str, Any]:
-    """What answers depend on besides the model, as JSON keeps it."""
-    options = dataclasses.asdict(experiment.start.questions)
-    return json.loads(json.dumps({**options, "seed": experiment.start.seed, "checker": answers.checker()}))
-
-
-def _plain(metrics: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
-    return {metric: values.tolist() for metric, values in metrics.items()}

@@ -1,27 +1,7 @@
-"""An experiment: arms that share a start and an evaluation, seeds, sweeps over options, and what is claimed of them.
+"""An experiment file (docs/comparing.md): arms with a common start and evaluation, seeds, sweeps, and claims.
 
-config = "quickstart"                     # what all arms share; a path or the name of a shipped config
-seeds = [0, 1, 2]
-options.train.steps = 60                  # over the config, in every arm
-ask = true                                # benchmark questions too: options.questions.data, .tasks, ...
-
-[arms.rlp]                                # as it is
-[arms.cpt-flops]
-budget = { flops = "rlp" }                # as many FLOPs as the arm rlp spent with the same seed
-options = { method.name = "cpt" }
-
-[sweeps.group]
-arm = "rlp"
-option = "method.group"
-values = [2, 4, 8]
-
-[[claims]]
-arm = "rlp"
-above = ["base", "cpt-flops"]
-metrics = ["answer/accuracy_think"]
-
-`post = ["sft-cups", "rlvr-cups"]` at the top: every arm and the base, once measured, go through the same stages of
-post-training and are measured again, as the groups `post:all`, `post:answer`, ...
+With `post = ["sft-cups", "rlvr-cups"]`, every arm and the base are measured, take the same stages of post-training, and
+are measured again, as the groups `post:all`, `post:answer`, ...
 """
 
 import dataclasses
@@ -43,7 +23,8 @@ UNBOUNDED = 10**9
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 _ArmName = Annotated[str, Field(pattern=r"^\w[\w.=+-]*$", max_length=80)]
-_Names = Annotated[list[_ArmName], Field(min_length=1)]
+_FIXED = ("model", "evaluate", "questions", "seed", "run", "overwrite")
+"""Sections and options that an arm cannot set."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -51,26 +32,26 @@ class Arm:
     """One way to train from the start."""
 
     options: dict[str, Any] = Field(default_factory=dict)
-    """Over the experiment's options."""
+    """Overrides of the experiment's options."""
     budget: dict[Literal["tokens", "flops"], _ArmName] = Field(default_factory=dict)
-    """Train until as many corpus tokens are read, or FLOPs spent, as the named arm's run of the same seed did."""
+    """Train for as many corpus tokens or FLOPs as the named arm's run with the same seed."""
     seeds: list[int] | None = None
     """Only these; None: all of the experiment."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Published:
-    """Somebody else's figures over the same option, drawn beside a sweep as they are."""
+    """Published figures over the same option, drawn beside a sweep."""
 
     said: Annotated[str, Field(min_length=1)]
-    """Whose, and of what."""
+    """Source and quantity."""
     points: Annotated[list[tuple[int | float | str, float]], Field(min_length=2, strict=False)]
     """(value of the option, figure)"""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Sweep:
-    """One option of an arm over several values; an arm NAME=VALUE for each value that the arm itself has not."""
+    """One option of an arm over several values: an arm NAME=VALUE for each value that the arm itself does not have."""
 
     arm: _ArmName
     option: Annotated[str, Field(pattern=r"^[a-z0-9_]+\.[a-z0-9_]+$")]
@@ -81,20 +62,20 @@ class Sweep:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Claim:
-    """What the experiment is to show, judged by intervals, in one of four ways."""
+    """An expected result, judged by intervals, in one of four ways."""
 
     arm: _ArmName
     metrics: list[str] = Field(default_factory=list)
     """GROUP/METRIC, as in docs/metrics.md."""
     above: list[_ArmName] = Field(default_factory=list)
-    """The arm's interval lies above those of these arms."""
+    """The arm's interval is above those of these arms."""
     against: str = ""
-    """The metric of the other arms in `above`, where it is another: such as plain prediction, for plain training."""
+    """The other arms' metric in `above`, if different: such as accuracy without thoughts, for plain training."""
     not_above: list[_ArmName] = Field(default_factory=list)
-    """The interval of the paired difference to these arms ends at or below `margin`: the arm gains no more."""
+    """The interval of the paired difference to these arms ends at or below `margin`."""
     margin: float = 0.0
     equals: list[_ArmName] = Field(default_factory=list)
-    """The arm's trained weights are those of these arms, bit for bit, with every seed."""
+    """The arm's trained weights are identical to those of these arms, with every seed."""
     at_most: float | None = None
     """The arm's interval ends at or below this."""
 
@@ -115,7 +96,7 @@ class _File:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One arm trained with one seed. `name` is also its folder."""
+    """One arm with one seed. `name` is also its folder."""
 
     arm: str
     seed: int
@@ -130,34 +111,34 @@ class Job:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
-    """A sweep: for each value the arm that was trained with it, and with which seeds."""
+    """A sweep: the arm of each value, and the seeds."""
 
     name: str
     option: str
-    points: tuple[tuple[Any, str], ...]
+    points: tuple[tuple[Any, str], ...]  # (value, arm)
     seeds: tuple[int, ...]
     published: Published | None = None
 
     def label(self, value: Any, arm: str) -> str:
-        """What the point is called in the table: NAME=VALUE, also where the arm goes by a name of its own."""
+        """The point's name in the table: NAME=VALUE, also where the arm has a name of its own."""
         return arm if arm.startswith(f"{self.name}=") else f"{self.name}={value}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Experiment:
-    """A checked experiment: every job's options are whole and valid."""
+    """A checked experiment. The options of every job are complete and valid."""
 
     name: str
     run: Path
     processes: int
-    ask: bool  # whether every arm is asked the questions of start.questions
-    start: Config  # the options that all share; its model is the base
-    arms: dict[str, Arm]  # in the order of the file, those of sweeps at the end
-    named: tuple[str, ...]  # those of the file
+    ask: bool  # whether every arm answers the questions of start.questions
+    start: Config  # the common options; its model is the base
+    arms: dict[str, Arm]  # in the order of the file, then those of sweeps
+    named: tuple[str, ...]  # arms of the file
     jobs: tuple[Job, ...]
     curves: tuple[Curve, ...]
     claims: tuple[Claim, ...]
-    post: tuple[Stage, ...] = ()  # post-training that every arm and the base go through after they are measured
+    post: tuple[Stage, ...] = ()  # post-training of every arm and the base, after they are measured
 
     def of(self, arm: str) -> list[Job]:
         """An arm's jobs, by seed."""
@@ -167,50 +148,49 @@ class Experiment:
 def read(path: str | Path, overrides: dict[str, Any]) -> Experiment:
     """Read an experiment file (a path, or the name of a shipped one).
 
-    `overrides` may set config, run, seeds, processes and ask; other options in it hold for every arm, over the file's.
+    `overrides` may set config, run, seeds, processes and ask; its other options hold for every arm.
 
     Raises:
-        UserError: unknown file, broken TOML, an unknown key, an option that no run would take, a budget, sweep or
-            claim about an arm that there is not.
+        UserError: unknown file, invalid TOML, an unknown key, invalid options, a budget, sweep or claim about an
+            unknown arm.
     """
-    file = find(path)
+    file, where = find(path), f"experiment {str(path)!r}"
     values = read_toml(file)
     if "arms" not in values:
-        raise UserError(f"experiment {str(path)!r}: names no arms, so it is no experiment file (docs/comparing.md)")
+        raise UserError(f"{where}: names no arms, so it is no experiment file (docs/comparing.md)")
     own = {name: overrides[name] for name in ("config", "run", "seeds", "processes", "ask") if name in overrides}
     if "seeds" in own:
-        own["seeds"] = _numbers(own["seeds"])
+        own["seeds"] = _as_list(own["seeds"])
     rest = {name: value for name, value in overrides.items() if name not in own}
     try:
         given = TypeAdapter(_File).validate_json(json.dumps(values | own, default=str))
     except ValidationError as error:
-        raise UserError(f"experiment {str(path)!r}: {_explain(error)}") from None
+        raise UserError(f"{where}: {_explain(error)}") from None
     options = merge(given.options, rest)
     if "seed" in options or "overwrite" in options:
-        raise UserError(f"experiment {str(path)!r}: options cannot set seed (see seeds) or overwrite")
+        raise UserError(f"{where}: options cannot set seed (see seeds) or overwrite")
     if len(set(given.seeds)) < len(given.seeds):
-        raise UserError(f"experiment {str(path)!r}: seeds = {given.seeds}: names a seed twice")
-    named = file.stem + (f"-{Path(given.config).stem}" if "config" in own else "")
-    run = Path(given.run or f"runs/{named}")
+        raise UserError(f"{where}: seeds = {given.seeds}: names a seed twice")
+    name = file.stem + (f"-{Path(given.config).stem}" if "config" in own else "")
+    run = Path(given.run or f"runs/{name}")
     start = from_dict(merge(merge(to_dict(load(given.config)), options), {"run": str(run / BASE)}))
     if start.model.init != "pretrained":
-        raise UserError(f"experiment {str(path)!r}: arms take the same start, so model.init must be pretrained")
+        raise UserError(f"{where}: arms take the same start, so model.init must be pretrained")
     if not start.evaluate.path:
-        raise UserError(f"experiment {str(path)!r}: evaluate.path = '': name the held-out text that all arms meet")
+        raise UserError(f"{where}: evaluate.path = '': set the held-out text that all arms are measured on")
     arms, curves = _expand(given, start)
-    _check_names(arms, given)
-    jobs = tuple(
-        _job(name, arm, seed, start, run) for name, arm in arms.items() for seed in _seeds(name, arm.seeds, given)
-    )
+    _check_budgets(arms)
+    _check_claims(arms, given.claims)
+    jobs = [_job(arm, seed, arms[arm], start, run) for arm in arms for seed in _seeds(arm, arms[arm].seeds, given)]
     return Experiment(
-        name=named, run=run, processes=given.processes, ask=given.ask, start=start, arms=arms,
+        name=name, run=run, processes=given.processes, ask=given.ask, start=start, arms=arms,
         named=tuple(given.arms), jobs=_ordered(jobs), curves=curves, claims=tuple(given.claims),
         post=tuple(map(read_stage, given.post)),
     )  # fmt: skip
 
 
-def _numbers(value: Any) -> Any:
-    """`3` and `0,1,2`, as typed on a command line, as lists; anything else as it is."""
+def _as_list(value: Any) -> Any:
+    """`3` and `0,1,2`, as typed on a command line, as lists; anything else unchanged."""
     if isinstance(value, str) and all(part.strip().isdecimal() for part in value.split(",")):
         return [int(part) for part in value.split(",")]
     return [value] if isinstance(value, int) else value
@@ -225,7 +205,7 @@ def _explain(error: ValidationError) -> str:
 
 
 def _seeds(name: str, own: list[int] | None, given: _File) -> list[int]:
-    """Those of the experiment that an arm or a sweep takes part in."""
+    """The experiment's seeds that an arm or a sweep uses."""
     seeds = given.seeds if own is None else [seed for seed in given.seeds if seed in own]
     if not seeds:
         raise UserError(f"{name}: its seeds, {own}, are none of the experiment's, {given.seeds}")
@@ -233,7 +213,7 @@ def _seeds(name: str, own: list[int] | None, given: _File) -> list[int]:
 
 
 def _expand(given: _File, start: Config) -> tuple[dict[str, Arm], tuple[Curve, ...]]:
-    """All arms, those of sweeps included, and each sweep's points."""
+    """All arms, including those of sweeps, and each sweep's points."""
     arms, curves = dict(given.arms), []
     for name, sweep in given.sweeps.items():
         owner = given.arms.get(sweep.arm)
@@ -255,35 +235,33 @@ def _expand(given: _File, start: Config) -> tuple[dict[str, Arm], tuple[Curve, .
     return arms, tuple(curves)
 
 
-def _check_names(arms: dict[str, Arm], given: _File) -> None:
+def _check_budgets(arms: dict[str, Arm]) -> None:
     if BASE in arms:
-        raise UserError(f"arms.{BASE}: the base is always there; name the arm otherwise")
+        raise UserError(f"arms.{BASE}: the base is always included; choose another name")
     for name, arm in arms.items():
-        for kind, of in arm.budget.items():
-            if of not in arms or of == name or arms[of].budget:
-                raise UserError(f"arms.{name}.budget.{kind} = {of!r}: must be another arm that has no budget itself")
+        for kind, other in arm.budget.items():
+            if other not in arms or other == name or arms[other].budget:
+                raise UserError(f"arms.{name}.budget.{kind} = {other!r}: must be another arm that has no budget itself")
         if len(arm.budget) > 1:
             raise UserError(f"arms.{name}.budget: takes tokens or flops, not both")
-    _check_claims(arms, given.claims)
 
 
 def _check_claims(arms: dict[str, Arm], claims: list[Claim]) -> None:
     for number, claim in enumerate(claims):
+        where = f"claims.{number}"
         for other in [claim.arm, *claim.above, *claim.not_above, *claim.equals]:
             if other not in arms and other != BASE:
-                raise UserError(f"claims.{number}: there is no arm {other!r}")
+                raise UserError(f"{where}: there is no arm {other!r}")
         if BASE in (claim.arm, *claim.equals) and claim.equals:
-            raise UserError(f"claims.{number}: the base was not trained, so no arm equals it")
+            raise UserError(f"{where}: the base was not trained, so no arm equals it")
         kinds = [claim.above, claim.not_above, claim.equals, claim.at_most is not None]
         if sum(map(bool, kinds)) != 1 or bool(claim.equals) == bool(claim.metrics):
-            raise UserError(
-                f"claims.{number}: takes one of above, not_above, equals, at_most; and metrics unless equals"
-            )
+            raise UserError(f"{where}: takes one of above, not_above, equals, at_most; and metrics unless equals")
 
 
 def _config(name: str, start: Config, options: dict[str, Any], fixed: dict[str, Any] | None = None) -> Config:
-    """An arm's options over those that all share. What makes arms comparable is not an arm's to choose."""
-    for section in ("model", "evaluate", "questions", "seed", "run", "overwrite"):
+    """An arm's config. An arm cannot change what makes it comparable to the others."""
+    for section in _FIXED:
         if section in options:
             raise UserError(f"arms.{name}: cannot set {section}, which all arms share")
     try:
@@ -292,22 +270,21 @@ def _config(name: str, start: Config, options: dict[str, Any], fixed: dict[str, 
         raise UserError(f"arms.{name}: {error}") from None
     for option in ("window", "min_tokens"):
         if getattr(config.corpus, option) != getattr(start.corpus, option):
-            raise UserError(f"arms.{name}: cannot set corpus.{option}, by which held-out text is cut for all arms")
+            raise UserError(f"arms.{name}: cannot set corpus.{option}, which cuts the held-out text of all arms")
     return config
 
 
-def _job(name: str, arm: Arm, seed: int, start: Config, run: Path) -> Job:
-    """Arms are measured after training by the experiment, so their runs do not evaluate."""
+def _job(name: str, seed: int, arm: Arm, start: Config, run: Path) -> Job:
+    """Its run does not evaluate: the experiment measures arms after training."""
     fixed: dict[str, Any] = {"seed": seed, "run": str(run / name / f"seed-{seed}"), "evaluate": {"path": ""}}
     if arm.budget and "steps" not in arm.options.get("train", {}):
         fixed["train"] = {"steps": UNBOUNDED}
-    config = _config(name, start, arm.options, fixed)
-    of = next(iter(arm.budget.values()), None)
-    return Job(arm=name, seed=seed, config=config, needs=None if of is None else f"{of}/seed-{seed}")
+    needs = next((f"{other}/seed-{seed}" for other in arm.budget.values()), None)
+    return Job(arm=name, seed=seed, config=_config(name, start, arm.options, fixed), needs=needs)
 
 
-def _ordered(jobs: tuple[Job, ...]) -> tuple[Job, ...]:
-    """Seed by seed, so that whoever stops early has whole seeds; within a seed budgets come after what they follow."""
+def _ordered(jobs: list[Job]) -> tuple[Job, ...]:
+    """By seed, so that a stopped experiment has complete seeds; jobs with a budget after the jobs they follow."""
     names = {job.name for job in jobs}
     for job in jobs:
         if job.needs is not None and job.needs not in names:

@@ -1,23 +1,23 @@
 """Records of all arms -> rows of compare.json, and the verdict on each claim."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from forethought.eval.heldout import Drawn, differences, drawn_together, pooled
 from forethought.run.folder import RunLog
 from forethought.tools.experiment import asked
 from forethought.tools.experiment.arms import SPENT, Recorded, post_records, records, weights
-from forethought.tools.experiment.design import BASE, Claim, Experiment, Job
+from forethought.tools.experiment.design import BASE, Experiment, Job
 from forethought.tools.report.comparison import ALL, COSTS, QUESTIONS, Row, Verdict
 
 
 def rows(experiment: Experiment, done: Sequence[Job]) -> list[Row]:
-    """Every metric of every arm: each seed, and `all` with intervals over seeds and documents. `done`: finished jobs.
+    """Every metric of every arm: by seed, and `all` with intervals over seeds and documents. `done`: finished jobs.
 
-    `minus/ARM/METRIC` is the paired difference to the base and to each other arm that the file names. `cost/...` comes
-    from the runs; its low and high are the least and the most of the seeds. `questions/...` are answers to questions.
-    Arms that are not finished have no rows.
+    `minus/ARM/METRIC` is the paired difference to the base and to each other arm of the file. `cost/...` comes from
+    the runs; its low and high are the minimum and maximum over seeds. `questions/...` are results of benchmark
+    questions. Arms without finished jobs have no rows.
     """
     start = records(experiment.run / BASE)
     after = {job.seed: post_records(experiment, experiment.run / BASE / f"seed-{job.seed}") for job in experiment.jobs}
@@ -31,7 +31,7 @@ def rows(experiment: Experiment, done: Sequence[Job]) -> list[Row]:
         if seeds:
             table += _of_arm(name, seeds, base) + _costs(experiment, name, list(seeds))
     table += _differences({BASE: base} | {name: measured[name] for name in experiment.named})
-    return table + _own_points(experiment, measured, base) + _answers(experiment, done)
+    return table + _sweep_points(experiment, measured, base) + _answers(experiment, done)
 
 
 def judge(experiment: Experiment, table: Sequence[Row], done: Sequence[Job]) -> list[Verdict]:
@@ -39,29 +39,56 @@ def judge(experiment: Experiment, table: Sequence[Row], done: Sequence[Job]) -> 
     found = {(row.arm, row.metric): row for row in table if row.seed == ALL}
     verdicts = []
     for claim in experiment.claims:
-        verdicts += [_equal(experiment, done, claim.arm, other) for other in claim.equals]
+        arm, margin, limit = claim.arm, claim.margin, claim.at_most
+        verdicts += [_equal(experiment, done, arm, other) for other in claim.equals]
         for metric in claim.metrics:
-            mine, theirs = found.get((claim.arm, metric)), claim.against or metric
-            verdicts += [_above(claim, mine, found.get((other, theirs)), other, metric) for other in claim.above]
+            mine, against = found.get((arm, metric)), f" (its {claim.against})" if claim.against else ""
+            for other in claim.above:
+                said = f"{arm} above {other}{against} in {metric}, intervals apart"
+                pair = [mine, found.get((other, claim.against or metric))]
+                verdicts.append(_verdict(said, pair, lambda one, two: one.low > two.high, "{} against {}"))
             for other in claim.not_above:
-                verdicts.append(_not_above(claim, found.get((claim.arm, f"minus/{other}/{metric}")), other, metric))
-            if claim.at_most is not None:
-                verdicts.append(_at_most(claim, mine, metric))
+                said = f"{arm} gains at most {margin:g} over {other} in {metric}"
+                difference = found.get((arm, f"minus/{other}/{metric}"))
+                verdicts.append(_verdict(said, [difference], lambda one, m=margin: one.high <= m, "difference {}"))
+            if limit is not None:
+                said = f"{arm} at most {limit:g} in {metric}"
+                verdicts.append(_verdict(said, [mine], lambda one, limit=limit: one.high <= limit, "{}"))
     return verdicts
 
 
-def _rows(arm: str, seed: int | str, figures: Mapping[str, float | int]) -> list[Row]:
-    names = [name for name in figures if not name.endswith(("/low", "/high"))]
+def _verdict(said: str, found: Sequence[Row | None], holds: Callable[..., bool], evidence: str) -> Verdict:
+    known = [row for row in found if row is not None]
+    if len(known) < len(found):
+        return _unknown(said)
+    shown = [f"{row.value:.4g} [{row.low:.4g}, {row.high:.4g}]" for row in known]
+    return Verdict(claim=said, holds=holds(*known), evidence=evidence.format(*shown))
+
+
+def _unknown(claim: str) -> Verdict:
+    said = "a figure is missing: not measured (yet), or a share of a gain that is not positive (docs/metrics.md)"
+    return Verdict(claim=claim, holds=None, evidence=said)
+
+
+def _equal(experiment: Experiment, done: Sequence[Job], arm: str, other: str) -> Verdict:
+    """Over the seeds that both have finished."""
+    said = f"{arm} equal to {other}, bit for bit"
+    mine, theirs = (
+        {job.seed: weights(experiment.run / job.name) for job in done if job.arm == name} for name in (arm, other)
+    )
+    same = [mine[seed] == theirs[seed] for seed in mine if seed in theirs]
+    if not same:
+        return _unknown(said)
+    return Verdict(claim=said, holds=all(same), evidence=f"the same weights with {sum(same)} of {len(same)} seeds")
+
+
+def _rows(arm: str, seed: int | str, figures: Mapping[str, float | int], prefix: str = "") -> list[Row]:
+    """One row for each figure; its interval is NAME/low and NAME/high, where there is one."""
+    ends = {name: [figures.get(f"{name}/{end}", value) for end in ("low", "high")] for name, value in figures.items()}
     return [
-        Row(
-            arm=arm,
-            seed=seed,
-            metric=name,
-            value=figures[name],
-            low=figures.get(f"{name}/low", figures[name]),
-            high=figures.get(f"{name}/high", figures[name]),
-        )
-        for name in names
+        Row(arm=arm, seed=seed, metric=f"{prefix}{name}", value=value, low=ends[name][0], high=ends[name][1])
+        for name, value in figures.items()
+        if not name.endswith(("/low", "/high"))
     ]
 
 
@@ -72,22 +99,22 @@ def _of_arm(arm: str, seeds: dict[int, Recorded], base: dict[int, Recorded]) -> 
     return table
 
 
-def _own_points(
+def _sweep_points(
     experiment: Experiment, measured: dict[str, dict[int, Recorded]], base: dict[int, Recorded]
 ) -> list[Row]:
-    """The points of sweeps that are arms of their own, over no more than the sweep's seeds."""
+    """The points of sweeps that are arms of the file, over the sweep's seeds only."""
     table = []
     for curve in experiment.curves:
         for value, arm in curve.points:
             seeds = {seed: one for seed, one in measured[arm].items() if seed in curve.seeds}
             if arm in experiment.named and seeds:
-                mine, theirs = list(seeds.values()), [base[seed] for seed in seeds]
-                table += _rows(curve.label(value, arm), ALL, pooled(mine, theirs))
+                figures = pooled(list(seeds.values()), [base[seed] for seed in seeds])
+                table += _rows(curve.label(value, arm), ALL, figures)
     return table
 
 
 def _differences(measured: dict[str, dict[int, Recorded]]) -> list[Row]:
-    """Each arm with the base and with every arm that has its seeds too; what is drawn of an arm is drawn once."""
+    """Each arm with the base and with every arm that has its seeds too. Each arm is resampled once."""
     table: list[Row] = []
     known: dict[tuple[str, tuple[int, ...]], dict[str, Drawn]] = {}
 
@@ -100,15 +127,14 @@ def _differences(measured: dict[str, dict[int, Recorded]]) -> list[Row]:
         for other, theirs in measured.items():
             if arm not in (BASE, other) and seeds and seeds.keys() <= theirs.keys():
                 figures = differences(drawn(arm, tuple(seeds)), drawn(other, tuple(seeds)))
-                table += _rows(arm, ALL, {f"minus/{other}/{name}": value for name, value in figures.items()})
+                table += _rows(arm, ALL, figures, f"minus/{other}/")
     return table
 
 
 def _costs(experiment: Experiment, arm: str, seeds: Sequence[int]) -> list[Row]:
-    jobs = [job for job in experiment.of(arm) if job.seed in seeds]
-    summaries = {job.seed: _spent(experiment, job) for job in jobs}
+    summaries = {job.seed: _spent(experiment, job) for job in experiment.of(arm) if job.seed in seeds}
     table = []
-    for cost, _ in COSTS:
+    for cost in COSTS:
         values = {seed: summary[cost] for seed, summary in summaries.items() if cost in summary}
         for seed, value in values.items():
             table += _rows(arm, seed, {f"cost/{cost}": value})
@@ -120,14 +146,14 @@ def _costs(experiment: Experiment, arm: str, seeds: Sequence[int]) -> list[Row]:
 
 
 def _spent(experiment: Experiment, job: Job) -> dict[str, Any]:
-    """What a job cost: of its run's summary, and with measuring the CPU seconds."""
+    """The costs in a run's summary, and the job's CPU seconds, with measuring."""
     log = RunLog(experiment.run / job.name)
     more = log.read_json(SPENT) if (log.path / SPENT).is_file() else {}
     return {**log.read_json("summary.json"), **{name: more[name] for name in ("cpu_seconds",) if name in more}}
 
 
 def _answers(experiment: Experiment, done: Sequence[Job]) -> list[Row]:
-    """Answers to questions: each arm's, and the differences to the base, which was asked the same."""
+    """Benchmark results of each arm, and their differences to the base's on the same questions."""
     if not experiment.ask:
         return []
     base = asked.answered(experiment.run / BASE)
@@ -142,50 +168,5 @@ def _answers(experiment: Experiment, done: Sequence[Job]) -> list[Row]:
     return table
 
 
-def _answered(arm: str, seed: int | str, figures: Mapping[str, float | int], before: str = "") -> list[Row]:
-    found = asked.with_intervals(dict(figures))
-    return _rows(arm, seed, {f"{before}{QUESTIONS}/{name}": value for name, value in found.items()})
-
-
-def _shown(row: Row) -> str:
-    return f"{row.value:.4g} [{row.low:.4g}, {row.high:.4g}]"
-
-
-def _unknown(claim: str) -> Verdict:
-    said = "a figure of it is not there: not measured (yet), or a share of a gain that is none (docs/metrics.md)"
-    return Verdict(claim=claim, holds=None, evidence=said)
-
-
-def _above(claim: Claim, mine: Row | None, theirs: Row | None, other: str, metric: str) -> Verdict:
-    against = f" (its {claim.against})" if claim.against else ""
-    said = f"{claim.arm} above {other}{against} in {metric}, intervals apart"
-    if mine is None or theirs is None:
-        return _unknown(said)
-    evidence = f"{_shown(mine)} against {_shown(theirs)}"
-    return Verdict(claim=said, holds=mine.low > theirs.high, evidence=evidence)
-
-
-def _not_above(claim: Claim, difference: Row | None, other: str, metric: str) -> Verdict:
-    said = f"{claim.arm} gains at most {claim.margin:g} over {other} in {metric}"
-    if difference is None:
-        return _unknown(said)
-    return Verdict(claim=said, holds=difference.high <= claim.margin, evidence=f"difference {_shown(difference)}")
-
-
-def _at_most(claim: Claim, mine: Row | None, metric: str) -> Verdict:
-    said = f"{claim.arm} at most {claim.at_most:g} in {metric}"
-    if mine is None or claim.at_most is None:
-        return _unknown(said)
-    return Verdict(claim=said, holds=mine.high <= claim.at_most, evidence=_shown(mine))
-
-
-def _equal(experiment: Experiment, done: Sequence[Job], arm: str, other: str) -> Verdict:
-    """Over the seeds that both have finished."""
-    said = f"{arm} equal to {other}, bit for bit"
-    mine, theirs = (
-        {job.seed: weights(experiment.run / job.name) for job in done if job.arm == name} for name in (arm, other)
-    )
-    same = [mine[seed] == theirs[seed] for seed in mine if seed in theirs]
-    if not same:
-        return _unknown(said)
-    return Verdict(claim=said, holds=all(same), evidence=f"the same weights with {sum(same)} of {len(same)} seeds")
+def _answered(arm: str, seed: int | str, figures: Mapping[str, float | int], prefix: str = "") -> list[Row]:
+    return _rows(arm, seed, asked.with_intervals(dict(figures)), f"{prefix}{QUESTIONS}/")

@@ -23,6 +23,7 @@ from forethought.tools.experiment import arms
 from forethought.tools.experiment.design import Experiment, Job
 
 POLL_S = 0.2
+_meter = functools.cache(arms.Meter)  # one in each worker
 TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGHUP)
 """Blocked in workers: a terminal sends them to every process, and the main process stops the workers itself."""
 
@@ -78,7 +79,10 @@ class WorkerPool:
                         self._collect(worker)
             observer.phase("comparing", len(self.done), len(self.experiment.jobs))
         finally:
-            self._shutdown()
+            for worker in self._busy():
+                worker.process.terminate()
+            for worker in self.workers:
+                worker.executor.shutdown(cancel_futures=True)
             os.environ.clear()
             os.environ.update(environment)
         return self.failed
@@ -93,14 +97,13 @@ class WorkerPool:
             self.failed[job.name] = f"{job.needs}, whose budget it follows, failed"
         self.workers = [worker for worker in self.workers if worker.job or worker.process.is_alive()]
         for job in [job for job in self.waiting if job.needs is None or job.needs in self.done]:
-            idle = [worker for worker in self.workers if worker.job is None]
-            if not idle and len(self.workers) == self.experiment.processes:
+            if idle := [worker for worker in self.workers if worker.job is None]:
+                idle[0].submit(self.experiment, job, self._log(job))
+            elif len(self.workers) < self.experiment.processes:
+                self.workers.append(Worker(self.experiment, job, self._log(job)))
+            else:
                 return
             self.waiting.remove(job)
-            if idle:
-                idle[0].submit(self.experiment, job, self._log(job))
-            else:
-                self.workers.append(Worker(self.experiment, job, self._log(job)))
 
     def _collect(self, worker: Worker) -> None:
         """Record the result of a finished job. A worker that failed unexpectedly is not used again."""
@@ -117,15 +120,9 @@ class WorkerPool:
             self.workers.remove(worker)
             worker.executor.shutdown()
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        if isinstance(error, BrokenProcessPool):
-            reason = f"ended with status {worker.process.exitcode}"
+            if isinstance(error, BrokenProcessPool):
+                reason = f"ended with status {worker.process.exitcode}"
         self.failed[job.name] = f"{reason} (see {self._log(job)})"
-
-    def _shutdown(self) -> None:
-        for worker in self._busy():
-            worker.process.terminate()
-        for worker in self.workers:
-            worker.executor.shutdown(cancel_futures=True)
 
     def _log(self, job: Job) -> Path:
         """The file that receives a job's output."""
@@ -151,12 +148,6 @@ def _run(experiment: Experiment, job: Job, log: Path) -> None:
         raise
     finally:
         gc.collect()  # frees the job's models
-
-
-@functools.cache
-def _meter() -> arms.Meter:
-    """The worker's own."""
-    return arms.Meter()
 
 
 def _watch_parent() -> None:

@@ -1,66 +1,157 @@
-"""What is planned: a config, a network's shape, machines, and the lengths of prefixes and thoughts."""
+"""What is planned: a config, the shape of its model, a machine, and the lengths of prefixes and thoughts."""
 
 import json
 import math
+import os
+import statistics
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from forethought.config import Config, UserError
+from forethought.config.loading import RenamedWarning
 from forethought.flops import Shape, Work
-from forethought.tools.plan.machines import Machine, machine
 
-Layout = Literal["one", "ddp", "fsdp2"]
-"""How the network lies on the GPUs.
+Layout = Literal["one", "ddp", "zero1"]
+"""How the model is distributed over the GPUs.
 
 - one: one process
-- ddp: a whole copy on each GPU, gradients added up once a step
-- fsdp2: masters, optimizer and teacher in equal parts on the GPUs; weights in compute precision gathered once a step,
-  gradients whole on each GPU until the step's one synchronisation
+- ddp: a full replica on each GPU; gradients are all-reduced once a step
+- zero1: fp32 weights, optimizer state and teacher are sharded; each GPU keeps full gradients until the step's one
+  reduce-scatter, and full compute weights, all-gathered once a step
 """
+GIB = 2**30
 _SHAPES = Path(__file__).parent / "shapes"
-_CHARACTERS = 4  # of a template, to a token
-_UNUSED = ("moe_latent_size", "moe_intermediate_size", "moe_shared_expert_intermediate_size")
-_COUNTS = ("num_experts_per_tok", "num_local_experts")
+_CHARACTERS = 4  # of a prompt, per token
+_ABSENT = {  # what a shipped shape may leave out
+    "moe_latent_size": None, "moe_intermediate_size": 0, "moe_shared_expert_intermediate_size": 0,
+    "num_experts_per_tok": 0, "num_local_experts": 0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """One GPU (or the CPU) and its interconnect. Rates are peaks, of which the shares are reached."""
+
+    name: str
+    memory: float  # bytes
+    bf16: float  # FLOP/s of a matrix product, dense
+    fp32: float  # the same in fp32, without TF32
+    bandwidth: float  # bytes/s, read and written
+    inside: float = 0.0  # bytes/s that a GPU sends to others in its node
+    across: float = 0.0  # bytes/s that a GPU sends to other nodes
+    price: float = 0.0  # dollars per GPU hour; 0: unknown, no cost is reported
+    matmul_share: float = 0.8  # of the peak, in large square products
+    copy_share: float = 0.9  # of the bandwidth, in large copies
+    link_share: float = 0.8  # of the interconnect, for large messages
+    read_share: float = 0.57  # of the matmul rate, in prefill and scoring
+    update_share: float = 0.31  # the same in the update
+    decode_share: float = 0.4  # of the bound (memory or matmul rate), in decoding
+    launch: float = 5e-6  # seconds to launch one kernel from Python
+    replay: float = 1.5e-6  # minimum seconds of one small kernel in a CUDA graph
+    latency: float = 1e-5  # seconds per hop of a ring
+    source: str = ""  # origin of rates and shares
+
+    def matmul(self, precision: str) -> float:
+        """FLOP/s that large products reach."""
+        return self.matmul_share * (self.bf16 if precision == "bf16" else self.fp32)
+
+    @property
+    def copy(self) -> float:
+        """Bytes/s that large copies reach."""
+        return self.copy_share * self.bandwidth
+
+    @property
+    def usable(self) -> float:
+        """Bytes available to tensors: 6 % headroom for fragmentation, and 1 GiB of a GPU for context and libraries."""
+        return 0.94 * self.memory - (0 if self.name == "cpu" else GIB)
+
+
+_ASSUMED = (
+    "update and decode shares: one H100 (benchmarks/results/gpu-steps-graphs.json), 0.24 to 0.37 and 0.27 to 0.52; "
+    "copy, link, read, launch: assumed"
+)
+_BUILT_IN = (
+    "peaks: vendors' data sheets, dense; matmul share: best bf16 product in the accelerator table of "
+    f"github.com/stas00/ml-engineering (torch 2.6 to 2.7); {_ASSUMED}"
+)
+_UNMEASURED = f"peaks: vendors' data sheets, dense; all shares assumed, matmul too; {_ASSUMED}"
+_FIELDS = ("memory", "bf16", "fp32", "bandwidth", "inside", "across", "matmul_share", "source")
+_DATA_SHEETS: dict[str, tuple[Any, ...]] = {
+    "a100-40": (40e9, 312e12, 19.5e12, 1.555e12, 300e9, 25e9, 0.869, _BUILT_IN),
+    "a100": (80e9, 312e12, 19.5e12, 2.039e12, 300e9, 25e9, 0.869, _BUILT_IN),
+    "h100": (80e9, 989e12, 67e12, 3.35e12, 450e9, 50e9, 0.803, _BUILT_IN),
+    "h200": (141e9, 989e12, 67e12, 4.8e12, 450e9, 50e9, 0.803, _BUILT_IN),
+    "b200": (180e9, 2250e12, 75e12, 7.7e12, 900e9, 50e9, 0.776, _BUILT_IN),
+    "l40s": (48e9, 362e12, 91.6e12, 0.864e12, 32e9, 25e9, 0.7, _UNMEASURED),
+    "rtx-4090": (24e9, 165e12, 82.6e12, 1.008e12, 32e9, 12.5e9, 0.8, _UNMEASURED),
+}
+MACHINES = {
+    name: Machine(name=name, **dict(zip(_FIELDS, values, strict=True))) for name, values in _DATA_SHEETS.items()
+}
+
+_MEASURED = {  # figures of a --ceilings file: field of Machine, scale; the last one of a field counts
+    "matmul_gflops": ("fp32", 1e9),
+    "matmul_bf16_gflops": ("bf16", 1e9),
+    "matmul_tflops": ("bf16", 1e12),
+    "copy_gb_s": ("bandwidth", 1e9),
+    "copy_tb_s": ("bandwidth", 1e12),
+    "memory_gb": ("memory", 1e9),
+    "inside_gb_s": ("inside", 1e9),
+    "across_gb_s": ("across", 1e9),
+    "launch_us": ("launch", 1e-6),
+    "replay_us": ("replay", 1e-6),
+    "latency_us": ("latency", 1e-6),
+    "update_of_matmul": ("update_share", 1.0),
+    "read_of_matmul": ("read_share", 1.0),
+    "rollout_of_ceiling": ("decode_share", 1.0),
+    "decode_of_bound": ("decode_share", 1.0),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A run to plan. Lengths are in tokens; `prefix`, `document` and `length` are typical ones, limits the config's."""
+    """A run to plan. Lengths are in tokens; `prefix`, `document` and `length` are typical, limits the config's."""
 
     config: Config
     shape: Shape
     machine: Machine
     gpus: int = 1
-    per_node: int = 8
+    gpus_per_node: int = 8
     layout: Layout = "one"
-    prefix: int  # what the last position of a document has ahead of it, without the template
-    document: int  # what the teacher reads of it
-    longest: int  # prefix of the longest document
-    length: float  # of a thought, the sampled closing delimiter included; the mean
+    prefix: int  # before the last position of a document, without the template
+    document: int  # read by the teacher
+    max_prefix: int  # prefix of the longest document
+    length: float  # mean length of a thought, with the sampled closing delimiter
     opening: int = 1
     closing: int = 1
-    gradient: int = 4  # bytes of a parameter's gradient
+    gradient_bytes: int = 4  # per parameter
 
     @property
     def template(self) -> int:
-        """Tokens of the template ahead of a context: a token for four characters, since no tokenizer is asked."""
+        """Tokens of the template before a context, at four characters per token: no tokenizer is loaded."""
         return math.ceil(len(self.config.method.prompt.partition("{context}")[0]) / _CHARACTERS)
 
     @property
-    def behind(self) -> int:
+    def between(self) -> int:
         """Tokens between a prefix and a thought: the rest of the template, the opening delimiter."""
         return math.ceil(len(self.config.method.prompt.partition("{context}")[2]) / _CHARACTERS) + self.opening
 
     @property
-    def written(self) -> int:
-        """Tokens of a prediction, which RPT writes behind each thought."""
-        return self.config.method.prediction_length if self.config.method.name == "rpt" else 0
+    def prediction(self) -> int:
+        """Tokens of the prediction written after each thought (RPT)."""
+        return self.config.method.prediction_length if self.config.method.entry.writes else 0
 
     @property
-    def trained(self) -> int:
-        """Weights that have gradients: all of them, or those of adapters."""
+    def max_new_tokens(self) -> int:
+        """The longest thought with its prediction."""
+        return self.config.method.thought_length + self.prediction
+
+    @property
+    def trainable(self) -> int:
+        """Parameters with gradients: all of them, or those of adapters."""
         return self.shape.adapter or self.shape.parameters
 
     @property
@@ -74,127 +165,193 @@ class Job:
         return self.config.model.prefix == "shared"
 
     @property
+    def compute_bytes(self) -> int:
+        """Bytes of a number in compute precision: a weight, a cached key."""
+        return 2 if self.config.model.precision == "bf16" else 4
+
+    @property
     def windows(self) -> int:
         """Windows of a step, on all GPUs."""
         return self.config.train.batch // self.config.method.positions
 
     @property
-    def windows_here(self) -> int:
-        """Windows of a step on the GPU that has most."""
+    def local_windows(self) -> int:
+        """Windows of a step on the GPU with the most."""
         return math.ceil(self.windows / self.gpus)
 
     @property
-    def rows_here(self) -> int:
-        """Thoughts of a step on that GPU."""
-        return self.windows_here * self.rows_of_window
-
-    @property
-    def rows_of_window(self) -> int:
-        """Thoughts in one window."""
+    def thoughts_per_window(self) -> int:
+        """Thoughts of all positions of a window."""
         return self.config.method.positions * self.config.method.group
 
     @property
-    def windows_at_once(self) -> int:
-        """Windows whose thoughts decode together."""
-        return min(max(1, self.config.train.rollout_batch // self.rows_of_window), self.windows_here)
+    def local_thoughts(self) -> int:
+        """Thoughts of a step on the GPU with the most."""
+        return self.local_windows * self.thoughts_per_window
 
     @property
-    def rows_at_once(self) -> int:
-        """Thoughts that decode together."""
-        return self.windows_at_once * self.rows_of_window
+    def decode_windows(self) -> int:
+        """Windows whose thoughts are decoded together."""
+        return min(max(1, self.config.train.rollout_batch // self.thoughts_per_window), self.local_windows)
 
     @property
-    def limit(self) -> int:
-        """Longest thought and what is written behind it."""
-        return self.config.method.thought_length + self.written
+    def decode_rows(self) -> int:
+        """Thoughts that are decoded together."""
+        return self.decode_windows * self.thoughts_per_window
 
-    def stops(self, last: int) -> list[int]:
-        """Tokens ahead of the positions of a document, evenly spaced, the last behind `last`."""
+    def prefix_lengths(self, last: int) -> list[int]:
+        """Tokens before each position of a document: evenly spaced, `last` before the last one."""
         count = self.config.method.positions
         return [max(1, round(last * (k + 1) / count)) for k in range(count)]
 
     def window_work(self) -> Work:
         """The tokens that a typical window takes in one step."""
-        method, places = self.config.method, self.config.method.positions
+        method, positions = self.config.method, self.config.method.positions
         thought = (round(self.length),) * method.group
         return Work(
             windows=(self.document,),
-            owners=(0,) * places,
-            prefixes=tuple(self.template + stop for stop in self.stops(self.prefix)),
-            opening=self.behind,
-            thoughts=(thought,) * places,
-            tails=((max(self.written, method.horizon) - 1,) * method.group,) * places,
+            owners=(0,) * positions,
+            prefixes=tuple(self.template + length for length in self.prefix_lengths(self.prefix)),
+            opening=self.between,
+            thoughts=(thought,) * positions,
+            tails=((max(self.prediction, method.horizon) - 1,) * method.group,) * positions,
             sharing="document" if self.shared else "rollout",
             horizon=method.horizon,
             teacher=self.teacher,
             kl=method.kl_weight > 0,
             inner_steps=method.inner_steps,
-            written=((self.written,) * method.group,) * places if self.written else (),
+            written=((self.prediction,) * method.group,) * positions if self.prediction else (),
         )
+
+    def with_option(self, section: str, **changes: object) -> "Job":
+        """The job with some options of a section of its config changed."""
+        part = replace(getattr(self.config, section), **changes)
+        return replace(self, config=replace(self.config, **{section: part}))
 
 
 def job(config: Config, shape: Shape, words: dict[str, str]) -> Job:
-    """The job that a config and the command's own options describe (their names without dashes). Raises UserError.
-
-    Options: gpus, gpu, nodes_of, layout, prefix, document, length, gradients, ceilings, price.
-    """
-    if config.method.name == "cpt":
-        raise UserError("method.name = 'cpt': plan is for methods that think; docs/flops.md counts plain pretraining")
+    """The job of a config and of the command's own options (names without dashes, see OPTIONS). Raises UserError."""
+    method = config.method
+    if not method.samples_thoughts:
+        raise UserError(f"method.name = {method.name!r}: plan is for methods that sample thoughts; see docs/flops.md")
     gpus = _whole("gpus", words.get("gpus", "1"))
-    price = _price(words["price"]) if "price" in words else None
-    layout = words.get("layout", "one" if gpus == 1 else "ddp")
-    if layout not in get_args(Layout):
-        raise UserError(f"--layout {layout}: must be {', '.join(get_args(Layout))}")
-    if config.lora.r and layout == "fsdp2":
-        raise UserError(f"--layout fsdp2: with lora.r = {config.lora.r} what is trained is small; use ddp")
-    if (layout == "one") != (gpus == 1):
-        raise UserError(f"--layout {layout}: does not go with --gpus {gpus}")
     gradients = words.get("gradients", "fp32")
     if gradients not in ("fp32", "bf16"):
         raise UserError(f"--gradients {gradients}: must be fp32 or bf16")
-    limit, window = config.method.thought_length, config.corpus.window
-    longest = window - config.method.horizon
-    typical = longest if config.method.positions > 1 else max(1, longest // 2)  # one position stands anywhere
+    longest = config.corpus.window - method.horizon
+    typical = longest if method.positions > 1 else max(1, longest // 2)  # one position may be anywhere
     prefix = _whole("prefix", words["prefix"]) if "prefix" in words else typical
-    document = _whole("document", words["document"]) if "document" in words else prefix + config.method.horizon - 1
-    length = _whole("length", words["length"]) if "length" in words else limit
+    document = _whole("document", words["document"]) if "document" in words else prefix + method.horizon - 1
+    length = _whole("length", words["length"]) if "length" in words else method.thought_length
     if prefix > longest:
         raise UserError(f"--prefix {prefix}: must be at most {longest}, corpus.window less its targets")
-    if length > limit:
-        raise UserError(f"--length {length}: must be at most method.thought_length = {limit}")
-    if document > window or document < prefix:
-        raise UserError(f"--document {document}: must be from --prefix = {prefix} to corpus.window = {window}")
+    if length > method.thought_length:
+        raise UserError(f"--length {length}: must be at most method.thought_length = {method.thought_length}")
+    if not prefix <= document <= config.corpus.window:
+        raise UserError(
+            f"--document {document}: must be from --prefix = {prefix} to corpus.window = {config.corpus.window}"
+        )
     return Job(
         config=config,
         shape=shape.adapted(config.lora),
-        machine=machine(words.get("gpu", "h100"), words.get("ceilings"), price),
+        machine=machine(words.get("gpu", "h100"), words.get("ceilings"), words.get("price")),
         gpus=gpus,
-        per_node=_whole("nodes-of", words.get("nodes_of", "8")),
-        layout="fsdp2" if layout == "fsdp2" else "ddp" if layout == "ddp" else "one",
+        gpus_per_node=_whole("nodes-of", words.get("nodes_of", "8")),
+        layout=_layout(words.get("layout", "one" if gpus == 1 else "ddp"), gpus, config.lora.r),
         prefix=prefix,
         document=document,
-        longest=prefix if "prefix" in words else longest,
+        max_prefix=prefix if "prefix" in words else longest,
         length=float(length),
-        gradient=2 if gradients == "bf16" else 4,
+        gradient_bytes=2 if gradients == "bf16" else 4,
     )
 
 
+def _layout(name: str, gpus: int, rank: int) -> Layout:
+    if name == "fsdp2":
+        warnings.warn("--layout fsdp2 is called zero1 now", RenamedWarning, stacklevel=2)
+        name = "zero1"
+    if name not in get_args(Layout):
+        raise UserError(f"--layout {name}: must be {', '.join(get_args(Layout))}")
+    if rank and name == "zero1":
+        raise UserError(f"--layout zero1: with lora.r = {rank} few parameters are trained; use ddp")
+    if (name == "one") != (gpus == 1):
+        raise UserError(f"--layout {name}: does not fit --gpus {gpus}")
+    return cast(Layout, name)
+
+
 def shipped_shape(path: str) -> Shape | None:
-    """The shape of a model whose architecture comes with the package, by its hub id or that file's name; else None."""
+    """The shape of a model whose architecture ships with the package, by hub id or file name; None for others."""
     name = Path(path).name.lower().removesuffix("-base").removeprefix("nvidia-")
     file = _SHAPES / f"{name}.json"
     if path.startswith((".", "~", "/")) or Path(path).exists() or not file.is_file():
         return None
-    values = json.loads(file.read_text(encoding="utf-8"))
-    absent = dict.fromkeys(_UNUSED) | dict.fromkeys(_COUNTS, 0) | {"moe_intermediate_size": 0}
-    absent["moe_shared_expert_intermediate_size"] = 0
-    return Shape.of(SimpleNamespace(**(absent | values)))
+    return Shape.of(SimpleNamespace(**(_ABSENT | json.loads(file.read_text(encoding="utf-8")))))
 
 
-def with_option(one: Job, section: str, **changes: object) -> Job:
-    """The job with some options of a section of its config changed."""
-    part = replace(getattr(one.config, section), **changes)
-    return replace(one, config=replace(one.config, **{section: part}))
+def machine(name: str, ceilings: str | None = None, price: str | None = None) -> Machine:
+    """A machine by name, with the measurements of a `ceilings` file in place of the peaks. Raises UserError."""
+    name = name.lower()
+    if name == "cpu":
+        if ceilings is None:
+            raise UserError("--gpu cpu: needs --ceilings FILE, measured on this CPU by benchmarks/step.py --json FILE")
+        memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        known = Machine(
+            name="cpu", memory=memory, bf16=0.0, fp32=0.0, bandwidth=0.0, launch=0.0, inside=1e9, across=1e9,
+            source=_ASSUMED,
+        )  # fmt: skip
+    elif name in MACHINES:
+        known = MACHINES[name]
+    else:
+        raise UserError(f"--gpu {name}: must be {', '.join(MACHINES)} or cpu")
+    known = known if price is None else replace(known, price=_price(price))
+    return known if ceilings is None else _measured(known, ceilings)
+
+
+def _measured(known: Machine, file: str) -> Machine:
+    """The machine with the figures of a JSON file."""
+    figures = _figures(file)
+    found: dict[str, Any] = {field: figures[name] for name, (field, _) in _MEASURED.items() if name in figures}
+    if not found.keys() & {"fp32", "bf16"}:
+        raise UserError(f"--ceilings {file}: holds no matmul_gflops (fp32) and no matmul_tflops (bf16)")
+    if known.name == "cpu" and "bandwidth" not in found:
+        raise UserError(f"--ceilings {file}: holds no copy_gb_s")
+    fp32 = found.get("fp32", known.fp32 * known.matmul_share)
+    bf16 = found.get("bf16", known.bf16 * known.matmul_share)
+    changes = {"matmul_share": 1.0, **found, "fp32": fp32 or bf16, "bf16": bf16 or fp32}
+    if "bandwidth" in found:
+        changes["copy_share"] = 1.0
+    if found.keys() & {"inside", "across"}:
+        links = {name: getattr(known, name) * known.link_share for name in ("inside", "across")}
+        changes = links | changes | {"link_share": 1.0}
+    names = ", ".join(name for name in _MEASURED if name in figures)
+    return replace(known, **changes, source=f"measured ({names}): {file}; all else {known.source}")
+
+
+def _figures(file: str) -> dict[str, float]:
+    """The known figures of a file in plain units (bytes, FLOPs, seconds): one object, or rows of a benchmark.
+
+    Of several rows it takes the best rates, since a busy machine only lowers them, and the median of the shares.
+    """
+    try:
+        rows = json.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--ceilings {file}: cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"--ceilings {file}: is not valid JSON") from None
+    rows = [rows] if isinstance(rows, dict) else rows
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"--ceilings {file}: must hold an object, or the rows of benchmarks/step.py")
+    found = {}
+    for name, (_, scale) in _MEASURED.items():
+        values = [row[name] for row in rows if name in row]
+        for value in values:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or value < 0 or (value == 0 and not name.endswith("_us")):
+                raise UserError(f"--ceilings {file}: {name} = {value!r}: must be a number above 0")
+        if values:
+            best = statistics.median if "_of_" in name else min if name.endswith("_us") else max
+            found[name] = best(value * scale for value in values)
+    return found
 
 
 def _whole(option: str, text: str) -> int:

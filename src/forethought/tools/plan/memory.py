@@ -1,31 +1,31 @@
-"""Bytes on one GPU by part: what is held throughout, and what decoding, scoring and the update add while they last.
+"""Bytes on one GPU by part, what fits, and what to change where a run does not.
 
-The parts are those of this package's own engine and update, so they hold for what it does, not for what could be done:
-tests/test_plan_memory.py compares them with measured peaks on a CPU. What only a GPU does (captured steps, fused norms)
-is arithmetic.
+The parts are those of this package's own engine and update: tests/tools/plan/test_plan_memory.py compares them with
+measured peaks on a CPU. What only a GPU does (CUDA graphs, fused norms) is arithmetic.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from forethought.flops import Kept, mixer_kept
+from forethought.config import from_dict, merge, to_dict
+from forethought.flops import SavedBytes, mamba_saved
 from forethought.tools.plan.job import Job, Layout
 
-LOGITS = {"cpu": 2**26, "cuda": 2**28}  # logits that the update holds at once (forethought.models.logprobs)
+LOGITS = {"cpu": 2**26, "cuda": 2**28}  # most logits that the update holds at once (forethought.models.logprobs)
 CPU_CHUNK = 2**30  # bytes that update.tokens_per_chunk = 0 aims at on a CPU; on a GPU an eighth of its memory
-SCANS = "Mamba's scans, without its kernels"
-ELEMENT = {"fp32": 4, "bf16": 2}  # bytes of a number in compute precision, so of a weight and of a cached key
-_THOUGHTS = 29  # bytes of a thought's token while it is sampled: noise, tokens and log-probabilities, and their copies
-_SAMPLING = {"fp32": 28, "bf16": 26}  # bytes of a logit from which a token is drawn, float64 sums included
-_CAPTURED = 48  # the same in captured steps, which keep what they need, for as many rows, half as many, and so on
-ORDERED = (
-    1_000_000  # weights of linear layers from which a CPU decodes over ordered copies (forethought.models.prepacked)
-)
-_LOOK = 32  # tokens that a captured step may run on before the host looks (forethought.rollout.cuda_graphs)
+SCANS = "Mamba scans without mamba_ssm"
+PREPACK_MIN_WEIGHTS = 1_000_000  # weights of linear layers from which a CPU decodes with prepacked weights
+_SAMPLED_TOKEN = 29  # bytes of a sampled token: noise, tokens and log-probabilities, and their copies
+_SAMPLED_LOGIT = {4: 28, 2: 26}  # bytes of a logit while a token is sampled, by compute precision
+_GRAPH_LOGIT = 48  # the same in CUDA graphs, which keep their buffers, for as many rows, half as many, and so on
+_GRAPH_LOOK = 32  # tokens that CUDA graphs may run on before the host looks (forethought.rollout.cuda_graphs)
+_SCAN_PEAK = 1.4  # temporary tensors of a scan add two fifths
+_LORA_RANK = 16  # of the adapters that `adapters` proposes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bytes:
-    """Bytes by part. The peak is the held parts and the largest phase."""
+    """Bytes by part. The peak is the sum of the held parts and of the largest phase."""
 
     held: dict[str, float]
     decode: dict[str, float]
@@ -34,20 +34,25 @@ class Bytes:
 
     @property
     def phases(self) -> dict[str, float]:
-        """What each phase adds to what is held."""
+        """Bytes that each phase adds to the held parts."""
         return {name: sum(getattr(self, name).values()) for name in ("decode", "score", "update")}
 
     @property
     def peak(self) -> float:
-        """The most at any moment."""
+        """The most at any time."""
         return sum(self.held.values()) + max(self.phases.values())
 
 
 def memory(job: Job, layout: Layout | None = None) -> Bytes:
-    """Bytes on the GPU that has most to do; `layout` in place of the job's own."""
+    """Bytes on the GPU with the most work; `layout` replaces the job's own."""
     layout = layout or job.layout
     job = replace(job, layout=layout, gpus=1 if layout == "one" else job.gpus)
     return Bytes(held=_held(job), decode=_decode(job), score=_score(job), update=_update(job))
+
+
+def fits(job: Job) -> bool:
+    """Whether the peak fits the usable memory of the machine."""
+    return memory(job).peak <= job.machine.usable
 
 
 def chunk_tokens(job: Job) -> int:
@@ -57,159 +62,314 @@ def chunk_tokens(job: Job) -> int:
     shape = job.shape
     budget = CPU_CHUNK if job.machine.name == "cpu" else job.machine.memory // 8
     vectors = shape.layers * (14 * shape.hidden + 5 * shape.intermediate)
-    return int(min(max(budget // (vectors * ELEMENT[job.config.model.precision]), 256), 2**16))
+    return int(min(max(budget // (vectors * job.compute_bytes), 256), 2**16))
 
 
-def captured(job: Job) -> bool:
-    """Whether thoughts decode by captured steps: on a GPU, attention layers only (forethought.rollout.cuda_graphs)."""
-    plain = job.config.model.decoding in ("eager", "cpp") or job.config.method.entry.writes
-    return job.machine.name != "cpu" and not job.shape.mamba and job.shared and not plain
+def uses_cuda_graphs(job: Job) -> bool:
+    """Whether thoughts are decoded in CUDA graphs: on a GPU, without Mamba (forethought.rollout.cuda_graphs)."""
+    eager = job.config.model.decoding in ("eager", "cpp") or job.config.method.entry.writes
+    return job.machine.name != "cpu" and not job.shape.mamba and job.shared and not eager
 
 
-def _held(job: Job) -> dict[str, float]:
-    precision = job.config.model.precision
-    part = job.trained / job.gpus if job.layout == "fsdp2" else job.trained
-    adapter = job.shape.adapter
-    held = {
-        "adapters, fp32" if adapter else "weights, fp32": 4.0 * part,
-        "Adam's two moments, fp32": 8.0 * part,
-        "teacher (EMA), fp32": 4.0 * part * job.teacher,
-        "KL reference, fp32": 4.0 * part * (job.config.method.kl_weight > 0),
-        "thoughts and their noise": float(_THOUGHTS * job.rows_here * job.limit),
-    }
-    if precision == "bf16" or job.layout == "fsdp2" or adapter:
-        held["weights that compute"] = float(ELEMENT[precision] * (job.shape.parameters + adapter))
-    if captured(job):
-        held["decoding's buffers"] = sum(_caches(job)) + float(_CAPTURED * job.rows_at_once * job.shape.vocab)
-    return held
-
-
-def _caches(job: Job) -> tuple[float, float]:
-    """Keys, values and states of the documents that decode at once, and of their thoughts."""
-    rows, documents, places = job.rows_at_once, job.windows_at_once, job.config.method.positions
-    room = job.behind + job.limit + job.closing + job.config.method.horizon + (_LOOK if captured(job) else 0)
-    (keys, states), number = cache_numbers(job), ELEMENT[job.config.model.precision]
-    copies = documents if job.shared else rows
-    prefix = copies * (job.longest + job.template) * keys * number + 4.0 * states * places * documents * job.shared
-    return prefix, rows * (room * keys * number + 4.0 * states)
-
-
-def _decode(job: Job) -> dict[str, float]:
-    shape, rows, documents = job.shape, job.rows_at_once, job.windows_at_once
-    prefix, own = _caches(job)
-    reading = documents * (job.longest + job.template) * _one_layer(job)
-    if captured(job):  # documents are read into a cache of their own, then put into the buffers
-        return {"documents being read": prefix + reading}
-    several = job.windows_here > documents  # the next documents are read while those before are still there
-    width = job.longest + job.template + job.behind + job.limit
-    scores = 16 * max((one.heads for one in shape.attention), default=0) * rows * width
-    sampling = _SAMPLING[job.config.model.precision] * rows * shape.vocab + scores
-    parts = {
-        "documents' keys, values and states": (1 + several) * prefix,
-        "thoughts' keys, values and states": own,
-        "reading, sampling": float(max(reading - own * (not several), sampling)),
-    }
-    linear, model = shape.multiplied + shape.vocab * shape.hidden, job.config.model
-    if job.machine.name == "cpu" and model.precision == "fp32" and model.decoding != "eager":
-        compiled = model.decoding == "cpp"
-        if compiled or linear >= ORDERED:
-            parts["weights in order"] = 4.0 * linear
-        if compiled:  # of the newest documents only
-            parts["documents in order"] = prefix
-    return parts
-
-
-def _score(job: Job) -> dict[str, float]:
-    """The teacher reads as many windows at once as fit a chunk; its logits are those of the targets."""
-    if not job.teacher:
-        return {}
-    windows = min(max(1, chunk_tokens(job) // (job.longest + 1)), job.windows_here)
-    logits = min(windows * job.config.method.positions * job.config.method.horizon, 4096) * job.shape.vocab
-    parts = {"reading windows": float(windows * job.longest * _one_layer(job) + 12 * logits)}
-    if job.layout == "fsdp2":  # it stands in the place of the weights that compute
-        parts["the policy's weights, aside"] = float(ELEMENT[job.config.model.precision] * job.shape.parameters)
-    return parts
-
-
-def _update(job: Job) -> dict[str, float]:
-    """While a chunk of thoughts stands over documents that were read with gradients."""
-    shape, method, precision = job.shape, job.config.method, job.config.model.precision
-    half, on_cpu = precision == "bf16", job.machine.name == "cpu"
-    prefix, tokens = job.longest + job.template, chunk_tokens(job)
-    keys, states = cache_numbers(job)
-    documents = min(max(1, tokens // (job.longest + 1)), job.windows_here)
-    width = job.behind + job.limit + (0 if job.shared else prefix)
-    rows = min(max(1, tokens // width), documents * job.rows_of_window)
-    at_once = LOGITS["cpu" if on_cpu else "cuda"]
-    logits = min(rows, max(1, at_once // (job.limit * shape.vocab))) * job.limit * shape.vocab
-    backward = 4 * rows * width * (2 * shape.intermediate + 4 * shape.hidden)
-    copies = 12 if half or method.temperature == 1 else 16  # bytes of a logit: as it is, allowed, scaled, normalised
-    thought, scan = kept(job, rows, width)
-    if job.config.update.checkpointing:
-        thought, scan = _inputs(job, rows * width), 0.0
-    parts = {
-        "gradients": float(job.gradient * job.trained),
-        "thoughts' activations": thought + 8.0 * states * rows * job.shared,
-        "logits, or gradients on their way": float(max(copies * logits, backward)),
-    }
-    if job.shared:
-        used = 1 - 1 / shape.layers  # of a document's last layer only keys and states are used, the rest is forgotten
-        document, more = kept(job, documents, prefix)
-        if job.config.update.checkpointing:
-            document, more = _inputs(job, documents * prefix) + ELEMENT[precision] * documents * prefix * keys, 0.0
-        parts["documents' activations"], scan = used * document, scan + used * more
-        if rows < documents * job.rows_of_window:  # from the first chunk on
-            cached = documents * (prefix * keys + method.positions * states)
-            parts["gradients of documents' keys"] = float(ELEMENT[precision] * cached)
-        if not on_cpu:  # fused kernels take 16-bit numbers, and no windows
-            heads = sum(one.heads for one in shape.attention if not half or one.window)
-            pairs = rows * width * (prefix + width)
-            parts["attention's scores (no fused kernel)"] = float((10 if half else 8) * heads * pairs)
-    if job.config.update.checkpointing:
-        again = max(_again(job, rows, width), _again(job, documents, prefix) * job.shared)
-        parts["logits, or gradients on their way"] = float(max(copies * logits, backward + again))
-    return parts | {SCANS: scan}
-
-
-def _inputs(job: Job, tokens: int) -> float:
-    """Bytes of what goes into each layer, all that checkpointing keeps."""
-    return float(ELEMENT[job.config.model.precision] * tokens * job.shape.hidden * job.shape.layers)
-
-
-def _again(job: Job, rows: int, width: int) -> float:
-    """Bytes that the largest layer leaves behind when it is computed again; layers without Mamba are taken as equal.
-
-    What passes in a scan adds two fifths, as in reading.
-    """
-    one, mixers = replace(job.shape, mamba=()), set(job.shape.mamba)
-    plain = kept(replace(job, shape=one), rows, width)[0]
-    mixed = [sum(kept(replace(job, shape=replace(one, mamba=(mixer,))), rows, width)) - plain for mixer in mixers]
-    return plain / job.shape.layers + 1.4 * max(mixed, default=0.0)
-
-
-def kept(job: Job, rows: int, width: int) -> tuple[float, float]:
-    """Bytes that a pass over rows of so many tokens leaves behind for its backward pass: scans apart, and scans."""
-    half = job.config.model.precision == "bf16"
-    total, scans = job.shape.kept * width, Kept()
-    for one in job.shape.mamba:
-        tokens, scanned = mixer_kept(one)
+def saved_bytes(job: Job, rows: int, width: int) -> tuple[float, float]:
+    """Bytes that a pass over `rows` rows of `width` tokens saves for its backward pass: without scans, of scans."""
+    total, scans = job.shape.saved * width, SavedBytes()
+    for mixer in job.shape.mamba:
+        tokens, scanned = mamba_saved(mixer)
         total += tokens * width
-        scans += scanned * (-(-width // one.chunk) * one.chunk)
-    if not half:
+        scans += scanned * (-(-width // mixer.chunk) * mixer.chunk)
+    if job.compute_bytes == 4:
         return float(rows * total.fp32), float(rows * scans.fp32)
     return float(rows * (total.bf16 if job.machine.name == "cpu" else total.fused)), float(rows * scans.bf16)
 
 
 def cache_numbers(job: Job) -> tuple[int, int]:
-    """Keys and values of one token, states of one row: how many numbers, over all layers."""
+    """Numbers in the keys and values of one token, and in the Mamba states of one row, over all layers."""
     keys = sum(2 * one.kv_heads * one.head_dim for one in job.shape.attention)
     return keys, sum(one.inner * one.state + one.channels * one.kernel for one in job.shape.mamba)
 
 
+def _held(job: Job) -> dict[str, float]:
+    part = job.trainable / job.gpus if job.layout == "zero1" else job.trainable
+    adapter = job.shape.adapter
+    held = {
+        "adapters, fp32" if adapter else "weights, fp32": 4.0 * part,
+        "Adam moments, fp32": 8.0 * part,
+        "teacher (EMA), fp32": 4.0 * part * job.teacher,
+        "KL reference, fp32": 4.0 * part * (job.config.method.kl_weight > 0),
+        "sampled tokens and noise": float(_SAMPLED_TOKEN * job.local_thoughts * job.max_new_tokens),
+    }
+    if job.compute_bytes == 2 or job.layout == "zero1" or adapter:
+        held["compute weights"] = float(job.compute_bytes * (job.shape.parameters + adapter))
+    if uses_cuda_graphs(job):
+        held["CUDA-graph buffers"] = sum(_caches(job)) + float(_GRAPH_LOGIT * job.decode_rows * job.shape.vocab)
+    return held
+
+
+def _caches(job: Job) -> tuple[float, float]:
+    """Bytes of the caches of the documents and of the thoughts that are decoded together."""
+    rows, documents, positions = job.decode_rows, job.decode_windows, job.config.method.positions
+    capacity = job.between + job.max_new_tokens + job.closing + job.config.method.horizon
+    capacity += _GRAPH_LOOK if uses_cuda_graphs(job) else 0
+    (keys, states), size = cache_numbers(job), job.compute_bytes
+    copies = documents if job.shared else rows
+    prefix = copies * (job.max_prefix + job.template) * keys * size + 4.0 * states * positions * documents * job.shared
+    return prefix, rows * (capacity * keys * size + 4.0 * states)
+
+
+def _decode(job: Job) -> dict[str, float]:
+    shape, rows, documents = job.shape, job.decode_rows, job.decode_windows
+    prefix, suffix = _caches(job)
+    prefill = documents * (job.max_prefix + job.template) * _one_layer(job)
+    if uses_cuda_graphs(job):  # documents are read into a cache of their own, then copied to the buffers
+        return {"prefill": prefix + prefill}
+    prefetched = job.local_windows > documents  # the next documents are read before the last ones are freed
+    width = job.max_prefix + job.template + job.between + job.max_new_tokens
+    scores = 16 * max((one.heads for one in shape.attention), default=0) * rows * width
+    sampling = _SAMPLED_LOGIT[job.compute_bytes] * rows * shape.vocab + scores
+    parts = {
+        "documents' KV cache and states": (1 + prefetched) * prefix,
+        "thoughts' KV cache and states": suffix,
+        "prefill or sampling": float(max(prefill - suffix * (not prefetched), sampling)),
+    }
+    linear, model = shape.matmul_weights + shape.vocab * shape.hidden, job.config.model
+    if job.machine.name == "cpu" and model.precision == "fp32" and model.decoding != "eager":
+        if model.decoding == "cpp" or linear >= PREPACK_MIN_WEIGHTS:
+            parts["prepacked weights"] = 4.0 * linear
+        if model.decoding == "cpp":  # of the newest documents only
+            parts["prepacked KV cache"] = prefix
+    return parts
+
+
+def _score(job: Job) -> dict[str, float]:
+    """The teacher reads as many windows at once as fit in a chunk, with the logits of the targets."""
+    if not job.teacher:
+        return {}
+    windows = min(max(1, chunk_tokens(job) // (job.max_prefix + 1)), job.local_windows)
+    logits = min(windows * job.config.method.positions * job.config.method.horizon, 4096) * job.shape.vocab
+    parts = {"teacher forward pass": float(windows * job.max_prefix * _one_layer(job) + 12 * logits)}
+    if job.layout == "zero1":  # the teacher's weights replace them
+        parts["policy weights, set aside"] = float(job.compute_bytes * job.shape.parameters)
+    return parts
+
+
+def _update(job: Job) -> dict[str, float]:
+    """One chunk of thoughts, on top of documents that were read with gradients."""
+    shape, method, size = job.shape, job.config.method, job.compute_bytes
+    on_cpu, checkpointing = job.machine.name == "cpu", job.config.update.checkpointing
+    prefix, tokens = job.max_prefix + job.template, chunk_tokens(job)
+    keys, states = cache_numbers(job)
+    documents = min(max(1, tokens // (job.max_prefix + 1)), job.local_windows)
+    width = job.between + job.max_new_tokens + (0 if job.shared else prefix)
+    rows = min(max(1, tokens // width), documents * job.thoughts_per_window)
+    at_once = min(rows, max(1, LOGITS["cpu" if on_cpu else "cuda"] // (job.max_new_tokens * shape.vocab)))
+    # a logit: raw, masked, scaled by the temperature, normalized
+    logits = (12 if size == 2 or method.temperature == 1 else 16) * at_once * job.max_new_tokens * shape.vocab
+    backward = 4.0 * rows * width * (2 * shape.intermediate + 4 * shape.hidden)
+    thoughts, scans = saved_bytes(job, rows, width)
+    if checkpointing:
+        recomputed = max(_recomputed_layer(job, rows, width), _recomputed_layer(job, documents, prefix) * job.shared)
+        backward += recomputed
+        thoughts, scans = _layer_inputs(job, rows * width), 0.0
+    parts = {
+        "gradients": float(job.gradient_bytes * job.trainable),
+        "thoughts' activations": thoughts + 8.0 * states * rows * job.shared,
+        "logits or backward buffers": float(max(logits, backward)),
+    }
+    if job.shared:
+        used = 1 - 1 / shape.layers  # of the last layer only keys, values and states are used
+        document, scanned = saved_bytes(job, documents, prefix)
+        if checkpointing:
+            document, scanned = _layer_inputs(job, documents * prefix) + size * documents * prefix * keys, 0.0
+        parts["documents' activations"], scans = used * document, scans + used * scanned
+        if rows < documents * job.thoughts_per_window:  # several chunks accumulate them
+            cached = documents * (prefix * keys + method.positions * states)
+            parts["gradients of documents' caches"] = float(size * cached)
+        if not on_cpu:  # fused kernels take 16-bit numbers and no sliding windows
+            heads = sum(one.heads for one in shape.attention if size == 4 or one.window)
+            scores = heads * rows * width * (prefix + width)
+            parts["attention scores (no fused kernel)"] = float((10 if size == 2 else 8) * scores)
+    return parts | {SCANS: scans}
+
+
+def _layer_inputs(job: Job, tokens: int) -> float:
+    """Bytes of the inputs of all layers, which is all that activation checkpointing keeps."""
+    return float(job.compute_bytes * tokens * job.shape.hidden * job.shape.layers)
+
+
+def _recomputed_layer(job: Job, rows: int, width: int) -> float:
+    """Bytes saved by the largest layer when it is recomputed. Layers without Mamba are taken as equal."""
+    shape = replace(job.shape, mamba=())
+    attention = saved_bytes(replace(job, shape=shape), rows, width)[0]
+    mamba = [
+        sum(saved_bytes(replace(job, shape=replace(shape, mamba=(mixer,))), rows, width)) - attention
+        for mixer in set(job.shape.mamba)
+    ]
+    return attention / job.shape.layers + _SCAN_PEAK * max(mamba, default=0.0)
+
+
 def _one_layer(job: Job) -> float:
-    """Bytes a token of what a layer holds while it reads without gradients; what passes in a scan adds two fifths."""
-    shape, half = job.shape, job.config.model.precision == "bf16"
-    inner = (4 if shape.adapter else 3) * shape.intermediate  # an adapter's output
-    plain = ELEMENT[job.config.model.precision] * (inner + 4 * shape.hidden) + 4 * shape.hidden * half
-    mixers = [tokens + scanned for tokens, scanned in map(mixer_kept, shape.mamba)]
-    return float(max([plain, *(1.4 * (one.bf16 if half else one.fp32) for one in mixers)]))
+    """Bytes per token that a layer holds in a forward pass without gradients."""
+    shape, half = job.shape, job.compute_bytes == 2
+    inner = (4 if shape.adapter else 3) * shape.intermediate  # with an adapter's output
+    plain = job.compute_bytes * (inner + 4 * shape.hidden) + 4 * shape.hidden * half
+    mixers = [tokens + scanned for tokens, scanned in map(mamba_saved, shape.mamba)]
+    return float(max([plain, *(_SCAN_PEAK * (one.bf16 if half else one.fp32) for one in mixers)]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """One change, on top of those before it."""
+
+    what: str
+    costs: str
+    saved: float  # bytes of the peak
+    peak: float  # bytes, after this change and all before it
+
+
+def advice(job: Job) -> list[Change]:
+    """Changes that make a run fit, mildest first; empty where it fits. Changes that save nothing are left out."""
+    changes: list[Change] = []
+    for what, costs, candidates in _CHANGES:
+        before = memory(job).peak
+        if before <= job.machine.usable:
+            break
+        for value, changed in candidates(job):
+            peak = memory(changed).peak
+            if peak < before * 0.999:
+                changes.append(Change(what=what.format(value), costs=costs, saved=before - peak, peak=peak))
+                job, before = changed, peak
+                break
+    return changes
+
+
+def adapters(job: Job) -> Change | None:
+    """Training adapters only, and what else must change with it; None where the run fits or has adapters already."""
+    if job.shape.adapter or not job.shape.linears or fits(job):
+        return None
+    options = from_dict(merge(to_dict(job.config), {"lora": {"r": _LORA_RANK}, "parallel": {"shard": "none"}}))
+    layout = "ddp" if job.layout == "zero1" else job.layout
+    other = replace(job, config=options, shape=job.shape.adapted(options.lora), layout=layout)
+    more = advice(other)
+    peak = more[-1].peak if more else memory(other).peak
+    what = " ".join([f"--lora.r {_LORA_RANK}", *(change.what for change in more)])
+    return Change(what=what, costs="only adapters are trained", saved=memory(job).peak - peak, peak=peak)
+
+
+def largest(job: Job) -> dict[str, int] | None:
+    """The largest train.rollout_batch and train.batch (positions of a step, all GPUs) that fit, one at a time.
+
+    None where not even the smallest of both fits.
+    """
+    per_gpu = job.gpus * job.config.method.positions
+
+    def with_rows(n: int) -> Job:
+        batch = max(job.config.train.batch, n * per_gpu)  # enough windows to decode together
+        return job.with_option("train", rollout_batch=n * job.thoughts_per_window, batch=batch)
+
+    rows = _largest(lambda n: fits(with_rows(n)))
+    batch = _largest(lambda n: fits(job.with_option("train", batch=n * per_gpu)))
+    return {"rollout_batch": rows * job.thoughts_per_window, "batch": batch * per_gpu} if rows and batch else None
+
+
+def _largest(holds: Callable[[int], bool], limit: int = 2**20) -> int:
+    """The largest n up to a limit for which a property holds, by bisection; 0 where it does not hold for 1."""
+    if not holds(1):
+        return 0
+    low, high = 1, 2
+    while high <= limit and holds(high):
+        low, high = high, 2 * high
+    high = min(high, limit + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
+
+
+def _fewer_rows(job: Job) -> Iterator[tuple[int, Job]]:
+    """The most rows that fit beside the smallest chunks, or one window's."""
+    window = job.thoughts_per_window
+    small = job.with_option("update", tokens_per_chunk=min(chunk_tokens(job), job.between + job.max_new_tokens))
+    most = _largest(lambda n: fits(small.with_option("train", rollout_batch=n * window)), 2**12)
+    rows = min(max(most, 1) * window, job.decode_rows)
+    if rows < job.decode_rows or rows < job.config.train.rollout_batch:
+        yield rows, job.with_option("train", rollout_batch=rows)
+
+
+def _smaller_chunks(job: Job) -> Iterator[tuple[int, Job]]:
+    """Halved until it fits, or down to one thought."""
+    least, tokens = job.between + job.max_new_tokens, chunk_tokens(job)
+    while tokens > least and not fits(job.with_option("update", tokens_per_chunk=tokens)):
+        tokens = max(tokens // 2, least)
+    if tokens < chunk_tokens(job):
+        yield tokens, job.with_option("update", tokens_per_chunk=tokens)
+
+
+def _shorter_thoughts(job: Job) -> Iterator[tuple[int, Job]]:
+    length = job.config.method.thought_length
+    while length > 64:
+        length //= 2
+        shorter = job.with_option("method", thought_length=length)
+        shorter = replace(shorter, length=min(job.length, float(length)))
+        if fits(shorter) or length <= 64:
+            yield length, shorter
+
+
+def _shorter_windows(job: Job) -> Iterator[tuple[int, Job]]:
+    window = job.config.corpus.window
+    while window > 128:
+        window //= 2
+        longest = min(job.max_prefix, window - job.config.method.horizon)
+        lengths = {"max_prefix": longest, "prefix": min(job.prefix, longest), "document": min(job.document, window)}
+        shorter = replace(job.with_option("corpus", window=window), **lengths)
+        if fits(shorter) or window <= 128:
+            yield window, shorter
+
+
+def _more_gpus(job: Job) -> Iterator[tuple[int, Job]]:
+    """Twice as many, sharded, up to 1,024; adapters do not profit, since each GPU has all frozen weights."""
+    gpus = job.gpus
+    while gpus < 1024 and not job.shape.adapter:
+        gpus *= 2
+        more = replace(job, gpus=gpus, layout="zero1")
+        if fits(more):
+            yield gpus, more
+
+
+def _sharded(job: Job) -> Iterator[tuple[int, Job]]:
+    if job.layout == "ddp" and not job.shape.adapter:
+        yield job.gpus, replace(job, layout="zero1")
+
+
+def _checkpointing(job: Job) -> Iterator[tuple[bool, Job]]:
+    if not job.config.update.checkpointing:
+        yield True, job.with_option("update", checkpointing=True)
+
+
+def _no_reference(job: Job) -> Iterator[tuple[int, Job]]:
+    if job.config.method.kl_weight:
+        yield 0, job.with_option("method", kl_weight=0.0)
+
+
+def _no_teacher(job: Job) -> Iterator[tuple[int, Job]]:
+    if job.teacher and job.config.shift_invariant:
+        yield 0, job.with_option("method", teacher_every=0)
+
+
+def _half_gradients(job: Job) -> Iterator[tuple[str, Job]]:
+    if job.gradient_bytes == 4:
+        yield "bf16", replace(job, gradient_bytes=2)
+
+
+_CHANGES: tuple[tuple[str, str, Callable[[Job], Iterator[tuple[object, Job]]]], ...] = (
+    ("--train.rollout_batch {}", "slower decoding", _fewer_rows),
+    ("--update.tokens_per_chunk {}", "a slower update", _smaller_chunks),
+    ("--layout zero1 on {} GPUs", "weights are sent once more a step", _sharded),
+    ("--update.checkpointing {}", "layers are recomputed in the update", _checkpointing),
+    ("--method.kl_weight {}", "no KL penalty", _no_reference),
+    ("--method.teacher_every {}", "the gain is not logged; the update stays the same", _no_teacher),
+    ("--gradients {}", "gradients are rounded (not an option of train yet)", _half_gradients),
+    ("--gpus {} --layout zero1", "more GPUs", _more_gpus),
+    ("--method.thought_length {}", "shorter thoughts", _shorter_thoughts),
+    ("--corpus.window {}", "shorter documents", _shorter_windows),
+)

@@ -1,4 +1,4 @@
-"""A plan in words: the tables and lines that the command line prints."""
+"""The tables and lines of a plan, as the command line prints them."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,18 +8,19 @@ from rich.text import Text
 
 from forethought.tools.plan import Plan
 from forethought.tools.plan.memory import SCANS, chunk_tokens
-from forethought.tools.plan.simulate import ASSUMPTIONS, Scale
+from forethought.tools.plan.timing import ASSUMPTIONS, Scale
 
-_LAYOUTS = {"one": "one process", "ddp": "data parallel", "fsdp2": "FSDP2"}
+_LAYOUTS = {"one": "one process", "ddp": "data parallel", "zero1": "ZeRO-1"}
+_GROUPS = {"held": "held throughout", "decode": "decoding", "score": "teacher scoring", "update": "update"}
 
 
 def shown(result: Plan) -> list[Table | str]:
-    """Everything a plan has to say, in its order."""
-    found = [*_head(result), _memory(result), _fitting(result), _time(result), *_sums(result)]
+    """A plan's output, in order."""
+    found = [*_head(result), _memory(result), _largest(result), _time(result), *_totals(result)]
     if result.changes or not result.fits:
         found += _changes(result)
     if result.lengths is not None:
-        found += _simulation(result)
+        found += _simulation(result, result.lengths.source)
     return found
 
 
@@ -33,45 +34,38 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     return table
 
 
-def _head(result: Plan) -> list[Table | str]:
+def _head(result: Plan) -> list[str]:
     job, method, train = result.job, result.job.config.method, result.job.config.train
-    where = f"{job.gpus} x {job.machine.name}" + (f" in nodes of {job.per_node}" if job.gpus > 1 else "")
-    trained = f", {_count(job.trained)} of adapters alone trained" if job.shape.adapter else ""
+    where = f"{job.gpus} x {job.machine.name}" + (f" in nodes of {job.gpus_per_node}" if job.gpus > 1 else "")
+    trained = f", only {_count(job.trainable)} of adapters trained" if job.shape.adapter else ""
     return [
         f"{job.config.model.path}: {_count(job.shape.parameters)} parameters{trained}, {job.config.model.precision}; "
         f"{where}, {_LAYOUTS[job.layout]}; {train.steps} steps",
         f"a step: {train.batch} positions (K = {method.positions}), G = {method.group}; typical prefix P = "
-        f"{job.prefix} and thought L = {job.length:.0f} tokens, longest {job.longest} and {method.thought_length}",
-        f"on one GPU: {job.rows_here} thoughts a step, {job.rows_at_once} decode at once; chunks of "
+        f"{job.prefix} and thought L = {job.length:.0f} tokens, longest {job.max_prefix} and {method.thought_length}",
+        f"on one GPU: {job.local_thoughts} thoughts a step, {job.decode_rows} decoded at once; chunks of "
         f"{chunk_tokens(job)} tokens in the update",
         f"All figures are estimates (docs/planning.md). {job.machine.source}.",
     ]
 
 
 def _memory(result: Plan) -> Table:
-    names, layouts = ["one"], result.layouts
-    if result.job.gpus > 1:
-        names = list(layouts)
+    layouts = result.layouts if result.job.gpus > 1 else {"one": result.layouts["one"]}
     rows: list[Sequence[str]] = []
-    for group, title in (
-        ("held", "held throughout"),
-        ("decode", "while decoding"),
-        ("score", "while the teacher scores"),
-        ("update", "in the update"),
-    ):
-        parts = {part: None for name in names for part in getattr(layouts[name], group)}
-        sizes = {part: [getattr(layouts[name], group).get(part, 0.0) for name in names] for part in parts}
-        shown = {part: some for part, some in sizes.items() if any(some)}
-        if shown:
+    for group, title in _GROUPS.items():
+        by_layout = [getattr(parts, group) for parts in layouts.values()]
+        names = dict.fromkeys(name for parts in by_layout for name in parts)
+        sizes = {name: [parts.get(name, 0.0) for parts in by_layout] for name in names}
+        if any(map(any, sizes.values())):
             rows.append([title])
-            rows += [[f"  {part}", *map(_gb, some)] for part, some in shown.items()]
-    rows.append(["peak", *(_gb(layouts[name].peak) for name in names)])
-    rows.append(["fits", *("yes" if layouts[name].peak <= result.job.machine.usable else "NO" for name in names)])
-    heads = [_LAYOUTS[name] + (f"\non {result.job.gpus}" if name != "one" else "") for name in names]
-    return _table(("memory of one GPU, GB", *heads), rows)
+        rows += [[f"  {name}", *map(_gb, values)] for name, values in sizes.items() if any(values)]
+    peaks, usable = [parts.peak for parts in layouts.values()], result.job.machine.usable
+    rows += [["peak", *map(_gb, peaks)], ["fits", *(_yes(peak <= usable) for peak in peaks)]]
+    heads = [_LAYOUTS[name] + (f"\non {result.job.gpus}" if name != "one" else "") for name in layouts]
+    return _table(("memory per GPU, GB", *heads), rows)
 
 
-def _fitting(result: Plan) -> str:
+def _largest(result: Plan) -> str:
     machine, largest = result.job.machine, result.largest
     usable = f"{_gb(machine.usable)} of {_gb(machine.memory)} GB are usable"
     if largest is None:
@@ -84,21 +78,27 @@ def _fitting(result: Plan) -> str:
 
 
 def _time(result: Plan) -> Table:
-    step, rows = result.step, []
-    for phase in step.phases:
-        if phase.seconds:
-            flops = f"{phase.flops:.3g}" if phase.flops else ""
-            share = f"{phase.seconds / step.seconds:.1%}"
-            rows.append([phase.name, flops, _seconds(phase.seconds), share, phase.bound])
+    step = result.step
+    rows = [
+        [
+            phase.name,
+            f"{phase.flops:.3g}" if phase.flops else "",
+            _seconds(phase.seconds),
+            f"{phase.seconds / step.seconds:.1%}",
+            phase.bound,
+        ]
+        for phase in step.phases
+        if phase.seconds
+    ]
     rows.append(["step", f"{step.flops:.3g}", _seconds(step.seconds), "", ""])
     return _table(("estimated time of a step", "FLOPs", "seconds", "share", "bound by"), rows)
 
 
-def _sums(result: Plan) -> list[Table | str]:
+def _totals(result: Plan) -> list[str]:
     step, job, steps = result.step, result.job, result.job.config.train.steps
     cost = f", ${result.dollars:,.0f} at ${job.machine.price:g}" if job.machine.price else ""
     return [
-        f"a step: {step.text:,} tokens of text, {step.thought:,} of thoughts, "
+        f"a step: {step.text:,} tokens of text, {step.thought:,} of thoughts; throughput "
         f"{step.thought / step.seconds:,.0f} thought tokens/s",
         f"{steps} steps: {steps * step.text:,} tokens of text, {steps * step.thought:.3g} of thoughts, "
         f"{steps * step.flops:.3g} FLOPs; T_flop {step.t_flop:.4g} tokens",
@@ -109,39 +109,37 @@ def _sums(result: Plan) -> list[Table | str]:
 def _changes(result: Plan) -> list[Table | str]:
     usable = result.job.machine.usable
     rows = [
-        [change.what, change.costs, _gb(change.saved), _gb(change.peak), "yes" if change.peak <= usable else "NO"]
+        [change.what, change.costs, _gb(change.saved), _gb(change.peak), _yes(change.peak <= usable)]
         for change in result.changes
     ]
     enough = bool(result.changes) and result.changes[-1].peak <= usable
-    lines = ["with all of these it fits" if enough else "even with all of these it does not fit: take a larger GPU"]
+    lines = ["with all of these it fits" if enough else "even with all of these it does not fit: use a larger GPU"]
     if result.memory.update.get(SCANS, 0) > 0.2 * result.memory.phases["update"]:
-        lines.append("Mamba's kernels (mamba_ssm) keep less than the plain scan counted here; how much is not measured")
+        lines.append("the mamba_ssm kernels use less memory than the plain scan counted here; not measured")
     if (other := result.adapters) is not None:
         fits = "it fits" if other.peak <= usable else "it does not fit either"
         lines.append(f"or: with {other.what} {fits}, peak {_gb(other.peak)} GB ({other.costs})")
-    columns = ("it does not fit; change, in this order", "price", "saves, GB", "peak, GB", "fits")
+    columns = ("it does not fit; change, in this order", "cost", "saves, GB", "peak, GB", "fits")
     return [_table(columns, rows), *lines]
 
 
-def _simulation(result: Plan) -> list[Table | str]:
-    assert result.lengths is not None
-    heads = ("positions", "step, s", "computes", "waits", "links", "efficiency")
+def _simulation(result: Plan, lengths: str) -> list[Table | str]:
+    heads = ("positions", "step, s", "compute", "wait", "communication", "efficiency")
     return [
-        _table(("as many positions on each GPU", *heads), map(_scale, result.growing)),
-        _table(("the step's positions divided", *heads), map(_scale, result.divided)),
-        f"simulated, not measured; thoughts: {result.lengths.source}. Assumed:",
+        _table(("weak scaling", *heads), map(_scale, result.weak)),
+        _table(("strong scaling", *heads), map(_scale, result.strong)),
+        f"simulated, not measured; thoughts: {lengths}. Assumed:",
         *(f"  - {line}" for line in ASSUMPTIONS),
     ]
 
 
 def _scale(row: Scale) -> list[str]:
-    times = (row.seconds, row.work, row.waits, row.sync)
-    return [
-        f"{row.gpus:,} GPU{'s' if row.gpus > 1 else ''}",
-        f"{row.positions:,}",
-        *map(_seconds, times),
-        f"{row.efficiency:.0%}",
-    ]
+    times = map(_seconds, (row.seconds, row.work, row.waits, row.sync))
+    return [f"{row.gpus:,} GPU{'s' if row.gpus > 1 else ''}", f"{row.positions:,}", *times, f"{row.efficiency:.0%}"]
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "NO"
 
 
 def _gb(value: float) -> str:

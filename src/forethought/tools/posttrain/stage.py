@@ -42,9 +42,7 @@ from forethought.config import (
 from forethought.data.corpus import Windows, check_corpus
 from forethought.data.positions import ThoughtFormat
 from forethought.run.folder import read_jsonl
-from forethought.tools.questions.answers import judge
-from forethought.tools.questions.prompts import prompt as asked
-from forethought.tools.questions.tasks import TASKS, Question
+from forethought.tools.benchmarks import grade, require_extra
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
@@ -182,8 +180,7 @@ def _question_examples(stage: Stage, config: Config, tokenizer: Any, form: Thoug
     while True:
         rng.shuffle(rows)
         for question, steps, answer in rows:
-            text = asked(TASKS["gsm8k"], Question(id="", text=question, answer=answer), 0, {})
-            read, said = tokenizer(text)["input_ids"], encoded(f" The answer is {answer}.")
+            read, said = tokenizer(f"Question: {question}\nAnswer:")["input_ids"], encoded(f" The answer is {answer}.")
             thought = encoded(f" {steps}") if steps else []
             if stage.think:
                 completion = [*thought, *form.close, *said, *ends] if steps else []
@@ -223,7 +220,10 @@ class Verified:
 
     def __init__(self, stage: Stage, tokenizer: Any, form: ThoughtFormat):
         self.tokenizer, self.close = tokenizer, list(form.close) if stage.think else []
-        self.right: Callable[[str, str], bool] = _first_word if stage.data.startswith("world:") else _judged
+        self.right: Callable[[str, str], bool] = _first_word
+        if not stage.data.startswith("world:"):
+            require_extra()
+            self.right = _graded
 
     def __call__(
         self, completion_ids: Sequence[list[int]], answer: Sequence[str], log_metric: Any = None, **_: Any
@@ -246,5 +246,5 @@ def _first_word(text: str, answer: str) -> bool:
     return text.split()[:1] == [answer]
 
 
-def _judged(text: str, answer: str) -> bool:
-    return judge(text, answer).right
+def _graded(text: str, answer: str) -> bool:
+    return grade(text, answer).right

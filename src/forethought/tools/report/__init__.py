@@ -1,22 +1,42 @@
-"""Run folders in, one self-contained HTML page out, with its plots as SVG files beside it. Never imports torch."""
+"""Reports: run folders in, one self-contained HTML page out, with its plots as SVG files beside it.
 
+Never imports torch.
+"""
+
+import json
+import math
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
-from forethought.config import UserError
-from forethought.tools.report import comparison, page, plots
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from forethought.config import UserError, flatten
+from forethought.config.registry import METHODS
+from forethought.tools.report import answers, comparison, plots, viewer
 from forethought.tools.report import runs as run_folders
+from forethought.tools.report.runs import Position, Run, number
+from forethought.tools.report.tables import capitalized, duration, evaluations, figure, metric, signed, visible
+
+SIZES = {"positions_shown": 4, "thoughts_shown": 8, "context_shown": 400, "thought_shown": 600}
+"""Positions of a step, thoughts of a position, characters of a context and of a thought that are not collapsed."""
+OVERVIEW = (
+    "reward/gain", "reward/evidence", "reward/match", "rollout/closed", "rollout/length", "objective/loss",
+    "objective/accuracy",
+)  # fmt: skip
 
 
 def write(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
-    """Report on one run, or on several side by side, and return the page's path.
+    """Report on one run, or compare several, and return the page's path.
 
-    One run: the page is RUN/report.html, its plots are RUN/plots/NAME.svg. Several: the page is report.html beside the
-    first run, and the plots lie beside the page in a folder of its name (report-plots/). `out` names another page.
+    The page of one run is RUN/report.html and its plots are RUN/plots/NAME.svg. The page of several runs is
+    report.html next to the first run, and its plots are in report-plots/. `out` names another page.
 
     Raises:
-        UserError: no runs, a folder that is no run or has nothing to report yet, a broken file in it, or a page that
-            cannot be written.
+        UserError: no runs, a folder that is not a run or has nothing to report yet, a broken file in it, or a page
+            that cannot be written.
     """
     if not runs:
         raise UserError("a report takes at least one run folder")
@@ -25,13 +45,13 @@ def write(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
     several = len(paths) > 1
     target = Path(out) if out is not None else (paths[0].absolute().parent if several else paths[0]) / "report.html"
     folder = target.with_name(f"{target.stem}-plots") if several else paths[0] / "plots"
-    drawings = {plot.name: plots.draw(plot, loaded) for plot in plots.PLOTS if any(map(plot.shows, loaded))}
-    html = page.render(loaded, drawings, folder.name)
+    drawn = {plot: plots.draw(plot, loaded) for plot in plots.plots_of(loaded)}
+    html = _render("page.html.j2", _content(loaded, drawn, folder.name))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(exist_ok=True)
-        for name, svg in drawings.items():
-            (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
+        for plot, svg in drawn.items():
+            (folder / f"{plot.name}.svg").write_text(svg, encoding="utf-8")
         target.write_text(html, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write the report to {str(target)!r}: {error}") from None
@@ -39,9 +59,9 @@ def write(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
 
 
 def write_comparison(run: Path) -> Path:
-    """The page of an experiment, RUN/compare.html, from its compare.json and experiment.json; returns its path.
+    """Write the page of an experiment, RUN/compare.html, from its compare.json and experiment.json; return its path.
 
-    Beside it go the curves and thoughts of each arm's first seed, RUN/curves.html.
+    Also writes RUN/curves.html, a report on the first seed of each arm.
 
     Raises:
         UserError: a file is missing or broken, or a page cannot be written.
@@ -51,8 +71,156 @@ def write_comparison(run: Path) -> Path:
     if first:
         write(first, run / "curves.html")
     target = run / "compare.html"
+    html = _render("comparison.html.j2", {**comparison.content(figures), **answers.content(figures)})
     try:
-        target.write_text(page.render_comparison(figures), encoding="utf-8")
+        target.write_text(html, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write the page {str(target)!r}: {error}") from None
     return target
+
+
+def _render(template: str, content: dict[str, Any]) -> str:
+    """A template of this folder as HTML; text in it is escaped unless it is Markup."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    filters = (passage, token, visible, figure, signed, duration, probability, strength, capitalized)
+    environment.filters |= {one.__name__: one for one in filters}
+    return environment.get_template(template).render(content)
+
+
+def passage(text: str) -> Markup:
+    """Escaped text with visible line breaks and control characters."""
+    shown = escape(visible(text, kept="\n"))
+    return Markup(shown.replace("\n", Markup('<span class="sign">↵</span>\n')))
+
+
+def token(text: str) -> str:
+    """The text of a token with visible spaces and line breaks, not escaped yet."""
+    return visible(text.replace("\n", "↵").replace(" ", "␣"))
+
+
+def probability(logp: float) -> str:
+    """A log-probability as a probability in percent."""
+    value = math.exp(min(logp, 0.0))
+    return f"{100 * value:.1f} %" if value >= 0.001 else "below 0.1 %"
+
+
+def strength(position: Position, advantage: float | None) -> str:
+    """Color strength of a thought, 0 to 1: its advantage relative to the largest one at its position."""
+    largest = max((abs(one.advantage) for one in position.thoughts if one.advantage is not None), default=0.0)
+    return "0" if not largest or advantage is None else f"{abs(advantage) / largest:.2f}"
+
+
+def _content(runs: list[Run], drawn: dict[plots.Plot, str], folder: str) -> dict[str, Any]:
+    """What the template of a page shows. `drawn`: the SVG of each plot, `folder`: where they are saved."""
+    return {
+        "runs": runs,
+        "methods": METHODS,
+        "folder": folder,
+        "facts": [(label, [fact(run) for run in runs]) for label, fact in _FACTS],
+        "overview": _overview(runs),
+        "warnings": [run for run in runs if run.warnings],
+        "viewer": viewer.collect(runs),
+        "unfinished": [run for run in runs if not run.summary],
+        "groups": evaluations(runs),
+        "drawings": [(plot, _inline(plot, svg, runs)) for plot, svg in drawn.items()],
+        "thoughts": [(run, _by_step(run.positions)) for run in runs],
+        "settings": _settings(runs),
+        "summaries": [(run, rows) for run in runs if (rows := _other_values(run.summary))],
+        "palette": len(plots.COLORS),
+        **SIZES,
+    }
+
+
+def _steps(run: Run) -> str:
+    logged = run.metrics[-1]["step"] if run.metrics else 0
+    if not run.summary:
+        return f"{logged:,} of {run.option('train.steps', '?')}, not finished"
+    done = number(run.summary.get("steps"))
+    return f"{logged if done is None else int(done):,}"
+
+
+def _batch(run: Run) -> str:
+    batch = run.option("train.batch", "?")
+    if not run.samples_thoughts:
+        return f"{batch} windows of text"
+    return f"{batch} positions with {run.option('method.group', '?')} thoughts each"
+
+
+def _wall_time(run: Run) -> str:
+    seconds = number(run.summary.get("seconds"))
+    return "not recorded" if seconds is None else duration(seconds)
+
+
+_FACTS = (
+    ("Method", lambda run: run.method_label),
+    ("Model", lambda run: run.option("model.path", "not recorded")),
+    ("Corpus", lambda run: run.option("corpus.path", "not recorded")),
+    ("Steps", _steps),
+    ("Each step", _batch),
+    ("Seed", lambda run: run.option("seed", run.summary.get("seed", "not recorded"))),
+    ("Wall time", _wall_time),
+)
+
+
+def _overview(runs: list[Run]) -> list[tuple[Any, list[tuple[float, float] | None]]]:
+    """For each metric and run: means over the first and the last tenth of the logged steps."""
+    rows = []
+    for name in OVERVIEW:
+        next_token = name == "objective/loss"  # any other loss is near 0 by construction
+        ends = [
+            None if next_token and not run.logs("objective/accuracy") else _ends(run.series(name)[1]) for run in runs
+        ]
+        if any(ends):
+            rows.append((metric(name), ends))
+    return rows
+
+
+def _ends(values: list[float]) -> tuple[float, float] | None:
+    if not values:
+        return None
+    count = math.ceil(len(values) / 10)
+    return sum(values[:count]) / count, sum(values[-count:]) / count
+
+
+def _inline(plot: plots.Plot, svg: str, runs: list[Run]) -> Markup:
+    """The drawing with the ends of its curves as a text alternative."""
+    texts = []
+    for run in filter(plot.shows, runs):
+        for one in map(metric, plot.metrics):
+            if ends := _ends(run.series(one.name)[1]):
+                start, end = (figure(value, "share" if one.unit == "share" else "nats") for value in ends)
+                texts.append(f"{visible(run.name)}, {one.label}: from {start} to {end}")
+    # The text is escaped here; matplotlib escapes the names of runs in its drawing.
+    return Markup(plots.inline(svg, plot.name, str(escape(f"{plot.title}. {'; '.join(texts)}"))))
+
+
+def _by_step(positions: list[Position]) -> list[tuple[int, list[Position]]]:
+    return [(step, list(group)) for step, group in groupby(positions, key=lambda one: one.step)]
+
+
+def _settings(runs: list[Run]) -> list[tuple[str, list[str], bool]]:
+    """Options in the order of the first config: name, value in each run, whether the runs differ."""
+    flat = [_texts(run.config) for run in runs]
+    rows = []
+    for option in dict.fromkeys(option for options in flat for option in options):
+        values = [options.get(option, "–") for options in flat]
+        rows.append((option, values, len(set(values)) > 1))
+    return rows
+
+
+def _other_values(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """The values of summary.json that are not evaluations."""
+    return [(key, text) for key, text in _texts(summary).items() if not key.startswith(("before/", "after/"))]
+
+
+def _texts(values: dict[str, Any]) -> dict[str, str]:
+    return {
+        name: value if isinstance(value, str) and value.strip() else json.dumps(value, ensure_ascii=False)
+        for name, value in flatten(values).items()
+    }

@@ -3,7 +3,7 @@
 from typing import Any
 
 from forethought.tools.report.comparison import ALL, BASE, QUESTIONS, Figures, Table
-from forethought.tools.report.text import figure, signed
+from forethought.tools.report.tables import figure, signed
 
 AVERAGES = ("math", "science", "overall")
 MODES = {"nothink": "no thought", "think": "thinking"}

@@ -1,4 +1,4 @@
-"""The card of an exported model, RUN/policy/README.md: data, budget, gain with intervals, controls, how to make it."""
+"""The model card of an exported model, RUN/policy/README.md: data, compute, gain with intervals, controls, recipe."""
 
 import json
 import math
@@ -10,93 +10,102 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from forethought._version import __version__
-from forethought.config import Config, flatten, to_dict
-from forethought.tools.report.comparison import COSTS, METRICS
-from forethought.tools.report.evaluation import interval
+from forethought.config import Config, Method, flatten, to_dict
+from forethought.config.registry import METHODS, REWARDS, label
+from forethought.run.folder import RunLog
 from forethought.tools.report.runs import number
-from forethought.tools.report.text import UNBROKEN, duration, figure, visible
+from forethought.tools.report.tables import NBSP, capitalized, duration, figure, interval, metric, ordered, visible
 
-_METHODS = {
-    "rlp": "RLP, reinforcement learning pretraining ([arXiv:2510.01265](https://arxiv.org/abs/2510.01265))",
-    "rpt": "RPT, reinforcement pre-training ([arXiv:2506.08007](https://arxiv.org/abs/2506.08007))",
-    "mixed": "mixed supervised training, with and without thoughts of its start that gained",
-    "cpt": "continued next-token pretraining, which samples no thoughts",
-}
 _CONTROLS = ("gain_self", "gain_empty", "gain_random", "gain_shuffled", "kept_shuffled", "drift", "leakage", "truth")
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 Figures = Mapping[str, Any]
 
 
-def text(config: Config, summary: Figures, measured: tuple[str, Figures] | None = None) -> str:
-    """The card of the model that a run trained, with the metadata that the Hugging Face hub reads.
+def write(run: Path, held_out: str = "") -> None:
+    """(Re)write RUN/policy/README.md from the run folder, with the controls of evaluate.json if there is one.
 
-    `summary` is the run's summary.json. `measured` is the held-out text of an evaluation and its evaluate.json, which
-    brings the controls. No licence is set: those of the base and of the text bind the model, and only its user knows
-    them.
+    `held_out`: the corpus of that evaluation, if it is not the run's `evaluate.path`. A run without summary.json has
+    not finished and gets no card. Raises UserError (broken files), RunError (disk).
+    """
+    if not (run / "summary.json").is_file():
+        return
+    log = RunLog.open(run)
+    config = log.config()
+    measured = None
+    if (run / "evaluate.json").is_file():
+        measured = held_out or config.evaluate.path or "held-out text", log.read_json("evaluate.json")
+    log.write_text("policy/README.md", text(config, log.read_json("summary.json"), measured))
+
+
+def text(config: Config, summary: Figures, measured: tuple[str, Figures] | None = None) -> str:
+    """The card of the model that a run trained, with the metadata of the Hugging Face Hub.
+
+    `summary` is the run's summary.json; `measured` is the corpus of an evaluation and its evaluate.json, which has the
+    controls. The card sets no license: those of the base model and of the text apply, and only the user knows them.
     """
     parts = [
         f"---\n{_metadata(config)}\n---",
         f"# {visible(Path(config.run).name) or 'A thinking model'}",
         _opening(config),
         _usage(config),
-        "## Data and budget\n\n" + _rows({**_data(config), **_budget(config, summary)}),
-        "## Measured\n\n" + _gain(config, summary),
+        "## Data and compute\n\n" + _rows({**_data(config), **_budget(config, summary)}),
+        "## Results\n\n" + _gain(config, summary),
         "## Controls\n\n" + _controls(measured),
         _recipe(config),
-        "## Licence\n\nNone is set here. The licences of the base model and of the text bind this model: read them, "
-        "then name this model's own as `license:` in the first lines of this file.",
+        "## License\n\nThis card sets none. The licenses of the base model and of the text apply to this model: read "
+        "them, then add the model's own license as `license:` to the metadata of this file.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def _metadata(config: Config) -> str:
-    thinks = config.method.samples_thoughts
     return ModelCardData(
         base_model=_hub_id(config.model.path),
         datasets=[name] if (name := _hub_id(config.corpus.path.removeprefix("hub:"))) else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["forethought", config.method.name, *(["reasoning"] if thinks else [])],
+        tags=["forethought", config.method.name, *(["reasoning"] if config.method.samples_thoughts else [])],
         ignore_metadata_errors=False,
     ).to_yaml()
 
 
 def _hub_id(name: str) -> str | None:
-    """A name as the hub knows it; None for a path on a disk, a GGUF file, or something inside the package."""
+    """The name if it is a Hub id; None for a local path, a GGUF file, or a model inside the package."""
     local = name.endswith((".gguf", ".json")) or name.startswith((".", "/", "~")) or Path(name).exists()
     return name if _ID.fullmatch(name) and not local else None
 
 
 def _opening(config: Config) -> str:
-    base = "fresh weights of the architecture of" if config.model.init == "random" else "the base model"
-    return (
-        f"Trained from {base} {_code(config.model.path)} by {_METHODS[config.method.name]}, with Forethought "
-        f"{__version__}."
-    )
+    base = "random weights of the architecture of" if config.model.init == "random" else "the base model"
+    known = METHODS.get(config.method.name)
+    paper = f" ([arXiv:{known.paper}](https://arxiv.org/abs/{known.paper}))" if known and known.paper else ""
+    method = f"{known.label}{paper}: {known.help}" if known else _code(config.method.name)
+    return f"Trained from {base} {_code(config.model.path)} by {method}. Made with Forethought {__version__}."
 
 
 def _usage(config: Config) -> str:
     method = config.method
-    return f"""## Use
+    return f"""## Usage
 
 ```python
 from forethought import ThinkingModel
 
 model = ThinkingModel.load("this-folder-or-hub-id")
-for place in model.generate("Some text", max_tokens=20, thoughts=4):
-    print(place.text, end="")
+for token in model.generate("Some text", max_tokens=20, thoughts=4):
+    print(token.text, end="")
 ```
 
-It thinks between {_code(method.open)} and {_code(method.close)}, {method.thought_length} tokens at most, at
-temperature {method.temperature:g}, around the text as in {_code(method.prompt)}; `forethought.json` carries this. The
-weights are those of an ordinary causal language model: without Forethought it predicts without a thought."""
+Thoughts are enclosed in {_code(method.open)} and {_code(method.close)}, have at most {method.thought_length} tokens and
+are sampled at temperature {method.temperature:g}, with the prompt template {_code(method.prompt)}; `forethought.json`
+contains these options. The weights are those of an ordinary causal language model: without Forethought it predicts
+without thoughts."""
 
 
 def _data(config: Config) -> dict[str, str]:
     corpus = config.corpus
     return {
-        "base model": _code(config.model.path) + (" (architecture alone)" if config.model.init == "random" else ""),
+        "base model": _code(config.model.path) + (" (architecture only)" if config.model.init == "random" else ""),
         "text": f"{_code(corpus.path)}, windows of at most {corpus.window:,} tokens",
         "method": _method(config),
         "seed": str(config.seed),
@@ -105,72 +114,71 @@ def _data(config: Config) -> dict[str, str]:
 
 def _method(config: Config) -> str:
     method = config.method
+    name = _cell_text(method.name)
     if not method.samples_thoughts:
-        return f"cpt, {config.train.batch:,} windows a step"
-    control = "; rewards drawn at random, a control" if method.reward == "random" else ""
-    return (
-        f"{method.name}, {config.train.batch:,} positions a step, {method.group} thoughts each, horizon "
-        f"{method.horizon}{control}"
-    )
+        return f"{name}, {config.train.batch:,} windows per step"
+    steps = f"{config.train.batch:,} positions per step, {method.group} thoughts per position, horizon {method.horizon}"
+    reward = method.reward_name
+    if reward == Method(name=method.name).reward_name:
+        return f"{name}, {steps}"
+    known = f" ({REWARDS[reward].help})" if reward in REWARDS else ""
+    return f"{name}, {steps}; reward {_cell_text(label('reward', reward))}{known}"
 
 
 def _budget(config: Config, summary: Figures) -> dict[str, str]:
-    labels = dict(COSTS) | {"documents": "documents read", "tokens": "tokens of text read"}
     shown = {}
     for name in ("steps", "documents", "tokens", "flops", "flops_rollout", "flops_update", "seconds"):
         value = number(summary.get(name))
         if value is None or (name == "flops_rollout" and not config.method.samples_thoughts):
             continue
-        label = "wall time" if name == "seconds" else labels[name]
         exact = f"{value:.3g}" if name.startswith("flops") else f"{value:,.0f}"
-        shown[label] = duration(value) if name == "seconds" else exact
+        shown[metric(name).label] = duration(value) if name == "seconds" else exact
     return shown
 
 
 def _gain(config: Config, summary: Figures) -> str:
     if not config.evaluate.path:
-        return "Nothing: the run named no held-out text (`evaluate.path`)."
-    table = _table(summary, ("before", "after"), tuple(METRICS))
+        return "None: the run had no held-out text (`evaluate.path`)."
     return (
-        f"On held-out text, {_code(config.evaluate.path)}, at the same positions before and after training; in "
-        f"brackets 95{UNBROKEN}% bootstrap intervals over documents.\n\n{table}"
+        f"On held-out text, {_code(config.evaluate.path)}, at the same positions before and after training, with "
+        f"95{NBSP}% bootstrap intervals over documents in brackets.\n\n{_table(summary, ('before', 'after'))}"
     )
 
 
 def _controls(measured: tuple[str, Figures] | None) -> str:
     if measured is None:
         return (
-            "Not measured yet. `forethought evaluate` on the run folder measures what is left of the gain after an "
-            "empty thought, another position's thought and random tokens, and writes it here. A gain that survives "
-            "shuffling is not reasoning."
+            "Not measured yet. `forethought evaluate` on the run folder measures how much of the gain remains with an "
+            "empty thought, with the thought of another position and with random tokens, and adds the results here. A "
+            "gain that remains with the thoughts of other positions does not come from reasoning."
         )
     held_out, figures = measured
     table = _table({f"after/{name}": value for name, value in figures.items()}, ("after",), _CONTROLS)
     return (
-        f"On {_code(held_out)}, what is left of the gain over the model itself (nats) when the thought is "
-        f"empty, another position's, or random tokens. A gain that survives shuffling is not reasoning.\n\n{table}"
+        f"On {_code(held_out)}, how much of the gain over the model without thoughts (nats) remains if the thought is "
+        "empty, is that of another position, or is random tokens. A gain that remains with the thoughts of other "
+        f"positions does not come from reasoning.\n\n{table}"
     )
 
 
-def _table(figures: Figures, phases: tuple[str, ...], metrics: tuple[str, ...]) -> str:
-    """A table of each group of positions; metrics that were not measured are left out."""
-    groups = sorted(
-        {name.split("/")[1] for name in figures if name.count("/") == 2}, key=lambda one: (one != "all", one)
-    )
+def _table(figures: Figures, phases: tuple[str, ...], metrics: tuple[str, ...] = ()) -> str:
+    """A table for each group of positions: these metrics, or all of them, as far as they were measured."""
+    names = {tuple(name.split("/")) for name in figures if name.count("/") == 2}
     tables = []
-    for group in groups:
+    for group in sorted({name[1] for name in names}, key=lambda one: (one != "all", one)):
+        measured = {name[2] for name in names if name[1] == group and name[0] in phases} - {"positions", "documents"}
         count = number(figures.get(f"{phases[-1]}/{group}/positions"))
         rows = {
-            METRICS[metric].label: " | ".join(_cell(figures, f"{phase}/{group}/{metric}", metric) for phase in phases)
-            for metric in metrics
-            if any(f"{phase}/{group}/{metric}" in figures for phase in phases)
+            capitalized(metric(name).label): " | ".join(_cell(figures, f"{phase}/{group}/{name}") for phase in phases)
+            for name in metrics or ordered(measured)
+            if name in measured
         }
-        tables.append(_rows(rows, f"{_cell_text(group)}: {count:,.0f} positions" if count else group, phases))
+        tables.append(_rows(rows, _cell_text(group) + (f": {count:,.0f} positions" if count else ""), phases))
     return "\n\n".join(tables)
 
 
-def _cell(figures: Figures, name: str, metric: str) -> str:
-    unit = METRICS[metric].unit
+def _cell(figures: Figures, name: str) -> str:
+    unit = metric(name.rpartition("/")[2]).unit
     ends = interval([number(figures.get(f"{name}/{end}")) for end in ("low", "high")], unit)
     return figure(figures.get(name), unit) + (f" [{ends}]" if ends else "")
 
@@ -182,14 +190,14 @@ def _rows(rows: Mapping[str, str], head: str = "", columns: tuple[str, ...] = ("
 
 def _recipe(config: Config) -> str:
     return (
-        "## Made with\n\n    forethought train config.toml\n\nwhere config.toml is\n\n```toml\n"
-        f"{toml(config)}```\n\nA claim about the method takes a comparison with plain pretraining and random rewards "
-        "on the same text: `forethought compare`."
+        "## Recipe\n\n    forethought train config.toml\n\nwith config.toml\n\n```toml\n"
+        f"{toml(config)}```\n\nA claim about the method needs a comparison with continued pretraining and random "
+        "rewards on the same text: `forethought compare`."
     )
 
 
 def toml(config: Config) -> str:
-    """A config file: every option that is not at its default, a line each. Read back it is the same config."""
+    """The options that are not at their defaults as a config file, which `load` reads back as the same config."""
     usual = flatten(to_dict(Config()))
     lines = [
         f"{option} = {_literal(value)}\n"
@@ -206,7 +214,7 @@ def _literal(value: Any) -> str:
 
 
 def _code(value: str) -> str:
-    """Text as code, in one line, that may stand in a table."""
+    """Text as inline code, safe inside a table."""
     shown = visible(value).replace("\n", "\\n")
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
     space = " " if shown.startswith("`") or shown.endswith("`") else ""

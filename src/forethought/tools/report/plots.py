@@ -1,190 +1,198 @@
-"""Curves over steps as SVG: one file per plot to keep, and the same plot in the page."""
+"""Plots of runs and experiments as SVG: standalone files, and the same drawings inside a page.
 
+Drawn without pyplot and with fixed settings, so that the same data give the same bytes.
+"""
+
+import io
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from forethought.config.registry import METRICS
 from forethought.tools.report.runs import Run
-from forethought.tools.report.svg import COLOURS, DASHES, INK, styled
-from forethought.tools.report.text import MINUS, visible
+from forethought.tools.report.tables import MINUS, capitalized, metric, visible
 
+INK, GRID, PAPER = "#20242b", "#dfe2e6", "#ffffff"
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+"""Okabe and Ito's color-blind safe palette; more runs or arms repeat it with other dashes or markers."""
+DASHES, MARKERS = ("-", "--", ":", "-."), "os^Dv"
 WIDTH, HEIGHT, LEGEND_ROW = 5.0, 3.0, 0.24
 SMOOTH_FROM, BINS = 32, 256
-"""From so many points on a running mean is drawn over them; above BINS points they become a band."""
+"""From SMOOTH_FROM points on, a running mean is drawn over them; more than BINS points become a band."""
+
+_SETTINGS: dict[Any, Any] = {
+    "svg.hashsalt": "forethought",
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.edgecolor": GRID,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11.5,
+    "axes.axisbelow": True,
+    "xaxis.labellocation": "right",
+    "grid.color": GRID,
+    "figure.facecolor": PAPER,
+    "figure.constrained_layout.use": True,
+    "axes.facecolor": "none",
+    "font.size": 11.5,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plot:
-    """One plot of the page: which metrics, and what a newcomer should know to read it."""
+    """A plot of metrics over the steps of training."""
 
     name: str
     """Stem of the SVG file."""
-    title: str
-    axis: str
-    """What the vertical axis measures, with its unit."""
-    series: tuple[tuple[str, str], ...]
-    """(metric, what the legend calls it), drawn in one pair of axes."""
-    explanation: str
-    unit: Literal["number", "share"] = "number"
+    metrics: tuple[str, ...]
+    note: str = ""
+    """How to read the plot."""
+    label: str = ""
+    """Title of a plot of several metrics; of a single one it is the metric's label."""
     level: float | None = None
-    """Value that means "no effect", drawn as a line."""
-    only: Literal["cpt", "thoughts", ""] = ""
-    """Runs that the plot is for, where a metric means something else for the others."""
+    """The value that means "no effect", drawn as a line."""
+    next_token: bool | None = None
+    """Draw only runs that train on a next-token loss (True), or on another one (False)."""
+
+    @property
+    def title(self) -> str:
+        """The plot's title."""
+        return capitalized(self.label or metric(self.metrics[0]).label)
+
+    @property
+    def explanation(self) -> str:
+        """What the plot shows, and how to read it."""
+        texts = [metric(name).help for name in self.metrics] if not self.label else []
+        return ". ".join(filter(None, [*map(capitalized, texts), self.note])) + "."
 
     def shows(self, run: Run) -> bool:
         """Whether the run logged something for this plot."""
-        fits = not self.only or (run.method == "cpt") == (self.only == "cpt")
-        return fits and any(run.series(metric)[0] for metric, _ in self.series)
+        fits = self.next_token is None or self.next_token == run.logs("objective/accuracy")
+        return fits and any(map(run.logs, self.metrics))
 
 
 PLOTS = (
     Plot(
-        name="gain", title="Information gain", axis="nats", level=0.0,
-        series=(("reward/gain", "gain"),),
-        explanation="How much more likely the true next token became through a thought. This is the reward: above 0 "
-        "thinking helps, below 0 it hurts.",
+        name="gain", metrics=("reward/gain",), level=0.0,
+        note="Above 0, thoughts make the next token more likely; below 0, less likely",
     ),
     Plot(
-        name="evidence", title="With and without a thought", axis="log p of the true token, nats",
-        series=(("reward/evidence", "after the thought"), ("reward/nothink", "without (teacher)")),
-        explanation="The two sides of the gain. It is real progress when the upper line rises, not when the lower "
-        "one sinks.",
+        name="evidence", metrics=("reward/evidence", "reward/nothink"), label="log p with and without a thought",
+        note="Log p of the target after a thought, and the teacher's without one: the two sides of the gain. Progress "
+        "is a rise of the first line, not a fall of the second",
+    ),
+    Plot(name="match", metrics=("reward/match",), note="The reward of RPT"),
+    Plot(
+        name="reward-std", metrics=("reward/std",), level=0.0,
+        note="How much the thoughts of one position differ in reward. Near 0 there is nothing to learn from",
     ),
     Plot(
-        name="match", title="Right predictions", axis="share of thoughts", unit="share",
-        series=(("reward/match", "right"),),
-        explanation="Thoughts behind which the policy wrote what comes next in the text. This is the reward of RPT.",
+        name="zero-std", metrics=("reward/zero_std_fraction",),
+        note="All thoughts of these positions have nearly the same reward",
     ),
     Plot(
-        name="spread", title="Reward spread", axis="nats", level=0.0,
-        series=(("reward/std", "spread"),),
-        explanation="How much the thoughts of one position differ in reward. Near 0 there is nothing to prefer, so "
-        "nothing to learn.",
+        name="closed", metrics=("rollout/closed",),
+        note="The others reached method.thought_length and were truncated",
     ),
     Plot(
-        name="flat-groups", title="Flat groups", axis="share of positions", unit="share",
-        series=(("reward/zero_std_fraction", "flat"),),
-        explanation="Positions whose thoughts all earned about the same reward; they hardly teach anything.",
+        name="length", metrics=("rollout/length",), note="A slow decline to very short thoughts is a warning sign",
     ),
     Plot(
-        name="closed", title="Closed thoughts", axis="share of thoughts", unit="share",
-        series=(("rollout/closed", "closed"),),
-        explanation="Thoughts that ended on their own. The others hit the length limit and were closed by force.",
+        name="leakage", metrics=("rollout/leakage",),
+        note="A steep rise means that thoughts guess the token instead of working towards it",
     ),
     Plot(
-        name="length", title="Thought length", axis="tokens",
-        series=(("rollout/length", "length"),),
-        explanation="Mean number of tokens in a thought. A slow slide towards very short thoughts is a warning sign.",
+        name="ratio", metrics=("objective/ratio",), level=1.0,
+        note="Probability of the thoughts under the trained policy relative to the policy that sampled them. It is 1 "
+        "before the first update on a batch",
     ),
     Plot(
-        name="leakage", title="Thoughts that contain the target", axis="share of thoughts", unit="share",
-        series=(("rollout/leakage", "contain it"),),
-        explanation="Thoughts in which the text of the true next token stands. A steep rise means that they guess the "
-        "token instead of working towards it.",
+        name="clip-fraction", metrics=("objective/clip_fraction",), note="With one update per batch it stays at 0",
+    ),
+    Plot(name="mismatch", metrics=("objective/mismatch",), level=0.0, note="It should be rounding error"),
+    Plot(
+        name="kl", metrics=("objective/kl",), level=0.0,
+        note="How far the distribution of thoughts has moved from the model at the start",
     ),
     Plot(
-        name="ratio", title="Importance ratio", axis="ratio", level=1.0,
-        series=(("objective/ratio", "ratio"),),
-        explanation="How likely the model being trained finds the thoughts, against the model that wrote them. It is "
-        "1 before the first update on a batch.",
+        name="loss", metrics=("objective/loss",), level=0.0, next_token=False,
+        note="It stays near 0 by construction and need not fall; watch the gain instead",
     ),
     Plot(
-        name="clipped", title="Clipped tokens", axis="share of thought tokens", unit="share",
-        series=(("objective/clip_fraction", "clipped"),),
-        explanation="Tokens whose ratio left the allowed range and so stopped teaching. With one update per batch "
-        "this stays at 0.",
+        name="next-token-loss", metrics=("objective/loss",), label="next-token loss", next_token=True,
+        note="Cross-entropy of the training text, in nats per token; lower is better",
+    ),
+    Plot(name="accuracy", metrics=("objective/accuracy",), note="Measured on the training text", next_token=True),
+    Plot(
+        name="gradient-norm", metrics=("optim/gradient_norm",),
+        note="Single spikes are clipped; a steady rise points to an unstable run",
     ),
     Plot(
-        name="mismatch", title="Sampler against trainer", axis="mean |difference|, nats", level=0.0,
-        series=(("objective/mismatch", "mismatch"),),
-        explanation="How far the sampler's log-probabilities are from the trainer's for the same tokens. It should "
-        "be rounding error.",
+        name="throughput", metrics=("time/thought_tokens_per_s",),
+        note="The speed of the whole loop: sampling, scoring and updating",
     ),
-    Plot(
-        name="kl", title="Distance from the start", axis="KL, nats per token", level=0.0,
-        series=(("objective/kl", "KL"),),
-        explanation="How far the model's thoughts have moved from those of the model it started as.",
-    ),
-    Plot(
-        name="loss", title="Loss", axis="loss", only="thoughts", level=0.0,
-        series=(("objective/loss", "loss"),),
-        explanation="What the optimizer sees. It hovers around 0 by construction and need not fall; watch the gain "
-        "instead.",
-    ),
-    Plot(
-        name="next-token-loss", title="Next-token loss", axis="nats per token", only="cpt",
-        series=(("objective/loss", "loss"),),
-        explanation="Cross-entropy of the text being trained on. Lower is better.",
-    ),
-    Plot(
-        name="accuracy", title="Next-token accuracy", axis="share of tokens", unit="share", only="cpt",
-        series=(("objective/accuracy", "accuracy"),),
-        explanation="How often the model's first choice is the true next token of the text being trained on.",
-    ),
-    Plot(
-        name="gradient-norm", title="Gradient norm", axis="norm before clipping",
-        series=(("optim/gradient_norm", "norm"),),
-        explanation="Size of the update that the loss asks for. Single spikes are clipped; a steady climb points to "
-        "an unstable run.",
-    ),
-    Plot(
-        name="throughput", title="Throughput", axis="thought tokens per second",
-        series=(("time/thought_tokens_per_s", "thought tokens per second"),),
-        explanation="Speed of the whole loop: sampling, scoring and updating.",
-    ),
-    Plot(
-        name="step-time", title="Time per step", axis="seconds",
-        series=(("time/step_s", "step"),),
-        explanation="Wall time of one step.",
-    ),
+    Plot(name="step-time", metrics=("time/step_s",)),
 )  # fmt: skip
 
 
-def draw(plot: Plot, runs: list[Run]) -> str:
-    """The plot as a standalone SVG document on white paper; a legend only where there is more than one curve.
+def plots_of(runs: Sequence[Run]) -> list[Plot]:
+    """The plots that have data, metrics that are not in the registry included."""
+    logged = dict.fromkeys(name for run in runs for row in run.metrics for name in row if name != "step")
+    own = [Plot(name=re.sub(r"[^\w-]+", "-", name), metrics=(name,)) for name in logged if name not in METRICS]
+    return [plot for plot in (*PLOTS, *own) if any(map(plot.shows, runs))]
 
-    A run keeps its colour, that of its place in `runs`, in every plot.
+
+def draw(plot: Plot, runs: Sequence[Run]) -> str:
+    """The plot as a standalone SVG document; the legend is left out if there is one curve only.
+
+    A run keeps its color, that of its index in `runs`, in every plot.
     """
-    legend = _legend(plot, runs)
-    with styled() as save:
-        figure = Figure(figsize=(WIDTH, HEIGHT + LEGEND_ROW * len(legend)), layout="constrained")
+    several, unit = len(runs) > 1, metric(plot.metrics[0]).unit
+    shown = [(index, run) for index, run in enumerate(runs) if plot.shows(run)]
+    curves = [(index, run, place, name) for index, run in shown for place, name in enumerate(plot.metrics)]
+    curves = [one for one in curves if one[1].logs(one[3])]
+    rows = len(curves) if several or len(curves) > 1 else 0
+    with _styled() as to_svg:
+        figure = Figure(figsize=(WIDTH, HEIGHT + LEGEND_ROW * rows))
         axes = figure.add_subplot()
-        _frame(axes, plot)
-        for index, run in enumerate(runs):
-            for place, (metric, _) in enumerate(plot.series):
-                steps, values = run.series(metric)
-                if plot.shows(run) and steps:
-                    _curve(axes, np.array(steps), np.array(values), _style(plot, len(runs), index, place))
-        _limits(axes, plot)
-        if legend:
-            figure.legend(legend, [str(line.get_label()) for line in legend], loc="outside lower left", frameon=False)
-        return save(figure)
-
-
-def _style(plot: Plot, runs: int, run: int, series: int) -> dict[str, Any]:
-    """Colour tells runs apart and dash the curves of one run; a run alone uses both for its curves."""
-    place = run if runs > 1 else series
-    dash = series + (run // len(COLOURS) if len(plot.series) == 1 else 0)
-    return {"color": COLOURS[place % len(COLOURS)], "linestyle": DASHES[dash % len(DASHES)]}
-
-
-def _legend(plot: Plot, runs: list[Run]) -> list[Line2D]:
-    lines = []
-    if len(runs) > 1:
-        shown = [(index, run) for index, run in enumerate(runs) if plot.shows(run)]
-        lines += [Line2D([], [], label=_short(run.name), **_style(plot, len(runs), index, 0)) for index, run in shown]
-    if len(plot.series) > 1:
-        for place, (_, label) in enumerate(plot.series):
-            style = _style(plot, len(runs), 0, place)
-            if len(runs) > 1:
-                style["color"] = INK
-            lines.append(Line2D([], [], label=label, **style))
-    return lines
+        _frame(axes, "", unit)
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        axes.ticklabel_format(axis="x", style="plain")
+        if plot.level is not None:
+            axes.axhline(plot.level, color=INK, linewidth=0.8, alpha=0.5)
+        lines, labels = [], []
+        for index, run, place, name in curves:
+            color = index if several else place
+            dash = place + (index // len(COLORS) if len(plot.metrics) == 1 else 0)
+            style = {"color": COLORS[color % len(COLORS)], "linestyle": DASHES[dash % len(DASHES)]}
+            steps, values = run.series(name)
+            lines.append(_curve(axes, np.array(steps), np.array(values), style))
+            labels.append(", ".join([_short(run.name)] * several + [metric(name).label] * (len(plot.metrics) > 1)))
+        _limits(axes, unit, plot.level)
+        if rows:
+            figure.legend(lines, labels, loc="outside lower left")
+        return to_svg(figure)
 
 
 def _short(name: str, longest: int = 44) -> str:
@@ -192,44 +200,10 @@ def _short(name: str, longest: int = 44) -> str:
     return name if len(name) <= longest else f"{name[: longest // 2]}…{name[-longest // 2 + 1 :]}"
 
 
-def _frame(axes: Axes, plot: Plot) -> None:
-    axes.set_title(plot.axis, loc="left", fontsize=11.5)
-    axes.set_xlabel("step", loc="right")
-    axes.grid(axis="y", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
-    axes.spines["left"].set_visible(False)
-    axes.ticklabel_format(axis="x", style="plain")
-    axes.yaxis.set_major_formatter(FuncFormatter(_percent if plot.unit == "share" else _tick))
-    if plot.level is not None:
-        axes.axhline(plot.level, color=INK, linewidth=0.8, alpha=0.5)
-
-
-def _tick(value: float, _: int | None) -> str:
-    """A tick that stands for itself; matplotlib's own would move an offset to the top of the axis."""
-    return f"{value:.5g}".replace("-", MINUS)
-
-
-def _percent(value: float, place: int | None) -> str:
-    return f"{_tick(100 * value, place)} %"
-
-
-def _limits(axes: Axes, plot: Plot) -> None:
-    """Shares start at zero, and rounding errors around a level are not blown up to fill the plot."""
-    low, high = axes.get_ylim()
-    if plot.unit == "share":
-        high = min(1.03, max(0.05, high))
-        axes.set_ylim(-0.03 * high, high)
-    elif plot.level == 1.0:
-        axes.set_ylim(min(low, 0.99), max(high, 1.01))
-
-
-def _curve(axes: Axes, steps: np.ndarray, values: np.ndarray, style: dict[str, Any]) -> None:
-    """Few points as they are; more as a thin line under their running mean; very many as a band around means."""
+def _curve(axes: Axes, steps: np.ndarray, values: np.ndarray, style: dict[str, Any]) -> Line2D:
+    """Few points as they are, more as a thin line under their running mean, very many as a band around means."""
     if len(steps) < SMOOTH_FROM:
-        axes.plot(steps, values, marker="o", markersize=3, linewidth=1.6, **style)
-        return
+        return axes.plot(steps, values, marker="o", markersize=3, linewidth=1.6, **style)[0]
     if len(steps) > BINS:
         starts = np.linspace(0, len(steps), BINS, endpoint=False).astype(int)
         low, high = np.minimum.reduceat(values, starts), np.maximum.reduceat(values, starts)
@@ -238,13 +212,140 @@ def _curve(axes: Axes, steps: np.ndarray, values: np.ndarray, style: dict[str, A
         steps, values = steps[starts], np.add.reduceat(values, starts) / counts
     else:
         axes.plot(steps, values, color=style["color"], linewidth=0.8, alpha=0.4)
-    axes.plot(steps, running_mean(values), linewidth=2.0, **style)
+    return axes.plot(steps, running_mean(values), linewidth=2.0, **style)[0]
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
-    """Mean over a window of a sixteenth of the points, centred; at the ends, over as much of it as there is."""
-    half = max(1, len(values) // 32)
-    totals = np.concatenate([[0.0], np.cumsum(values)])
-    places = np.arange(len(values))
-    low, high = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
-    return (totals[high] - totals[low]) / (high - low)
+    """Centered mean over a sixteenth of the points; windows at the ends are shorter."""
+    window = np.ones(2 * max(1, len(values) // 32) + 1)
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+
+
+def _limits(axes: Axes, unit: str, level: float | None) -> None:
+    """Shares start at zero, and rounding errors around 1 do not fill the plot."""
+    low, high = axes.get_ylim()
+    if unit == "share":
+        high = min(1.03, max(0.05, high))
+        axes.set_ylim(-0.03 * high, high)
+    elif level == 1.0:
+        axes.set_ylim(min(low, 0.99), max(high, 1.01))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """A measurement with its interval; `x` is its cost."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    x: float = 0.0
+    index: int = 0
+    """Index of the arm, which determines its color and marker in every plot."""
+
+
+def intervals(points: Sequence[Point], title: str, unit: str) -> str:
+    """Arms one below the other, each a marker on its interval; a dashed line at the first one, the base."""
+    with _styled() as to_svg:
+        figure = Figure(figsize=(WIDTH, 0.9 + 0.34 * len(points)))
+        axes = figure.add_subplot()
+        for row, point in enumerate(points):
+            axes.hlines(row, point.low, point.high, color=_color(point), linewidth=2.4)
+            axes.plot(point.value, row, "o", markersize=6, color=_color(point))
+        axes.axvline(points[0].value, color=INK, linewidth=0.8, alpha=0.5, linestyle="--")
+        axes.set_yticks(range(len(points)), [visible(point.name) for point in points])
+        axes.set_ylim(len(points) - 0.5, -0.5)
+        _frame(axes, title, unit, "x")
+        return to_svg(figure)
+
+
+def costs(points: Sequence[Point], title: str, unit: str, cost: str) -> str:
+    """A metric against its cost: each arm a marker with its interval."""
+    with _styled() as to_svg:
+        figure = Figure(figsize=(WIDTH, 3.2 + LEGEND_ROW * ((len(points) + 1) // 2)))
+        axes = figure.add_subplot()
+        markers = []
+        for point in points:
+            axes.vlines(point.x, point.low, point.high, color=_color(point), linewidth=2.0, clip_on=False)
+            marker = MARKERS[point.index // len(COLORS) % len(MARKERS)]
+            markers += axes.plot(point.x, point.value, marker, markersize=6, color=_color(point), clip_on=False)
+        axes.set_xlim(left=0)
+        axes.set_xlabel(cost)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+        _frame(axes, title, unit)
+        figure.legend(markers, [_short(point.name) for point in points], loc="outside lower left", ncols=2)
+        return to_svg(figure)
+
+
+def sweep(points: Sequence[Point], title: str, unit: str, option: str) -> str:
+    """A metric over the values of an option, evenly spaced as in the paper's Figure 2, with a band of intervals."""
+    with _styled() as to_svg:
+        figure = Figure(figsize=(WIDTH, HEIGHT))
+        axes = figure.add_subplot()
+        ticks = range(len(points))
+        low, high = [point.low for point in points], [point.high for point in points]
+        axes.fill_between(ticks, low, high, color=COLORS[0], alpha=0.2, linewidth=0)
+        axes.plot(ticks, [point.value for point in points], color=COLORS[0], marker="o", markersize=5, linewidth=2)
+        axes.set_xticks(ticks, [visible(point.name) for point in points])
+        axes.set_xlabel(visible(option))
+        _frame(axes, title, unit)
+        return to_svg(figure)
+
+
+def _color(point: Point) -> str:
+    return COLORS[point.index % len(COLORS)]
+
+
+def _frame(axes: Axes, title: str, unit: str, values: str = "y") -> None:
+    """Title and unit, and grid and ticks of the axis that has the values."""
+    axes.set_title(", ".join(filter(None, [title, "" if unit == "share" else unit])))
+    axes.grid(axis="x" if values == "x" else "y", linewidth=0.8)
+    axis: Axis = axes.xaxis if values == "x" else axes.yaxis
+    axis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
+    scale, suffix = (100, " %") if unit == "share" else (1, "")
+    # matplotlib's own formatter would move an offset to the end of the axis.
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{scale * value:.5g}".replace("-", MINUS) + suffix))
+
+
+@contextmanager
+def _styled() -> Iterator[Callable[[Figure], str]]:
+    """A context to draw in; yields the function that turns a figure into a standalone SVG document on white."""
+    with warnings.catch_warnings(), mpl.rc_context():
+        # Names may contain characters that only the reader's browser has a font for.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        mpl.rcdefaults()
+        mpl.rcParams.update(_SETTINGS)
+        yield _save
+
+
+def _save(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
+
+
+def inline(svg: str, name: str, label: str) -> str:
+    """The drawing for an HTML page: unique ids, colors from the page's custom properties, no fixed size.
+
+    `label` is the text alternative and must be escaped already.
+    """
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
+    opening, _, drawing = svg.partition(">")
+    box = re.search(r'viewBox="[^"]*"', opening)
+    assert box is not None
+    svg = f'<svg {box.group()} role="img" aria-label="{label}">{drawing}'
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    return re.sub(r'style="[^"]*"', lambda match: _themed(match.group()), svg)
+
+
+def _themed(style: str) -> str:
+    style = style.replace(PAPER, "none").replace(INK, "currentColor").replace(GRID, "var(--grid)")
+    for index, color in enumerate(COLORS):
+        style = style.replace(color, f"var(--series-{index})")
+    return re.sub(r"font-family: [^;\"]*;?|font: ([\d.]+px) [^;\"]*;?", _plain_font, style)
+
+
+def _plain_font(match: re.Match[str]) -> str:
+    return f"font-size: {match.group(1)};" if match.group(1) else ""

@@ -1,41 +1,57 @@
 """Reading a run folder: config.json, metrics.jsonl, thoughts.jsonl, warnings.jsonl and summary.json."""
 
-import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from forethought.config import UserError
-from forethought.config.registry import current_metrics
-from forethought.run.folder import read_jsonl
+from pydantic import BeforeValidator, Field
+
+from forethought.config import UserError, flatten
+from forethought.config.registry import AUTOMATIC, METHODS, REWARDS, current_metrics, label
+from forethought.run.folder import RunLog, read_jsonl
 
 T = TypeVar("T")
 
 
+def number(value: Any) -> float | None:
+    """A finite number as a float, anything else as None."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+Number = Annotated[float | None, BeforeValidator(number)]
+"""A finite number, or None for a value that is missing or not finite."""
+Probability = Annotated[float, Field(ge=0, le=1.001)]  # exp of a rounded log-probability may exceed 1
+TopTokens = Annotated[list[tuple[str, Probability]], BeforeValidator(lambda value: [] if value is None else value)]
+"""The most likely tokens and their probabilities, in descending order."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Thought:
-    """One sampled thought; a number that the run did not log, or that is not finite, is None."""
+    """One sampled thought. Log-probabilities, reward and advantage are in nats."""
 
     text: str
-    length: float | None
+    length: Number = None
     """Sampled tokens."""
-    closed: bool
-    """Whether the thought ended itself; otherwise it was closed by force at its longest length."""
-    evidence: float | None
-    """log p of the target after the thought, in nats."""
-    reward: float | None
-    """Information gain, in nats; in RPT 1 or 0."""
-    advantage: float | None
-    """Reward against its siblings, in nats."""
+    closed: bool = False
+    """Whether the thought ended with the closing delimiter; otherwise it was truncated."""
+    evidence: Number = None
+    """log p of the target after the thought."""
+    reward: Number = None
+    """Information gain; for RPT 1 or 0."""
+    advantage: Number = None
     prediction: str | None = None
-    """What was written behind the thought (RPT)."""
+    """The prediction written after the thought (RPT)."""
+    top: TopTokens = field(default_factory=list)
+    """Next-token probabilities after the thought, where measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Position:
-    """One place in a document with all thoughts sampled there, best reward first."""
+    """A position of a document with all thoughts sampled there, in descending order of reward."""
 
     step: int
     document: str
@@ -48,7 +64,7 @@ class Position:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Warned:
+class Diagnostic:
     """A line of warnings.jsonl."""
 
     step: int
@@ -59,63 +75,79 @@ class Warned:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What a run folder holds."""
+    """The content of a run folder."""
 
     path: Path
     name: str
-    """Short and different for every run of a report."""
+    """Short, and unique among the runs of a report."""
     config: dict[str, Any]
     metrics: list[dict[str, Any]]
-    """Logged steps in order, each once; where a resumed run logged a step again, the later line."""
+    """Logged steps in order; a step that was logged again after a resume is there once, as logged last."""
     positions: list[Position]
-    """Those of the first, the middle and the last step that logged thoughts."""
-    warnings: list[Warned]
-    """What the diagnostics said during training, in order."""
+    """The positions of the first, the middle and the last step with logged thoughts."""
+    warnings: list[Diagnostic]
+    """Warnings of the diagnostics during training, in order."""
     summary: dict[str, Any]
     """Empty while the run has not finished."""
 
     @property
     def method(self) -> str:
-        """`rlp`, `cpt`, or whatever else the run says."""
+        """The name of the method, which may have been registered elsewhere."""
         return str(self.option("method.name", self.summary.get("method", "rlp")))
+
+    @property
+    def method_label(self) -> str:
+        """The label of the method, and of the reward if it is not the method's default."""
+        default = AUTOMATIC | (dict(METHODS[self.method].defaults) if self.method in METHODS else {})
+        reward = str(self.option("method.reward", "auto"))
+        text = label("method", self.method)
+        if not self.samples_thoughts or reward in ("auto", default["method.reward"], AUTOMATIC["method.reward"]):
+            return text
+        known = f" ({REWARDS[reward].help})" if reward in REWARDS else ""
+        return f"{text}, with the reward {label('reward', reward)}{known}"
+
+    @property
+    def samples_thoughts(self) -> bool:
+        """Whether training samples thoughts: as registered, or as logged by an unknown method."""
+        return METHODS[self.method].samples_thoughts if self.method in METHODS else self.logs("rollout/length")
 
     def option(self, name: str, default: Any = None) -> Any:
         """The value of `section.option` in the run's config."""
-        value: Any = self.config
-        for part in name.split("."):
-            if not isinstance(value, dict) or part not in value:
-                return default
-            value = value[part]
-        return value
+        return flatten(self.config).get(name, default)
+
+    def logs(self, metric: str) -> bool:
+        """Whether the run logged a finite value of the metric."""
+        return any(number(row.get(metric)) is not None for row in self.metrics)
 
     def series(self, metric: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a metric, without the steps where it is missing or not finite."""
+        """Steps and values of a metric, without steps where it is missing or not finite."""
         values = [(row["step"], number(row.get(metric))) for row in self.metrics]
         kept = [(step, value) for step, value in values if value is not None]
         return [step for step, _ in kept], [value for _, value in kept]
 
 
 def load(path: Path, name: str) -> Run:
-    """Read a run folder. Raises UserError when it is none, holds nothing to report, or a file of it is broken."""
+    """Read a run folder. Raises UserError if it is not one, has nothing to report, or contains a broken file."""
     if not (path / "config.json").is_file():
         raise UserError(f"{str(path)!r} is not a run folder: it has no config.json")
-    metrics = {row["step"]: row for row in _each(path / "metrics.jsonl", _metrics_row)}
-    has_summary = (path / "summary.json").is_file()
-    if not metrics and not has_summary:
+    log = RunLog(path)
+    metrics = {row["step"]: row for row in _rows(path / "metrics.jsonl", _metrics)}
+    finished = (path / "summary.json").is_file()
+    if not metrics and not finished:
         raise UserError(f"run {str(path)!r} has neither metrics nor a summary yet: nothing to report")
     return Run(
         path=path,
         name=name,
-        config=_object(path / "config.json"),
+        config=log.read_json("config.json"),
         metrics=[metrics[step] for step in sorted(metrics)],
         positions=_landmarks(path / "thoughts.jsonl"),
-        warnings=list(_each(path / "warnings.jsonl", _warned)),
-        summary=_object(path / "summary.json") if has_summary else {},
+        warnings=list(_rows(path / "warnings.jsonl", _diagnostic)),
+        summary=log.read_json("summary.json") if finished else {},
     )
 
 
 def names(paths: list[Path]) -> list[str]:
-    """The folders' names, with as many parents as it takes to tell them apart. Raises UserError on a repeated run."""
+    """Folder names, with as many parents as it takes to make them unique. Raises UserError for a repeated run."""
     parts = [path.resolve().parts for path in paths]
     for index, one in enumerate(parts):
         if one in parts[:index]:
@@ -126,67 +158,38 @@ def names(paths: list[Path]) -> list[str]:
     return ["/".join(one[-depth:]) for one in parts]
 
 
-def number(value: Any) -> float | None:
-    """A finite number as a float, anything else as None."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold one JSON object")
-    return value
-
-
-def _each(path: Path, read: Callable[[dict[str, Any]], T]) -> Iterator[T]:
-    """The file's rows, each given to `read`; a last line that a killed run left truncated is ignored."""
-    for count, row in read_jsonl(path, allow_truncated=True) if path.is_file() else ():
+def _rows(path: Path, parse: Callable[[dict[str, Any]], T]) -> Iterator[T]:
+    """The parsed lines of a .jsonl file. Raises UserError with file and line."""
+    if not path.is_file():
+        return
+    for count, row in read_jsonl(path, allow_truncated=True):
         try:
-            value = read(row)
+            value = parse(row)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{path}:{count} is not a line of a run: {type(error).__name__} {error}") from None
+            raise UserError(f"{path}:{count}: unexpected content: {type(error).__name__} {error}") from None
         yield value
 
 
-def _metrics_row(row: dict[str, Any]) -> dict[str, Any]:
+def _metrics(row: dict[str, Any]) -> dict[str, Any]:
     return {**current_metrics(row), "step": int(row["step"])}
 
 
-def _warned(row: dict[str, Any]) -> Warned:
-    return Warned(
-        step=int(row["step"]), name=str(row["name"]), evidence=str(row["evidence"]), advice=str(row["advice"])
-    )
+def _diagnostic(row: dict[str, Any]) -> Diagnostic:
+    return Diagnostic(step=int(row["step"]), **{key: str(row[key]) for key in ("name", "evidence", "advice")})
 
 
 def _landmarks(path: Path) -> list[Position]:
-    """Two passes, so that a long run's thoughts need not fit into memory."""
-    steps = sorted(set(_each(path, lambda row: int(row["step"]))))
+    """Positions of three steps; reads the file twice, so that the thoughts of a long run need not fit in memory."""
+    steps = sorted(set(_rows(path, lambda row: int(row["step"]))))
     if not steps:
         return []
     wanted = {steps[0], steps[(len(steps) - 1) // 2], steps[-1]}
-    read = _each(path, lambda row: _position(row) if int(row["step"]) in wanted else None)
-    latest = {(one.step, one.document, one.position): one for one in read if one is not None}
+    found = _rows(path, lambda row: _position(row) if int(row["step"]) in wanted else None)
+    latest = {(one.step, one.document, one.position): one for one in found if one is not None}
     return sorted(latest.values(), key=lambda one: one.step)
 
 
 def _position(row: dict[str, Any]) -> Position:
-    thoughts = [
-        Thought(
-            text=str(one["text"]),
-            length=number(one.get("length")),
-            closed=bool(one.get("closed")),
-            evidence=number(one.get("evidence")),
-            reward=number(one.get("reward")),
-            advantage=number(one.get("advantage")),
-            prediction=None if one.get("prediction") is None else str(one["prediction"]),
-        )
-        for one in row["thoughts"]
-    ]
     return Position(
         step=int(row["step"]),
         document=str(row.get("document", "?")),
@@ -194,5 +197,22 @@ def _position(row: dict[str, Any]) -> Position:
         context=str(row["context"]),
         target=str(row["target"]),
         nothink=number(row.get("nothink")),
-        thoughts=sorted(thoughts, key=lambda one: -math.inf if one.reward is None else one.reward, reverse=True),
+        thoughts=sorted(map(_thought, row["thoughts"]), key=by_reward),
     )
+
+
+def _thought(row: dict[str, Any]) -> Thought:
+    return Thought(
+        text=str(row["text"]),
+        length=number(row.get("length")),
+        closed=bool(row.get("closed")),
+        evidence=number(row.get("evidence")),
+        reward=number(row.get("reward")),
+        advantage=number(row.get("advantage")),
+        prediction=None if row.get("prediction") is None else str(row["prediction"]),
+    )
+
+
+def by_reward(thought: Thought) -> float:
+    """The key that sorts thoughts by descending reward; thoughts without one come last."""
+    return math.inf if thought.reward is None else -thought.reward

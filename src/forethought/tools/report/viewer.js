@@ -5,7 +5,7 @@
   const find = (name) => document.getElementById(`viewer-${name}`);
   const [text, panel, picker, runs] = ["text", "panel", "documents", "runs"].map(find);
   const wide = window.matchMedia("(min-width: 60rem)");
-  const state = { document: 0, run: 0, place: 0, open: false };
+  const state = { document: 0, run: 0, position: 0, open: false };
 
   function make(tag, attributes, ...children) {
     const element = document.createElement(tag);
@@ -31,7 +31,7 @@
 
   const chosen = () => data.documents[state.document];
   const version = () => chosen().versions[state.run];
-  const place = () => version().positions[state.place];
+  const position = () => version().positions[state.position];
   const buttons = () => [...text.querySelectorAll("[role=button]")];
 
   function meaning(one) {
@@ -39,7 +39,7 @@
     return `gain ${signed(one.gain)} nats, thoughts ${one.gain > 0 ? "help" : "hurt"}`;
   }
 
-  function drawToken(words, one, number) {
+  function renderToken(words, one, number) {
     if (!one) return make("span", {}, ...passage(words));
     const mark = make("span", {
       class: `measured ${direction(one.gain)}`, role: "button", tabindex: "-1",
@@ -48,14 +48,14 @@
       title: known(one.gain) ? `gain ${signed(one.gain)} nats` : "gain not measured",
     }, ...passage(words));
     mark.style.setProperty("--strength", known(one.gain) ? Math.min(1, Math.abs(one.gain) / data.limit).toFixed(3) : "0");
-    mark.addEventListener("click", () => choose(number, !(state.open && state.place === number), true));
+    mark.addEventListener("click", () => choose(number, !(state.open && state.position === number), true));
     return mark;
   }
 
-  function drawText() {
+  function renderText() {
     const { tokens, positions, spaced } = version();
     const numbers = new Map(positions.map((one, number) => [one.at, number]));
-    const nodes = tokens.map((words, at) => drawToken(words, positions[numbers.get(at)], numbers.get(at)));
+    const nodes = tokens.map((words, at) => renderToken(words, positions[numbers.get(at)], numbers.get(at)));
     text.replaceChildren(...(spaced ? nodes.flatMap((node) => [node, " "]) : nodes));
     text.tabIndex = positions.length ? -1 : 0;
     text.setAttribute("aria-label", `${chosen().title}: ${positions.length} measured positions in ${tokens.length} tokens`);
@@ -79,7 +79,7 @@
       ...rows.map(([words, chance]) => bar(words, chance, before?.get(words), words === target)));
   }
 
-  function drawThought(thought, one, strongest, first) {
+  function renderThought(thought, one, strongest, first) {
     const before = new Map(one.top);
     if (known(one.nothink)) before.set(one.target, Math.exp(one.nothink));
     const figures = [
@@ -87,7 +87,7 @@
       make("span", {}, `reward ${signed(thought.reward)}`),
       make("span", {}, `log p ${figure(thought.evidence)}`),
       make("span", {}, `${thought.length ?? "?"} tokens`),
-      make("span", {}, thought.closed ? "closed" : "✂ cut off"),
+      make("span", {}, thought.closed ? "closed" : "✂ truncated"),
     ];
     const item = make("li", { class: `thought ${direction(thought.advantage)}` },
       make("p", { class: "figures" }, ...figures),
@@ -106,10 +106,10 @@
     return element;
   }
 
-  function drawPanel() {
+  function renderPanel() {
     panel.hidden = !state.open;
     if (!state.open) return;
-    const one = place();
+    const one = position();
     const last = version().positions.length - 1;
     const count = one.thoughts.length;
     const strongest = Math.max(0, ...one.thoughts.map((thought) => Math.abs(thought.advantage ?? 0)));
@@ -118,23 +118,23 @@
       make("div", { class: "panel-head" },
         make("h3", { "aria-live": "polite" }, make("mark", { title: "the true next token" }, token(one.target)),
           make("span", { class: direction(one.gain) === "down" ? "worse" : "better" }, ` ${arrow(one.gain)} ${signed(one.gain)} nats`)),
-        button("Previous position", "←", () => step(-1), state.place === 0),
-        button("Next position", "→", () => step(1), state.place === last),
+        button("Previous position", "←", () => step(-1), state.position === 0),
+        button("Next position", "→", () => step(1), state.position === last),
         button("Close", "✕", close, false)),
-      make("p", { class: "soft" }, `${last ? `Position ${state.place + 1} of ${last + 1}. ` : ""}Its log p is ` +
+      make("p", { class: "soft" }, `${last ? `Position ${state.position + 1} of ${last + 1}. ` : ""}Its log p is ` +
         `${figure(one.nothink)} without a thought and ${after} after one, on average; the difference is the gain.`),
       ...(one.top.length
         ? [make("h4", {}, "Prediction without a thought"), bars(one.top, one.target, one.nothink)]
         : []),
       make("h4", {}, count ? `${count} thought${count > 1 ? "s, best reward first" : ""}` : "No thoughts here"),
       make("ol", { class: "thoughts" },
-        ...one.thoughts.map((thought, i) => drawThought(thought, one, strongest, i === 0))));
+        ...one.thoughts.map((thought, i) => renderThought(thought, one, strongest, i === 0))));
     panel.scrollTop = 0;
   }
 
-  function mark() {
+  function highlight() {
     buttons().forEach((element, number) => {
-      const here = number === state.place;
+      const here = number === state.position;
       element.tabIndex = here ? 0 : -1;
       element.classList.toggle("chosen", here && state.open);
       element.setAttribute("aria-expanded", String(here && state.open));
@@ -142,15 +142,15 @@
   }
 
   function remember() {
-    const parts = [state.document, state.run, version().positions.length ? place().at : 0];
+    const parts = [state.document, state.run, version().positions.length ? position().at : 0];
     history.replaceState(null, "", `#viewer/${parts.join("/")}${state.open ? "/open" : ""}`);
   }
 
   function choose(number, open, focus) {
-    state.place = number;
+    state.position = number;
     state.open = open && version().positions.length > 0;
-    mark();
-    drawPanel();
+    highlight();
+    renderPanel();
     if (focus) {
       const element = buttons()[number] ?? text;
       element.focus({ preventScroll: true });
@@ -165,7 +165,7 @@
     return Math.max(0, distances.indexOf(Math.min(...distances)));
   }
 
-  function strongestPlace() {
+  function strongestPosition() {
     const sizes = version().positions.map((one) => Math.abs(one.gain ?? 0));
     return Math.max(0, sizes.indexOf(Math.max(...sizes)));
   }
@@ -182,10 +182,10 @@
       input.checked = Number(input.value) === state.run;
     }
     const model = data.runs[state.run].model;
-    const logged = data.runs.some((one) => one.model) ? "These places were logged while training." : "";
+    const logged = data.runs.some((one) => one.model) ? "Positions logged during training." : "";
     find("model").textContent = model ? `Measured with the model ${model}.` : logged;
-    drawText();
-    state.place = known(at) ? nearest(at) : strongestPlace();
+    renderText();
+    state.position = known(at) ? nearest(at) : strongestPosition();
   }
 
   function turn(by) {
@@ -196,7 +196,7 @@
   }
 
   function step(by) {
-    const number = Math.max(0, Math.min(state.place + by, version().positions.length - 1));
+    const number = Math.max(0, Math.min(state.position + by, version().positions.length - 1));
     const inside = panel.contains(document.activeElement);
     const label = inside ? document.activeElement.getAttribute("aria-label") : null;
     choose(number, state.open, !inside);
@@ -208,19 +208,19 @@
   }
 
   function close() {
-    choose(state.place, false, true);
+    choose(state.position, false, true);
   }
 
   const last = () => version().positions.length - 1;
   const keys = {
     ArrowLeft: () => step(-1),
     ArrowRight: () => step(1),
-    ArrowUp: () => turn(-1) && choose(state.place, state.open, true),
-    ArrowDown: () => turn(1) && choose(state.place, state.open, true),
+    ArrowUp: () => turn(-1) && choose(state.position, state.open, true),
+    ArrowDown: () => turn(1) && choose(state.position, state.open, true),
     Home: () => choose(0, state.open, true),
     End: () => choose(last(), state.open, true),
-    Enter: () => choose(state.place, !state.open, true),
-    " ": () => choose(state.place, !state.open, true),
+    Enter: () => choose(state.position, !state.open, true),
+    " ": () => choose(state.position, !state.open, true),
     Escape: close,
   };
 
@@ -244,10 +244,10 @@
     }
     picker.addEventListener("change", () => {
       show(Number(picker.value), state.run);
-      choose(state.place, state.open, false);
+      choose(state.position, state.open, false);
     });
-    find("previous").addEventListener("click", () => turn(-1) && choose(state.place, state.open, false));
-    find("next").addEventListener("click", () => turn(1) && choose(state.place, state.open, false));
+    find("previous").addEventListener("click", () => turn(-1) && choose(state.position, state.open, false));
+    find("next").addEventListener("click", () => turn(1) && choose(state.position, state.open, false));
   }
 
   function fillRuns() {
@@ -255,8 +255,8 @@
     data.runs.forEach((run, number) => {
       const input = make("input", { type: "radio", name: "viewer-run", value: number });
       input.addEventListener("change", () => {
-        show(state.document, number, version().positions.length ? place().at : undefined);
-        choose(state.place, state.open, false);
+        show(state.document, number, version().positions.length ? position().at : undefined);
+        choose(state.position, state.open, false);
       });
       runs.append(make("label", {}, input, run.name));
     });
@@ -267,7 +267,7 @@
     if (!match) return false;
     show(Number(match[1]), Number(match[2]), Number(match[3]));
     find("title").scrollIntoView();
-    choose(state.place, Boolean(match[4]), true);
+    choose(state.position, Boolean(match[4]), true);
     return true;
   }
 
@@ -281,7 +281,7 @@
   if (!fromAddress()) {
     show(0, 0);
     state.open = wide.matches && version().positions.length > 0;
-    mark();
-    drawPanel();
+    highlight();
+    renderPanel();
   }
 })();

@@ -1,0 +1,135 @@
+"""Numbers and text as pages, plots and model cards show them, and tables of metrics."""
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from forethought.config.registry import METRICS, Metric
+from forethought.tools.report.runs import Run, number
+
+MINUS, NBSP = "\u2212", "\u00a0"
+_JOINERS = "\u200c\u200d"
+_COUNTS = ("positions", "documents")
+
+
+def metric(name: str) -> Metric:
+    """The registered metric of a name, or one without label and unit."""
+    return METRICS.get(name) or Metric(name, name, "", "")
+
+
+def capitalized(text: str) -> str:
+    """The text with its first letter in upper case."""
+    return text[:1].upper() + text[1:]
+
+
+def visible(text: str, kept: str = "") -> str:
+    """Text with control and invisible characters made visible: a tab as ⇥, NUL as ⟨U+0000⟩.
+
+    Characters in `kept` are not changed, and neither are the joiners that scripts and emoji need.
+    """
+    return "".join(char if char in kept or char in _JOINERS else _symbol(char) for char in text)
+
+
+def _symbol(char: str) -> str:
+    if char == "\t":
+        return "⇥"
+    if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp"):
+        return f"⟨U+{ord(char):04X}⟩"
+    return char
+
+
+def figure(value: float | None, unit: str = "nats") -> str:
+    """A number as text: nats with three decimals, shares in percent, anything else with one decimal."""
+    value = number(value)
+    if value is None:
+        return "–"
+    if unit == "share":
+        shown = f"{100 * value:.1f}{NBSP}%"
+    elif unit == "nats":
+        shown = f"{value:.3f}"
+    else:
+        shown = f"{value:,.1f}"
+    # "-0.000" has a sign that its digits do not have.
+    negative = shown.startswith("-") and any(char in "123456789" for char in shown)
+    return (MINUS if negative else "") + shown.removeprefix("-")
+
+
+def signed(value: float | None, unit: str = "nats") -> str:
+    """Like `figure`, with a plus sign for positive numbers."""
+    shown = figure(value, unit)
+    return f"+{shown}" if any(char in "123456789" for char in shown) and not shown.startswith(MINUS) else shown
+
+
+def interval(ends: Sequence[float | None], unit: str) -> str:
+    """The two ends of an interval as text; empty if one is unknown."""
+    low, high = ends
+    return "" if low is None or high is None else f"{figure(low, unit)} to {figure(high, unit)}"
+
+
+def duration(seconds: float) -> str:
+    """A time in its two largest units: 45 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
+    whole = round(seconds)
+    for size, unit, below, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // below} {small}"
+    return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """A metric of one run before and after training, as text; an en dash if it was not measured."""
+
+    before: str
+    before_interval: str
+    after: str
+    after_interval: str
+    difference: str
+    verdict: str
+    """`better` or `worse` if the two intervals do not overlap, else empty."""
+    missing: bool
+    """Whether the metric was measured neither before nor after training."""
+
+
+def evaluations(runs: list[Run]) -> list[tuple[str, list[tuple[Metric, list[Cell]]]]]:
+    """Evaluations from summary.json: for each group of positions, `all` first, rows of a metric and a cell per run."""
+    keys = [key.split("/") for run in runs for key in run.summary]
+    found = {(key[1], key[2]) for key in keys if len(key) == 3 and key[0] in ("before", "after")}
+    tables = []
+    for group in sorted({group for group, _ in found}, key=lambda name: (name != "all", name)):
+        present = {name for of, name in found if of == group} - set(_COUNTS)
+        rows = [(metric(name), [_cell(run, group, metric(name)) for run in runs]) for name in ordered(present)]
+        tables.append((group, rows))
+    return tables
+
+
+def ordered(names: set[str]) -> list[str]:
+    """Metrics in the order of the registry; unknown ones follow in alphabetical order."""
+    return [name for name in METRICS if name in names] + sorted(names - METRICS.keys())
+
+
+def _cell(run: Run, group: str, metric: Metric) -> Cell:
+    (before, *before_ends), (after, *after_ends) = (
+        [number(run.summary.get(f"{phase}/{group}/{metric.name}{end}")) for end in ("", "/low", "/high")]
+        for phase in ("before", "after")
+    )
+    difference = None if before is None or after is None else after - before
+    return Cell(
+        before=figure(before, metric.unit),
+        before_interval=interval(before_ends, metric.unit),
+        after=figure(after, metric.unit),
+        after_interval=interval(after_ends, metric.unit),
+        difference=signed(difference, metric.unit).replace(f"{NBSP}%", " points"),
+        verdict=_verdict(before_ends, after_ends, metric.better),
+        missing=before is None and after is None,
+    )
+
+
+def _verdict(before: list[float | None], after: list[float | None], better: int) -> str:
+    (before_low, before_high), (after_low, after_high) = before, after
+    if before_low is None or before_high is None or after_low is None or after_high is None or not better:
+        return ""
+    if after_low > before_high:
+        return "better" if better > 0 else "worse"
+    if after_high < before_low:
+        return "worse" if better > 0 else "better"
+    return ""
