@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from forethought._version import __version__
+from forethought import __version__
 from forethought.config import Config, RunError, UserError, from_saved, to_dict
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}

@@ -9,7 +9,7 @@ import pytest
 
 from forethought.config import UserError
 from forethought.tools import benchmarks
-from forethought.tools.experiment import arms, compare
+from forethought.tools.experiment import arms, compare, questions
 from forethought.tools.experiment.design import read
 
 pytestmark = pytest.mark.filterwarnings("default")

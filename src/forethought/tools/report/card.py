@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from forethought._version import __version__
+from forethought import __version__
 from forethought.config import Config, Method, flatten, to_dict
 from forethought.config.registry import REWARDS, label
 from forethought.run.folder import RunLog
