@@ -18,7 +18,7 @@ test-kills: env  ## ten kills of one of two processes at random moments, which t
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 0 -s -m slow tests/test_dist.py
 test-lm-eval: env  ## benchmarks and lm-evaluation-harness: the extra eval brings 40 packages that the environment lacks otherwise
 	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[eval]'
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/tools/test_lm_eval.py tests/tools/test_benchmarks.py tests/tools/experiment/test_asked.py tests/tools/posttrain
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/tools/test_lm_eval.py tests/tools/test_benchmarks.py tests/tools/experiment/test_questions.py tests/tools/posttrain
 
 test-wheel:  ## build a wheel, install it into an empty environment, run a short quickstart there
 	PYTHON=$(PYTHON) OMP_NUM_THREADS=1 tools/try_wheel.sh

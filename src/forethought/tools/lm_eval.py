@@ -23,8 +23,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from forethought.config import UserError, merge
-from forethought.inference import Answer, Pair, ThinkingModel
-from forethought.rollout.native import Sampling
+from forethought.inference import Answer, Pair, Sampling, ThinkingModel
 
 TASKS = Path(__file__).parent / "tasks"  # the task files of tools/benchmarks.py
 _KNOWN = {"until", "do_sample", "temperature", "top_p", "max_gen_toks"}

@@ -9,7 +9,7 @@ import pytest
 
 from forethought.config import UserError
 from forethought.tools import benchmarks
-from forethought.tools.experiment import arms, asked, compare
+from forethought.tools.experiment import arms, compare, questions
 from forethought.tools.experiment.design import read
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -155,13 +155,13 @@ def test_arms_cannot_have_questions_of_their_own_and_files_are_read_first(extra:
 
 def test_means_over_seeds_and_their_errors_by_hand():
     seeds = [{("think", "gsm8k"): {"greedy": np.array(some)}} for some in ([1.0, 0.0, 1.0, 0.0], [1.0, 1.0, 1.0, 0.0])]
-    found = asked.pooled(seeds)
+    found = questions.pooled(seeds)
     assert found["think/gsm8k/greedy"] == pytest.approx(0.625)  # of 1, 0.5, 1, 0
     within = np.var([1, 0.5, 1, 0], ddof=1) / 4
     between = np.var([0.5, 0.75], ddof=1) / 2
     assert found["think/gsm8k/greedy/se"] == pytest.approx(np.sqrt(within + between))
-    assert asked.pooled(seeds[:1])["think/gsm8k/greedy/se"] == pytest.approx(np.sqrt(1 / 3 / 4))
-    over = asked.over(seeds, {("think", "gsm8k"): {"greedy": np.array([0.0, 0.0, 1.0, 0.0])}})
+    assert questions.pooled(seeds[:1])["think/gsm8k/greedy/se"] == pytest.approx(np.sqrt(1 / 3 / 4))
+    over = questions.over(seeds, {("think", "gsm8k"): {"greedy": np.array([0.0, 0.0, 1.0, 0.0])}})
     assert over["think/gsm8k/greedy"] == pytest.approx(0.375)
     assert over["think/math/greedy"] == over["think/gsm8k/greedy"]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from forethought.data.positions import make_generator
-from forethought.rollout.native import Sampling, generate
+from forethought.inference import Sampling, generate
 from helpers.models import MODELS, qwen3
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 5, 6], [7, 7], [5, 6, 7]]
