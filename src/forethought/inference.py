@@ -7,7 +7,6 @@ tokens each thought weighs what it made of them, so the probability of any text 
 
 import itertools
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +22,13 @@ from forethought.data.corpus import Window
 from forethought.data.positions import Positions, at_positions, make_generator, thought_format
 from forethought.eval.viewer import token_texts
 from forethought.models.compute_copy import compute_copy
-from forethought.models.loading import load_model, load_thinking_options, load_tokenizer
+from forethought.models.loading import (
+    context_window,
+    load_model,
+    load_thinking_options,
+    load_tokenizer,
+    require_context,
+)
 from forethought.models.logprobs import chunk_tokens, no_think_logp, suffix_logits
 from forethought.rollout import Thoughts, draw_noise
 from forethought.rollout.decoder import ReplicatedBatch, sample
@@ -293,17 +298,13 @@ class ThinkingModel:
 
     def check_length(self, tokens: int, thoughts: int) -> None:
         """Refuse a text that is too long for the model with the thoughts in it. Raises UserError."""
-        limit = self.max_text_tokens(thoughts)
-        if tokens > limit:
-            raise UserError(
-                f"a text of {tokens} tokens: the model has positions for {limit} beside its thoughts; "
-                "shorten the text or method.thought_length"
-            )
+        extra = self._overhead(thoughts)
+        what = f"a text of {tokens} tokens with {extra} for a thought"
+        require_context(self.model.config, tokens + extra, what, "shorten the text or method.thought_length")
 
     def max_text_tokens(self, thoughts: int) -> int:
-        """Tokens of text that the model has positions for, with a thought in it unless `thoughts` is 0."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return sys.maxsize if limit is None else limit - self._overhead(thoughts)
+        """Tokens of text that fit into the context window, with a thought in it unless `thoughts` is 0."""
+        return context_window(self.model.config) - self._overhead(thoughts)
 
     def _overhead(self, thoughts: int) -> int:
         return self.form.overhead + self.config.method.thought_length if thoughts else 0

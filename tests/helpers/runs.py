@@ -1,4 +1,4 @@
-"""Shared by tests: runs."""
+"""Small runs: their options, starting them in processes, and comparing what came out."""
 
 import json
 import multiprocessing
@@ -7,9 +7,10 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from forethought.config import merge
 from forethought.models.loading import EMBEDDED
 from forethought.run import checkpoint
 from forethought.run.folder import checkpoints, read_lines
+from helpers.moments import Moment
 
 SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
 
@@ -45,7 +47,7 @@ def options(tmp_path: Path, name: str, **changes: Any) -> dict[str, Any]:
 
 
 def words(values: dict[str, Any]) -> list[str]:
-    """The same options for the command line, over a config file that holds nothing."""
+    """The command line with the same options, over an empty config file."""
     empty = Path(values["run"]).with_suffix(".toml")
     empty.write_text("")
     flat = [(name, value) for name, value in values.items() if not isinstance(value, dict)]
@@ -56,13 +58,13 @@ def words(values: dict[str, Any]) -> list[str]:
 
 
 def figures(run: Path) -> list[dict[str, Any]]:
-    """What a run logged, without what a clock told."""
+    """The metrics that a run logged, without times."""
     rows = read_lines(run / "metrics.jsonl")
     return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Equal to the bit: what was logged, what is left to go on with, and what came out."""
+    """Bit-identical: metrics, thoughts, the last checkpoint, and the trained model."""
     assert figures(one) == figures(other)
     assert (one / "thoughts.jsonl").read_text() == (other / "thoughts.jsonl").read_text()
     assert_same_tensors(load_file(one / "policy/model.safetensors"), load_file(other / "policy/model.safetensors"))
@@ -80,7 +82,7 @@ def assert_same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
 
 @pytest.fixture(scope="module")
 def processes() -> ForkServerContext:
-    """Processes that begin with everything imported: a start costs a fraction of a second, not of a minute."""
+    """Processes that start with everything imported, in a fraction of a second."""
     context = multiprocessing.get_context("forkserver")
     os.environ["OMP_NUM_THREADS"] = "1"
     loaded = [
@@ -113,41 +115,53 @@ def mean_drift(one: Path, other: Path) -> float:
 
 
 MAXIMUM, MEAN = 1e-4, 1e-7  # drift of weights over a run: rounding, which Adam's first steps turn into parts of a step
-
-
-PATIENCE_S = 240.0
-
+HANG_S = 900.0  # a process that takes longer hangs
 
 SLOW = {"optim": {"learning_rate": 1e-3, "schedule": "constant"}}
 
 
-def work(command: list[str], place: dict[str, str], errors: Path) -> None:
-    """The body of one of several processes, as torchrun would start it: the command line, with stderr in a file."""
+def work(command: list[str], environment: dict[str, str], errors: Path, moment: Moment | None) -> None:
+    """The body of a process, as torchrun would start it: the command line, with stderr in a file."""
     torch.set_num_threads(1)
-    os.environ.update(place)
+    os.environ.update(environment)
+    if moment is not None:
+        moment.install()
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(main(command))
 
 
-def begin(processes: ForkServerContext, command: list[str], folder: Path, count: int = 2) -> list[Any]:
-    """Start a command in several processes, whose stderr goes to `errors-N`."""
+def begin(
+    processes: ForkServerContext,
+    command: list[str],
+    folder: Path,
+    count: int = 2,
+    moments: Mapping[int, Moment] = MappingProxyType({}),
+) -> list[Any]:
+    """Start a command on several ranks, some of which wait for a moment. The stderr of a rank goes to `errors-RANK`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     started = []
     for rank in range(count):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        values = {name: str(value) for name, value in place.items()}
-        process = processes.Process(target=work, args=(command, values, folder / f"errors-{rank}"))
+        values = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": count,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        environment = {name: str(value) for name, value in values.items()} if count > 1 else {}
+        arguments = (command, environment, folder / f"errors-{rank}", moments.get(rank))
+        process = processes.Process(target=work, args=arguments)
         process.start()
         started.append(process)
     return started
 
 
 def end(started: Sequence[Any]) -> list[int]:
-    """How they leave; none is left behind."""
-    limit = time.monotonic() + PATIENCE_S
+    """The exit codes of all of them; none is left behind."""
+    limit = time.monotonic() + HANG_S
     try:
         for process in started:
             process.join(max(0.0, limit - time.monotonic()))
@@ -159,20 +173,20 @@ def end(started: Sequence[Any]) -> list[int]:
 
 
 def lines(folder: Path, count: int = 2) -> list[str]:
-    """What all of them said, bars and warnings of training left out."""
-    told = [line for rank in range(count) for line in (folder / f"errors-{rank}").read_text().splitlines()]
-    return [line for line in told if line.startswith("forethought")]
+    """The errors that the ranks printed, without progress bars and warnings."""
+    printed = [line for rank in range(count) for line in (folder / f"errors-{rank}").read_text().splitlines()]
+    return [line for line in printed if line.startswith("forethought")]
 
 
 def together(processes: ForkServerContext, values: dict[str, Any], count: int = 2) -> Path:
-    """Train in several processes."""
+    """Train on several ranks."""
     run = Path(values["run"])
     assert end(begin(processes, words(values), run.parent, count)) == [0] * count, lines(run.parent, count)
     return run
 
 
 def cut(run: Path, name: str, step: int) -> Path:
-    """A copy of a finished run as a kill after the checkpoint of a step would have left it."""
+    """A copy of a finished run, as a kill after the checkpoint of a step would have left it."""
     copy = run.with_name(name)
     shutil.copytree(run, copy)
     for path in (copy / "summary.json", copy / "evaluation-after.json"):
@@ -215,7 +229,7 @@ def settings(tmp_path: Path, name: str, kind: str, **changes: Any) -> dict[str, 
 
 
 def assert_same_trajectory(one: Path, other: Path) -> None:
-    """Equal up to rounding: weights, figures, thoughts, evaluation."""
+    """Equal up to rounding: weights, metrics, thoughts, evaluation."""
     assert drift(one, other) < MAXIMUM
     assert mean_drift(one, other) < MEAN
     for row, same in zip(figures(one), figures(other), strict=True):

@@ -11,11 +11,11 @@ from torch import nn
 from forethought.config import Method
 from forethought.data.positions import at_positions, make_generator
 from forethought.models import fused as module
-from forethought.models.fused import SMALL, fuse, prepacked
+from forethought.models.fused import PREPACK_MIN_WEIGHTS, fuse, prepacked
 from forethought.rollout import draw_noise
 from forethought.rollout.decoder import EagerBackend
 from forethought.rollout.native import NativeEngine
-from forethought.tools.plan.memory import ORDERED
+from forethought.tools.plan import memory
 from helpers import architectures as tiny
 from helpers.models import FORM, WINDOWS, qwen3
 
@@ -106,7 +106,7 @@ x86 = pytest.mark.skipif(
 @pytest.fixture
 def small(monkeypatch):
     """Even the smallest model is prepacked."""
-    monkeypatch.setattr(module, "SMALL", 0)
+    monkeypatch.setattr(module, "PREPACK_MIN_WEIGHTS", 0)
 
 
 def mlp() -> nn.Sequential:
@@ -168,7 +168,7 @@ def test_layers_that_are_not_prepacked(small):
 
 @x86
 def test_small_models_are_not_prepacked():
-    assert SMALL == ORDERED  # what the planner counts with
+    assert memory.PREPACK_MIN_WEIGHTS == PREPACK_MIN_WEIGHTS  # what the planner counts with
     with prepacked(mlp(), 4) as count:
         assert count == 0
     with prepacked(nn.Linear(1000, 1000), 4) as count:

@@ -94,7 +94,7 @@ def test_rows_that_fit_exactly_are_let_through_and_one_token_more_is_not(start: 
         return from_dict(options(Path(start.run).parent, "x", corpus={"window": window}, method=method))
 
     check_context_length(config(248), form(4))
-    with pytest.raises(UserError, match=r"^corpus.window = 249: with 8 tokens .* makes 257, .* positions for 256;"):
+    with pytest.raises(UserError, match=r"^corpus.window = 249 with 8 tokens .* takes 257 tokens, .* window has 256;"):
         check_context_length(config(249), form(4))
     check_context_length(config(256, name="cpt"), form(4))
     with pytest.raises(UserError, match=r"^corpus.window = 257: with 0 tokens .* makes 257"):

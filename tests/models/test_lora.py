@@ -156,7 +156,7 @@ def held_bytes(learned: RLP, pieces: Sequence[Any]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(Kept, lambda one: one.tensor):
         for piece in pieces:
-            learned.backward(piece)
+            learned.forward_backward(piece)
     return most
 
 
@@ -177,14 +177,14 @@ def test_the_teacher_is_an_average_of_factors_on_the_same_model():
     options = with_adapters(config(ema=0.75, freeze_teacher=False))
     network = adapted(qwen3(), options)
     learned = method(network, options)
-    positions = learned.places.draw(WINDOWS, 1)
+    positions = learned.position_sampler.draw(WINDOWS, 1)
     policy = no_think_logp(network.model, positions, 64)[0]
-    assert torch.equal(learned._nothink(positions, 1), policy)
+    assert torch.equal(learned.teacher_logp(positions, 1), policy)
     start = [one.detach().clone() for one in network.weights.parameters()]
     shaken(network)
     learned.after_step()
     moved = no_think_logp(network.model, positions, 64)[0]
-    got = learned._nothink(positions, 1)
+    got = learned.teacher_logp(positions, 1)
     assert torch.equal(no_think_logp(network.model, positions, 64)[0], moved)
     twin = adapted(qwen3(), options)
     with torch.no_grad():
@@ -227,7 +227,7 @@ def test_in_bf16_the_weights_lie_there_once_and_every_method_trains_fp32_factors
         optimizer.zero_grad()
         batch = collected(learned, WINDOWS, step)
         for piece in batch.microbatches:
-            learned.backward(piece)
+            learned.forward_backward(piece)
         optimizer.step()
         network.sync()
         learned.after_step()
@@ -320,7 +320,7 @@ def test_what_adapters_cannot_do_is_refused_in_a_line(words: str, line: str, tmp
 
 def test_without_peft_a_line_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(UserError, match=r"^lora\.r: adapters take the peft library .*forethought\[lora\]"):
+    with pytest.raises(UserError, match=r"^lora\.r: adapters need the peft library .*forethought\[lora\]"):
         train(load("quickstart", ["--run", str(tmp_path / "run"), "--lora.r", "2"]))
 
 

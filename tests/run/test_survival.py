@@ -1,64 +1,28 @@
-"""Runs that are stopped, killed or out of disk, and go on as if nothing had been."""
+"""Runs that are stopped, killed or out of disk space continue as if nothing had happened."""
 
 import os
 import random
-import resource
 import signal
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from forethought.cli import main
 from forethought.config import RunError, from_dict, merge
 from forethought.run import checkpoint
 from forethought.run.folder import RunLog, checkpoints
 from forethought.run.signals import SignalArrived, SignalGuard, Stopped
 from forethought.run.trackers import Callbacks
 from forethought.trainer import Trainer, resume, train
-from helpers.runs import assert_same_run, figures, options, words
-
-PATIENCE_S = 60.0
-
-
-def work(command: list[str], errors: Path) -> None:
-    """The body of a child process: the command line, with stderr in a file."""
-    torch.set_num_threads(1)
-    descriptor = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 2)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    sys.exit(main(command))
+from helpers.moments import Moment
+from helpers.runs import assert_same_run, begin, end, figures, lines, options, words
 
 
-@contextmanager
-def child(processes: ForkServerContext, command: list[str], errors: Path) -> Iterator[Any]:
-    process = processes.Process(target=work, args=(command, errors))
-    process.start()
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.join()
-
-
-def wait_for(what: str, process: Any, run: Path) -> None:
-    """Until a file of the run matches the pattern, or the process is over."""
-    end = time.monotonic() + PATIENCE_S
-    while process.is_alive() and not any(run.glob(what)):
-        assert time.monotonic() < end, f"no {what} in {run}"
-        time.sleep(2e-4)
-
-
-def finish(process: Any) -> int:
-    process.join(PATIENCE_S)
-    assert process.exitcode is not None
-    return process.exitcode
+def life(processes: ForkServerContext, command: list[str], moment: Moment) -> int:
+    """How a process leaves that runs a command until something happens to it at a moment; its stderr is `errors-0`."""
+    [code] = end(begin(processes, command, Path(moment.run).parent, 1, {0: moment}))
+    return code
 
 
 VARIANTS = {
@@ -76,41 +40,45 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def stop(processes: ForkServerContext, run: Path, number: signal.Signals, moment: str, changes: dict[str, Any]) -> None:
-    """Train in a process, send it a signal at a moment, and check how it leaves."""
-    errors = run.with_name("errors")
-    with child(processes, words(options(run.parent, run.name, **changes)), errors) as process:
-        wait_for(moment, process, run)
-        os.kill(process.pid, number)
-        assert finish(process) == 128 + number, errors.read_text()
+def stop(processes: ForkServerContext, changes: dict[str, Any], moment: Moment) -> None:
+    """Train in a process that gets a signal at a moment, and check how it leaves."""
+    run = Path(moment.run)
+    code = life(processes, words(options(run.parent, run.name, **changes)), moment)
+    assert code == 128 + moment.number, errors(run)
     logged = [row["step"] for row in figures(run)]
     assert list(checkpoints(run))[-1] == logged[-1]
     assert not (run / "summary.json").exists()
-    [line] = [line for line in errors.read_text().splitlines() if line.startswith("forethought: ")]
+    [line] = lines(run.parent, 1)
     assert line == (
-        f"forethought: stopped by {number.name}; saved after step {logged[-1]}; "
+        f"forethought: stopped by {signal.Signals(moment.number).name}; saved after step {logged[-1]}; "
         f"go on with: forethought train --resume {run}"
     )
 
 
+def errors(run: Path) -> str:
+    return run.with_name("errors-0").read_text()
+
+
 @pytest.mark.parametrize(
-    ("variant", "number"),
-    [("rlp", signal.SIGINT), ("rlp that drops", signal.SIGTERM), ("cpt", signal.SIGTERM)],
+    ("variant", "number", "forwards"),
+    [("rlp", signal.SIGINT, 1), ("rlp that drops", signal.SIGTERM, 200), ("cpt", signal.SIGTERM, 20)],
 )
 def test_a_stopped_run_goes_on_to_the_bit(
-    variant: str, number: signal.Signals, tmp_path: Path, processes: ForkServerContext
+    variant: str, number: signal.Signals, forwards: int, tmp_path: Path, processes: ForkServerContext
 ):
+    """The signal comes in the middle of a step, in a forward pass."""
     changes = merge(VARIANTS[variant], {"train": {"checkpoint_every": 100}})
     train(from_dict(options(tmp_path, "whole", **changes)))
     run = tmp_path / "stopped"
-    stop(processes, run, number, "metrics.jsonl", changes)
+    stop(processes, changes, Moment(str(run), "metrics.jsonl", forwards=forwards, number=number))
     resume(run)
     assert_same_run(run, tmp_path / "whole")
 
 
 def test_a_signal_during_a_save_waits_for_it(tmp_path: Path, whole: Path, processes: ForkServerContext):
     run = tmp_path / "stopped"
-    stop(processes, run, signal.SIGTERM, "checkpoints/.partial-step-00000002", {})
+    stop(processes, {}, Moment(str(run), "checkpoints/.partial-step-00000002"))
+    assert list(checkpoints(run))[-1] == 2
     checkpoint.load(list(checkpoints(run).values())[-1])
     resume(run)
     assert_same_run(run, whole)
@@ -137,13 +105,13 @@ def test_a_signal_during_an_optimizer_step_waits_for_the_whole_step(tmp_path: Pa
     assert_same_run(run, tmp_path / "whole")
 
 
-def test_the_gate_holds_a_signal_back_and_puts_the_old_handlers_back():
+def test_the_guard_defers_a_signal_and_restores_the_handlers():
     before = signal.getsignal(signal.SIGINT)
-    gate, reached = SignalGuard(), []
-    with gate.installed():
+    guard, reached = SignalGuard(), []
+    with guard.installed():
         os.kill(os.getpid(), signal.SIGINT)
         reached.append("after the signal")
-        with pytest.raises(SignalArrived) as caught, gate.interruptible():
+        with pytest.raises(SignalArrived) as caught, guard.interruptible():
             reached.append("not here")
         assert caught.value.number == signal.SIGINT
     assert reached == ["after the signal"]
@@ -151,46 +119,40 @@ def test_the_gate_holds_a_signal_back_and_puts_the_old_handlers_back():
 
 
 def test_twenty_kills_leave_no_trace(tmp_path: Path, processes: ForkServerContext):
-    changes = {"train": {"steps": 100}}
-    started = time.monotonic()
+    """Of four lives one is killed at its start, one in a forward pass, and two in or after a save."""
+    steps, changes = 24, {"train": {"steps": 24}}
     train(from_dict(options(tmp_path, "whole", **changes)))
-    step_s = (time.monotonic() - started) / 100
-    run, errors, rng = tmp_path / "killed", tmp_path / "errors", random.Random(0)
-    command, during_save, progress, start_s = words(options(tmp_path, "killed", **changes)), 0, [], 0.0
-    for life in range(20):
-        with child(processes, command, errors) as process:
-            started = time.monotonic()
-            if life % 4:
-                # A kill may have left the next step's folder behind, so the one after it shows that this life works.
-                wait_for(f"checkpoints/.partial-step-{progress[-1] + 2:08}", process, run)
-                time.sleep(rng.random() * step_s * (0.2 if life % 2 else 2))
-            elif life:
-                time.sleep(rng.random() * start_s)
-            else:
-                wait_for("checkpoints/step-*", process, run)
-                start_s = time.monotonic() - started
-            os.kill(process.pid, signal.SIGKILL)
-            assert finish(process) == -signal.SIGKILL, errors.read_text()
+    run, rng = tmp_path / "killed", random.Random(0)
+    command, during_save, progress = words(options(tmp_path, "killed", **changes)), 0, [0]
+    for number in range(20):
+        saving = f"checkpoints/.partial-step-{progress[-1] + 1:08}*"
+        if number % 4 == 3:
+            moment = Moment(str(run), files=rng.randrange(20), number=signal.SIGKILL)
+        elif number % 4 == 2:
+            moment = Moment(str(run), saving, forwards=1 + rng.randrange(500), number=signal.SIGKILL)
+        else:
+            moment = Moment(str(run), saving, files=rng.randrange(60), number=signal.SIGKILL)
+        assert life(processes, command, moment) == -signal.SIGKILL, errors(run)
         during_save += any((run / "checkpoints").glob(".*"))
-        progress.append(list(checkpoints(run))[-1])
+        progress.append(max(checkpoints(run), default=0))
         command = ["train", "--resume", str(run)]
-    assert during_save >= 1
+    print("progress", progress, "killed during a save", during_save)
+    assert during_save >= 3
     assert progress == sorted(progress)
-    assert progress[0] < progress[-1] < 100
+    assert len(set(progress)) > 5
+    assert progress[-1] < steps
     resume(run)
     assert_same_run(run, tmp_path / "whole")
 
 
 def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(tmp_path: Path, whole: Path, processes: ForkServerContext):
-    run, errors = tmp_path / "full", tmp_path / "errors"
-    with child(processes, words(options(tmp_path, "full")), errors) as process:
-        wait_for("checkpoints/step-00000002", process, run)
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
-        assert finish(process) == 1, errors.read_text()
-    [line] = [line for line in errors.read_text().splitlines() if not line.startswith("training")]
-    step = list(checkpoints(run))[-1]
+    run = tmp_path / "full"
+    moment = Moment(str(run), "checkpoints/step-00000002", file_bytes=20_000)
+    assert life(processes, words(options(tmp_path, "full")), moment) == 1, errors(run)
+    [line] = lines(tmp_path, 1)
     assert line.startswith(f"forethought: {run}")
-    assert line.endswith(f"cannot be written: File too large; the checkpoint of step {step} is intact")
+    assert line.endswith("cannot be written: File too large; the checkpoint of step 2 is intact")
+    assert list(checkpoints(run))[-1] == 2
     assert not (run / "summary.json").exists()
     resume(run)
     assert_same_run(run, whole)

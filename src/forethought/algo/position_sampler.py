@@ -12,7 +12,7 @@ from forethought.data.corpus import Window
 from forethought.data.positions import Positions, ThoughtFormat, at_positions, draw_positions, make_generator
 from forethought.flops import Shape, forward_flops
 from forethought.models.compute_copy import Network
-from forethought.models.loading import load_model, load_tokenizer
+from forethought.models.loading import load_model, load_tokenizer, require_context
 from forethought.models.logprobs import chunk_tokens, no_think_entropy
 from forethought.run import distributed
 
@@ -97,7 +97,6 @@ def _load_proxy(tokenizer: Any, config: Config) -> Any:
         raise UserError(str(error).replace("model.path", "method.proxy")) from None
     if vocabulary != tokenizer.get_vocab():
         raise UserError(f"method.proxy = {path!r}: has another tokenizer than the model; choose one with the same")
-    limit = getattr(proxy.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and config.corpus.window > limit:
-        raise UserError(f"method.proxy = {path!r}: has positions for {limit}, fewer than corpus.window")
+    window = config.corpus.window
+    require_context(proxy.config, window, f"method.proxy = {path!r}: corpus.window = {window}", "shorten the window")
     return proxy.requires_grad_(False)

@@ -266,7 +266,11 @@ def load(kind: Kind, name: str) -> Any:
 
 def label(kind: Kind, name: str) -> str:
     """What tables and cards call an entry. Imports nothing, so that runs made with code that is gone can be shown."""
-    return TABLES[kind][name].label if name in TABLES[kind] else name
+    if name in TABLES[kind]:
+        return TABLES[kind][name].label
+    module, _, attribute = name.partition(":")
+    own = getattr(getattr(sys.modules.get(module), attribute, None), "entry", None)
+    return own.label or name if isinstance(own, Entry) else name
 
 
 def fits(method: Entry, reward: Entry) -> bool:

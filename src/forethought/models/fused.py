@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
 
-SMALL = 1_000_000  # weights of linear layers that fit a core's cache (4 MB), where prepacking gains nothing
+PREPACK_MIN_WEIGHTS = 1_000_000  # of linear layers; fewer fit a core's cache (4 MB), and prepacking gains nothing
 
 
 def fuse(model: nn.Module) -> int:
@@ -92,7 +92,7 @@ def prepacked(model: nn.Module, rows: int, enabled: bool = True) -> Iterator[int
     Args:
         model: its `nn.Linear` modules are changed on entry and restored on exit.
         rows: the usual number of rows of a product; any number gives correct results.
-        enabled: if False, nothing changes.
+        enabled: whether to do anything.
     """
     changed = []
     try:
@@ -115,7 +115,7 @@ def _packable(model: nn.Module) -> list[Any]:
         and "forward" not in vars(module)
         and (module.weight.device.type, module.weight.dtype) == ("cpu", torch.float32)
     ]
-    return layers if sum(layer.weight.numel() for layer in layers) >= SMALL else []
+    return layers if sum(layer.weight.numel() for layer in layers) >= PREPACK_MIN_WEIGHTS else []
 
 
 def _product(layer: nn.Linear, rows: int) -> Callable[[Tensor], Tensor]:

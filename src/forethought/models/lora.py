@@ -1,7 +1,7 @@
-"""LoRA (arXiv:2106.09685) by the `peft` library: adapters are trained, and the model's own weights stay as they are.
+"""LoRA (arXiv:2106.09685) with the `peft` library: adapters are trained, the model's own weights are frozen.
 
-The weights lie in memory once, in the precision that computes. What a run trains, averages (the teacher), checkpoints
-and sends between processes are the factors A and B alone, in fp32.
+The frozen weights are in memory once, in compute precision. What is trained, averaged (the teacher), checkpointed and
+communicated between ranks are the factors A and B alone, in fp32.
 """
 
 import copy
@@ -26,48 +26,48 @@ ADAPTER = "default"  # peft's name for a model's first adapter
 
 
 def load_network(config: Config) -> Network:
-    """What a config trains: all weights of its model, or adapters. Raises UserError."""
-    made = (
-        load_with_adapters(config)
-        if config.lora.r
-        else Network(load_model(config.model, config.seed), config.model.precision)
-    )
-    if config.update.checkpointing and not layers_of(made.model):
-        kind = type(made.model).__name__
-        raise UserError(f"update.checkpointing = True: {kind} has no layers that can be computed again")
-    return made
+    """The network that a config trains: all weights of its model, or adapters. Raises UserError."""
+    if config.lora.r:
+        network = load_with_adapters(config)
+    else:
+        network = Network(load_model(config.model, config.seed), config.model.precision)
+    if config.update.checkpointing and not layers_of(network.model):
+        kind = type(network.model).__name__
+        raise UserError(f"update.checkpointing = True: {kind} has no layers that can be recomputed")
+    return network
 
 
 def load_with_adapters(config: Config) -> Network:
-    """The model that a config names, loaded on the CPU, with adapters. Raises UserError."""
+    """The model of a config, loaded on the CPU, with adapters. Raises UserError."""
     import_peft()
     return add_adapters(load_model(dataclasses.replace(config.model, device="cpu"), config.seed), config)
 
 
 def add_adapters(model: Any, config: Config) -> Network:
-    """An fp32 model, frozen and with fresh adapters: B is 0, so that it computes what it computed. Raises UserError.
+    """Freeze an fp32 model and add new adapters, with B = 0 so that its outputs do not change. Raises UserError.
 
-    It is moved to its device once its precision is right. The network's weights are copies of the factors, in fp32.
+    It is moved to its device after the conversion to its precision. The network's weights are fp32 copies of the
+    factors.
     """
     inject_adapters(model, config)
-    place = device(config.model)
+    target = device(config.model)
     factors = nn.ParameterDict()
-    for name, one in model.named_parameters():
-        if one.requires_grad:
-            factors[name.replace(".", "/")] = nn.Parameter(one.detach().to(place, copy=True))
-    return Network(factors, config.model.precision, compute_copy(model, config.model.precision, place))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            factors[name.replace(".", "/")] = nn.Parameter(parameter.detach().to(target, copy=True))
+    return Network(factors, config.model.precision, compute_copy(model, config.model.precision, target))
 
 
 def import_peft() -> Any:
-    """The module `peft`. Raises UserError where it is not installed."""
+    """The module `peft`. Raises UserError if it is not installed."""
     try:
         return importlib.import_module("peft")
     except ImportError as error:
-        raise UserError(f"lora.r: adapters take the peft library ({error}); pip install 'forethought[lora]'") from None
+        raise UserError(f"lora.r: adapters need the peft library ({error}); pip install 'forethought[lora]'") from None
 
 
 def inject_adapters(model: Any, config: Config) -> None:
-    """Freeze a model and put adapters into its linear layers, in place; their factors A depend on the seed alone."""
+    """Freeze a model and add adapters to its linear layers, in place; their factors A depend on the seed alone."""
     peft, options, layers = import_peft(), config.lora, linear_layers(model)
     settings = peft.LoraConfig(
         task_type="CAUSAL_LM",
@@ -84,9 +84,9 @@ def inject_adapters(model: Any, config: Config) -> None:
 
 
 def linear_layers(model: Any) -> dict[str, Any]:
-    """Layers that can have an adapter: all linear ones but the head, and but a mixer's last one.
+    """Layers that can have an adapter: all linear ones except the output head and the out_proj of Mamba mixers.
 
-    Mamba's kernels read the weight of that (out_proj) themselves, past any adapter.
+    Mamba's kernels read the weight of out_proj directly, which would bypass an adapter.
     """
     mixers = {name for name, module in model.named_modules() if hasattr(module, "conv1d")}
     out = {model.get_output_embeddings(), *(getattr(model.get_submodule(name), "out_proj", None) for name in mixers)}
@@ -95,27 +95,27 @@ def linear_layers(model: Any) -> dict[str, Any]:
 
 
 def target_modules(layers: Mapping[str, Any], options: Lora) -> list[str]:
-    """Names of the layers that get an adapter. Raises UserError for a name that fits none."""
+    """Names of the layers that get an adapter. Raises UserError for a name that matches none."""
     if options.target_modules == (ALL,):
         return list(layers)
     for wanted in options.target_modules:
-        if not any(_fits(name, wanted) for name in layers):
+        if not any(_matches(name, wanted) for name in layers):
             known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
             raise UserError(f"lora.target_modules = {wanted!r}: the model's linear layers are {known}, or {ALL}")
-    return [name for name in layers if any(_fits(name, wanted) for wanted in options.target_modules)]
+    return [name for name in layers if any(_matches(name, wanted) for wanted in options.target_modules)]
 
 
-def _fits(name: str, wanted: str) -> bool:
+def _matches(name: str, wanted: str) -> bool:
     return name == wanted or name.endswith(f".{wanted}")
 
 
 def merged_weights(model: Any, factors: Mapping[str, Tensor], options: Lora, **to: Any) -> dict[str, Tensor]:
-    """Weights of the plain network that computes the same, W + alpha / r * B A, by its own names.
+    """The weights of the equivalent model without adapters, W + alpha / r * B A, under its own names.
 
-    `factors`: by the names that they have in the adapted model. `to`: device and dtype of what is returned. A model
-    without adapters has its own weights.
+    `factors`: under their names in the model with adapters. `to`: device and dtype of the result. The weights of a
+    model without adapters are returned as they are.
     """
-    found, seen = {}, {}
+    merged, seen = {}, {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         owner, adapter, rest = name.rpartition(".base_layer.")
         if ".lora_" in name:
@@ -125,23 +125,23 @@ def merged_weights(model: Any, factors: Mapping[str, Tensor], options: Lora, **t
         plain = seen[id(tensor)]
         if adapter and rest == "weight":
             pair = (factors[f"{owner}.{part}.{ADAPTER}.weight"] for part in ("lora_A", "lora_B"))
-            down, up = (one.detach().to(plain.device, torch.float32) for one in pair)
+            down, up = (factor.detach().to(plain.device, torch.float32) for factor in pair)
             change = (up @ down) * (options.alpha / options.r)  # (out, in)
             change = change.T if model.peft_config[ADAPTER].fan_in_fan_out else change
             plain = (plain.float() + change).to(plain.dtype)  # rounded once
-        found[f"{owner}.{rest}" if adapter else name] = plain
-    return found
+        merged[f"{owner}.{rest}" if adapter else name] = plain
+    return merged
 
 
-def export(whole: Any, folder: Path, network: Network, options: Lora) -> None:
-    """The trained network into a folder. `whole`: its weights in one piece; adapters go with the network instead.
+def export(model: Any, folder: Path, network: Network, options: Lora) -> None:
+    """Save the trained network, whose full weights are those of `model` unless it has adapters.
 
-    Of adapters: into FOLDER the plain network in fp32, which needs no peft, into FOLDER/adapter they as peft has them.
+    With adapters: FOLDER gets the merged fp32 model, which does not need peft, and FOLDER/adapter the peft adapter.
     """
     if not network.has_adapters:
-        whole.save_pretrained(folder)
+        model.save_pretrained(folder)
         return
-    factors = {name.replace("/", "."): one.detach() for name, one in network.weights.named_parameters()}
+    factors = {name.replace("/", "."): factor.detach() for name, factor in network.weights.named_parameters()}
     weights = merged_weights(network.model, factors, options, device="cpu", dtype=torch.float32)
     network.model.save_pretrained(folder, state_dict=weights)
     architecture = copy.deepcopy(network.model.config)
@@ -150,5 +150,5 @@ def export(whole: Any, folder: Path, network: Network, options: Lora) -> None:
     settings = copy.copy(network.model.peft_config[ADAPTER])
     settings.target_modules, settings.inference_mode = sorted(settings.target_modules), True
     settings.save_pretrained(folder / "adapter")
-    named = {f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": one.cpu() for name, one in factors.items()}
+    named = {f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": factor.cpu() for name, factor in factors.items()}
     save_file(named, folder / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -248,7 +248,6 @@ class _RecurrentAttentionLayer(RecurrentLayer, DynamicLayer):
         RecurrentLayer.__init__(self, number_of_states)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Initialize the attention part; Mamba states are set as they come."""
         DynamicLayer.lazy_initialization(self, *args)
 
 

@@ -22,12 +22,10 @@ class _UnmaskedCache(Cache):
     """A cache for which models build no attention mask."""
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """0: the attention function masks, and position ids are always passed."""
-        return 0
+        return 0  # the attention function masks, and position ids are always passed
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """As if there were only the queries, for which no mask is built."""
-        return query_length, 0
+        return query_length, 0  # as if there were only the queries
 
 
 class _UnmaskedLayer(CacheLayerMixin):
@@ -36,16 +34,13 @@ class _UnmaskedLayer(CacheLayerMixin):
     is_sliding = False
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """As the cache's."""
         return query_length, 0
 
     def get_seq_length(self) -> int:
-        """As the cache's."""
         return 0
 
     def get_max_length(self) -> int:
-        """Unlimited."""
-        return -1
+        return -1  # unlimited
 
 
 class SuffixCache(_UnmaskedCache):
@@ -59,13 +54,15 @@ class SuffixCache(_UnmaskedCache):
         self.prefix, self.positions, self.capacity, self.length = prefix, tuple(positions), capacity, 0
         self.start = torch.zeros(len(positions), dtype=torch.long, device=prefix.device)  # first column of each row
         self.ragged = False  # whether any row starts after the first column
-        self._update_layout()
         index = torch.tensor(positions, device=prefix.device)
         self.rows: list[Any] = [_suffix_layer(self, state, index) for state in prefix.states]
+        self._update_layout()
         super().__init__(layers=self.rows)
 
     def _update_layout(self) -> None:
         self.layout = Layout.of(*self.documents_and_lengths(), self.prefix.device)
+        for layer, state in zip(self.rows, self.prefix.states, strict=True):
+            layer.state = state
 
     def documents_and_lengths(self) -> tuple[list[int], list[int]]:
         """For each row its document, and how many of the document's tokens it continues."""
@@ -98,7 +95,6 @@ class SuffixCache(_UnmaskedCache):
         self.ragged = bool(self.start.any())
         for layer, more in zip(self.rows, other.rows, strict=True):
             layer.join(more, gap)
-        self._update_states()
         self._update_layout()
 
     def reserve(self, width: int) -> None:
@@ -132,11 +128,6 @@ class SuffixCache(_UnmaskedCache):
             length=tuple(prefix.length[position] for position in kept),
         )
         self.positions = tuple(kept.index(position) for position in self.positions)
-        self._update_states()
-
-    def _update_states(self) -> None:
-        for layer, state in zip(self.rows, self.prefix.states, strict=True):
-            layer.state = state
 
     @property
     def starts(self) -> Int[Tensor, " row"] | None:
@@ -152,14 +143,12 @@ class _SuffixAttention(_UnmaskedLayer):
         self.cache, self.state = weakref.proxy(cache), state  # a cycle would keep masks and buffers until collected
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate buffers of the cache's capacity."""
         shape = (*key_states.shape[:2], self.cache.capacity)
         self.keys = key_states.new_zeros(*shape, key_states.shape[-1])
         self.values = value_states.new_zeros(*shape, value_states.shape[-1])
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Append the next tokens' keys and values."""
         cache, state = self.cache, self.state
         assert state.keys is not None and state.values is not None
         if cache.capacity:
@@ -176,12 +165,10 @@ class _SuffixAttention(_UnmaskedLayer):
         )
 
     def reorder_cache(self, beam_idx: Any) -> None:
-        """Select rows."""
         if self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys[beam_idx], self.values[beam_idx]
 
     def shift(self, columns: int) -> None:
-        """Move all columns to the left."""
         if self.keys is not None and self.values is not None:
             self.keys, self.values = roll(self.keys, -columns, 2), roll(self.values, -columns, 2)
 
@@ -209,7 +196,6 @@ class _SuffixRecurrent(RecurrentLayer):
         """Nothing to do: states have no columns."""
 
     def join(self, other: Any, gap: int) -> None:
-        """Append rows."""
         for mine, theirs in ((self.conv_states, other.conv_states), (self.recurrent_states, other.recurrent_states)):
             for i, tensor in mine.items():
                 if tensor is not None:
@@ -224,20 +210,16 @@ class _SuffixBoth(_SuffixRecurrent, _SuffixAttention):
         _SuffixRecurrent.__init__(self, cache, state, positions)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Allocate the attention's buffers; states are set already."""
         _SuffixAttention.lazy_initialization(self, *args)
 
     def reorder_cache(self, beam_idx: Any) -> None:
-        """Select rows."""
         _SuffixRecurrent.reorder_cache(self, beam_idx)
         _SuffixAttention.reorder_cache(self, beam_idx)
 
     def shift(self, columns: int) -> None:
-        """Move the suffix to the left."""
         _SuffixAttention.shift(self, columns)
 
     def join(self, other: Any, gap: int) -> None:
-        """Append rows."""
         _SuffixRecurrent.join(self, other, gap)
         _SuffixAttention.join(self, other, gap)
 
@@ -386,7 +368,6 @@ class _StaticLayer(_UnmaskedLayer):
         """Nothing to do: the buffers are given."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Write the newest token of each row at the common column."""
         updated = []
         for (prefix, suffix), new in ((self.keys, key_states), (self.values, value_states)):
             suffix.index_copy_(2, self.table.column, new)

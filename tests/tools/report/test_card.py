@@ -1,4 +1,4 @@
-"""The files of an exported model: its card, its metadata, and the options of its thoughts."""
+"""What travels with an exported model: its card, its metadata, and how it thinks."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from forethought import ThinkingModel, UserError, evaluate, train
 from forethought.config import Config, Corpus, Method, Model, from_dict, load, to_dict
-from forethought.models.loading import CARRIED, EMBEDDED, load_thinking_options, save_thinking_options
+from forethought.models.loading import EMBEDDED, THINKING_FILE, load_thinking_options, save_thinking_options
 from forethought.tools.report.card import text, toml, write
 from helpers.runs import options
 
@@ -40,13 +40,13 @@ def test_a_card_says_what_was_done_and_what_came_of_it():
         "# mine",
         "Trained from the base model `embedded` by RLP, reinforcement learning pretraining",
         "| text | `world:cups/train`, windows of at most 2,048 tokens |",
-        "| method | rlp, 512 positions per step, 8 thoughts per position, horizon 1 |",
+        "| method | rlp, 512 positions a step, 8 thoughts each, horizon 1 |",
         "| steps | 20 |",
-        "| tokens of text | 25,600 |",
+        "| tokens of text read | 25,600 |",
         "| FLOPs | 3.21e+12 |",
         "| wall time | 2 min 5 s |",
         "| all: 5,000 positions | before | after |",
-        "| Gain over the base | −0.013 [−0.020 to 0.000] | 0.500 [0.400 to 0.625] |",
+        "| Gain over the start | −0.013 [−0.020 to 0.000] | 0.500 [0.400 to 0.625] |",
         "| Accuracy, thinking | 62.4 % | 98.0 % |",
         "Not measured yet. `forethought evaluate` on the run folder measures",
     ):
@@ -68,10 +68,10 @@ def test_a_card_takes_up_the_controls():
 
 
 def test_a_card_without_held_out_text_says_so():
-    assert "None: the run had no held-out text" in text(Config(), {"steps": 3})
+    assert "Nothing: the run named no held-out text" in text(Config(), {"steps": 3})
     plain = text(from_dict({"method": {"name": "cpt"}}), {"steps": 3})
-    assert "next-token prediction without thoughts" in plain
-    assert "| method | cpt, 512 windows per step |" in plain
+    assert "which samples no thoughts" in plain
+    assert "| method | cpt, 512 windows a step |" in plain
     assert "a control" in text(from_dict({"method": {"reward": "random"}}), {"steps": 3})
 
 
@@ -133,7 +133,7 @@ def test_a_run_exports_its_card_and_its_way_of_thinking(tmp_path: Path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     config = from_dict(values)
     assert (folder / "README.md").read_text() == text(config, summary)
-    saved = json.loads((folder / CARRIED).read_text())
+    saved = json.loads((folder / THINKING_FILE).read_text())
     method = saved["method"]
     assert (saved["version"], method["close"], method["thought_length"]) == (1, "</think>", 7)
     one = ThinkingModel.load(folder)
@@ -195,17 +195,17 @@ def test_the_embedded_bases_carry_their_quickstart():
         wanted = to_dict(load(config))
         for section, values in load_thinking_options(name).items():
             assert values == {option: wanted[section][option] for option in values}
-        assert (EMBEDDED[name] / CARRIED).is_file()
+        assert (EMBEDDED[name] / THINKING_FILE).is_file()
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"version": 2}', '{"version": 1, "method": 3}'])
 def test_a_broken_file_is_refused(tmp_path: Path, content: str):
-    (tmp_path / CARRIED).write_text(content)
+    (tmp_path / THINKING_FILE).write_text(content)
     with pytest.raises(UserError, match=r"^model.path = .* cannot be loaded: "):
         load_thinking_options(str(tmp_path))
 
 
 def test_a_file_of_wrong_options_is_refused(tmp_path: Path):
-    (tmp_path / CARRIED).write_text('{"version": 1, "method": {"thought_length": 0, "group": 3}}')
+    (tmp_path / THINKING_FILE).write_text('{"version": 1, "method": {"thought_length": 0, "group": 3}}')
     with pytest.raises(UserError, match=r"^method.thought_length = 0"):
         ThinkingModel.load(tmp_path)

@@ -20,7 +20,7 @@ import torch
 from forethought.config import Config, UserError
 from forethought.data.positions import ThoughtFormat, thought_format
 from forethought.eval import started, trained
-from forethought.models.loading import load_model, load_tokenizer
+from forethought.models.loading import load_model, load_tokenizer, require_context
 from forethought.models.logprobs import forward, log_probabilities
 from forethought.run.checkpoint import tensor_errors
 from forethought.run.folder import RunLog, check_free, disk_errors
@@ -145,14 +145,10 @@ def _heldout_examples(stage: Stage, config: Config, tokenizer: Any, form: Though
 
 def _check_length(stage: Stage, rows: Sequence[Example], model: Any) -> None:
     """Raise UserError for examples that exceed the model's context window."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     further = stage.max_tokens if stage.stage == "rlvr" else 0
     longest = max(len(one.prompt) + (further or len(one.completion)) for one in rows)
-    if limit is not None and longest > limit:
-        raise UserError(
-            f"max_tokens = {stage.max_tokens}: the longest prompt with its completion has {longest} tokens, but the "
-            f"model's context window has {limit}"
-        )
+    what = f"max_tokens = {stage.max_tokens}: the longest prompt with its completion"
+    require_context(model.config, longest, what, "lower max_tokens or leave out long examples")
 
 
 def _export(run: Path, model: Any, tokenizer: Any) -> None:
