@@ -221,7 +221,7 @@ def test_mixture_worked_by_hand():
     ("call", "message"),
     [
         (lambda one: one.next_token([]), "text = ''"),
-        (lambda one: one.next_token([5] * 125), "a text of 126 tokens with 7 for a thought takes 133 tokens, but the model's context window has 128"),
+        (lambda one: one.next_token([5] * 125), "a text of 126 tokens with 7 for a thought takes 133 tokens"),
         (lambda one: one.gains([5] * 122), "a text of 122 tokens"),
         (lambda one: one.generate([5] * 100, max_tokens=40), "a text of 140 tokens"),
         (lambda one: one.generate(TEXT, max_tokens=0), "max_tokens and think_every"),

@@ -27,7 +27,7 @@ CONTROLS = (
     "drift", "leakage", "checkable", "truth",
 )  # fmt: skip
 ANSWERS = (
-    "pass_at_1", "greedy", "loglik_letter", "loglik_plain", "loglik_normalised", "extracted", "stated", "cut_off",
+    "pass_at_1", "greedy", "loglik_letter", "loglik_plain", "loglik_normalised", "extracted", "cut_off",
     "answer_length", "thought_length", "closed",
 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What travels with an exported model: its card, its metadata, and how it thinks."""
+"""The files of an exported model: its card, its metadata, and the options of its thoughts."""
 
 import dataclasses
 import json
@@ -40,13 +40,13 @@ def test_a_card_says_what_was_done_and_what_came_of_it():
         "# mine",
         "Trained from the base model `embedded` by RLP, reinforcement learning pretraining",
         "| text | `world:cups/train`, windows of at most 2,048 tokens |",
-        "| method | rlp, 512 positions a step, 8 thoughts each, horizon 1 |",
+        "| method | rlp, 512 positions per step, 8 thoughts per position, horizon 1 |",
         "| steps | 20 |",
-        "| tokens of text read | 25,600 |",
+        "| tokens of text | 25,600 |",
         "| FLOPs | 3.21e+12 |",
         "| wall time | 2 min 5 s |",
         "| all: 5,000 positions | before | after |",
-        "| Gain over the start | −0.013 [−0.020 to 0.000] | 0.500 [0.400 to 0.625] |",
+        "| Gain over the base | −0.013 [−0.020 to 0.000] | 0.500 [0.400 to 0.625] |",
         "| Accuracy, thinking | 62.4 % | 98.0 % |",
         "Not measured yet. `forethought evaluate` on the run folder measures",
     ):
@@ -68,10 +68,10 @@ def test_a_card_takes_up_the_controls():
 
 
 def test_a_card_without_held_out_text_says_so():
-    assert "Nothing: the run named no held-out text" in text(Config(), {"steps": 3})
+    assert "None: the run had no held-out text" in text(Config(), {"steps": 3})
     plain = text(from_dict({"method": {"name": "cpt"}}), {"steps": 3})
-    assert "which samples no thoughts" in plain
-    assert "| method | cpt, 512 windows a step |" in plain
+    assert "next-token prediction without thoughts" in plain
+    assert "| method | cpt, 512 windows per step |" in plain
     assert "a control" in text(from_dict({"method": {"reward": "random"}}), {"steps": 3})
 
 

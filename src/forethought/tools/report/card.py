@@ -9,9 +9,9 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from forethought._version import __version__
 from forethought.config import Config, Method, flatten, to_dict
 from forethought.config.registry import REWARDS, label
+from forethought.run import __version__
 from forethought.run.folder import RunLog
 from forethought.tools.report.runs import number
 from forethought.tools.report.tables import NBSP, capitalized, duration, figure, interval, metric, ordered, visible
