@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from forethought.algo.metrics import PositionShard
-from forethought.config import Config, Method, Model, UserError
+from forethought.config import Config, Method, Model, UserError, registry
 from forethought.data.corpus import Window
 from forethought.data.positions import Positions, ThoughtFormat, at_positions, draw_positions, make_generator
 from forethought.flops import Shape, forward_flops
@@ -27,7 +27,7 @@ class PositionSampler:
     def __init__(self, network: Network, reference: Any, form: ThoughtFormat, tokenizer: Any, config: Config):
         self.form, self.config = form, config
         self.proxy, self.as_model, architecture = None, network.as_model, network.model.config
-        if config.method.policy == "entropy":
+        if registry.entry("position_policy", config.method.policy).proxy:
             self.proxy = reference
             if config.method.proxy:
                 self.proxy, self.as_model = _load_proxy(tokenizer, config), contextlib.nullcontext

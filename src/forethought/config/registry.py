@@ -200,7 +200,6 @@ _METRICS = (
     Metric("loglik_plain", "most likely choice", "share", "the same for the text of the choice", 1),
     Metric("loglik_normalised", "most likely per byte", "share", "the same, divided by the bytes of the text", 1),
     Metric("extracted", "extracted", "share", "answers in which any answer was found", 1),
-    Metric("stated", "stated", "share", "answers that state one explicitly", 1),
     Metric("cut_off", "cut off", "share", "answers that reached questions.max_tokens", -1),
     Metric("answer_length", "answer length", "tokens", "mean sampled tokens of an answer"),
     Metric("questions", "questions", "count", "questions of the task"),

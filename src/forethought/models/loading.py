@@ -119,7 +119,7 @@ def check_context_length(config: Config, form: ThoughtFormat) -> None:
     """Raise UserError if window, template, delimiters and thought do not fit into the model's context window."""
     method = config.method
     thought = form.overhead + method.thought_length if method.samples_thoughts or config.evaluate.path else 0
-    thought += method.prediction_length - 1 if method.name == "rpt" else 0
+    thought += method.prediction_length - 1 if method.entry.writes else 0
     require_context(
         load_architecture(config.model),
         config.corpus.window + thought,
