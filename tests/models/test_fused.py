@@ -15,7 +15,7 @@ from forethought.models.fused import PREPACK_MIN_WEIGHTS, fuse, prepacked
 from forethought.rollout import draw_noise
 from forethought.rollout.decoder import EagerBackend
 from forethought.rollout.native import NativeEngine
-from forethought.tools.plan import memory
+from forethought.tools.plan.memory import PREPACK_MIN_WEIGHTS as PLANNED
 from helpers import architectures as tiny
 from helpers.models import FORM, WINDOWS, qwen3
 
@@ -168,7 +168,7 @@ def test_layers_that_are_not_prepacked(small):
 
 @x86
 def test_small_models_are_not_prepacked():
-    assert memory.PREPACK_MIN_WEIGHTS == PREPACK_MIN_WEIGHTS  # what the planner counts with
+    assert PREPACK_MIN_WEIGHTS == PLANNED
     with prepacked(mlp(), 4) as count:
         assert count == 0
     with prepacked(nn.Linear(1000, 1000), 4) as count:
