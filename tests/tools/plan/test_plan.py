@@ -106,7 +106,7 @@ def test_the_papers_12b_fits_with_adapters_alone():
         assert found.adapters is not None
         assert found.adapters.what.startswith("--lora.r 16")
         assert found.adapters.peak <= found.job.machine.usable
-    assert list(plan(adapted, shape, {"gpus": "32"}).layouts) == ["one", "ddp"]
+    assert list(plan(adapted, shape, {"gpus": "32"}).memory) == ["one", "ddp"]
     assert plan(adapted, shape, {"gpus": "32"}).adapters is None
 
 
