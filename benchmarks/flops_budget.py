@@ -17,7 +17,6 @@ from forethought.flops import (
     decode_flops,
     equal_flops_steps,
     forward_flops,
-    memory,
     rlp_step,
     t_flop,
 )
@@ -59,8 +58,8 @@ def per_token() -> None:
     print(f"FLOPs a token: reading {PREFIX} tokens {read:.4g}")
     print(f"FLOPs a token: decoding behind {PREFIX} tokens, head included {decode_flops(SHAPE, [(1, PREFIX)]):.4g}")
     print(f"FLOPs a token: next-token training on {PREFIX} tokens {cpt_step(SHAPE, [PREFIX]).total / PREFIX:.4g}")
-    held = memory(SHAPE, PREFIX, element=2)
-    print(f"bytes: training {held.training:,}, cache of {PREFIX} tokens in bf16 {held.cache:,}")
+    cache = SHAPE.cache_bytes(PREFIX, element=2)
+    print(f"bytes: training {SHAPE.training_bytes:,}, cache of {PREFIX} tokens in bf16 {cache:,}")
 
 
 def by_length() -> None:

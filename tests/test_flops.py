@@ -30,7 +30,6 @@ from forethought.flops import (
     decode_flops,
     equal_flops_steps,
     forward_flops,
-    memory,
     pairs,
     rlp_step,
     step_flops,
@@ -427,7 +426,7 @@ def test_qwen3_1_7b_by_hand():
     layer = 2048 * 2048 * 2 + 2048 * 1024 * 2 + 3 * 2048 * 6144
     assert shape.matmul_weights == 28 * layer == 1_409_286_144
     assert shape.parameters == 28 * (layer + 2 * 2048 + 2 * 128) + 151936 * 2048 + 2048 == 1_720_574_976
-    assert memory(shape, 1024, element=2).cache == 1024 * 28 * 2 * 8 * 128 * 2
+    assert shape.cache_bytes(1024, element=2) == 1024 * 28 * 2 * 8 * 128 * 2
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -437,7 +436,7 @@ def test_cache_bytes_are_those_of_the_tensors(name: str, tokens: int):
     cache = DynamicCache(config=policy.config)
     with torch.no_grad():
         policy(input_ids=torch.ones(1, tokens, dtype=torch.long), past_key_values=cache, use_cache=True)
-    assert memory(Shape.of(policy.config), tokens).cache == sum(floats(vars(layer)) for layer in cache.layers)
+    assert Shape.of(policy.config).cache_bytes(tokens) == sum(floats(vars(layer)) for layer in cache.layers)
 
 
 @pytest.mark.parametrize("name", ["llama-biased-tied", "nemotron_h"])
@@ -448,9 +447,5 @@ def test_training_bytes_are_those_of_the_tensors(name: str):
     policy(input_ids=torch.ones(1, 3, dtype=torch.long), use_cache=False).logits.sum().backward()
     optimizer.step()
     moments = [one[name] for one in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    expected = memory(Shape.of(policy.config), 0)
-    assert expected.weights == sum(one.nbytes for one in policy.parameters())
-    assert expected.gradients == sum(one.grad.nbytes for one in policy.parameters())
-    assert expected.optimizer == sum(one.nbytes for one in moments)
-    assert expected.teacher == sum(one.nbytes for one in teacher.model.parameters())
-    assert expected.training == 20 * Shape.of(policy.config).parameters
+    weights = [*policy.parameters(), *teacher.model.parameters(), *(one.grad for one in policy.parameters())]
+    assert Shape.of(policy.config).training_bytes == sum(one.nbytes for one in [*weights, *moments])

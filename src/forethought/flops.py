@@ -134,36 +134,19 @@ class Shape:
         """The shape, frozen, with adapters of so many weights."""
         return replace(self, matmul_weights=self.matmul_weights + weights, adapter=weights)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Memory:
-    """Bytes of training whatever the batch, and of one sequence's cache while it is decoded."""
-
-    weights: int
-    gradients: int
-    optimizer: int  # Adam's two moments
-    teacher: int
-    cache: int  # keys and values, Mamba states; the teacher needs none
-
     @property
-    def training(self) -> int:
-        """All but the cache: 20 bytes per parameter."""
-        return self.weights + self.gradients + self.optimizer + self.teacher
+    def training_bytes(self) -> int:
+        """fp32 weights, gradients, Adam's two moments and the teacher; no activations, KL reference, fragmentation."""
+        return 20 * self.parameters
 
-
-def memory(shape: Shape, tokens: int, element: int = 4) -> Memory:
-    """Bytes of fp32 training, and of the cache of one sequence of `tokens` tokens with `element` bytes per number.
-
-    A layer with a sliding window caches window - 1 tokens. Activations, the KL reference and fragmentation are not
-    included.
-    """
-    fp32 = 4 * shape.parameters
-    keys = sum(
-        2 * one.kv_heads * one.head_dim * min(tokens, one.window - 1 if one.window else tokens)
-        for one in shape.attention
-    )
-    states = sum(one.inner * one.state + one.channels * one.kernel for one in shape.mamba)
-    return Memory(weights=fp32, gradients=fp32, optimizer=2 * fp32, teacher=fp32, cache=element * (keys + states))
+    def cache_bytes(self, tokens: int, element: int = 4) -> int:
+        """Keys, values and Mamba states of one sequence, with `element` bytes per number."""
+        keys = sum(
+            2 * one.kv_heads * one.head_dim * min(tokens, one.window - 1 if one.window else tokens)
+            for one in self.attention
+        )
+        states = sum(one.inner * one.state + one.channels * one.kernel for one in self.mamba)
+        return element * (keys + states)
 
 
 def automatic_chunk(layers: int, hidden: int, intermediate: int, element: int, gpu_memory: float | None) -> int:

@@ -106,7 +106,7 @@ def test_the_papers_12b_fits_with_adapters_alone():
         assert found.adapters is not None
         assert found.adapters.what.startswith("--lora.r 16")
         assert found.adapters.peak <= found.job.machine.usable
-    assert list(plan(adapted, shape, {"gpus": "32"}).layouts) == ["one", "ddp"]
+    assert list(plan(adapted, shape, {"gpus": "32"}).memory) == ["one", "ddp"]
     assert plan(adapted, shape, {"gpus": "32"}).adapters is None
 
 
@@ -455,7 +455,7 @@ def test_bad_input_is_one_line(
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: Any, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setattr("forethought.models.loading._hub_answers", lambda source: False)
+    monkeypatch.setattr("forethought.models.loading._hub_is_reachable", lambda source: False)
     assert main(["plan", "qwen3-1.7b", "--model.path", "nobody/nothing"]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("forethought: model.path = 'nobody/nothing' cannot be loaded: ")

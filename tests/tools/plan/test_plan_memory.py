@@ -20,7 +20,7 @@ from forethought.data.corpus import Window
 from forethought.flops import Shape, mamba_saved
 from forethought.models.compute_copy import Network
 from forethought.models.logprobs import chunk_tokens as real_chunk_tokens
-from forethought.models.lora import adapted
+from forethought.models.lora import add_adapters
 from forethought.prefix import SuffixCache, backbone, enable, read
 from forethought.rollout.native import native_engine
 from forethought.tools.plan.memory import chunk_tokens, memory
@@ -87,23 +87,23 @@ def nemotron_h() -> Any:
 Case = tuple[Callable[[], Any], str, dict[str, int]]
 CASES: dict[str, Case] = {
     "qwen3": (qwen3, "fp32", {"P": 448, "L": 64, "K": 1, "G": 8, "windows": 3, "chunk": 300}),
-    "qwen3, places": (qwen3, "fp32", {"P": 256, "L": 48, "K": 2, "G": 4, "windows": 4, "chunk": 0}),
+    "qwen3, positions": (qwen3, "fp32", {"P": 256, "L": 48, "K": 2, "G": 4, "windows": 4, "chunk": 0}),
     "qwen3, bf16": (qwen3, "bf16", {"P": 448, "L": 64, "K": 1, "G": 8, "windows": 3, "chunk": 300}),
     "qwen3, adapters": (qwen3, "fp32", {"P": 448, "L": 64, "K": 1, "G": 8, "windows": 3, "chunk": 300, "r": 4}),
-    "qwen3, adapters, bf16, computed again": (
+    "qwen3, adapters, bf16, recomputed": (
         qwen3,
         "bf16",
-        {"P": 448, "L": 64, "K": 1, "G": 8, "windows": 3, "chunk": 300, "r": 4, "again": 1},
+        {"P": 448, "L": 64, "K": 1, "G": 8, "windows": 3, "chunk": 300, "r": 4, "checkpointing": 1},
     ),
-    "qwen3, computed again": (
+    "qwen3, recomputed": (
         qwen3,
         "fp32",
-        {"P": 448, "L": 64, "K": 1, "G": 8, "windows": 3, "chunk": 600, "again": 1},
+        {"P": 448, "L": 64, "K": 1, "G": 8, "windows": 3, "chunk": 600, "checkpointing": 1},
     ),
-    "nemotron_h, adapters, computed again": (
+    "nemotron_h, adapters, recomputed": (
         nemotron_h,
         "fp32",
-        {"P": 256, "L": 64, "K": 1, "G": 8, "windows": 1, "chunk": 0, "r": 4, "again": 1},
+        {"P": 256, "L": 64, "K": 1, "G": 8, "windows": 1, "chunk": 0, "r": 4, "checkpointing": 1},
     ),
     "llama": (llama, "fp32", {"P": 128, "L": 32, "K": 1, "G": 8, "windows": 1, "chunk": 0}),
     "nemotron_h": (nemotron_h, "fp32", {"P": 256, "L": 64, "K": 1, "G": 8, "windows": 1, "chunk": 0}),
@@ -120,14 +120,14 @@ def settings(precision: str, n: dict[str, int]) -> Config:
                 "marked_share": 1.0, "temperature": 0.7,
             },
             "train": {"batch": n["windows"] * n["K"], "rollout_batch": rows, "log_every": 9, "steps": 9},
-            "update": {"tokens_per_chunk": n["chunk"], "checkpointing": "again" in n},
+            "update": {"tokens_per_chunk": n["chunk"], "checkpointing": "checkpointing" in n},
             "lora": {"r": n.get("r", 0)},
         }
     )  # fmt: skip
 
 
 def windows(n: dict[str, int], vocab: int) -> list[Window]:
-    """Documents with a place behind P tokens, and others evenly ahead of it."""
+    """Documents with a position after P tokens, and others evenly spaced before it."""
     marks = {"stop": tuple(round(n["P"] * (k + 1) / n["K"]) for k in range(n["K"]))}
     found = []
     for i in range(n["windows"]):
@@ -142,7 +142,7 @@ def test_peaks_are_within_15_percent(name: str):
     build, precision, n = CASES[name]
     torch.manual_seed(0)
     plain, options = AutoModelForCausalLM.from_config(build(), dtype=torch.float32).eval(), settings(precision, n)
-    network = adapted(plain, options) if options.lora.r else Network(plain, precision)
+    network = add_adapters(plain, options) if options.lora.r else Network(plain, precision)
     vocab = network.model.config.vocab_size
     engine = native_engine(network.model, LONG, options)
     method = RLP(network, engine, LONG, PreTrainedTokenizerFast, options)
@@ -167,7 +167,7 @@ def test_peaks_are_within_15_percent(name: str):
     one = job(options, shape, prefix=n["P"], max_prefix=n["P"], document=n["P"], length=n["L"], machine=CPU)
     one = dataclasses.replace(one, opening=len(LONG.after) + len(LONG.open), closing=len(LONG.close))
     planned = memory(one)
-    assert chunk_tokens(one) == real_chunk_tokens(network.model, n["chunk"]) == method.learner.reading.tokens
+    assert chunk_tokens(one) == real_chunk_tokens(network.model, n["chunk"]) == method.policy_gradient.scoring.tokens
     update = planned.phases["update"] - planned.update["gradients"]
     assert update == pytest.approx(peaks.peak["update"], rel=0.15)
     decode = planned.phases["decode"] + planned.held["sampled tokens and noise"]

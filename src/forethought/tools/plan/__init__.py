@@ -38,8 +38,7 @@ class Plan:
     """The estimates of a run."""
 
     job: Job
-    memory: Bytes  # in the job's own layout
-    layouts: dict[str, Bytes]  # in every layout
+    memory: dict[str, Bytes]  # in every layout
     step: Step
     changes: list[Change]  # that make it fit
     adapters: Change | None  # where it does not fit: training adapters instead
@@ -102,8 +101,7 @@ def plan(config: Config, shape: Shape, options: dict[str, str] | None = None) ->
     faster = None if most is None else one.with_option("train", rollout_batch=most["rollout_batch"])
     result = Plan(
         job=one,
-        memory=memory(one),
-        layouts={layout: memory(one, layout) for layout in layouts},
+        memory={layout: memory(one, layout) for layout in layouts},
         step=step(one),
         changes=advice(one),
         adapters=adapters(one),
@@ -124,7 +122,7 @@ def plan(config: Config, shape: Shape, options: dict[str, str] | None = None) ->
 def as_dict(result: Plan) -> dict[str, Any]:
     """All figures, for a JSON file: bytes, FLOPs, seconds, tokens."""
     one, config, step, steps = result.job, result.job.config, result.step, result.job.config.train.steps
-    found: dict[str, Any] = {
+    found = {
         "estimates": True,
         "model": config.model.path,
         "precision": config.model.precision,
@@ -141,17 +139,14 @@ def as_dict(result: Plan) -> dict[str, Any]:
         "tokens_per_chunk": chunk_tokens(one),
         "steps": steps,
         "machine": asdict(one.machine),
-        "memory": {name: {**asdict(parts), "peak": parts.peak} for name, parts in result.layouts.items()},
+        "memory": {name: {**asdict(parts), "peak": parts.peak} for name, parts in result.memory.items()},
         "usable": one.machine.usable,
         "fits": result.fits,
         "changes": [asdict(change) for change in result.changes],
         "adapters": result.adapters and asdict(result.adapters),
         "largest": result.largest,
         "step": {
-            "seconds": step.seconds,
-            "flops": step.flops,
-            "text_tokens": step.text,
-            "thought_tokens": step.thought,
+            "seconds": step.seconds, "flops": step.flops, "text_tokens": step.text, "thought_tokens": step.thought,
             "phases": {phase.name: asdict(phase) for phase in step.phases},
         },
         "total": {
@@ -163,7 +158,7 @@ def as_dict(result: Plan) -> dict[str, Any]:
             "gpu_hours": result.hours * one.gpus,
             "dollars": result.dollars if one.machine.price else None,
         },
-    }
+    }  # fmt: skip
     if result.lengths is not None:
         found["simulation"] = {
             "lengths": result.lengths.source,

@@ -50,7 +50,7 @@ def _head(result: Plan) -> list[str]:
 
 
 def _memory(result: Plan) -> Table:
-    layouts = result.layouts if result.job.gpus > 1 else {"one": result.layouts["one"]}
+    layouts = result.memory if result.job.gpus > 1 else {"one": result.memory["one"]}
     rows: list[Sequence[str]] = []
     for group, title in _GROUPS.items():
         by_layout = [getattr(parts, group) for parts in layouts.values()]
@@ -79,17 +79,11 @@ def _largest(result: Plan) -> str:
 
 def _time(result: Plan) -> Table:
     step = result.step
-    rows = [
-        [
-            phase.name,
-            f"{phase.flops:.3g}" if phase.flops else "",
-            _seconds(phase.seconds),
-            f"{phase.seconds / step.seconds:.1%}",
-            phase.bound,
-        ]
-        for phase in step.phases
-        if phase.seconds
-    ]
+    rows = []
+    for phase in step.phases:
+        if phase.seconds:
+            flops, share = f"{phase.flops:.3g}" if phase.flops else "", f"{phase.seconds / step.seconds:.1%}"
+            rows.append([phase.name, flops, _seconds(phase.seconds), share, phase.bound])
     rows.append(["step", f"{step.flops:.3g}", _seconds(step.seconds), "", ""])
     return _table(("estimated time of a step", "FLOPs", "seconds", "share", "bound by"), rows)
 
@@ -114,7 +108,8 @@ def _changes(result: Plan) -> list[Table | str]:
     ]
     enough = bool(result.changes) and result.changes[-1].peak <= usable
     lines = ["with all of these it fits" if enough else "even with all of these it does not fit: use a larger GPU"]
-    if result.memory.update.get(SCANS, 0) > 0.2 * result.memory.phases["update"]:
+    memory = result.memory[result.job.layout]
+    if memory.update.get(SCANS, 0) > 0.2 * memory.phases["update"]:
         lines.append("the mamba_ssm kernels use less memory than the plain scan counted here; not measured")
     if (other := result.adapters) is not None:
         fits = "it fits" if other.peak <= usable else "it does not fit either"
