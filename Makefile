@@ -16,14 +16,14 @@ test: check  ## everything that CI checks
 
 test-kills: env  ## ten kills of one of two processes at random moments, which the default run of the tests leaves out
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 0 -s -m slow tests/test_dist.py
-test-lm-eval: env  ## the adapter to lm-evaluation-harness, which brings 40 packages that the environment lacks otherwise
-	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[lm-eval]'
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/test_lm_eval.py
+test-lm-eval: env  ## benchmarks and lm-evaluation-harness: the extra eval brings 40 packages that the environment lacks otherwise
+	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[eval]'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/tools/test_lm_eval.py tests/tools/test_benchmarks.py tests/tools/experiment/test_asked.py tests/tools/posttrain
 
 test-wheel:  ## build a wheel, install it into an empty environment, run a short quickstart there
 	PYTHON=$(PYTHON) OMP_NUM_THREADS=1 tools/try_wheel.sh
 
-test-extras:  ## the wheel with the extras eval, trl, lora, lm-eval and trackers, each alone in an empty environment and used there
+test-extras:  ## the wheel with the extras eval, trl, lora and trackers, each alone in an empty environment and used there
 	PYTHON=$(PYTHON) OMP_NUM_THREADS=1 tools/try_extras.sh
 
 docs: env  ## the documentation as a site, in site/; any warning is an error

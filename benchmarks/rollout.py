@@ -46,28 +46,28 @@ def build(name: str, device: str) -> Any:
 
 def forethought(name: str, grid: tuple[int, ...], device: str, decoding: Any = "auto") -> Callable[[], None]:
     """Our engine on one document, as a job."""
-    prefix, length, places, group = grid
-    settings = harness.settings(length, places, group)
+    prefix, length, count, group = grid
+    settings = harness.settings(length, count, group)
     settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, decoding=decoding))
     model = build(name, device)
     engine = native_engine(model, FORM, settings)
-    window = harness.window(prefix, places, model.config.vocab_size)
-    positions = at_positions([window], [harness.stops(prefix, places)], 1)
-    noise = draw_noise((group, length), [make_generator(0, i) for i in range(places)])
+    window = harness.window(prefix, count, model.config.vocab_size)
+    positions = at_positions([window], [harness.stops(prefix, count)], 1)
+    noise = draw_noise((group, length), [make_generator(0, i) for i in range(count)])
 
     def job() -> None:
         thoughts = engine.sample(positions, noise)
-        assert thoughts.mask.all() and thoughts.tokens.shape == (places, group, length)
+        assert thoughts.mask.all() and thoughts.tokens.shape == (count, group, length)
 
     return job
 
 
 def generate(name: str, grid: tuple[int, ...], device: str) -> Callable[[], None]:
     """The same prefixes and lengths for a model's own `generate`, prefix by prefix."""
-    prefix, length, places, group = grid
+    prefix, length, count, group = grid
     model = build(name, device)
-    tokens = harness.window(prefix, places, model.config.vocab_size).tokens
-    prompts = [torch.tensor([[*tokens[:t], *OPEN]], device=device) for t in harness.stops(prefix, places)]
+    tokens = harness.window(prefix, count, model.config.vocab_size).tokens
+    prompts = [torch.tensor([[*tokens[:t], *OPEN]], device=device) for t in harness.stops(prefix, count)]
     options: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}
     options |= {"min_new_tokens": length, "max_new_tokens": length, "num_return_sequences": group}
 

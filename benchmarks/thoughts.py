@@ -2,8 +2,8 @@
 
     python benchmarks/thoughts.py [--json FILE] [--thoughts 16 32 64 128 256] [--chunk 1072] [--clock cpu]
 
-K = 4 places in one document throughout, so that only G grows. Seconds should grow in proportion to the thoughts behind
-what the document costs once; memory should not grow, for no more than a chunk is held for the backward pass.
+K = 4 positions in one document throughout, so that only G grows. Beyond the cost of the document, seconds should be
+proportional to the thoughts; memory should not grow, because only one chunk is kept for the backward pass.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torch
 from harness import OPEN
 from step import Ours, peak_mib
 
-PLACES = 4
+POSITIONS = 4
 
 
 def main() -> None:
@@ -43,8 +43,8 @@ def main() -> None:
 
 
 def measure(thoughts: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Shortest seconds of rollout and update of one document's thoughts, and the memory that an update adds."""
-    grid = (options.prefix, options.length, PLACES, thoughts // PLACES)
+    """Shortest seconds of the rollout and the update of one document's thoughts, and the memory that an update adds."""
+    grid = (options.prefix, options.length, POSITIONS, thoughts // POSITIONS)
     ours = Ours(options.model, grid, True, options)
     phases: list[dict[str, float]] = []
 

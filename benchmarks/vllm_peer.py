@@ -11,18 +11,18 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process,
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
-_KEPT: list[Any] = []  # engines share groups of the process, which the death of one would take from all
+_ENGINES: list[Any] = []  # kept alive: they share process groups, which the first one destroyed would take from all
 
 
 def job(model: Any, grid: tuple[int, ...]) -> Callable[[], None]:
-    """G thoughts of L tokens behind each prefix, by `LLM.generate(n=G)` with prefix caching, as a job.
+    """G thoughts of L tokens after each prefix, by `LLM.generate(n=G)` with prefix caching, as a job.
 
-    Each call begins with an empty prefix cache, as each step of RLP does, for it brings new text and new weights; the
-    G samples of a prefix share it. Nothing is asked of vLLM that costs it time: no log-probabilities, no seeds.
+    Each call begins with an empty prefix cache, as each step of RLP has new text and new weights; the G samples of a
+    prefix share it. vLLM is not asked for log-probabilities or seeds, which would cost it time.
     """
     from vllm import LLM, SamplingParams, TokensPrompt
 
-    prefix, length, places, group = grid
+    prefix, length, positions, group = grid
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         engine = LLM(
@@ -33,18 +33,18 @@ def job(model: Any, grid: tuple[int, ...]) -> Callable[[], None]:
             dtype="float32",
             enable_prefix_caching=True,
             max_model_len=prefix + len(OPEN) + length + 1,
-            max_num_seqs=max(places * group, 16),
+            max_num_seqs=max(positions * group, 16),
             kv_cache_memory_bytes=2**29,
         )
-    _KEPT.append(engine)
-    tokens = window(prefix, places, model.config.vocab_size).tokens
-    prompts = [TokensPrompt(prompt_token_ids=[*tokens[:t], *OPEN]) for t in stops(prefix, places)]
+    _ENGINES.append(engine)
+    tokens = window(prefix, positions, model.config.vocab_size).tokens
+    prompts = [TokensPrompt(prompt_token_ids=[*tokens[:t], *OPEN]) for t in stops(prefix, positions)]
     sampling = SamplingParams(n=group, temperature=1.0, max_tokens=length, ignore_eos=True, detokenize=False)
 
     def run() -> None:
         assert engine.reset_prefix_cache()
         found = engine.generate(prompts, sampling, use_tqdm=False)
         rows = [out.token_ids for one in found for out in one.outputs]
-        assert len(rows) == places * group and {len(row) for row in rows} == {length}
+        assert len(rows) == positions * group and {len(row) for row in rows} == {length}
 
     return run

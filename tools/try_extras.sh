@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Install the wheel with one extra at a time, each into an empty environment, and use what the extra is for.
-# tools/try_extras.sh [eval|trl|lora|lm-eval|trackers ...]
+# tools/try_extras.sh [eval|trl|lora|trackers ...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD python=${PYTHON:-python3}
@@ -9,29 +9,13 @@ export PIP_COMPILE=0  # most of an install is byte code of modules that are neve
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-try_eval() {  # math-verify accepts an answer that the checker alone does not, and is named in what is written
+try_eval() {  # benchmark questions, and a task of one's own in the harness, with thoughts and without
   echo '{"question": "Which numbers are below 4?", "answer": "\\{1,2,3\\}"}' > math500.jsonl
   "$bin/forethought" questions embedded --questions.data . --questions.tasks math500 --questions.shots 0 \
-    --questions.samples 1 --questions.max_tokens 8 --run runs/asked
-  grep -q '"checker": "plain or math-verify' runs/asked/questions.json
-  "$bin/python" -c 'from forethought.evaluation.answers import judge
-assert judge(r"\boxed{\{1,2\} \cup \{3\}}", r"\{1,2,3\}").right and not judge(r"\boxed{\{1,2\}}", r"\{1,2,3\}").right'
-}
-
-try_trl() {  # both stages of post-training, and RLP inside TRL
-  "$bin/forethought" posttrain sft-cups --start embedded --train.steps 2 --train.batch 4 --run runs/sft
-  "$bin/forethought" posttrain rlvr-cups --start runs/sft --train.steps 1 --train.batch 2 --run runs/rlvr
-  "$bin/forethought" evaluate runs/rlvr --evaluate.documents 10 --evaluate.positions 1 --evaluate.view 0
-  "$bin/python" "$root/examples/trl_rlp.py" --train.steps 2
-}
-
-try_lora() {  # adapters are what is trained and kept; the policy that is written is whole
-  "$bin/forethought" train quickstart --lora.r 4 --train.steps 2 --train.batch 8 --evaluate.documents 4 \
-    --evaluate.positions 1 --run runs/lora
-  "$bin/forethought" evaluate runs/lora --evaluate.documents 10 --evaluate.positions 1 --evaluate.view 0
-}
-
-try_lm-eval() {  # a task of one's own, asked with thoughts and without
+    --questions.samples 1 --questions.max_tokens 8 --run runs/questions
+  grep -q '"checker": "math-verify' runs/questions/questions.json
+  "$bin/python" -c 'from forethought.tools.benchmarks import grade
+assert grade(r"$\boxed{\{1,2\} \cup \{3\}}$", r"\{1,2,3\}").right and not grade(r"$\boxed{\{1,2\}}$", r"\{1,2,3\}").right'
   export HF_HOME=$PWD/cache HF_DATASETS_OFFLINE=1
   echo '{"text": "ball under red . swap 1 blue red , 2 green white , 3 black blue . now under", "answer": "black"}' > cups.jsonl
   cat > cups.yaml <<END
@@ -51,6 +35,19 @@ END
   done
 }
 
+try_trl() {  # both stages of post-training, and RLP inside TRL
+  "$bin/forethought" posttrain sft-cups --start embedded --train.steps 2 --train.batch 4 --run runs/sft
+  "$bin/forethought" posttrain rlvr-cups --start runs/sft --train.steps 1 --train.batch 2 --run runs/rlvr
+  "$bin/forethought" evaluate runs/rlvr --evaluate.documents 10 --evaluate.positions 1 --evaluate.view 0
+  "$bin/python" "$root/examples/trl_rlp.py" --train.steps 2
+}
+
+try_lora() {  # adapters are what is trained and kept; the policy that is written is whole
+  "$bin/forethought" train quickstart --lora.r 4 --train.steps 2 --train.batch 8 --evaluate.documents 4 \
+    --evaluate.positions 1 --run runs/lora
+  "$bin/forethought" evaluate runs/lora --evaluate.documents 10 --evaluate.positions 1 --evaluate.view 0
+}
+
 try_trackers() {  # each without a network
   export WANDB_MODE=offline TRACKIO_DIR=$PWD/trackio
   for tracker in tensorboard wandb mlflow trackio; do
@@ -63,7 +60,7 @@ try_trackers() {  # each without a network
   find trackio -name '*.db' | grep -q .
 }
 
-for extra in "${@:-eval trl lora lm-eval trackers}"; do
+for extra in "${@:-eval trl lora trackers}"; do
   names="${names:-} $extra"
 done
 tools/build_wheel.sh

@@ -6,7 +6,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from forethought._version import __version__ as __version__
+from forethought.run import __version__ as __version__
 
 if TYPE_CHECKING:
     from forethought.algo.objective import clipped_surrogate, group_advantages, kl_to_reference, next_token_loss

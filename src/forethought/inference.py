@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from forethought.algo.metrics import decode_thoughts, thought_tokens
@@ -29,15 +29,27 @@ from forethought.models.loading import (
     load_tokenizer,
     require_context,
 )
-from forethought.models.logprobs import chunk_tokens, no_think_logp, suffix_logits
+from forethought.models.logprobs import chunk_tokens, mask_token, no_think_logp, suffix_logits
 from forethought.rollout import Thoughts, draw_noise
-from forethought.rollout.decoder import ReplicatedBatch, sample
-from forethought.rollout.native import Sampling, Stop, generate, native_engine
+from forethought.rollout.decoder import COMPACT, ReplicatedBatch, sample
+from forethought.rollout.native import native_engine
 
 _TAIL = 8  # tokens decoded to find the text that the last one adds; a character has at most 4
 _MAX_LOGITS = 2**26  # logits in memory at once
 Text = str | Sequence[int]
 Pair = tuple[Sequence[int], Sequence[int]]  # tokens of a context and of its continuation
+Stop = Callable[[Sequence[int]], bool]  # whether a row that has generated these tokens is finished
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How to draw tokens, how many, and for how many rows at once."""
+
+    limit: int  # longest text, in generated tokens
+    temperature: float  # 0: greedy
+    top_p: float = 1.0
+    rows: int = 64  # changes speed and memory, not the result
+    not_first: int | None = None  # a token that no text begins with, such as a thought's closing delimiter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -459,3 +471,60 @@ def _before(text: str, strings: Sequence[str]) -> str:
 
 def _window(tokens: list[int]) -> Window:
     return Window(document="", start=0, tokens=tokens, marks={})
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    stop: Stop,
+    generators: Sequence[torch.Generator],
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[list[int]]:
+    """The tokens that follow each prompt, with the one that stopped it; at least one each.
+
+    Prompt i draws from generators[i] alone, so its text does not depend on how prompts are split into batches (up to the
+    rounding of a row that is padded to another width). `progress` receives the number of prompts of each batch.
+    """
+    texts: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))  # similar prompts together
+    for start in range(0, len(order), sampling.rows):
+        batch = order[start : start + sampling.rows]
+        noise = torch.stack([torch.rand(sampling.limit, generator=generators[i]) for i in batch])
+        found = _generate_batch(model, [prompts[i] for i in batch], sampling, stop, noise.to(model.device))
+        for i, tokens in zip(batch, found, strict=True):
+            texts[i] = tokens
+        progress(len(batch))
+    return texts
+
+
+def _generate_batch(
+    model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, stop: Stop, noise: Float[Tensor, "row limit"]
+) -> list[list[int]]:
+    batch, logits = ReplicatedBatch.read(model, prompts, pad=0)
+    texts: list[list[int]] = [[] for _ in prompts]
+    rows, running = list(range(len(prompts))), [True] * len(prompts)  # the rows in the batch, and which continue
+    for step in range(sampling.limit):
+        if step == 0 and sampling.not_first is not None:
+            logits = mask_token(logits, sampling.not_first)
+        drawn = _draw(logits, noise[rows, step], sampling)
+        for i, (row, token) in enumerate(zip(rows, drawn.tolist(), strict=True)):
+            if running[i]:
+                texts[row].append(token)
+                running[i] = not stop(texts[row])
+        if not any(running) or step + 1 == sampling.limit:
+            break
+        if sum(running) < COMPACT * len(rows):
+            kept = [i for i, runs in enumerate(running) if runs]
+            rows, running = [rows[i] for i in kept], [True] * len(kept)
+            drawn = drawn[kept]
+            batch.select(torch.tensor(kept, device=model.device))
+        logits = batch.step(drawn)
+    return texts
+
+
+def _draw(logits: Float[Tensor, "row vocab"], noise: Float[Tensor, " row"], sampling: Sampling) -> Int[Tensor, " row"]:
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    return sample(logits, noise, sampling.temperature, sampling.top_p)

@@ -145,7 +145,7 @@ def test_code_outside_the_package_is_found_from_the_current_folder(outside: None
     assert registry.load("reward", config.method.reward_name).__name__ == "reward"
     assert registry.load("position_policy", config.method.policy)(None, 2, None, None) == [1, 2]
     assert registry.load("engine", config.rollout.engine).__name__ == "engine"
-    assert registry.entry("reward", "mine_outside:reward").help == "Short thoughts."
+    assert registry.entry("reward", "mine_outside:reward").help == "Short thoughts"
     assert registry.entry("reward", "mine_outside:picky").label == "Picky"
     assert registry.label("reward", "mine_outside:reward") == "mine_outside:reward"
     plain = load(None, ["--method.name", "mine_outside:Plain"]).method

@@ -21,9 +21,10 @@ from lm_eval.tasks import TaskManager
 from forethought import UserError
 from forethought.cli import main
 from forethought.config import Corpus
-from forethought.data.corpus import Window, first_windows
+from forethought.data.corpus import Window
 from forethought.inference import ThinkingModel
 from forethought.tools.lm_eval import ForethoughtLM
+from helpers.worlds import first_windows
 
 COLOURS = ("red", "blue", "green", "white", "black")
 TASKS = {

@@ -11,15 +11,17 @@ from torch import Tensor
 from forethought.algo.cpt import CPT, TextMicrobatch, TextRecord
 from forethought.algo.metrics import PositionShard, Sums, ThoughtRecord, thought_tokens
 from forethought.algo.position_sampler import PositionSampler
-from forethought.algo.rewards import RewardInputs, information_gain
+from forethought.algo.rewards import Predictions
+from forethought.algo.rlp import RLP
 from forethought.config import Config
 from forethought.data.corpus import Window
-from forethought.data.positions import Positions, ThoughtFormat, make_generator
+from forethought.data.positions import Positions, ThoughtFormat
 from forethought.flops import Work
 from forethought.models.compute_copy import Network, compute_copy
-from forethought.models.logprobs import chunk_tokens, no_think_logp
-from forethought.rollout import Engine, Thoughts, draw_noise
+from forethought.models.logprobs import no_think_logp
+from forethought.rollout import Engine, Thoughts
 from forethought.rollout.native import native_engine
+from forethought.run import distributed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,12 +29,12 @@ class MixedRecord:
     """The start's thoughts at a step's positions, and the text that the policy is trained on."""
 
     thoughts: ThoughtRecord  # its `kept` are the thoughts that were written into the text
-    rows: list[Window]  # all rows of the step
-    text_record: TextRecord  # this rank's share of them
+    rows: TextRecord
 
     def metrics(self) -> Sums:
-        """Those of the thoughts. The mean reward is the gain: the teacher is the start itself."""
+        """Those of the thoughts. The mean reward is the gain, since the teacher is the start itself."""
         sums = self.thoughts.metrics()
+        del sums["reward/nothink"]
         return sums | {"reward/gain": sums["reward/mean"]}
 
     def text(self, tokenizer: Any, form: ThoughtFormat, positions: int) -> tuple[Sums, list[dict[str, Any]]]:
@@ -40,12 +42,12 @@ class MixedRecord:
         return {}, []
 
     def work(self, form: ThoughtFormat, config: Config) -> Work:
-        """Thoughts and their scores without an update, and the rows."""
-        rows = tuple(len(row.tokens) for row in self.rows)
-        return replace(self.thoughts.work(form, config), teacher=True, inner_steps=0, kl=False, supervised=rows)
+        """Thoughts and their scores without an update, and the rows of text."""
+        work = self.thoughts.work(form, config)
+        return replace(work, inner_steps=0, kl=False, supervised=self.rows.work(form, config))
 
 
-class Mixed:
+class Mixed(RLP):
     """A cheap supervised rival of RLP (after arXiv:2608.23256): next-token loss on text with and without good thoughts.
 
     The frozen start thinks at the positions that RLP would use. Of a window's thoughts the one with the largest gain
@@ -54,7 +56,7 @@ class Mixed:
     """
 
     def __init__(self, network: Network, engine: Engine, form: ThoughtFormat, tokenizer: Any, config: Config):
-        self.network, self.form, self.tokenizer, self.config = network, form, tokenizer, config
+        super().__init__(network, engine, form, tokenizer, config)
         self.start = copy.deepcopy(network.weights).requires_grad_(False)
         if not network.has_adapters:
             compute_copy(self.start, config.model.precision)
@@ -62,61 +64,42 @@ class Mixed:
         self.position_sampler = PositionSampler(network, self.start, form, tokenizer, config)
         self.cpt = CPT(network, engine, form, tokenizer, config)
 
+    @staticmethod
+    def uses_teacher(config: Config) -> bool:
+        """No EMA teacher: gains are measured against the start."""
+        return False
+
     def collect(self, windows: list[Window], step: int) -> MixedRecord:
         """The windows, and those with a thought that gained."""
-        thoughts = self._think(windows, step)
-        rows = [*windows, *self._with_thoughts(thoughts.shard.positions, thoughts.thoughts, thoughts.kept)]
-        return MixedRecord(thoughts=thoughts, rows=rows, text_record=self.cpt.collect(rows, step))
+        record = super().collect(windows, step)
+        positions, total = record.shard.positions, record.rewards.total
+        assert total is not None
+        kept = best(positions, total, record.thoughts.closed, self.config.method.min_gain)
+        added = distributed.all_gather(self._with_thoughts(positions, record.thoughts, kept))
+        rows = [*windows, *(row for rows in added for row in rows)]
+        return MixedRecord(thoughts=replace(record, kept=kept), rows=self.cpt.collect(rows, step))
 
     def microbatches(self, record: MixedRecord) -> list[TextMicrobatch]:
-        """The rows, padded."""
-        return self.cpt.microbatches(record.text_record)
+        """The rows of text, padded."""
+        return self.cpt.microbatches(record.rows)
 
     def forward_backward(self, microbatch: TextMicrobatch) -> tuple[float, Sums]:
         """Next-token cross-entropy (eq. 1)."""
         return self.cpt.forward_backward(microbatch)
 
-    def after_step(self) -> None:
-        """The start stays as it is."""
-
     def state(self) -> dict[str, torch.nn.Module]:
         """The start is loaded again from where it came."""
         return {}
 
-    def _think(self, windows: list[Window], step: int) -> ThoughtRecord:
-        options, seed = self.config.method, self.config.seed
-        positions = self.position_sampler.draw(windows, step)
-        indices = list(range(len(positions)))
-        shape = (options.group, options.thought_length)
-        noise = draw_noise(shape, [make_generator(seed, "thoughts", step, i) for i in indices])
+    def sample(self, shard: PositionShard, step: int) -> tuple[Thoughts, Thoughts, Predictions | None]:
+        """The start's thoughts."""
+        with torch.no_grad(), self.network.as_model(self.start):
+            return super().sample(shard, step)
+
+    def teacher_logp(self, positions: Positions, step: int) -> Float[Tensor, "batch horizon"]:
+        """No-think log-evidence of the start."""
         with torch.no_grad(), self.network.as_model(self.start) as start:
-            thoughts = self.engine.sample(positions, noise)
-            plain = no_think_logp(start, positions, chunk_tokens(start, self.config.update.tokens_per_chunk))[0]
-        rewards = information_gain(
-            RewardInputs(
-                thoughts=thoughts,
-                positions=positions,
-                tokenizer=self.tokenizer,
-                no_think_logp=plain,
-                options=options,
-                generator=make_generator(seed, "rewards", step),
-                global_indices=indices,
-            )
-        )
-        assert rewards.total is not None
-        flops = self.position_sampler.flops(windows)
-        shard = PositionShard(
-            positions=positions, global_indices=indices, global_count=len(positions), proxy_flops=flops
-        )
-        return ThoughtRecord(
-            shard=shard,
-            thoughts=thoughts,
-            sampled=thoughts,
-            no_think_logp=None,
-            rewards=rewards,
-            advantages=torch.zeros_like(rewards.value),
-            kept=best(positions, rewards.total, thoughts.closed, options.min_gain),
-        )
+            return no_think_logp(start, positions, self.policy_gradient.scoring.tokens)[0]
 
     def _with_thoughts(
         self, positions: Positions, thoughts: Thoughts, kept: Bool[Tensor, "batch group"]

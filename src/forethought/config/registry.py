@@ -193,6 +193,18 @@ _METRICS = (
     ),
     Metric("positions", "positions", "count", "positions in the group"),
     Metric("documents", "documents", "count", "documents that they are of"),
+    # benchmark questions
+    Metric("pass_at_1", "pass@1", "share", "correct answers among the sampled ones", 1),
+    Metric("greedy", "greedy", "share", "questions with a correct greedy answer", 1),
+    Metric("loglik_letter", "most likely letter", "share", "questions whose correct letter is the most likely one", 1),
+    Metric("loglik_plain", "most likely choice", "share", "the same for the text of the choice", 1),
+    Metric("loglik_normalised", "most likely per byte", "share", "the same, divided by the bytes of the text", 1),
+    Metric("extracted", "extracted", "share", "answers in which any answer was found", 1),
+    Metric("stated", "stated", "share", "answers that state one explicitly", 1),
+    Metric("cut_off", "cut off", "share", "answers that reached questions.max_tokens", -1),
+    Metric("answer_length", "answer length", "tokens", "mean sampled tokens of an answer"),
+    Metric("questions", "questions", "count", "questions of the task"),
+    Metric("tasks", "tasks", "count", "tasks in the mean"),
     # summary.json
     Metric("flops", "FLOPs", "FLOPs", "all steps, evaluation not included"),
     Metric("flops_rollout", "FLOPs of rollouts", "FLOPs", "sampling, scoring, teacher and proxy"),
@@ -239,7 +251,7 @@ def entry(kind: Kind, name: str) -> Entry:
     own = getattr(value, "entry", None)
     if not isinstance(own, Entry):
         lines = (inspect.getdoc(value) or "").splitlines()
-        own = Entry(help=lines[0] if lines else "")
+        own = Entry(help=lines[0].rstrip(".") if lines else "")
     return replace(own, name=name, target=name, label=own.label or name)
 
 

@@ -14,11 +14,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from forethought.data.positions import Positions, ThoughtFormat, pad_rows
+from forethought.flops import MAX_LOGITS, automatic_chunk, widest
 from forethought.prefix import Prefix, SuffixCache, activation_checkpointing, backbone, lm_head, read
 
 _ROWS = 4096  # rows of vocabulary size that are normalized at once
-_LOGITS = {"cpu": 2**26, "cuda": 2**28}  # logits that are in memory at once, with their gradients
-_ACTIVATIONS_BYTES = 2**30  # activations of a chunk where update.tokens_per_chunk is automatic
 _NO_GRAD_FACTOR = 4  # on a GPU, a pass without gradients reads this many times the tokens of one with gradients
 _BUCKET = 8  # thoughts whose lengths differ by less than this many tokens share a chunk
 
@@ -122,21 +121,14 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # log-probabilities (row, thought) an
 
 
 def chunk_tokens(model: Any, asked: int) -> int:
-    """Tokens in one forward and backward pass: as asked, or (0) as many as a fixed share of memory holds.
-
-    A token leaves about 14 hidden and 5 intermediate vectors a layer behind for the backward pass.
-    """
+    """Tokens in one forward and backward pass: as asked, or (0) as many as a fixed share of memory holds."""
     if asked:
         return asked
     options = model.config.get_text_config()
-    hidden, layers = options.hidden_size, options.num_hidden_layers
-    intermediate = getattr(options, "intermediate_size", None) or 4 * hidden
-    intermediate = max(intermediate) if isinstance(intermediate, (list, tuple)) else intermediate
-    budget = _ACTIVATIONS_BYTES
-    if model.device.type != "cpu":
-        budget = torch.cuda.get_device_properties(model.device).total_memory // 8
-    vectors = layers * (14 * hidden + 5 * intermediate)
-    return int(min(max(budget // (vectors * model.dtype.itemsize), 256), 2**16))
+    on_gpu = model.device.type != "cpu"
+    memory = torch.cuda.get_device_properties(model.device).total_memory if on_gpu else None
+    sizes = options.num_hidden_layers, options.hidden_size, widest(options)
+    return automatic_chunk(*sizes, model.dtype.itemsize, memory)
 
 
 def thought_logp(
@@ -165,7 +157,7 @@ def forward_backward(model: Any, form: ThoughtFormat, rows: ThoughtBatch, option
         with activation_checkpointing(model, options.checkpointing):
             hidden = _hidden(model, form, rows, (chunk, width), leaves)
         leaf = hidden.detach().requires_grad_()
-        size = max(1, _LOGITS[model.device.type] // (width * model.get_output_embeddings().weight.shape[0]))
+        size = max(1, MAX_LOGITS[model.device.type] // (width * model.get_output_embeddings().weight.shape[0]))
         for part, piece in zip(chunk.split(size), leaf.split(size), strict=True):
             logp = _logp(model, form, rows, (part, piece), options.temperature)
             loss(logp, part).backward()

@@ -5,7 +5,7 @@ Works on unmodified Hugging Face causal LMs, hybrids with Mamba layers included.
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -55,9 +55,9 @@ class LayerState:
 
     keys: Float[Tensor, "document head prefix size"] | None
     values: Float[Tensor, "document head prefix size"] | None
-    conv: dict[int, Tensor]  # (position, channels, kernel)
-    recurrent: dict[int, Tensor]  # (position, ...)
-    kernels: dict[int, Any]
+    conv: dict[int, Tensor] = field(default_factory=dict)  # (position, channels, kernel)
+    recurrent: dict[int, Tensor] = field(default_factory=dict)  # (position, ...)
+    kernels: dict[int, Any] = field(default_factory=dict)
 
     def map(self, documents: Callable[[Tensor], Tensor], positions: Callable[[Tensor], Tensor]) -> "LayerState":
         """Apply one function to what is kept per document, and one to what is kept per position."""
@@ -133,7 +133,7 @@ def read(model: Any, documents: Sequence[Sequence[int]], prefix_lengths: Sequenc
         tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
         layers: list[Any] = [DynamicLayer() for _ in cache.layers]
         backbone(model, tokens, Cache(layers=layers))
-        states = [LayerState(keys=x.keys, values=x.values, conv={}, recurrent={}, kernels={}) for x in layers]
+        states = [LayerState(keys=layer.keys, values=layer.values) for layer in layers]
     return Prefix.of(states, prefix_lengths, model.device)
 
 

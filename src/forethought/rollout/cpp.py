@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -100,7 +99,7 @@ class CppBackend:
         _check(model)
         self._sizes: dict[str, Any] = {}
         self._weights: list[dict[str, Tensor]] = []
-        self._documents: list[_Documents] = []
+        self._documents: list[dict[str, Tensor]] = []
         self._known: tuple[Any, ...] = ()  # the last result of `_tables`
         self._head = torch.empty(0)
         with torch.no_grad(), self.prepared():
@@ -125,13 +124,14 @@ class CppBackend:
         """Read documents, as `prefix.read`."""
         base, ends = self.model.base_model, [lengths[-1] for lengths in prefix_lengths]
         shape = (len(documents), self._sizes["key_heads"], max(ends), self._sizes["size"])
-        layers = [_Documents.empty(shape, self.width) for _ in base.layers]
+        layers = [_empty_documents(shape, self.width) for _ in base.layers]
         for number, (tokens, end) in enumerate(zip(documents, ends, strict=True)):
             hidden = base.embed_tokens(torch.tensor(tokens[:end]))
-            table = _table({**own, **one.of(number)} for own, one in zip(self._weights, layers, strict=True))
+            document = ({name: tensor[number] for name, tensor in layer.items()} for layer in layers)
+            table = _table({**own, **one} for own, one in zip(self._weights, document, strict=True))
             self._call(self.library.read, hidden, torch.arange(end), table, capacity=max(ends), length=max(ends))
         self._documents, self._known = layers, ()
-        states = (LayerState(keys=x.keys, values=x.values, conv={}, recurrent={}, kernels={}) for x in layers)
+        states = (LayerState(keys=layer["keys"], values=layer["values"]) for layer in layers)
         return Prefix.of(states, prefix_lengths, self.model.device)
 
     def step(self, tokens: Int[Tensor, "row width"], cache: SuffixCache) -> Float[Tensor, "row vocab"]:
@@ -146,7 +146,7 @@ class CppBackend:
         self._call(
             self.library.step, states, cache.position_ids(1)[:, 0], table, spans=len(spans), span=_pointer(spans),
             start=_pointer(start), column=cache.length, capacity=cache.capacity,
-            length=self._documents[0].keys.shape[2], logits=_pointer(logits),
+            length=self._documents[0]["keys"].shape[2], logits=_pointer(logits),
         )  # fmt: skip
         cache.length += 1
         return logits
@@ -160,11 +160,11 @@ class CppBackend:
             if not row.is_initialized:
                 like = torch.empty(len(cache.positions), self._sizes["key_heads"], 1, self._sizes["size"])
                 row.lazy_initialization(like, like)
-        if any(one.keys is not row.state.keys for one, row in zip(self._documents, rows, strict=False)):
+        if any(one["keys"] is not row.state.keys for one, row in zip(self._documents, rows, strict=False)):
             self._documents = []
         self._documents = self._documents or [self._pack_documents(row.state) for row in rows]
         table = _table(
-            {**weights, **one.panels(), "keys": row.keys, "values": row.values}
+            {**weights, **one, "keys": row.keys, "values": row.values}
             for weights, one, row in zip(self._weights, self._documents, rows, strict=True)
         )
         spans = torch.tensor(cache.layout.spans)
@@ -216,19 +216,18 @@ class CppBackend:
         whole = torch.cat([part.detach() for part in parts if part is not None])
         return nn.functional.pad(whole, (0, -len(whole) % self.width))
 
-    def _pack_documents(self, state: LayerState) -> "_Documents":
+    def _pack_documents(self, state: LayerState) -> dict[str, Tensor]:
         """Pack documents that were read by something else, or joined."""
         assert state.keys is not None and state.values is not None
-        packed, threads = _Documents.empty(tuple(state.keys.shape), self.width), torch.get_num_threads()
+        packed, threads = _empty_documents(tuple(state.keys.shape), self.width), torch.get_num_threads()
         length, size = state.keys.shape[2:]
-        packed.keys, packed.values = state.keys, state.values
         for document in range(len(state.keys)):
             for head in range(state.keys.shape[1]):
                 key, value = (some[document, head].contiguous() for some in (state.keys, state.values))
-                to = [_pointer(some[document, head]) for some in (packed.key_panels, packed.value_panels)]
+                to = [_pointer(some[document, head]) for some in (packed["prefix_keys"], packed["prefix_values"])]
                 self.library.pack(_pointer(key), length, size, self.width, 0, threads, to[0])
                 self.library.pack_columns(_pointer(value), size, length, threads, to[1])
-        return packed
+        return {**packed, "keys": state.keys, "values": state.values}
 
     def _panels(self, products: Sequence[dict[str, list[Tensor]]]) -> list[dict[str, Tensor]]:
         """The (output, input) matrices of each product in panels that hold equally many outputs of each matrix."""
@@ -278,30 +277,16 @@ def _products(layer: Any) -> dict[str, list[Tensor]]:
     }
 
 
-@dataclass(slots=True)
-class _Documents:
-    """A layer's keys and values of all documents: as they are, and in panels."""
-
-    keys: Float[Tensor, "document head prefix size"]
-    values: Float[Tensor, "document head prefix size"]
-    key_panels: Float[Tensor, "document head keys"]
-    value_panels: Float[Tensor, "document head values"]
-
-    @classmethod
-    def empty(cls, shape: tuple[int, ...], width: int) -> "_Documents":
-        documents, heads, length, size = shape
-        panels = ((length + -length % width) * size, (size + -size % width) * length)
-        keys, values = (torch.zeros(shape) for _ in range(2))
-        return cls(keys, values, *(torch.zeros(documents, heads, some) for some in panels))
-
-    def panels(self) -> dict[str, Tensor]:
-        """Of all documents."""
-        return {"prefix_keys": self.key_panels, "prefix_values": self.value_panels}
-
-    def of(self, document: int) -> dict[str, Tensor]:
-        """Of one document."""
-        panels = {name: some[document] for name, some in self.panels().items()}
-        return {**panels, "keys": self.keys[document], "values": self.values[document]}
+def _empty_documents(shape: tuple[int, ...], width: int) -> dict[str, Tensor]:
+    """A layer's keys and values (document, head, prefix, size): as they are, and in panels (document, head, ...)."""
+    documents, heads, length, size = shape
+    key_panels, value_panels = (length + -length % width) * size, (size + -size % width) * length
+    return {
+        "keys": torch.zeros(shape),
+        "values": torch.zeros(shape),
+        "prefix_keys": torch.zeros(documents, heads, key_panels),
+        "prefix_values": torch.zeros(documents, heads, value_panels),
+    }
 
 
 def _table(layers: Iterable[dict[str, Tensor]]) -> Any:

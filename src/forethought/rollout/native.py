@@ -1,20 +1,17 @@
 """The native engine: thoughts, and free text, from any Hugging Face causal LM."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from forethought.config import Config, Method, UserError
 from forethought.data.positions import Positions, ThoughtFormat
-from forethought.models.logprobs import mask_token
 from forethought.rollout import Responses, Thoughts, share_prefixes
 from forethought.rollout.cpp import CppBackend
 from forethought.rollout.cuda_graphs import CUDAGraphDecoder, capturable
-from forethought.rollout.decoder import COMPACT, Backend, Decoder, DecodeState, EagerBackend, ReplicatedBatch, sample
+from forethought.rollout.decoder import Backend, Decoder, DecodeState, EagerBackend
 
 
 class NativeEngine:
@@ -100,74 +97,3 @@ def _cpp(model: Any, config: Config) -> CppBackend | None:
         return CppBackend(model)
     except ValueError as error:
         raise UserError(f"model.decoding = 'cpp': {error}; use 'auto' or 'eager'") from error
-
-
-Stop = Callable[[Sequence[int]], bool]  # whether a row that has generated these tokens is finished
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """How to draw tokens, how many, and for how many rows at once."""
-
-    limit: int  # longest text, in generated tokens
-    temperature: float  # 0: greedy
-    top_p: float = 1.0
-    rows: int = 64  # changes speed and memory, not the result
-    not_first: int | None = None  # a token that no text begins with, such as a thought's closing delimiter
-
-
-@torch.no_grad()
-def generate(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    stop: Stop,
-    streams: Sequence[torch.Generator],
-    progress: Callable[[int], None] = lambda done: None,
-) -> list[list[int]]:
-    """The tokens that follow each prompt, with the one that stopped it; at least one each.
-
-    Prompt i draws from streams[i] alone, so its text does not depend on how prompts are split into batches (up to the
-    rounding of a row that is padded to another width). `progress` receives the number of prompts of each batch.
-    """
-    texts: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))  # similar prompts together
-    for start in range(0, len(order), sampling.rows):
-        batch = order[start : start + sampling.rows]
-        noise = torch.stack([torch.rand(sampling.limit, generator=streams[i]) for i in batch])
-        found = _generate_batch(model, [prompts[i] for i in batch], sampling, stop, noise.to(model.device))
-        for i, tokens in zip(batch, found, strict=True):
-            texts[i] = tokens
-        progress(len(batch))
-    return texts
-
-
-def _generate_batch(
-    model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, stop: Stop, noise: Float[Tensor, "row limit"]
-) -> list[list[int]]:
-    batch, logits = ReplicatedBatch.read(model, prompts, pad=0)
-    texts: list[list[int]] = [[] for _ in prompts]
-    rows, running = list(range(len(prompts))), [True] * len(prompts)  # the rows in the batch, and which continue
-    for step in range(sampling.limit):
-        if step == 0 and sampling.not_first is not None:
-            logits = mask_token(logits, sampling.not_first)
-        drawn = _draw(logits, noise[rows, step], sampling)
-        for i, (row, token) in enumerate(zip(rows, drawn.tolist(), strict=True)):
-            if running[i]:
-                texts[row].append(token)
-                running[i] = not stop(texts[row])
-        if not any(running) or step + 1 == sampling.limit:
-            break
-        if sum(running) < COMPACT * len(rows):
-            kept = [i for i, runs in enumerate(running) if runs]
-            rows, running = [rows[i] for i in kept], [True] * len(kept)
-            drawn = drawn[kept]
-            batch.select(torch.tensor(kept, device=model.device))
-        logits = batch.step(drawn)
-    return texts
-
-
-def _draw(logits: Float[Tensor, "row vocab"], noise: Float[Tensor, " row"], sampling: Sampling) -> Int[Tensor, " row"]:
-    if sampling.temperature == 0:
-        return logits.argmax(dim=-1)
-    return sample(logits, noise, sampling.temperature, sampling.top_p)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from forethought.config import Config
 from forethought.run.distributed import launcher_rank_and_size
-from forethought.tools.report import card
 
 if TYPE_CHECKING:
     from forethought.config import Parallel
@@ -22,6 +21,7 @@ def train(config: Config, callbacks: "Callbacks | None" = None) -> dict[str, Any
     Returns what summary.json holds. Raises UserError, RunError, Stopped.
     """
     from forethought import trainer
+    from forethought.tools.report import card
 
     summary = trainer.train(config, callbacks)
     if launcher_rank_and_size()[0] == 0:
@@ -32,6 +32,7 @@ def train(config: Config, callbacks: "Callbacks | None" = None) -> dict[str, Any
 def resume(run: str | Path, callbacks: "Callbacks | None" = None, parallel: "Parallel | None" = None) -> dict[str, Any]:
     """Continue a run from its last checkpoint, see `forethought.trainer.resume`, and write the model card."""
     from forethought import trainer
+    from forethought.tools.report import card
 
     summary = trainer.resume(run, callbacks, parallel)
     if launcher_rank_and_size()[0] == 0:
@@ -44,6 +45,7 @@ def evaluate(
 ) -> tuple[dict[str, Any], Path]:
     """Evaluate a run or a model on held-out text, see `forethought.eval.evaluate`; a run's model card is rewritten."""
     from forethought import eval as held_out
+    from forethought.tools.report import card
 
     figures, file = held_out.evaluate(target, overrides, progress)
     card.write(file.parent, (overrides or {}).get("evaluate", {}).get("path", ""))

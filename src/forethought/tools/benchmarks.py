@@ -40,7 +40,7 @@ LETTERS = "ABCDEFGHIJ"
 _MODES = {"without": ("nothink",), "with": ("think",), "both": ("nothink", "think")}
 _EXTENSIONS = (".jsonl", ".jsonl.gz", ".csv")
 _TIMEOUT_S = 5  # of math-verify, for one answer
-_SCIENTIFIC = re.compile(r"(?<![\w.])\d+(?:\.\d*)?[eE][-+]?\d{1,2}(?![\w.])")
+_SMALL, _ROUNDING = 1e-3, 1e-6  # below the first, references and answers differ by at most the second, relatively
 _FIELDS = {  # names of the hub's data sets and of their common copies
     "question": ("question", "problem", "Question"),
     "answer": ("answer", "final_answer", "expected_answer"),
@@ -91,10 +91,11 @@ def run_benchmarks(
 
 
 def require_extra() -> None:
-    """Raises UserError where lm-evaluation-harness or math-verify is not installed."""
+    """Raises UserError where lm-evaluation-harness or math-verify is not installed; else turns off their warnings."""
     for package in ("lm_eval", "math_verify"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"benchmark questions need {package}: pip install 'forethought[eval]'")
+        logging.getLogger(package).setLevel(logging.ERROR)
 
 
 def checker() -> str:
@@ -122,7 +123,6 @@ class Benchmark:
 
 def load_tasks(options: Questions) -> list[Benchmark]:
     """The tasks of questions.tasks, with data from NAME=PATH, else questions.data, else the hub. Raises UserError."""
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from lm_eval.tasks import TaskManager
 
     from forethought.tools.lm_eval import TASKS
@@ -192,7 +192,7 @@ def _questions(task: str, file: Path | None, hub: Sequence[str]) -> list[Row]:
         if file is None:
             import datasets
 
-            rows = enumerate(datasets.load_dataset(hub[0], hub[1], split=hub[2]), start=1)
+            rows: Any = enumerate(datasets.load_dataset(hub[0], hub[1], split=hub[2]), start=1)
         elif file.suffix == ".csv":
             lines = file.read_text(encoding="utf-8-sig").splitlines(keepends=True)
             rows = enumerate(csv.DictReader(lines, strict=True), start=2)
@@ -268,23 +268,30 @@ def grade(text: str, reference: str, choices: int = 0, tolerance: float = 0.0) -
 
     # The library interrupts itself by a signal, which only the main thread can receive.
     timeout = _TIMEOUT_S if threading.current_thread() is threading.main_thread() else 0
-    plain = (
-        _SCIENTIFIC.sub(lambda found: f"{Decimal(found[0]):f}", one) for one in (f"$\\boxed{{{reference}}}$", text)
-    )
+    plain = (_plain_numbers(one) for one in (f"$\\boxed{{{reference}}}$", text))
     gold, answer = (math_verify.parse(one, parsing_timeout=timeout) for one in plain)
     if not answer:
         return Grade(None, False)
-    right = math_verify.verify(gold, answer, timeout_seconds=timeout) or (tolerance and _close(gold, answer, tolerance))
-    return Grade(str(answer[-1]), bool(right))
+    right = math_verify.verify(gold, answer, timeout_seconds=timeout)
+    close = _relative_error(gold, answer)
+    if close is not None:  # the library compares six decimals, too few for small numbers
+        right = 0 < close <= tolerance or (right and (abs(float(gold[0])) >= _SMALL or close <= _ROUNDING))
+    return Grade(str(answer[-1]), right)
 
 
-def _close(gold: Sequence[Any], answer: Sequence[Any], tolerance: float) -> bool:
-    """Whether two numbers differ by no more than a relative error."""
+def _plain_numbers(text: str) -> str:
+    """4.5e-3 as 0.0045 and 5. as 5, which math-verify reads anywhere."""
+    text = re.sub(r"(?<=\d)\.(?=\s*[}/])", "", text)
+    return re.sub(r"(?<![\w.])\d+(?:\.\d*)?[eE][-+]?\d{1,2}(?![\w])", lambda found: f"{Decimal(found[0]):f}", text)
+
+
+def _relative_error(gold: Sequence[Any], answer: Sequence[Any]) -> float | None:
+    """Of the answer, where both are numbers and the reference is not 0."""
     try:
         true, mine = float(gold[0]), float(answer[0])
     except (IndexError, TypeError, ValueError, OverflowError):
-        return False
-    return abs(mine - true) <= tolerance * abs(true)
+        return None
+    return abs(mine - true) / abs(true) if true else None
 
 
 def extract_letter(text: str, choices: int) -> str | None:
@@ -292,7 +299,7 @@ def extract_letter(text: str, choices: int) -> str | None:
     letter = f"([{LETTERS[:choices]}])"
     for pattern in (
         rf"\\boxed\{{\s*(?:\\text\{{)?\(?{letter}(?!\w)",
-        rf"(?i:answer|option|choice)(?i:\s+is)?[\s:=*$(]*{letter}(?![\w'])",
+        rf"(?i:answer|option|choice)(?i:\s+is)?[\s:=*$(]*(?:\\text\{{)?{letter}(?![\w'])",
         rf"\A\s*\(?{letter}(?=[).:,\n]|\s*\Z)",
         rf"(?<![\w'-]){letter}(?=[).,:;]|\s*\Z)",
     ):

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from forethought.config import RenamedWarning
-from forethought.config.registry import METRICS
+from forethought.config.registry import METRICS, Metric
 from forethought.run.diagnostics import Diagnosis
 from forethought.run.trackers import Callbacks
 
@@ -26,19 +26,10 @@ CONTROLS = (
     "gain_over_teacher", "gain_self", "gain_empty", "gain_random", "gain_shuffled", "kept_shuffled", "marginal",
     "drift", "leakage", "checkable", "truth",
 )  # fmt: skip
-ANSWERS = {
-    "pass_at_1": "pass@1",
-    "greedy": "greedy",
-    "loglik_letter": "likeliest letter",
-    "loglik_plain": "likeliest choice",
-    "loglik_normalised": "likeliest per byte",
-    "extracted": "extracted",
-    "stated": "stated",
-    "cut_off": "cut off",
-    "answer_length": "answer, tokens",
-    "thought_length": "thought, tokens",
-    "closed": "thoughts closed",
-}
+ANSWERS = (
+    "pass_at_1", "greedy", "loglik_letter", "loglik_plain", "loglik_normalised", "extracted", "stated", "cut_off",
+    "answer_length", "thought_length", "closed",
+)  # fmt: skip
 
 
 class ProgressBar(Callbacks):
@@ -120,10 +111,8 @@ def table(figures: dict[str, Any], columns: Sequence[str], out: Console, metrics
         for metric in (METRICS[name] for name in metrics):
             names = [f"{column}/{group}/{metric.name}" for column in columns]
             if any(name in figures for name in names):
-                units = ("nats", "tokens") if "entropy" not in metric.label else ()  # an entropy is in nats
-                unit = f" ({metric.unit})" if metric.unit in units else ""
                 cells = [_cell(figures, name, metric.unit == "share") for name in names]
-                shown.add_row(f"  {metric.label}{unit}", *cells)
+                shown.add_row(f"  {_row_label(metric)}", *cells)
     out.print(shown)
 
 
@@ -139,20 +128,26 @@ def answer_table(figures: dict[str, Any], out: Console) -> None:
     for group in dict.fromkeys(key[2] for key in keys):
         asked = [value for name, value in figures.items() if name.endswith(f"/{group}/questions")]
         shown.add_row(Text(f"{group}: {asked[0]} asked" if asked else f"{group} average", style="bold"))
-        for metric, meaning in ANSWERS.items():
-            cells = [_answer_cell(figures, f"{who}/{mode}/{group}/{metric}", metric) for who, mode in columns]
+        for metric in (METRICS[name] for name in ANSWERS):
+            names = [f"{who}/{mode}/{group}/{metric.name}" for who, mode in columns]
+            cells = [_answer_cell(figures, name, metric.unit == "share") for name in names]
             if any(cells):
-                shown.add_row(f"  {meaning}", *cells)
+                shown.add_row(f"  {_row_label(metric)}", *cells)
     out.print(shown)
 
 
-def _answer_cell(figures: dict[str, Any], name: str, metric: str) -> str:
+def _answer_cell(figures: dict[str, Any], name: str, share: bool) -> str:
     if name not in figures:
         return ""
     error = figures.get(f"{name}/se")
-    scale, places, unit = (1, 0, "") if metric.endswith("length") else (100, 1, "%")
-    after = "" if error is None else f" ±{scale * error:.{places}f}"
-    return f"{scale * figures[name]:.{places}f}{unit}{after}"
+    scale, decimals, unit = (100, 1, "%") if share else (1, 0, "")
+    after = "" if error is None else f" ±{scale * error:.{decimals}f}"
+    return f"{scale * figures[name]:.{decimals}f}{unit}{after}"
+
+
+def _row_label(metric: Metric) -> str:
+    units = ("nats", "tokens") if "entropy" not in metric.label else ()  # an entropy is in nats
+    return metric.label + (f" ({metric.unit})" if metric.unit in units else "")
 
 
 def _cell(figures: dict[str, Any], name: str, share: bool) -> Text:

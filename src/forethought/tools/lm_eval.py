@@ -23,8 +23,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from forethought.config import UserError, merge
-from forethought.inference import Answer, Pair, ThinkingModel
-from forethought.rollout.native import Sampling
+from forethought.inference import Answer, Pair, Sampling, ThinkingModel
 
 TASKS = Path(__file__).parent / "tasks"  # the task files of tools/benchmarks.py
 _KNOWN = {"until", "do_sample", "temperature", "top_p", "max_gen_toks"}
@@ -86,7 +85,7 @@ class ForethoughtLM(TemplateLM):
         self.thinker = path if isinstance(path, ThinkingModel) else ThinkingModel.load(path, _overrides(options))
         self.tokenizer = self.thinker.tokenizer
         self._device = self.thinker.model.device
-        self.progress: Callable[[int], Any] = lambda done: None  # called with the number of requests just finished
+        self.progress: Callable[[int], Any] | None = None  # in place of bars: gets the number of requests just done
 
     @property
     def max_length(self) -> int:
@@ -121,7 +120,7 @@ class ForethoughtLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         pairs = [self._truncate(context, continuation) for _, context, continuation in requests]
         how = {"thoughts": self.thoughts, "thought_temperature": self.thought_temperature, "seed": self.seed}
-        with tqdm(total=len(pairs), disable=disable_tqdm, desc="Running loglikelihood requests") as bar:
+        with self._bar("loglikelihood", len(pairs), disable_tqdm) as bar:
             scores = self.thinker.score(pairs, progress=functools.partial(self._advance, bar), **how)
         for (texts, _, _), score in zip(requests, scores, strict=True):
             self.cache_hook.add_partial("loglikelihood", texts, score)
@@ -159,7 +158,7 @@ class ForethoughtLM(TemplateLM):
         """A Reply to each context, up to the first of the strings that end it."""
         replies = [Reply()] * len(requests)
         how = {"thoughts": self.thoughts, "thought_temperature": self.thought_temperature}
-        with tqdm(total=len(requests), disable=disable_tqdm, desc="Running generate_until requests") as bar:
+        with self._bar("generate_until", len(requests), disable_tqdm) as bar:
             for batch, sampling, until in self._batches([one.args for one in requests]):
                 longest = self.max_length - sampling.limit
                 contexts = [self.tok_encode(requests[i].args[0])[-longest:] for i, _ in batch]
@@ -195,9 +194,13 @@ class ForethoughtLM(TemplateLM):
             for start in range(0, len(members), size):
                 yield members[start : start + size], sampling, list(options.get("until", []))
 
+    def _bar(self, name: str, total: int, disable: bool) -> tqdm:
+        return tqdm(total=total, disable=disable or self.progress is not None, desc=f"Running {name} requests")
+
     def _advance(self, bar: tqdm, done: int) -> None:
         bar.update(done)
-        self.progress(done)
+        if self.progress is not None:
+            self.progress(done)
 
     @property
     def tokenizer_name(self) -> str:

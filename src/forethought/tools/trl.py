@@ -43,9 +43,8 @@ FIXED = ("name", "baseline", "scale", "clamp_gain", "min_gain", "kl_weight", "in
 def parts(config: Config, folder: str | Path, **more: Any) -> dict[str, Any]:
     """The keyword arguments of a `GRPOTrainer` that trains RLP with the options of a run.
 
-    Loads the model and its tokenizer, draws the prompts of all steps, and creates the reward, the callback that updates
-    the teacher and the `GRPOConfig`. `more` is passed to `arguments`. Raises UserError for options that TRL does not
-    support.
+    Loads model and tokenizer, draws the prompts of all steps, and creates the reward, the `GRPOConfig` and the callback
+    that updates the teacher. `more` is passed to `arguments`. Raises UserError for options that TRL does not support.
     """
     tokenizer = load_tokenizer(config.model)
     form = thought_format(tokenizer, config.method)
@@ -268,9 +267,8 @@ def stopping_at(token: int, tokenizer: Any, model: Any) -> Any:
 
 def save(reward: InformationGain, folder: str | Path) -> None:
     """Save the trained model as a Hugging Face folder, with its original tokenizer and end-of-text tokens."""
-    policy = reward.policy
-    policy.config, policy.generation_config = copy.deepcopy(reward.original_configs)
-    policy.save_pretrained(folder)
+    reward.policy.config, reward.policy.generation_config = copy.deepcopy(reward.original_configs)
+    reward.policy.save_pretrained(folder)
     reward.tokenizer.save_pretrained(folder)
 
 

@@ -113,6 +113,8 @@ def test_questions_show_the_way_as_a_thought(questions, think):
         f"Question: What is 1 + 1?\nAnswer:{opened}| One and one make two.{closed} The answer is 2.\0",
         f"Question: What is 2 + 2?\nAnswer:{opened}| Two and two make four.{closed} The answer is 4.\0",
     }
+    for package in ("lm_eval", "math_verify"):
+        pytest.importorskip(package, reason="make test-lm-eval installs the extra eval")
     reward = Verified(stage, tokenizer, form)
     ids = [tokenizer.encode(f"so{closed} The answer is {n}.", add_special_tokens=False) for n in ("2", "2.0", "3")]
     assert reward(ids, ["2"] * 3) == [1, 1, 0]

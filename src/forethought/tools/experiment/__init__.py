@@ -11,7 +11,7 @@ from forethought.run.folder import RunLog
 from forethought.run.signals import SignalArrived, Stopped
 from forethought.run.trackers import Callbacks
 from forethought.tools import report
-from forethought.tools.experiment import arms, asked, table
+from forethought.tools.experiment import arms, questions, table
 from forethought.tools.experiment.design import BASE, Experiment, Job, read
 from forethought.tools.experiment.workers import WorkerPool
 from forethought.tools.report.comparison import Verdict
@@ -37,7 +37,7 @@ def compare(
     began, meter = time.perf_counter(), arms.Meter()
     experiment, observer = read(path, overrides or {}), observer or Callbacks()
     todo = [job for job in experiment.jobs if not arms.finished(experiment, job)]
-    asked.check(experiment)
+    questions.check(experiment)
     arms.measure_base(experiment, observer, meter)
     failed: dict[str, str] = {}
     try:

@@ -3,7 +3,7 @@
 RUN/base/records.json              measurements of the start
 RUN/ARM/seed-N/                    the arm's run folder, and its records.json
 RUN/ARM/seed-N/documents.json      for the thought viewer, with the first seed
-RUN/ARM/seed-N/answers.json        results of the experiment's questions (asked.py); also base/answers.json
+RUN/ARM/seed-N/answers.json        results of the experiment's questions (questions.py); also base/answers.json
 RUN/ARM/seed-N/spent.json          seconds and CPU seconds of the job
 RUN/ARM/seed-N/post/               post-training: a run folder for each stage, and records.json after the last
 RUN/base/seed-N/post/              the same for the start
@@ -21,7 +21,7 @@ from forethought.eval import controls, heldout, viewer
 from forethought.run.folder import RunLog
 from forethought.run.trackers import Callbacks
 from forethought.tools import resume, train
-from forethought.tools.experiment import asked
+from forethought.tools.experiment import questions
 from forethought.tools.experiment.design import BASE, Experiment, Job
 from forethought.tools.posttrain import chain
 
@@ -53,14 +53,14 @@ def measure_base(experiment: Experiment, observer: Callbacks, meter: Meter) -> N
     if known:
         _check_same(RunLog.open(folder).config(), experiment.start, BASE)
         trained = [(folder / f"seed-{seed}" / POST / RECORDS).is_file() for seed in seeds if experiment.post]
-        if asked.done(experiment, folder) and all(trained):
+        if questions.done(experiment, folder) and all(trained):
             return
     observer.part(BASE)
     if not known:
         start = dataclasses.replace(experiment.start, overwrite=True)
         subject = eval.subject_of(start)
         _measure(RunLog.create(start), subject, observer)
-    asked.ask(experiment, experiment.start, folder, observer)
+    questions.ask(experiment, experiment.start, folder, observer)
     for seed in seeds:
         _posttrain(experiment, dataclasses.replace(experiment.start, seed=seed), folder / f"seed-{seed}", observer)
     meter.lap(folder)
@@ -76,7 +76,7 @@ def finished(experiment: Experiment, job: Job) -> bool:
         _check_same(RunLog.open(folder).config(), _with_budget(experiment, job), job.name)
     last = folder / POST if experiment.post else folder
     recorded = (folder / RECORDS).is_file() and (last / RECORDS).is_file()
-    return known and recorded and asked.done(experiment, folder)
+    return known and recorded and questions.done(experiment, folder)
 
 
 def run_job(experiment: Experiment, job: Job, observer: Callbacks, meter: Meter) -> None:
@@ -111,7 +111,7 @@ def _measure_job(experiment: Experiment, job: Job, config: Config, observer: Cal
         first = job.seed == experiment.of(job.arm)[0].seed
         _measure(RunLog.open(folder), subject, observer, view_as=job.name if first else "")
     trained = eval.trained(config, folder)
-    asked.ask(experiment, trained, folder, observer)
+    questions.ask(experiment, trained, folder, observer)
     _posttrain(experiment, trained, folder, observer)
 
 

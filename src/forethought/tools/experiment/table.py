@@ -6,7 +6,7 @@ from typing import Any
 
 from forethought.eval.heldout import Drawn, differences, drawn_together, pooled
 from forethought.run.folder import RunLog
-from forethought.tools.experiment import asked
+from forethought.tools.experiment import questions
 from forethought.tools.experiment.arms import SPENT, Recorded, post_records, records, weights
 from forethought.tools.experiment.design import BASE, Experiment, Job
 from forethought.tools.report.comparison import ALL, COSTS, QUESTIONS, Row, Verdict
@@ -156,17 +156,17 @@ def _answers(experiment: Experiment, done: Sequence[Job]) -> list[Row]:
     """Benchmark results of each arm, and their differences to the base's on the same questions."""
     if not experiment.ask:
         return []
-    base = asked.answered(experiment.run / BASE)
-    table = _answered(BASE, ALL, asked.pooled([base]))
+    base = questions.answered(experiment.run / BASE)
+    table = _answered(BASE, ALL, questions.pooled([base]))
     for name in experiment.arms:
-        found = {job.seed: asked.answered(experiment.run / job.name) for job in done if job.arm == name}
+        found = {job.seed: questions.answered(experiment.run / job.name) for job in done if job.arm == name}
         for seed, one in found.items():
-            table += _answered(name, seed, asked.pooled([one]))
+            table += _answered(name, seed, questions.pooled([one]))
         if found:
-            table += _answered(name, ALL, asked.pooled(list(found.values())))
-            table += _answered(name, ALL, asked.over(list(found.values()), base), f"minus/{BASE}/")
+            table += _answered(name, ALL, questions.pooled(list(found.values())))
+            table += _answered(name, ALL, questions.over(list(found.values()), base), f"minus/{BASE}/")
     return table
 
 
 def _answered(arm: str, seed: int | str, figures: Mapping[str, float | int], prefix: str = "") -> list[Row]:
-    return _rows(arm, seed, asked.with_intervals(dict(figures)), f"{prefix}{QUESTIONS}/")
+    return _rows(arm, seed, questions.with_intervals(dict(figures)), f"{prefix}{QUESTIONS}/")

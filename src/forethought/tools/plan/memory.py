@@ -8,11 +8,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from forethought.config import from_dict, merge, to_dict
-from forethought.flops import SavedBytes, mamba_saved
+from forethought.flops import MAX_LOGITS, SavedBytes, automatic_chunk, mamba_saved
 from forethought.tools.plan.job import Job, Layout
 
-LOGITS = {"cpu": 2**26, "cuda": 2**28}  # most logits that the update holds at once (forethought.models.logprobs)
-CPU_CHUNK = 2**30  # bytes that update.tokens_per_chunk = 0 aims at on a CPU; on a GPU an eighth of its memory
 SCANS = "Mamba scans without mamba_ssm"
 PREPACK_MIN_WEIGHTS = 1_000_000  # weights of linear layers from which a CPU decodes with prepacked weights
 _SAMPLED_TOKEN = 29  # bytes of a sampled token: noise, tokens and log-probabilities, and their copies
@@ -56,13 +54,10 @@ def fits(job: Job) -> bool:
 
 
 def chunk_tokens(job: Job) -> int:
-    """Tokens in one forward and backward pass: the rule of `forethought.models.logprobs.chunk_tokens`."""
-    if job.config.update.tokens_per_chunk:
-        return job.config.update.tokens_per_chunk
-    shape = job.shape
-    budget = CPU_CHUNK if job.machine.name == "cpu" else job.machine.memory // 8
-    vectors = shape.layers * (14 * shape.hidden + 5 * shape.intermediate)
-    return int(min(max(budget // (vectors * job.compute_bytes), 256), 2**16))
+    """Tokens in one forward and backward pass, as in `forethought.models.logprobs.chunk_tokens`."""
+    shape, memory = job.shape, None if job.machine.name == "cpu" else job.machine.memory
+    automatic = automatic_chunk(shape.layers, shape.hidden, shape.intermediate, job.compute_bytes, memory)
+    return job.config.update.tokens_per_chunk or automatic
 
 
 def uses_cuda_graphs(job: Job) -> bool:
@@ -162,7 +157,7 @@ def _update(job: Job) -> dict[str, float]:
     documents = min(max(1, tokens // (job.max_prefix + 1)), job.local_windows)
     width = job.between + job.max_new_tokens + (0 if job.shared else prefix)
     rows = min(max(1, tokens // width), documents * job.thoughts_per_window)
-    at_once = min(rows, max(1, LOGITS["cpu" if on_cpu else "cuda"] // (job.max_new_tokens * shape.vocab)))
+    at_once = min(rows, max(1, MAX_LOGITS["cpu" if on_cpu else "cuda"] // (job.max_new_tokens * shape.vocab)))
     # a logit: raw, masked, scaled by the temperature, normalized
     logits = (12 if size == 2 or method.temperature == 1 else 16) * at_once * job.max_new_tokens * shape.vocab
     backward = 4.0 * rows * width * (2 * shape.intermediate + 4 * shape.hidden)

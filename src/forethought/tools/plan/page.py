@@ -124,7 +124,7 @@ def _changes(result: Plan) -> list[Table | str]:
 
 
 def _simulation(result: Plan, lengths: str) -> list[Table | str]:
-    heads = ("positions", "step, s", "compute", "wait", "communication", "efficiency")
+    heads = ("positions", "step, s", "compute", "wait", "network", "efficiency")
     return [
         _table(("weak scaling", *heads), map(_scale, result.weak)),
         _table(("strong scaling", *heads), map(_scale, result.strong)),

@@ -169,31 +169,32 @@ def _world_examples(stage: Stage, config: Config, tokenizer: Any, form: ThoughtF
 
 
 def _question_examples(stage: Stage, config: Config, tokenizer: Any, form: ThoughtFormat) -> Iterator[Example]:
-    """Questions of a file, asked as `forethought questions` does; what shows the way to the answer is the thought."""
-    rows = list(_read_questions(stage.data))
+    """Questions of a file with the prompt of `forethought questions`; the worked solution is the thought."""
+    rows = _read_questions(stage.data)
     rng = random.Random(f"stage {config.seed}")
     ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
-    def encoded(text: str) -> list[int]:
+    def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     while True:
         rng.shuffle(rows)
-        for question, steps, answer in rows:
-            read, said = tokenizer(f"Question: {question}\nAnswer:")["input_ids"], encoded(f" The answer is {answer}.")
-            thought = encoded(f" {steps}") if steps else []
+        for question, solution, answer in rows:
+            context = tokenizer(f"Question: {question}\nAnswer:")["input_ids"]
+            worked = encode(f" {solution}") if solution else []
+            final = [*encode(f" The answer is {answer}."), *ends]
             if stage.think:
-                completion = [*thought, *form.close, *said, *ends] if steps else []
-                yield Example(prompt=form.prompt_tokens(read), completion=completion, answer=answer)
+                completion = [*worked, *form.close, *final] if solution else []
+                yield Example(prompt=form.prompt_tokens(context), completion=completion, answer=answer)
             else:
-                yield Example(prompt=read, completion=[*thought, *said, *ends], answer=answer)
+                yield Example(prompt=context, completion=[*worked, *final], answer=answer)
 
 
-def _read_questions(path: str) -> Iterator[tuple[str, str, str]]:
-    """Yield question, worked solution (may be empty) and answer of each row. Raises UserError with file and line."""
+def _read_questions(path: str) -> list[tuple[str, str, str]]:
+    """Question, worked solution (may be empty) and answer of each row. Raises UserError with file and line."""
     if not path.endswith((".jsonl", ".jsonl.gz")):
         raise UserError(f"data = {path!r}: must be world:NAME/SPLIT or a file of questions (.jsonl or .jsonl.gz)")
-    empty = True
+    rows = []
     try:
         for number, row in read_jsonl(path):
             question, answer = row.get("question", row.get("problem")), row.get("answer")
@@ -203,38 +204,40 @@ def _read_questions(path: str) -> Iterator[tuple[str, str, str]]:
                 )
             shown, _, final = str(answer).rpartition("####")
             solution = str(row.get("solution") or shown).split("####")[0]
-            yield question.strip(), re.sub(r"<<[^<>]*>>", "", solution).strip(), final.strip()
-            empty = False
+            rows.append((question.strip(), re.sub(r"<<[^<>]*>>", "", solution).strip(), final.strip()))
     except OSError as error:
         raise UserError(f"data = {path!r}: {error.strerror or error}") from None
-    if empty:
+    if not rows:
         raise UserError(f"data = {path!r}: contains no questions")
+    return rows
 
 
 class Verified:
-    """The verifiable reward: 1 for a completion whose answer is right, else 0. Logs `answered`, the share that answer.
+    """The verifiable reward: 1 for a completion with a right answer, else 0. Logs `answered`, the share with an answer.
 
-    The answer is what follows the first closing delimiter, where the stage thinks; a thought that never closes answers
-    nothing. On an embedded world it is right when its first word is the document's, else as in `forethought questions`.
+    With `think`, the answer is the text after the first closing delimiter; a thought that never closes has no answer.
+    On an embedded world, an answer is right if its first word is the document's; otherwise it is graded as in
+    `forethought questions`.
     """
 
     def __init__(self, stage: Stage, tokenizer: Any, form: ThoughtFormat):
         self.tokenizer, self.close = tokenizer, list(form.close) if stage.think else []
-        self.right: Callable[[str, str], bool] = _first_word
+        self.is_right: Callable[[str, str], bool] = _first_word
         if not stage.data.startswith("world:"):
             require_extra()
-            self.right = _graded
+            self.is_right = _graded
 
     def __call__(
         self, completion_ids: Sequence[list[int]], answer: Sequence[str], log_metric: Any = None, **_: Any
     ) -> list[float]:
-        """One reward a completion."""
-        said = [self._said(ids) for ids in completion_ids]
+        """One reward per completion."""
+        answers = [self._answer(ids) for ids in completion_ids]
         if log_metric is not None:
-            log_metric("answered", sum(text is not None for text in said) / len(said))
-        return [float(text is not None and self.right(text, true)) for text, true in zip(said, answer, strict=True)]
+            log_metric("answered", sum(text is not None for text in answers) / len(answers))
+        pairs = zip(answers, answer, strict=True)
+        return [float(text is not None and self.is_right(text, true)) for text, true in pairs]
 
-    def _said(self, ids: list[int]) -> str | None:
+    def _answer(self, ids: list[int]) -> str | None:
         size = len(self.close)
         for i in range(len(ids) - size + 1):
             if ids[i : i + size] == self.close:

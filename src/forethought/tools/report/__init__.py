@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 
 from forethought.config import UserError, flatten
 from forethought.config.registry import METHODS
-from forethought.tools.report import answers, comparison, plots, viewer
+from forethought.tools.report import comparison, plots, viewer
 from forethought.tools.report import runs as run_folders
 from forethought.tools.report.runs import Position, Run, number
 from forethought.tools.report.tables import capitalized, duration, evaluations, figure, metric, signed, visible
@@ -71,7 +71,7 @@ def write_comparison(run: Path) -> Path:
     if first:
         write(first, run / "curves.html")
     target = run / "compare.html"
-    html = _render("comparison.html.j2", {**comparison.content(figures), **answers.content(figures)})
+    html = _render("comparison.html.j2", {**comparison.content(figures), **comparison.question_tables(figures)})
     try:
         target.write_text(html, encoding="utf-8")
     except OSError as error:

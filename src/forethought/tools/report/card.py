@@ -9,9 +9,9 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from forethought._version import __version__
 from forethought.config import Config, Method, flatten, to_dict
-from forethought.config.registry import METHODS, REWARDS, label
+from forethought.config.registry import REWARDS, label
+from forethought.run import __version__
 from forethought.run.folder import RunLog
 from forethought.tools.report.runs import number
 from forethought.tools.report.tables import NBSP, capitalized, duration, figure, interval, metric, ordered, visible
@@ -78,9 +78,10 @@ def _hub_id(name: str) -> str | None:
 
 def _opening(config: Config) -> str:
     base = "random weights of the architecture of" if config.model.init == "random" else "the base model"
-    known = METHODS.get(config.method.name)
-    paper = f" ([arXiv:{known.paper}](https://arxiv.org/abs/{known.paper}))" if known and known.paper else ""
-    method = f"{known.label}{paper}: {known.help}" if known else _code(config.method.name)
+    entry = config.method.entry
+    paper = f" ([arXiv:{entry.paper}](https://arxiv.org/abs/{entry.paper}))" if entry.paper else ""
+    name = _code(entry.name) if entry.label == entry.name else _cell_text(entry.label)
+    method = f"{name}{paper}" + (f": {_cell_text(entry.help)}" if entry.help else "")
     return f"Trained from {base} {_code(config.model.path)} by {method}. Made with Forethought {__version__}."
 
 

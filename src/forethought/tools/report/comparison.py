@@ -293,3 +293,53 @@ def _options(arm: Arm) -> str:
     flat = [f"{option} = {value}" for option, value in flatten(arm.options).items()]
     budget = [f"as many {metric(kind).label} as {of}" for kind, of in arm.budget.items()]
     return ", ".join([*flat, *budget]) or "as the experiment"
+
+
+AVERAGES = ("math", "science", "overall")
+MODES = {"nothink": "no thought", "think": "thinking"}
+SHOWN = ("pass_at_1", "greedy", "loglik_letter", "loglik_plain", "loglik_normalised", "extracted", "closed")
+
+
+def question_tables(figures: Figures) -> dict[str, Any]:
+    """What the page's template shows of answers: no tables where nothing was asked."""
+    groups = figures.asked
+    averages = [_question_table(figures, group) for group in AVERAGES if group in groups]
+    tasks = [_question_table(figures, group) for group in groups if group not in AVERAGES]
+    return {"averages": averages, "tasks": tasks}
+
+
+def _question_table(figures: Figures, group: str) -> Table:
+    """A task, or an average of tasks: each accuracy of each mode with its error and the difference to the base."""
+    columns = [
+        (f"{mode}/{group}/{metric.name}", (f"{said}, {metric.label}", metric.help))
+        for mode, said in MODES.items()
+        for metric in (METRICS[name] for name in SHOWN)
+    ]
+    known = [one for one in columns if any(figures.row(arm, f"{QUESTIONS}/{one[0]}") for arm in figures.arms)]
+    rows = [(arm, [_question_cell(figures, arm, name) for name, _ in known]) for arm in figures.arms]
+    shown = [(arm, cells) for arm, cells in rows if any(value != "–" for value, _ in cells)]
+    return Table(caption=_question_caption(figures, group), columns=[column for _, column in known], rows=shown)
+
+
+def _question_caption(figures: Figures, group: str) -> str:
+    counts = [figures.row(BASE, f"{QUESTIONS}/{mode}/{group}/questions") for mode in MODES]
+    asked = [int(one.value) for one in counts if one is not None]
+    return f"{group}: {asked[0]} questions" if asked else f"{group} average"
+
+
+def _question_cell(figures: Figures, arm: str, name: str) -> tuple[str, str]:
+    """The share in percent; below it the standard error, and what the arm has more than the base."""
+    row = figures.row(arm, f"{QUESTIONS}/{name}")
+    if row is None:
+        return "–", ""
+    parts = [_question_error(figures, arm, f"{QUESTIONS}/{name}")]
+    more = figures.row(arm, f"minus/{BASE}/{QUESTIONS}/{name}")
+    if more is not None:
+        error = _question_error(figures, arm, f"minus/{BASE}/{QUESTIONS}/{name}")
+        parts.append(f"{signed(more.value, 'share')} {error}".strip() + " to base")
+    return figure(row.value, "share"), "; ".join(part for part in parts if part)
+
+
+def _question_error(figures: Figures, arm: str, metric: str) -> str:
+    row = figures.row(arm, f"{metric}/se", ALL)
+    return "" if row is None else f"± {100 * row.value:.1f}"

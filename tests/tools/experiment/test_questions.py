@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from forethought.config import UserError
-from forethought.tools.experiment import arms, asked, compare
+from forethought.tools import benchmarks
+from forethought.tools.experiment import arms, compare, questions
 from forethought.tools.experiment.design import read
+
+pytestmark = pytest.mark.filterwarnings("default")
 
 ASKING = """
 config = "quickstart"
@@ -48,7 +51,13 @@ def options(folder: Path, **questions: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+def extra() -> None:
+    for package in ("lm_eval", "math_verify"):
+        pytest.importorskip(package, reason="make test-lm-eval installs the extra eval")
+
+
+@pytest.fixture(scope="module")
+def finished(extra: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     folder = tmp_path_factory.mktemp("asking")
     verdicts, _ = compare(experiment(folder), options(folder))
     return folder, verdicts
@@ -102,6 +111,20 @@ def test_the_page_shows_every_arm_beside_the_base(finished: Any):
     assert "± " in part
 
 
+def test_answers_of_an_older_checker_remain_where_it_graded_them_all(finished: Any):
+    folder, _ = finished
+    files = [folder / "run" / name / "answers.json" for name in ("base", "rlp/seed-0", "rlp/seed-1")]
+    now = [file.read_text() for file in files]
+    old = [text.replace(benchmarks.checker(), "plain") for text in now]
+    for file, text in zip(files, old, strict=True):
+        file.write_text(text)
+    compare(experiment(folder), options(folder))
+    assert [file.read_text() for file in files] == old
+    files[0].write_text(now[0])
+    compare(experiment(folder), options(folder))
+    assert [file.read_text() for file in files] == now
+
+
 def test_other_questions_are_asked_anew_and_nothing_is_trained_again(finished: Any):
     folder, _ = finished
     run = folder / "run"
@@ -119,7 +142,7 @@ def test_other_questions_are_asked_anew_and_nothing_is_trained_again(finished: A
     assert not any("questions/" in metric for _, _, metric in rows(run))
 
 
-def test_arms_cannot_have_questions_of_their_own_and_files_are_read_first(tmp_path: Path):
+def test_arms_cannot_have_questions_of_their_own_and_files_are_read_first(extra: None, tmp_path: Path):
     text = ASKING.replace("[arms.rlp]", "[arms.rlp]\noptions = { questions.limit = 1 }")
     with pytest.raises(UserError, match=r"arms.rlp: cannot set questions, which all arms share"):
         read(experiment(tmp_path, text), options(tmp_path))
@@ -132,13 +155,13 @@ def test_arms_cannot_have_questions_of_their_own_and_files_are_read_first(tmp_pa
 
 def test_means_over_seeds_and_their_errors_by_hand():
     seeds = [{("think", "gsm8k"): {"greedy": np.array(some)}} for some in ([1.0, 0.0, 1.0, 0.0], [1.0, 1.0, 1.0, 0.0])]
-    found = asked.pooled(seeds)
+    found = questions.pooled(seeds)
     assert found["think/gsm8k/greedy"] == pytest.approx(0.625)  # of 1, 0.5, 1, 0
     within = np.var([1, 0.5, 1, 0], ddof=1) / 4
     between = np.var([0.5, 0.75], ddof=1) / 2
     assert found["think/gsm8k/greedy/se"] == pytest.approx(np.sqrt(within + between))
-    assert asked.pooled(seeds[:1])["think/gsm8k/greedy/se"] == pytest.approx(np.sqrt(1 / 3 / 4))
-    over = asked.over(seeds, {("think", "gsm8k"): {"greedy": np.array([0.0, 0.0, 1.0, 0.0])}})
+    assert questions.pooled(seeds[:1])["think/gsm8k/greedy/se"] == pytest.approx(np.sqrt(1 / 3 / 4))
+    over = questions.over(seeds, {("think", "gsm8k"): {"greedy": np.array([0.0, 0.0, 1.0, 0.0])}})
     assert over["think/gsm8k/greedy"] == pytest.approx(0.375)
     assert over["think/math/greedy"] == over["think/gsm8k/greedy"]
 
