@@ -305,9 +305,9 @@ class ThinkingModel:
 
     def check_length(self, tokens: int, thoughts: int) -> None:
         """Raise UserError for a text that, with a thought in it, exceeds the context window."""
-        extra = self._overhead(thoughts)
-        what = f"a text of {tokens} tokens with {extra} for a thought"
-        require_context(self.model.config, tokens + extra, what, "shorten the text or method.thought_length")
+        thought = self._overhead(thoughts)
+        what = f"a text of {tokens} tokens" + (f" with {thought} for a thought" if thought else "")
+        require_context(self.model.config, tokens + thought, what, "shorten the text or method.thought_length")
 
     def max_text_tokens(self, thoughts: int) -> int:
         """Tokens of text that fit into the context window, beside a thought unless `thoughts` is 0."""
@@ -484,8 +484,8 @@ def generate(
 ) -> list[list[int]]:
     """The tokens that follow each prompt, with the one that stopped it; at least one each.
 
-    Prompt i draws from generators[i] alone, so its text does not depend on how prompts are split into batches (up to the
-    rounding of a row that is padded to another width). `progress` receives the number of prompts of each batch.
+    Prompt i draws from generators[i] alone, so its text does not depend on how prompts are split into batches (up to
+    the rounding of a row that is padded to another width). `progress` receives the number of prompts of each batch.
     """
     texts: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))  # similar prompts together
