@@ -191,7 +191,7 @@ def test_characters_of_several_tokens_come_whole():
     assert len(places) + 1 == len(one.encode(text)) > len(text)
     assert "".join(place.text for place in places) == "é😀b"
     tokens = one.encode(text)
-    grown = [one._adds(tokens[:end]) for end in range(1, len(tokens) + 1)]
+    grown = [one._added_text(tokens[:end]) for end in range(1, len(tokens) + 1)]
     assert "".join(grown) == text
     assert "\N{REPLACEMENT CHARACTER}" not in "".join(grown)
 

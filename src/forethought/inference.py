@@ -1,8 +1,8 @@
-"""Predict and write with thoughts: what a trained model is for.
+"""Inference with thoughts: next-token predictions, scores of text, and generation.
 
-A thought stands before the token that it helps to predict, as in training (x_<t <think> c </think> x_t), and no later
-thought sees it. Several thoughts at one place make a mixture: p(x | x_<t) = 1/k sum_i p(x | x_<t, c_i). After further
-tokens each thought weighs what it made of them, so the probability of any text is the mean over thoughts.
+A thought is inserted before the token that it helps to predict, as in training (x_<t <think> c </think> x_t), and later
+thoughts do not see it. Several thoughts at a position form a mixture: p(x | x_<t) = 1/k sum_i p(x | x_<t, c_i). The
+probability of several tokens after the same thoughts is the mean over thoughts, too.
 """
 
 import itertools
@@ -34,10 +34,10 @@ from forethought.rollout import Thoughts, draw_noise
 from forethought.rollout.decoder import COMPACT, ReplicatedBatch, sample
 from forethought.rollout.native import native_engine
 
-_TAIL = 8  # tokens of which a text is decoded to see what the last one adds; a character has at most 4
-_LOGITS = 2**26  # logits that are held at once
+_TAIL = 8  # tokens decoded to find the text that the last one adds; a character has at most 4
+_MAX_LOGITS = 2**26  # logits in memory at once
 Text = str | Sequence[int]
-Pair = tuple[Sequence[int], Sequence[int]]  # tokens of a context, and of what follows it
+Pair = tuple[Sequence[int], Sequence[int]]  # tokens of a context and of its continuation
 Stop = Callable[[Sequence[int]], bool]  # whether a row that has generated these tokens is finished
 
 
@@ -58,33 +58,33 @@ class Thought:
 
     text: str
     tokens: tuple[int, ...]
-    closed: bool  # whether it ended itself; else it was closed by force at method.thought_length
+    closed: bool  # whether it closed itself; else it was cut at method.thought_length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """What comes next, over the whole vocabulary, in nats; on the model's device."""
+    """The distribution of the next token: log-probabilities in nats, on the model's device."""
 
-    logp: Float[Tensor, " vocab"]  # after thinking: the log of the mean probability over thoughts
+    logp: Float[Tensor, " vocab"]  # with thoughts: the log of the mean probability over them
     nothink: Float[Tensor, " vocab"]  # the same model without a thought
     thoughts: tuple[Thought, ...]
-    top: tuple[tuple[str, float], ...]  # the likeliest tokens after thinking, as text, with their probabilities
+    top: tuple[tuple[str, float], ...]  # the most likely tokens with thoughts, as text, and their probabilities
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredToken:
-    """One token of a text that was read, or one that was written. Log-probabilities at temperature 1, in nats."""
+    """A token of a given or generated text. Log-probabilities are at temperature 1, in nats."""
 
-    at: int  # its index among the text's tokens
+    at: int  # its index in the tokens of the text
     token: int
-    text: str  # what it adds to the text; "" inside a character
-    logp: float  # after thinking: the log of the mean probability over thoughts
+    text: str  # the text that it adds; "" inside a character
+    logp: float  # with thoughts: the log of the mean probability over them
     nothink: float  # without a thought
-    thoughts: tuple[Thought, ...]  # thought just before it; in a text that is written, none between two pauses
+    thoughts: tuple[Thought, ...]  # sampled right before it; in generation none where earlier thoughts are reused
 
     @property
     def gain(self) -> float:
-        """What thinking brought to predicting this token (eq. 5, against the model itself)."""
+        """The information gain of the thoughts about this token (eq. 5, relative to the model itself)."""
         return self.logp - self.nothink
 
 
@@ -99,9 +99,9 @@ class Answer:
 
 
 class ThinkingModel:
-    """A causal LM with its tokenizer and its way of thinking. `thoughts=0` everywhere means: without a thought.
+    """A causal LM with its tokenizer and thought template. Everywhere, `thoughts=0` means without a thought.
 
-    The same seed and text give the same thoughts. Every place reads its context anew.
+    The same seed and text give the same thoughts.
     """
 
     def __init__(self, model: Any, tokenizer: Any, config: Config):
@@ -112,10 +112,10 @@ class ThinkingModel:
 
     @classmethod
     def load(cls, source: str | Path, overrides: dict[str, Any] | None = None) -> "ThinkingModel":
-        """An exported folder (RUN/policy), a hub id, `embedded`, or whatever model.path takes.
+        """Load an exported folder (RUN/policy), a hub id, `embedded`, or anything else that model.path takes.
 
-        It thinks as the model carries it in forethought.json, or by the defaults; `overrides` is a nested dict of
-        options such as {"method": {"thought_length": 64}}. Raises UserError.
+        It thinks as its forethought.json says, or with the default options. `overrides`: nested options such as
+        {"method": {"thought_length": 64}}. Raises UserError.
         """
         start = merge({"model": {"path": str(source)}}, load_thinking_options(str(source)))
         config = from_dict(merge(start, overrides or {}))
@@ -123,53 +123,52 @@ class ThinkingModel:
         return cls(model, load_tokenizer(config.model), config)
 
     def encode(self, text: Text) -> list[int]:
-        """Tokens, with the tokenizer's own special ones, as documents are read in training. Tokens stay as they are."""
-        read = self.tokenizer(text, truncation=False, verbose=False)["input_ids"] if isinstance(text, str) else text
-        tokens = [int(token) for token in read]
+        """Tokens of a text with the tokenizer's special tokens, as in training. Tokens are returned unchanged."""
+        encoded = self.tokenizer(text, truncation=False, verbose=False)["input_ids"] if isinstance(text, str) else text
+        tokens = [int(token) for token in encoded]
         if not tokens:
-            raise UserError("text = '': must have at least one token, for a thought is about what follows")
+            raise UserError("text = '': must have at least one token, since a thought is about what follows")
         return tokens
 
     @torch.no_grad()
     def next_token(self, text: Text, *, thoughts: int = 1, seed: int = 0) -> Prediction:
-        """The distribution of the token that follows, averaged over sampled thoughts, and without a thought."""
+        """The distribution of the next token, averaged over sampled thoughts, and without a thought."""
         context = self.encode(text)
-        said, _, logits = self._pause(context, thoughts, seed)
+        sampled, _, logits = self._think_and_read(context, thoughts, seed)
         logits = logits.float().log_softmax(-1)
-        logp = mixture(logits[: max(1, len(said))])
+        logp = mixture(logits[: max(1, len(sampled))])
         best = logp.topk(min(5, len(logp)))
-        chances = zip(best.indices.tolist(), best.values.exp().tolist(), strict=True)
-        top = tuple((self._adds([*context, token]), chance) for token, chance in chances)
-        return Prediction(logp=logp, nothink=logits[-1], thoughts=said, top=top)
+        probabilities = zip(best.indices.tolist(), best.values.exp().tolist(), strict=True)
+        top = tuple((self._added_text([*context, token]), probability) for token, probability in probabilities)
+        return Prediction(logp=logp, nothink=logits[-1], thoughts=sampled, top=top)
 
     @torch.no_grad()
     def gains(self, text: Text, *, thoughts: int = 1, seed: int = 0) -> list[ScoredToken]:
-        """Think before every token of a text but the first, and see what that brought."""
+        """Score every token of a text but the first, with thoughts right before it and without."""
         tokens = self.encode(text)
-        places: list[ScoredToken] = []
-        pieces = token_texts(self.tokenizer, tokens)
-        for chunk, found in self._read(tokens, (1, 1), thoughts, seed):
-            nothink = self._plain(chunk)[:, 0]
+        scored: list[ScoredToken] = []
+        texts = token_texts(self.tokenizer, tokens)
+        for positions, found in self._chunks(tokens, (1, 1), thoughts, seed):
+            nothink = self._no_think_logp(positions)[:, 0]
             logp = nothink if found is None else mixture(found.evidence[..., 0].T)
-            told = [()] * len(chunk) if found is None else self._told(found)
-            for t, mine, plain, said in zip(chunk.at.tolist(), logp.tolist(), nothink.tolist(), told, strict=True):
-                place = ScoredToken(at=t, token=tokens[t], text=pieces[t], logp=mine, nothink=plain, thoughts=said)
-                places.append(place)
-        return places
+            sampled = [()] * len(positions) if found is None else self._thoughts(found)
+            columns = zip(positions.at.tolist(), logp.tolist(), nothink.tolist(), sampled, strict=True)
+            scored += [
+                ScoredToken(at=t, token=tokens[t], text=texts[t], logp=with_thought, nothink=without, thoughts=some)
+                for t, with_thought, without, some in columns
+            ]
+        return scored
 
     @torch.no_grad()
     def log_likelihood(
         self, text: Text, *, thoughts: int = 1, think_every: int = 1, given: int = 1, seed: int = 0
     ) -> float:
-        """log p of a text given its first `given` tokens, in nats, thinking before every `think_every`-th other one.
-
-        The tokens up to the next pause follow the same thoughts.
-        """
+        """log p of a text given its first `given` tokens, in nats, with new thoughts every `think_every` tokens."""
         tokens = self.encode(text)
         total = 0.0
-        for chunk, found in self._read(tokens, (given, think_every), thoughts, seed):
-            evidence = self._plain(chunk)[:, None] if found is None else found.evidence
-            inside = chunk.at[:, None] + torch.arange(chunk.horizon) < len(tokens)
+        for positions, found in self._chunks(tokens, (given, think_every), thoughts, seed):
+            evidence = self._no_think_logp(positions)[:, None] if found is None else found.evidence
+            inside = positions.at[:, None] + torch.arange(positions.horizon) < len(tokens)
             total += float(mixture((evidence * inside[:, None].to(evidence.device)).sum(-1).T).sum())
         return total
 
@@ -183,23 +182,22 @@ class ThinkingModel:
         seed: int = 0,
         progress: Callable[[int], Any] = lambda done: None,
     ) -> list[tuple[float, bool]]:
-        """log p of each continuation after thinking once, behind its context; and whether it is the greedy one.
+        """log p of each continuation after thoughts at the end of its context, and whether it is the greedy one.
 
-        Pairs of tokens (context, continuation). Those with one context, such as the choices of a question, are scored
-        after the same thoughts. Greedy: each token is the likeliest of the mixture, given those before it. `progress`
-        is told how many more pairs are done.
+        `pairs`: tokens (context, continuation). Those of one context, such as the choices of a question, share their
+        thoughts. Greedy: each token is the most likely of the mixture, given those before it. `progress` is called
+        with the number of newly scored pairs.
         """
         if any(not context or not continuation for context, continuation in pairs):
             raise UserError("a context and its continuation must have at least one token each")
         scores: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
         order = sorted(range(len(pairs)), key=lambda i: (-len(pairs[i][0]), pairs[i][0]))
-        for piece in _by_context(order, pairs, self.config.train.rollout_batch):
-            contexts = list(dict.fromkeys(tuple(pairs[i][0]) for i in piece))
-            said = self._think([list(one) for one in contexts], thoughts, [seed] * len(contexts), thought_temperature)
-            told = dict(zip(contexts, said, strict=True))
-            for chunk in self._fitting(piece, pairs, thoughts):
-                found = self._score([pairs[i] for i in chunk], told)
-                for i, score in zip(chunk, found, strict=True):
+        for batch in _by_context(order, pairs, self.config.train.rollout_batch):
+            contexts = list(dict.fromkeys(tuple(pairs[i][0]) for i in batch))
+            found = self._think([list(one) for one in contexts], thoughts, [seed] * len(contexts), thought_temperature)
+            sampled = dict(zip(contexts, found, strict=True))
+            for chunk in self._fitting(batch, pairs, thoughts):
+                for i, score in zip(chunk, self._score([pairs[i] for i in chunk], sampled), strict=True):
                     scores[i] = score
                 progress(len(chunk))
         return scores
@@ -214,17 +212,17 @@ class ThinkingModel:
         temperature: float = 1.0,
         seed: int = 0,
     ) -> Iterator[ScoredToken]:
-        """Write on, token by token as they come, and think before every `think_every`-th of them.
+        """Generate a continuation token by token, with new thoughts every `think_every` tokens.
 
-        Tokens up to the next pause follow the same thoughts. `temperature` is that of the text (0: the likeliest
-        token); thoughts keep that of method.temperature. Ends at an end token (which is yielded) or at `max_tokens`.
-        Raises UserError where the model has no positions for the text, its thoughts and what is to be written.
+        `temperature` is that of the text (0: greedy); thoughts are sampled at method.temperature. Ends with an end
+        token (which is yielded) or after `max_tokens`. Raises UserError if text, thought and new tokens exceed the
+        context window.
         """
         tokens = self.encode(text)
         if max_tokens < 1 or think_every < 1 or temperature < 0:
             raise UserError("max_tokens and think_every must be at least 1, temperature at least 0")
         self.check_length(len(tokens) + max_tokens, thoughts)
-        return self._write(tokens, (max_tokens, think_every), thoughts, temperature, seed)
+        return self._generate(tokens, (max_tokens, think_every), thoughts, temperature, seed)
 
     @torch.no_grad()
     def answer(
@@ -241,13 +239,13 @@ class ThinkingModel:
 
         An answer ends at an end token, at one of the strings `until`, or after sampling.limit tokens. One thought is
         enough: an answer sampled after it is a sample of the mixture over all thoughts. `thought_temperature` replaces
-        method.temperature; 0 takes the most likely tokens. Raises UserError where the model has no positions for a
-        context, its thought and sampling.limit tokens.
+        method.temperature (0: greedy). Raises UserError if a context, its thought and sampling.limit tokens exceed the
+        context window.
         """
         self.check_length(max(map(len, contexts)) + sampling.limit, thoughts)
         generators = [make_generator(seed, "answer", context) for seed, context in zip(seeds, contexts, strict=True)]
-        said = self._think(contexts, min(thoughts, 1), seeds, thought_temperature)
-        prompts = [[*self._rows(context, some), context][0] for context, some in zip(contexts, said, strict=True)]
+        sampled = self._think(contexts, min(thoughts, 1), seeds, thought_temperature)
+        prompts = [(self._rows(context, some) or [context])[0] for context, some in zip(contexts, sampled, strict=True)]
         stop = _stop_at(self.tokenizer, until, self.ends)
         found = generate(self.model, prompts, sampling, stop, generators)
         return [
@@ -257,65 +255,62 @@ class ThinkingModel:
                 cut_off=not stop(tokens),
                 thought=some[0] if some else None,
             )
-            for tokens, some in zip(found, said, strict=True)
+            for tokens, some in zip(found, sampled, strict=True)
         ]
 
-    def _write(
+    def _generate(
         self, tokens: list[int], lengths: tuple[int, int], thoughts: int, temperature: float, seed: int
     ) -> Iterator[ScoredToken]:
-        """`generate`, a stretch between two pauses at a time. `tokens` grows."""
-        left, every = lengths
+        """`generate`, from thoughts to thoughts. Extends `tokens`."""
+        left, think_every = lengths
         while left:
-            said, copies, logits = self._pause(tokens, thoughts, seed)
-            weights = logits.new_zeros(max(1, len(said)), dtype=torch.float32)
-            count = min(every, left)
+            sampled, batch, logits = self._think_and_read(tokens, thoughts, seed)
+            evidence = logits.new_zeros(max(1, len(sampled)), dtype=torch.float32)  # of each thought, so far
+            count = min(think_every, left)
             left -= count
             for step in range(count):
                 logp = logits.float().log_softmax(-1)
-                mixed = mixture(weights[:, None] + logp[: len(weights)]) - mixture(weights)
-                token = self._draw(mixed, tokens, temperature, seed)
-                weights = weights + logp[: len(weights), token]
+                mixed = mixture(evidence[:, None] + logp[: len(evidence)]) - mixture(evidence)
+                token = self._sample_token(mixed, tokens, temperature, seed)
+                evidence = evidence + logp[: len(evidence), token]
                 tokens.append(token)
                 yield ScoredToken(
                     at=len(tokens) - 1,
                     token=token,
-                    text=self._adds(tokens),
+                    text=self._added_text(tokens),
                     logp=float(mixed[token]),
                     nothink=float(logp[-1, token]),
-                    thoughts=() if step else said,
+                    thoughts=() if step else sampled,
                 )
                 if token in self.ends:
                     return
                 if step + 1 < count:
-                    logits = self._step(copies, token)
+                    with torch.no_grad():
+                        logits = batch.step(torch.full((len(batch.mask),), token, device=self.model.device))
 
     @torch.no_grad()
-    def _pause(
+    def _think_and_read(
         self, tokens: list[int], thoughts: int, seed: int
     ) -> tuple[tuple[Thought, ...], ReplicatedBatch, Float[Tensor, "row vocab"]]:
-        """Think, and read a row for each thought and (last) one without; the logits that follow."""
-        [said] = self._think([tokens], thoughts, [seed])
-        rows = [*self._rows(tokens, said), tokens]
-        return said, *ReplicatedBatch.read(self.model, rows, self.form.pad)
+        """Thoughts at the end of a text, and the next-token logits after each and (last row) without a thought."""
+        [sampled] = self._think([tokens], thoughts, [seed])
+        rows = [*self._rows(tokens, sampled), tokens]
+        return sampled, *ReplicatedBatch.read(self.model, rows, self.form.pad)
 
-    @torch.no_grad()
-    def _step(self, copies: ReplicatedBatch, token: int) -> Float[Tensor, "row vocab"]:
-        return copies.step(torch.full((len(copies.mask),), token, device=self.model.device))
-
-    def _draw(self, logp: Float[Tensor, " vocab"], before: list[int], temperature: float, seed: int) -> int:
+    def _sample_token(self, logp: Float[Tensor, " vocab"], before: list[int], temperature: float, seed: int) -> int:
         if temperature == 0:
             return int(logp.argmax())
         noise = torch.rand(1, generator=make_generator(seed, "write", before)).to(logp.device)
         return int(sample(logp[None], noise, temperature, 1.0))
 
     def check_length(self, tokens: int, thoughts: int) -> None:
-        """Refuse a text that is too long for the model with the thoughts in it. Raises UserError."""
-        extra = self._overhead(thoughts)
-        what = f"a text of {tokens} tokens with {extra} for a thought"
-        require_context(self.model.config, tokens + extra, what, "shorten the text or method.thought_length")
+        """Raise UserError for a text that, with a thought in it, exceeds the context window."""
+        thought = self._overhead(thoughts)
+        what = f"a text of {tokens} tokens" + (f" with {thought} for a thought" if thought else "")
+        require_context(self.model.config, tokens + thought, what, "shorten the text or method.thought_length")
 
     def max_text_tokens(self, thoughts: int) -> int:
-        """Tokens of text that fit into the context window, with a thought in it unless `thoughts` is 0."""
+        """Tokens of text that fit into the context window, beside a thought unless `thoughts` is 0."""
         return context_window(self.model.config) - self._overhead(thoughts)
 
     def _overhead(self, thoughts: int) -> int:
@@ -330,55 +325,53 @@ class ThinkingModel:
             return [()] * len(contexts)
         if temperature is not None:
             return self._think_at(temperature, contexts, thoughts, seeds)
-        windows = [_window([*context, self.form.pad]) for context in contexts]  # an engine scores some token behind
+        windows = [_window([*context, self.form.pad]) for context in contexts]  # an engine scores a next token
         positions = at_positions(windows, [[len(context)] for context in contexts], 1)
-        return self._told(self._sample(positions, thoughts, seeds))
+        return self._thoughts(self._sample(positions, thoughts, seeds))
 
     def _think_at(
         self, temperature: float, contexts: Sequence[list[int]], thoughts: int, seeds: Sequence[int]
     ) -> list[tuple[Thought, ...]]:
-        """Thoughts at any temperature, 0 included, which the rollout engines do not sample at."""
+        """Thoughts at any temperature, including 0, which the rollout engines do not support."""
         close = list(self.form.close)
         prompts = [self.form.prompt_tokens(context) for context in contexts for _ in range(thoughts)]
-        each = [make_generator(seed, "think", context) for seed, context in zip(seeds, contexts, strict=True)]
+        generators = [make_generator(seed, "think", context) for seed, context in zip(seeds, contexts, strict=True)]
         sampling = Sampling(
             limit=self.config.method.thought_length,
             temperature=temperature,
             rows=self.config.train.rollout_batch,
             not_first=close[0],
         )
-        generators = [generator for generator in each for _ in range(thoughts)]
+        generators = [generator for generator in generators for _ in range(thoughts)]
         found = generate(self.model, prompts, sampling, lambda tokens: tokens[-len(close) :] == close, generators)
-        said = []
+        sampled = []
         for tokens in found:
             closed = tokens[-len(close) :] == close
             inside = tokens[: -len(close)] if closed else tokens
-            said.append(Thought(text=self.tokenizer.decode(inside), tokens=tuple(inside), closed=closed))
-        return [tuple(said[i : i + thoughts]) for i in range(0, len(said), thoughts)]
+            sampled.append(Thought(text=self.tokenizer.decode(inside), tokens=tuple(inside), closed=closed))
+        return [tuple(sampled[i : i + thoughts]) for i in range(0, len(sampled), thoughts)]
 
     def _sample(self, positions: Positions, thoughts: int, seeds: Sequence[int]) -> Thoughts:
-        streams = [
-            make_generator(seed, "think", context) for seed, context in zip(seeds, positions.contexts(), strict=True)
-        ]
-        noise = draw_noise((thoughts, self.config.method.thought_length), streams)
-        return self.engine.sample(positions, noise)
+        pairs = zip(seeds, positions.contexts(), strict=True)
+        generators = [make_generator(seed, "think", context) for seed, context in pairs]
+        return self.engine.sample(positions, draw_noise((thoughts, self.config.method.thought_length), generators))
 
-    def _read(
-        self, tokens: list[int], steps: tuple[int, int], thoughts: int, seed: int
+    def _chunks(
+        self, tokens: list[int], lengths: tuple[int, int], thoughts: int, seed: int
     ) -> Iterator[tuple[Positions, Thoughts | None]]:
-        """Every n-th token of a text from some first on, with the thoughts before it; behind its end stands padding."""
-        first, horizon = steps
+        """Positions from `first` on, `horizon` tokens apart, with their thoughts. The text is padded at its end."""
+        first, horizon = lengths
         self.check_length(len(tokens) + horizon - 1, thoughts)
-        window, places = _window([*tokens, *[self.form.pad] * (horizon - 1)]), list(range(first, len(tokens), horizon))
+        window, indices = _window([*tokens, *[self.form.pad] * (horizon - 1)]), range(first, len(tokens), horizon)
         size = max(1, self.config.train.rollout_batch // max(1, thoughts))
-        for start in range(0, len(places), size):
-            chunk = at_positions([window], [places[start : start + size]], horizon)
-            yield chunk, self._sample(chunk, thoughts, [seed] * len(chunk)) if thoughts else None
+        for start in range(0, len(indices), size):
+            positions = at_positions([window], [indices[start : start + size]], horizon)
+            yield positions, self._sample(positions, thoughts, [seed] * len(positions)) if thoughts else None
 
-    def _plain(self, positions: Positions) -> Float[Tensor, "batch horizon"]:
+    def _no_think_logp(self, positions: Positions) -> Float[Tensor, "batch horizon"]:
         return no_think_logp(self.model, positions, chunk_tokens(self.model, self.config.update.tokens_per_chunk))[0]
 
-    def _told(self, found: Thoughts) -> list[tuple[Thought, ...]]:
+    def _thoughts(self, found: Thoughts) -> list[tuple[Thought, ...]]:
         inside = thought_tokens(found, self.form)
         columns = zip(inside, decode_thoughts(self.tokenizer, inside), found.closed.tolist(), strict=True)
         return [
@@ -389,46 +382,47 @@ class ThinkingModel:
             for group in columns
         ]
 
-    def _rows(self, context: list[int], said: Sequence[Thought]) -> list[list[int]]:
+    def _rows(self, context: list[int], sampled: Sequence[Thought]) -> list[list[int]]:
         """What the model reads before it predicts: a row for each thought."""
-        return [[*self.form.prompt_tokens(context), *thought.tokens, *self.form.close] for thought in said]
+        return [[*self.form.prompt_tokens(context), *thought.tokens, *self.form.close] for thought in sampled]
 
     def _fitting(self, order: Sequence[int], pairs: Sequence[Pair], thoughts: int) -> Iterator[list[int]]:
-        """Pairs whose rows go through the model together."""
+        """Chunks of pairs whose rows fit into one forward pass."""
         vocabulary = self.model.get_output_embeddings().weight.shape[0]
         longest = max(len(pairs[i][1]) for i in order)
-        rows = min(self.config.train.rollout_batch, _LOGITS // (longest * vocabulary))
+        rows = min(self.config.train.rollout_batch, _MAX_LOGITS // (longest * vocabulary))
         size = max(1, rows // max(1, thoughts))
         yield from (list(order[start : start + size]) for start in range(0, len(order), size))
 
     def _score(
-        self, pairs: Sequence[Pair], told: Mapping[tuple[int, ...], tuple[Thought, ...]]
+        self, pairs: Sequence[Pair], sampled: Mapping[tuple[int, ...], tuple[Thought, ...]]
     ) -> list[tuple[float, bool]]:
-        """`score` of pairs that go through the model together, those of one context beside each other."""
+        """`score` in one forward pass; pairs of one context are adjacent."""
         contexts = list(dict.fromkeys(tuple(context) for context, _ in pairs))
-        thinks = bool(told[contexts[0]])
+        thinks = bool(sampled[contexts[0]])
         form = self.form if thinks else replace(self.form, before=(), after=(), open=(), close=())
-        said = {context: [thought.tokens for thought in told[context]] or [()] for context in contexts}
+        tokens = {context: [thought.tokens for thought in sampled[context]] or [()] for context in contexts}
         suffixes: list[list[list[int]]] = [[] for _ in contexts]
         for context, continuation in pairs:
             suffixes[contexts.index(tuple(context))] += [
-                [*form.after, *form.open, *thought, *form.close, *continuation[:-1]] for thought in said[tuple(context)]
+                [*form.after, *form.open, *thought, *form.close, *continuation[:-1]]
+                for thought in tokens[tuple(context)]
             ]
         windows = [_window([*context, form.pad]) for context in contexts]
         positions = at_positions(windows, [[len(context)] for context in contexts], 1)
         keep = max(len(continuation) for _, continuation in pairs)
         shared = thinks and self.config.model.prefix == "shared"
         logits = suffix_logits(self.model, positions, form, suffixes, keep, shared)
-        members = logits.unflatten(0, (len(pairs), -1))  # (pair, thought, kept, vocab)
+        grouped = logits.unflatten(0, (len(pairs), -1))  # (pair, thought, kept, vocab)
         return [
-            _judged(some[:, -len(continuation) :].float().log_softmax(-1), continuation)
-            for some, (_, continuation) in zip(members, pairs, strict=True)
+            _mixture_score(some[:, -len(continuation) :].float().log_softmax(-1), continuation)
+            for some, (_, continuation) in zip(grouped, pairs, strict=True)
         ]
 
-    def _adds(self, tokens: Sequence[int]) -> str:
-        """What the last token adds to the text; "" while a character is not complete."""
-        piece = token_texts(self.tokenizer, tokens[-_TAIL:])[-1]
-        return "" if piece.endswith("\N{REPLACEMENT CHARACTER}") else piece
+    def _added_text(self, tokens: Sequence[int]) -> str:
+        """The text that the last token adds; "" while a character is incomplete."""
+        text = token_texts(self.tokenizer, tokens[-_TAIL:])[-1]
+        return "" if text.endswith("\N{REPLACEMENT CHARACTER}") else text
 
 
 def mixture(logp: Float[Tensor, "thought ..."]) -> Float[Tensor, "..."]:
@@ -436,17 +430,17 @@ def mixture(logp: Float[Tensor, "thought ..."]) -> Float[Tensor, "..."]:
     return logp.logsumexp(dim=0) - math.log(len(logp))
 
 
-def _judged(logp: Float[Tensor, "thought token vocab"], tokens: Sequence[int]) -> tuple[float, bool]:
-    """log p of tokens under a mixture of thoughts, and whether each is the mixture's likeliest, given those before."""
-    wanted = torch.tensor(tokens, device=logp.device)
-    picked = logp.gather(-1, wanted.expand(len(logp), -1)[..., None]).squeeze(-1)  # (thought, token)
-    before = picked.cumsum(dim=-1) - picked
-    likeliest = mixture(before[..., None] + logp).argmax(dim=-1)
-    return float(mixture(picked.sum(dim=-1))), bool((likeliest == wanted).all())
+def _mixture_score(logp: Float[Tensor, "thought token vocab"], tokens: Sequence[int]) -> tuple[float, bool]:
+    """log p of tokens under the mixture, and whether each is its most likely token given those before."""
+    target = torch.tensor(tokens, device=logp.device)
+    target_logp = logp.gather(-1, target.expand(len(logp), -1)[..., None]).squeeze(-1)  # (thought, token)
+    before = target_logp.cumsum(dim=-1) - target_logp
+    greedy = mixture(before[..., None] + logp).argmax(dim=-1)
+    return float(mixture(target_logp.sum(dim=-1))), bool((greedy == target).all())
 
 
 def _by_context(order: Sequence[int], pairs: Sequence[Pair], contexts: int) -> Iterator[list[int]]:
-    """Pieces of an order in which equal contexts follow each other, each of so many contexts."""
+    """Batches of `contexts` contexts with all their pairs, from an order in which equal contexts are adjacent."""
     groups = [list(some) for _, some in itertools.groupby(order, key=lambda i: tuple(pairs[i][0]))]
     for start in range(0, len(groups), contexts):
         yield [i for group in groups[start : start + contexts] for i in group]
@@ -454,13 +448,13 @@ def _by_context(order: Sequence[int], pairs: Sequence[Pair], contexts: int) -> I
 
 def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     """The tokens that end a text: those of the generation config, and the tokenizer's EOS."""
-    own = getattr(model.generation_config, "eos_token_id", None)
-    several = own if isinstance(own, list) else [own]
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    several = configured if isinstance(configured, list) else [configured]
     return frozenset(token for token in (*several, tokenizer.eos_token_id) if token is not None)
 
 
 def _stop_at(tokenizer: Any, strings: Sequence[str], ends: frozenset[int]) -> Stop:
-    """Stop a row at an end token, or where its last tokens contain one of the strings."""
+    """Stop a row at an end token or when its last tokens contain one of the strings."""
     tail = max(map(len, strings), default=0) + 8  # in tokens; one may be less than a character
 
     def stop(tokens: Sequence[int]) -> bool:
@@ -485,19 +479,19 @@ def generate(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     stop: Stop,
-    streams: Sequence[torch.Generator],
+    generators: Sequence[torch.Generator],
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[list[int]]:
     """The tokens that follow each prompt, with the one that stopped it; at least one each.
 
-    Prompt i draws from streams[i] alone, so its text does not depend on how prompts are split into batches (up to the
-    rounding of a row that is padded to another width). `progress` receives the number of prompts of each batch.
+    Prompt i draws from generators[i] alone, so its text does not depend on how prompts are split into batches (up to
+    the rounding of a row that is padded to another width). `progress` receives the number of prompts of each batch.
     """
     texts: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))  # similar prompts together
     for start in range(0, len(order), sampling.rows):
         batch = order[start : start + sampling.rows]
-        noise = torch.stack([torch.rand(sampling.limit, generator=streams[i]) for i in batch])
+        noise = torch.stack([torch.rand(sampling.limit, generator=generators[i]) for i in batch])
         found = _generate_batch(model, [prompts[i] for i in batch], sampling, stop, noise.to(model.device))
         for i, tokens in zip(batch, found, strict=True):
             texts[i] = tokens

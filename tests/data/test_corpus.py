@@ -21,9 +21,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from forethought.config import Corpus, UserError
-from forethought.data.corpus import Windows, check_corpus, first_windows, spread_windows
+from forethought.data.corpus import Windows, check_corpus, spread_windows
 from forethought.data.worlds import WORLDS, load_world
 from helpers.tokenizers import byte_level
+from helpers.worlds import first_windows
 
 WORDS = [f"w{number}" for number in range(300)]
 

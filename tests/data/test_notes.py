@@ -9,12 +9,11 @@ import torch
 
 from forethought.config import Model, UserError, from_dict, load, to_dict
 from forethought.data import worlds
-from forethought.data.corpus import first_windows
 from forethought.data.positions import thought_format
 from forethought.data.worlds import load_world, notes
 from forethought.eval import started
 from forethought.models.loading import EMBEDDED, load_model, load_tokenizer
-from helpers.worlds import SPLITS, split_thought
+from helpers.worlds import SPLITS, first_windows, split_thought
 
 TEXT = "oak elm , yew oak , elm ash , ash yew . from yew by oak 2 steps lead to elm ."
 PINNED = (

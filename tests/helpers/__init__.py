@@ -1,1 +1,1 @@
-"""What tests share: tiny models and tokenizers, runs and how they are compared, pages."""
+"""What tests share: tiny models, runs and processes, pages, plans, texts."""

@@ -1,4 +1,4 @@
-"""Shared by tests: cli."""
+"""A command that must fail, and the line that it prints."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Shared by tests: docs."""
+"""What the documentation names."""
 
 import re
 from pathlib import Path

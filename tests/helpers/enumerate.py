@@ -1,4 +1,4 @@
-"""Shared by tests: enumerate."""
+"""All thoughts of a tiny vocabulary, for expectations that are exact."""
 
 from dataclasses import dataclass
 from itertools import product
@@ -21,11 +21,7 @@ from helpers.models import (
 )
 
 OPEN, CLOSE = 3, 4
-
-
 FORM = ThoughtFormat(before=(), after=(), open=(OPEN,), close=(CLOSE,), bos=None, pad=0)
-
-
 VOCAB = 5
 
 

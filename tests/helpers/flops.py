@@ -1,4 +1,4 @@
-"""Shared by tests: flops."""
+"""What torch's FLOP counter saw."""
 
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -1,4 +1,4 @@
-"""Shared by tests: heldout."""
+"""Held-out text of a tiny model: subjects and records."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Shared by tests: pages."""
+"""Run folders with made-up contents, and a browser that reads the pages made of them."""
 
 import json
 import random

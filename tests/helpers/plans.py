@@ -1,4 +1,4 @@
-"""Shared by tests: plans."""
+"""Small machines, shapes and jobs to plan."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Shared by tests: sampling."""
+"""The same thoughts by two engines."""
 
 import dataclasses
 from typing import Any

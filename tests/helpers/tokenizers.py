@@ -1,4 +1,4 @@
-"""Shared by tests: tokenizers."""
+"""Tokenizers made for a test."""
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast

@@ -1,6 +1,11 @@
-"""Shared by tests: worlds."""
+"""Texts of the embedded worlds and windows of corpora."""
 
+import itertools
+from typing import Any
+
+from forethought.config import Corpus
 from forethought.data import worlds
+from forethought.data.corpus import Window, Windows
 
 SPLITS = ("pretrain", "train", "heldout")
 
@@ -12,3 +17,9 @@ def split_thought(text: str) -> tuple[list[str], list[str], int]:
         return words, [], -1
     first, last = words.index(worlds.OPEN), words.index(worlds.CLOSE)
     return words[:first] + words[last + 1 :], words[first + 1 : last], first
+
+
+def first_windows(options: Corpus, tokenizer: Any, seed: int, count: int, option: str = "corpus.path") -> list[Window]:
+    """The first `count` windows of the first epoch, or all of them if there are fewer."""
+    windows = Windows(options, tokenizer, seed, option=option)
+    return list(itertools.islice(itertools.takewhile(lambda _: windows.epoch == 0, windows), count))

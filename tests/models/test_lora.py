@@ -27,7 +27,7 @@ from forethought.models.compute_copy import Network
 from forethought.models.logprobs import no_think_logp
 from forethought.prefix import enable
 from forethought.run import checkpoint
-from forethought.run.folder import read_lines
+from forethought.run.folder import RunLog, read_lines
 from forethought.trainer import resume, train
 from helpers.architectures import CONFIGS
 from helpers.architectures import model as tiny_model
@@ -268,7 +268,7 @@ def test_the_mismatch_of_sampler_and_trainer_stays_rounding(run: Path):
 
 
 def test_what_is_exported_is_the_policy_with_its_adapter_for_all_and_for_peft(run: Path):
-    options = from_dict(json.loads((run / "config.json").read_text()))
+    options = RunLog.open(run).config()
     network = lora.load_with_adapters(options)
     tensors = checkpoint.load(checkpoint.latest(run), only="policy").tensors  # type: ignore[arg-type]
     network.weights.load_state_dict({name.partition("/")[2]: one for name, one in tensors.items()})

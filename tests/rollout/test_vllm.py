@@ -4,7 +4,6 @@ import itertools
 import math
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 
@@ -182,14 +181,13 @@ def test_an_engine_that_fails_is_one_line():
 
 def test_an_engine_that_hangs_is_one_line_and_is_not_called_again():
     caller, ended = Caller(0.05), threading.Event()
-    started = time.monotonic()
     with pytest.raises(
         RunError, match=r"^rollout.engine = 'vllm': sampling takes longer than rollout.timeout_s = 0.05"
     ):
         caller.call("sampling", ended.wait)
     with pytest.raises(RunError, match=r"sampling has not ended, so loading the new weights cannot begin"):
         caller.call("loading the new weights", lambda: 3)
-    assert time.monotonic() - started < 30
+    assert not ended.is_set()
     ended.set()
 
 

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from forethought.config import RunError, UserError
 from forethought.run.checkpoint import Snapshot, latest, load, save
 from forethought.run.folder import checkpoints
+from helpers.moments import Moment
 
 DTYPES = [
     torch.float32,
@@ -170,9 +170,9 @@ def test_missing_files_are_named(tmp_path: Path):
 
 def run_script(name: str, run: Path) -> dict[str, Any]:
     """Call a function of this file in a fresh process, where it may fork and kill, and return what it returns."""
-    done = subprocess.run(
-        [sys.executable, __file__, name, run], capture_output=True, text=True, check=False, timeout=60
-    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, __file__, name, run]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -198,7 +198,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path):
 
 
 def kill_everywhere(run: Path) -> dict[str, int]:
-    """Kill a save of step 2 over a step 2 and a step 1, before each of its calls to the system in turn."""
+    """Kill a save of step 2 over a step 2 and a step 1, before each of its file operations in turn."""
     found = {"points": 0, "old": 0, "new": 0, "replaced": 0}
     start = run / "start"
     start.mkdir()
@@ -223,38 +223,27 @@ def kill_everywhere(run: Path) -> dict[str, int]:
 
 
 def _save_and_die(run: Path, calls: int) -> None:
-    """Save over step 2, but die before call `calls` to the system that Python's auditing sees."""
-    left = [calls]
-
-    def hook(event: str, _: tuple[Any, ...]) -> None:
-        if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "os.scandir", "os.listdir"):
-            left[0] -= 1
-            if left[0] < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hook)
+    """Save over step 2, but die at a file operation."""
+    Moment(str(run), "*", files=calls, number=signal.SIGKILL).install()
     save(run, 2, snapshot(3), 1)
     os._exit(0)
 
 
 def kill_at_random(run: Path) -> dict[str, int]:
-    """Kill savers after random times; what they had finished must be there, whole and in order."""
+    """Kill processes that save again and again; what they finished must be there, complete and in order."""
     draw = random.Random(0)
     found = {"saved": 0, "leftovers": 0}
     confirmed = 1
-    start = time.monotonic()
     save(run, 0, snapshot(1, numel=50_000), 2)
-    once = time.monotonic() - start
     for _ in range(25):
-        read, write = os.pipe()
+        calls, (read, write) = draw.randrange(150), os.pipe()
         child = os.fork()
         if child == 0:
+            Moment(str(run), "*", files=calls, number=signal.SIGKILL).install()
             for count in range(confirmed + 1, confirmed + 1000):
                 save(run, count // 3, snapshot(count, numel=50_000), 2)
                 os.write(write, f"{count} ".encode())
         os.close(write)
-        time.sleep(draw.uniform(0, 4 * once))
-        os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         with os.fdopen(read) as pipe:
             counts = [confirmed, *map(int, pipe.read().split())]

@@ -1,13 +1,9 @@
-"""Several processes do what one does: the same thoughts, the same weights, one folder, one line when it goes wrong."""
+"""Several ranks do what one process does: the same thoughts, weights and run folder, and one line for an error."""
 
-import os
 import random
 import signal
-import time
-from collections.abc import Sequence
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import pytest
@@ -18,12 +14,12 @@ from forethought.cli import main
 from forethought.config import from_dict, merge
 from forethought.run import checkpoint
 from forethought.run.distributed import balance_load, launcher_rank_and_size
-from forethought.run.folder import checkpoints, read_lines
+from forethought.run.folder import checkpoints
 from forethought.trainer import resume, train
+from helpers.moments import Moment
 from helpers.runs import (
     MAXIMUM,
     MEAN,
-    PATIENCE_S,
     assert_same_run,
     assert_same_trajectory,
     begin,
@@ -32,13 +28,10 @@ from helpers.runs import (
     end,
     lines,
     mean_drift,
-    processes,
     settings,
     together,
     words,
 )
-
-__all__ = ["processes"]  # a fixture
 
 
 @pytest.mark.distributed
@@ -124,10 +117,9 @@ def test_a_signal_to_one_process_stops_all_of_them_and_the_run_goes_on_to_the_bi
 ):
     changes = merge(INTERRUPTED, {"train": {"checkpoint_every": 100}})
     run = tmp_path / "run"
-    started = begin(processes, words(settings(tmp_path, "run", "attention", **changes)), tmp_path)
-    wait_for(run, "metrics.jsonl", started)
-    os.kill(started[1].pid, signal.SIGTERM)
-    assert end(started) == [128 + signal.SIGTERM] * 2
+    command = words(settings(tmp_path, "run", "attention", **changes))
+    moment = Moment(str(run), forwards=1000, number=signal.SIGTERM)  # in one of the first steps
+    assert end(begin(processes, command, tmp_path, moments={1: moment})) == [128 + signal.SIGTERM] * 2
     [line] = lines(tmp_path)
     step = list(checkpoints(run))[-1]
     assert line.startswith(f"forethought: stopped by SIGTERM; saved after step {step}; go on with: ")
@@ -135,72 +127,51 @@ def test_a_signal_to_one_process_stops_all_of_them_and_the_run_goes_on_to_the_bi
     assert_same_run(run, whole)
 
 
-def wait_for(run: Path, what: str, started: Sequence[Any]) -> None:
-    """Until a file of the run matches, or a process is over."""
-    limit = time.monotonic() + PATIENCE_S
-    while all(process.is_alive() for process in started) and not any(run.glob(what)):
-        assert time.monotonic() < limit, f"no {what} in {run}"
-        time.sleep(1e-3)
-
-
-def kill_one(
-    processes: ForkServerContext, tmp_path: Path, command: list[str], rng: random.Random, step_s: float
-) -> str:
-    """Kill one of two processes some time after a step was saved; the line with which the other one leaves."""
-    run = tmp_path / "killed"
-    last = max(checkpoints(run), default=0)
-    started = begin(processes, command, tmp_path)
-    wait_for(run, f"checkpoints/step-{last + 1:08}", started)
-    time.sleep(rng.random() * 2 * step_s)
-    victim = rng.randrange(2)
-    os.kill(started[victim].pid, signal.SIGKILL)
-    codes = end(started)
-    assert codes[victim] == -signal.SIGKILL
-    assert codes[1 - victim] == 1
-    [line] = lines(tmp_path)
-    return line
-
-
 def kills(processes: ForkServerContext, tmp_path: Path, count: int, changes: dict[str, Any]) -> Path:
-    """Kill again and again, then let the run end."""
-    command, rng = words(settings(tmp_path, "killed", "attention", **changes)), random.Random(0)
-    step_s = median(row["time/step_s"] for row in read_lines(tmp_path / "whole/metrics.jsonl"))
+    """Again and again, kill one of two ranks some time after it saved a step; then let the run end."""
+    run, rng = tmp_path / "killed", random.Random(0)
+    command = words(settings(tmp_path, "killed", "attention", **changes))
     for _ in range(count):
-        line = kill_one(processes, tmp_path, command, rng, step_s)
-        print(f"saved up to step {max(checkpoints(tmp_path / 'killed'))}: {line}")
+        saved, victim = max(checkpoints(run), default=0), rng.randrange(2)
+        saving = f"checkpoints/.partial-step-{saved + 1:08}/*"
+        moment = Moment(str(run), saving, forwards=1 + rng.randrange(400), number=signal.SIGKILL)
+        codes = end(begin(processes, command, tmp_path, moments={victim: moment}))
+        assert (codes[victim], codes[1 - victim]) == (-signal.SIGKILL, 1)
+        [line] = lines(tmp_path)
+        print(f"saved up to step {max(checkpoints(run))}: {line}")
+        assert max(checkpoints(run)) > saved
         assert "another process has died" in line
         assert "nothing is lost up to the last checkpoint" in line
-        command = ["train", "--resume", str(tmp_path / "killed")]
+        command = ["train", "--resume", str(run)]
     assert end(begin(processes, command, tmp_path)) == [0, 0], lines(tmp_path)
-    return tmp_path / "killed"
+    return run
 
 
 @pytest.mark.distributed
 def test_when_a_process_is_killed_the_other_says_so_and_nothing_saved_is_lost(
     tmp_path: Path, whole: Path, processes: ForkServerContext
 ):
-    (tmp_path / "whole").symlink_to(whole)
     assert_same_run(kills(processes, tmp_path, 1, INTERRUPTED), whole)
 
 
 @pytest.mark.slow
 def test_ten_kills_at_random_moments_leave_no_trace(tmp_path: Path, processes: ForkServerContext):
-    changes = merge(INTERRUPTED, {"train": {"steps": 60, "keep_checkpoints": 2}})
+    changes = merge(INTERRUPTED, {"train": {"steps": 30, "keep_checkpoints": 2}})
     whole = together(processes, settings(tmp_path, "whole", "attention", **changes))
     assert_same_run(kills(processes, tmp_path, 10, changes), whole)
 
 
-@given(weights=st.lists(st.integers(1, 1000), min_size=1, max_size=40), hands=st.integers(1, 8))
-def test_dealing_gives_everything_away_once_and_evenly(weights: list[int], hands: int):
-    dealt = balance_load(weights, hands)
-    assert sorted(i for hand in dealt for i in hand) == list(range(len(weights)))
-    assert all(hand == sorted(hand) for hand in dealt)
-    loads = [sum(weights[i] for i in hand) for hand in dealt]
+@given(weights=st.lists(st.integers(1, 1000), min_size=1, max_size=40), bins=st.integers(1, 8))
+def test_balance_load_assigns_every_item_once_and_evenly(weights: list[int], bins: int):
+    assigned = balance_load(weights, bins)
+    assert sorted(i for items in assigned for i in items) == list(range(len(weights)))
+    assert all(items == sorted(items) for items in assigned)
+    loads = [sum(weights[i] for i in items) for items in assigned]
     assert max(loads) - min(loads) <= max(weights)
-    assert all(dealt) or len(weights) < hands
+    assert all(assigned) or len(weights) < bins
 
 
-def test_dealing_by_hand():
+def test_balance_load_by_hand():
     assert balance_load([5, 3, 3, 1, 1], 2) == [[0, 3, 4], [1, 2]]
     assert balance_load([2, 2, 2, 2], 2) == [[0, 2], [1, 3]]
     assert balance_load([7, 1, 9], 1) == [[0, 1, 2]]

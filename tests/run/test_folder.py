@@ -16,11 +16,11 @@ from forethought.config import Config, Method, RunError, UserError
 from forethought.run.folder import RunLog, checkpoints, disk_errors, read_lines, sync
 
 HOLD = """
-import sys, time
+import sys
 from forethought.run.folder import RunLog
 with RunLog.open(sys.argv[1]).lock():
     print("held", flush=True)
-    time.sleep(60)
+    sys.stdin.read()
 """
 
 
@@ -230,8 +230,8 @@ def test_read_json_names_the_file(tmp_path: Path):
 
 
 def test_lock_is_refused_while_held_and_freed_by_a_kill(tmp_path: Path):
-    run = make(tmp_path)
-    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True) as holder:
+    run, command = make(tmp_path), [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(UserError, match=rf"in use by process {holder.pid} on "), run.lock():

@@ -127,7 +127,7 @@ def test_twenty_kills_leave_no_trace(tmp_path: Path, processes: ForkServerContex
     for number in range(20):
         saving = f"checkpoints/.partial-step-{progress[-1] + 1:08}*"
         if number % 4 == 3:
-            moment = Moment(str(run), files=rng.randrange(20), number=signal.SIGKILL)
+            moment = Moment(str(run), "*", files=rng.randrange(20), number=signal.SIGKILL)
         elif number % 4 == 2:
             moment = Moment(str(run), saving, forwards=1 + rng.randrange(500), number=signal.SIGKILL)
         else:

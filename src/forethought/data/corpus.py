@@ -43,21 +43,14 @@ def check_corpus(options: Corpus, option: str = "corpus.path") -> None:
         next(source.read(part, 0))
 
 
-def first_windows(options: Corpus, tokenizer: Any, seed: int, count: int, option: str = "corpus.path") -> list[Window]:
-    """The first `count` windows of the first epoch, or all of them if there are fewer; the same on every call.
-
-    Raises:
-        UserError: nothing to read, a malformed record, or no document of at least corpus.min_tokens tokens.
-    """
-    windows = Windows(options, tokenizer, seed, option=option)
-    return list(itertools.islice(itertools.takewhile(lambda _: windows.epoch == 0, windows), count))
-
-
 def spread_windows(options: Corpus, tokenizer: Any, seed: int, count: int, option: str = "corpus.path") -> list[Window]:
     """`count` windows of the first epoch from as many documents as possible, or all of them if there are fewer.
 
     One random window of each document in reading order; if there are too few documents, a second one of each, and so
-    on. The same on every call. Keeps the windows of `count` documents in memory. Raises UserError like `first_windows`.
+    on. The same on every call. Keeps the windows of `count` documents in memory.
+
+    Raises:
+        UserError: nothing to read, a malformed record, or no document of at least corpus.min_tokens tokens.
     """
     windows, found = Windows(options, tokenizer, seed, option=option), {}
     for window in itertools.takewhile(lambda _: windows.epoch == 0, windows):

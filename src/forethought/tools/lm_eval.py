@@ -128,12 +128,8 @@ class ForethoughtLM(TemplateLM):
 
     def _truncate(self, context: list[int], continuation: list[int]) -> Pair:
         """Drop the oldest tokens of a context that is too long."""
-        left = self.max_length - len(continuation)
-        if left < 1:
-            raise UserError(
-                f"a continuation of {len(continuation)} tokens: the model has positions for {self.max_length - 1}"
-            )
-        return context[-left:], continuation
+        self.thinker.check_length(1 + len(continuation), self.thoughts)
+        return context[len(continuation) - self.max_length :], continuation
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """log p of each text from its first token on, in windows where it is longer than the model."""

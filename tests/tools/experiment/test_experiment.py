@@ -385,7 +385,7 @@ ${page.querySelectorAll("svg").length}</p>` }</script>""")
     words = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
     words += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=3000", "--dump-dom"]
     words += [(tmp_path / "probe.html").as_uri()]
-    made = subprocess.run(words, capture_output=True, text=True, check=True, timeout=120).stdout
+    made = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     found = re.search(r"<p>(.*?)</p>", made, re.DOTALL)
     assert found is not None, made
     width, *rest = found[1].split()

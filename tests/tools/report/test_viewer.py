@@ -200,7 +200,7 @@ def dump(page: Path, address: str, folder: Path) -> Page:
     assert BROWSER is not None
     words = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", f"--user-data-dir={folder}"]
     words += ["--window-size=1200,900", "--virtual-time-budget=3000", "--dump-dom", page.as_uri() + address]
-    return Page(subprocess.run(words, capture_output=True, text=True, check=True, timeout=120).stdout)
+    return Page(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
