@@ -119,21 +119,11 @@ def check_context_length(config: Config, form: ThoughtFormat) -> None:
     """Raise UserError if window, template, delimiters and thought do not fit into the model's context window."""
     method = config.method
     thought = form.overhead + method.thought_length if method.samples_thoughts or config.evaluate.path else 0
-<<<<<<< HEAD
     thought += method.prediction_length - 1 if method.entry.writes else 0
-    require_context(
-        load_architecture(config.model),
-        config.corpus.window + thought,
-        f"corpus.window = {config.corpus.window} with {thought} tokens for a thought",
-        "shorten corpus.window or method.thought_length",
-    )
-=======
-    thought += method.prediction_length - 1 if method.name == "rpt" else 0
     window = config.corpus.window
     what = f"corpus.window = {window}" + (f" with {thought} tokens for a thought" if thought else "")
     advice = "shorten corpus.window or method.thought_length"
     require_context(load_architecture(config.model), window + thought, what, advice)
->>>>>>> refs/heads/core
 
 
 def require_context(architecture: Any, tokens: int, what: str, advice: str) -> None:
