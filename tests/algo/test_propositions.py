@@ -22,6 +22,7 @@ from helpers.models import (
     plain_targets,
     window,
 )
+from helpers.rewards import inputs
 
 TWO = ThoughtFormat(before=(), after=(), open=(OPEN,), close=(CLOSE, 1), bos=None, pad=0)
 
@@ -69,7 +70,7 @@ def rewards_of(model: Any, teacher: Any, context: list[int], thought: Enumerated
     )
     with torch.no_grad():
         nothink = no_think_logp(teacher, at_positions([window(*context, target)], [[len(context)]], 1), 512)[0]
-    total = information_gain(thoughts, nothink, Method(), make_generator(0)).total
+    total = information_gain(inputs(thoughts, nothink)).total
     assert total is not None
     return total[0, 0]
 
@@ -132,7 +133,7 @@ def test_proposition_3_mean_token_reward_is_the_per_token_gain_of_the_sequence()
     positions = at_positions([window(*tokens)], [places], horizon=1)
     noise = draw_noise((1, 2), [make_generator(0, i) for i in places])
     sampled = NativeEngine(model, FORM, Method(temperature=1.0, thought_length=2)).sample(positions, noise)
-    rewards = information_gain(sampled, no_think_logp(teacher, positions, 512)[0], Method(), make_generator(0)).total
+    rewards = information_gain(inputs(sampled, no_think_logp(teacher, positions, 512)[0])).total
     assert rewards is not None
     with_thoughts, without = 0.0, -float(plain_targets(teacher, tokens[:1], tokens[1:]).sum())
     for i, t in enumerate(places):

@@ -1,12 +1,10 @@
 import math
-from typing import Any
 
 import pytest
 import torch
 
 from forethought.algo.policy_gradient import compute_advantages
 from forethought.algo.rewards import (
-    RewardInputs,
     Rewards,
     apply_unclosed_penalty,
     discounted,
@@ -14,11 +12,9 @@ from forethought.algo.rewards import (
     random_reward,
 )
 from forethought.config import Method
-from forethought.data.positions import at_positions, make_generator
 from forethought.rollout import Thoughts
-from helpers.models import WINDOWS, assert_close, collected, config, qwen3, rlp, update, word_tokenizer
-
-OPTIONS = Method()
+from helpers.models import WINDOWS, assert_close, collected, config, qwen3, rlp, update
+from helpers.rewards import inputs
 
 
 def thoughts(evidence: list[list[list[float]]], closed: list[list[bool]] | None = None) -> Thoughts:
@@ -32,21 +28,6 @@ def thoughts(evidence: list[list[list[float]]], closed: list[list[bool]] | None 
         evidence=scores,
         hit=torch.zeros(scores.shape, dtype=torch.bool),
     )
-
-
-def inputs(sampled: Thoughts, nothink: Any = None, options: Method = OPTIONS, **more: Any) -> RewardInputs:
-    """What a reward is given; the positions of these rewards do not matter."""
-    batch = len(sampled.closed)
-    found: dict[str, Any] = {
-        "thoughts": sampled,
-        "positions": at_positions(WINDOWS[:1], [[1] * batch], 1),
-        "tokenizer": word_tokenizer(),
-        "no_think_logp": None if nothink is None else torch.tensor(nothink),
-        "options": options,
-        "generator": make_generator(3),
-        "global_indices": range(batch),
-    }
-    return RewardInputs(**(found | more))
 
 
 def test_information_gain_by_hand():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from forethought.algo.metrics import leakage, thought_tokens
 from forethought.data.positions import ThoughtFormat, at_positions, make_generator
-from forethought.eval import controls, heldout, statements
+from forethought.eval import controls, heldout
 from forethought.models.loading import load_tokenizer
 from forethought.models.logprobs import no_think_distribution, thought_evidence
 from forethought.rollout import Thoughts, draw_noise
@@ -197,15 +197,15 @@ def test_statements_are_checked_against_the_whole_window():
 
     cut = dataclasses.replace(TEXTS[1], start=9)
     positions = at_positions([TEXTS[0], cut], [[1, 2], [3]], horizon=1)
-    right, stated = statements.statements(truth, word_tokenizer(), positions, [["a", "b"], ["aa", "ab"], ["", "a"]])
+    right, stated = heldout.statements(truth, word_tokenizer(), positions, [["a", "b"], ["aa", "ab"], ["", "a"]])
     assert (right, stated) == ([0.5, 1.5, 0.5], [1.0, 2.0, 0.5])
     assert [document for document, _ in seen] == ["a b c d e f"] * 4 + [""] * 2
 
 
 def test_only_worlds_bring_a_checker():
-    assert statements.checker("texts/world.jsonl") is None
-    assert statements.checker("hub:cups") is None
-    checker = statements.checker("world:cups/heldout")
+    assert heldout.checker("texts/world.jsonl") is None
+    assert heldout.checker("hub:cups") is None
+    checker = heldout.checker("world:cups/heldout")
     assert checker is not None
     assert checker("ball under red . swap 1 blue red , 2 red white", "1 blue 2 red") == (1, 2)
 
