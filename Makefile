@@ -15,7 +15,7 @@ test: check  ## everything that CI checks
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q
 
 test-kills: env  ## ten kills of one of two processes at random moments, which the default run of the tests leaves out
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 0 -s -m slow tests/test_dist.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 0 -s -m slow tests/run/test_distributed.py
 test-lm-eval: env  ## benchmarks and lm-evaluation-harness: the extra eval brings 40 packages that the environment lacks otherwise
 	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[eval]'
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/tools/test_lm_eval.py tests/tools/test_benchmarks.py tests/tools/experiment/test_questions.py tests/tools/posttrain
