@@ -419,13 +419,9 @@ def test_samples_are_drawn_each_on_its_own(tmp_path: Path):
     def texts(row: Row, field: str) -> list[str]:
         return [answer[field] for answer in row["answers"]]
 
-    rows = measure(tmp_path, questions={"max_tokens": 10})
-    for one in rows:
+    for one in measure(tmp_path, questions={"max_tokens": 10}):
         assert len(set(texts(one, "text"))) == 3, "greedy, and two samples"
         assert (len(set(texts(one, "thought"))) > 1) == (one["mode"] == "think")
-    for one, other in zip(rows, measure(tmp_path, questions={"max_tokens": 10}, seed=1), strict=True):
-        assert texts(one, "text")[0] == texts(other, "text")[0]
-        assert not set(texts(one, "text")[1:]) & set(texts(other, "text")[1:])
 
 
 @pytest.mark.parametrize("close", ["</think>", "learned"])
@@ -513,7 +509,7 @@ def test_a_model_leaves_figures_and_every_answer(
     monkeypatch.chdir(tmp_path)
     assert main(command(model, folder_of_tasks(tmp_path))) == 0
     out = capsys.readouterr().out
-    for word in ("gsm8k: 4 asked", "mmlu: 4 asked", "pass@1", "likeliest letter", "no thought", "overall average"):
+    for word in ("gsm8k: 4 asked", "mmlu: 4 asked", "pass@1", "most likely letter", "no thought", "overall average"):
         assert word in out
     folder = tmp_path / "runs" / "questions-model"
     figures = json.loads((folder / "questions.json").read_text())

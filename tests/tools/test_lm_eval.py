@@ -148,6 +148,18 @@ def test_repeated_questions_get_thoughts_of_their_own(one: ForethoughtLM, rows: 
     assert any(len(set(answers[4 * i : 4 * i + 4])) > 1 for i in range(10))
     assert answers == one.generate_until(requests)
     assert not any("." in answer or "think" in answer for answer in answers)
+    others = ForethoughtLM("embedded", thoughts=3, seed=1).generate_until(requests)
+    assert any(answers[4 * i + 1 : 4 * i + 4] != others[4 * i : 4 * i + 3] for i in range(10)), "no sample recurs"
+
+
+def test_a_thought_may_be_greedy(rows: list[dict[str, str]]):
+    """At temperature 0, thought and answer are the same for every seed and repetition."""
+    requests = [asked(row["text"], {"until": [" ."], "max_gen_toks": 3}) for row in rows[:5] for _ in range(2)]
+    found = [ForethoughtLM("embedded", thought_temperature=0.0, seed=seed).generate_until(requests) for seed in (0, 1)]
+    assert found[0] == found[1]
+    assert all(found[0][i] == found[0][i + 1] for i in range(0, 10, 2))
+    with_a_thought = [reply.answer.thought for reply in found[0]]
+    assert all(thought is not None and thought.tokens for thought in with_a_thought)
 
 
 def test_generation_options_that_mean_nothing_here_are_refused(one: ForethoughtLM):

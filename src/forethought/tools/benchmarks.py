@@ -235,7 +235,8 @@ def _shuffle(choices: list[Any], seed: str) -> tuple[str, list[Any]]:
 
 def _letter(answer: Any, index: Any, choices: Any, where: str) -> str:
     """The right choice, given as a letter, an index from 0, or both."""
-    if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS) or None in choices:
+    texts = isinstance(choices, list) and all(isinstance(choice, str | int | float) for choice in choices)
+    if not texts or not 2 <= len(choices) <= len(LETTERS):
         raise UserError(f"{where}: choices must be a list of 2 to {len(LETTERS)} texts, got {reprlib.repr(choices)}")
     letters = list(LETTERS[: len(choices)])
     given = [letters[one] if one in range(len(letters)) else one for one in (answer, index) if one not in ("", None)]
@@ -273,7 +274,7 @@ def grade(text: str, reference: str, choices: int = 0, tolerance: float = 0.0) -
     if not answer:
         return Grade(None, False)
     right = math_verify.verify(gold, answer, timeout_seconds=timeout)
-    close = _relative_error(gold, answer)
+    close = _relative_error(gold, answer, timeout)
     if close is not None:  # the library compares six decimals, too few for small numbers
         right = 0 < close <= tolerance or (right and (abs(float(gold[0])) >= _SMALL or close <= _ROUNDING))
     return Grade(str(answer[-1]), right)
@@ -285,11 +286,14 @@ def _plain_numbers(text: str) -> str:
     return re.sub(r"(?<![\w.])\d+(?:\.\d*)?[eE][-+]?\d{1,2}(?![\w])", lambda found: f"{Decimal(found[0]):f}", text)
 
 
-def _relative_error(gold: Sequence[Any], answer: Sequence[Any]) -> float | None:
-    """Of the answer, where both are numbers and the reference is not 0."""
+def _relative_error(gold: Sequence[Any], answer: Sequence[Any], timeout: int) -> float | None:
+    """Of the answer, where both are numbers (found in time) and the reference is not 0."""
+    from math_verify.errors import TimeoutException
+    from math_verify.utils import timeout as interrupt
+
     try:
-        true, mine = float(gold[0]), float(answer[0])
-    except (IndexError, TypeError, ValueError, OverflowError):
+        true, mine = interrupt(timeout)(lambda: (float(gold[0]), float(answer[0])))()
+    except (IndexError, TypeError, ValueError, ArithmeticError, TimeoutException):
         return None
     return abs(mine - true) / abs(true) if true else None
 
@@ -342,8 +346,8 @@ def prepare(config: Config, tasks: Sequence[Benchmark], progress: Progress | Non
         thinker, thinking=options.thinking != "without", seed=config.seed, max_gen_toks=options.max_tokens
     )
     for task in tasks:
-        task.written.build_all_requests()
-        longest = max(len(lm.tok_encode(one.args[0])) for one in task.written.instances)
+        prompts = [task.written.fewshot_context(doc, options.shots) for doc in task.written.eval_docs]
+        longest = max(len(lm.tok_encode(prompt)) for prompt in prompts)
         if longest + options.max_tokens > lm.max_length:
             raise UserError(
                 f"questions.shots = {options.shots}: a prompt of {task.name} has {longest} tokens; with "

@@ -121,7 +121,7 @@ def answer_table(figures: dict[str, Any], out: Console) -> None:
     keys = [name.split("/") for name in figures if name.startswith(("base/", "model/"))]
     columns = sorted({(key[0], key[1]) for key in keys}, key=lambda column: (column[0], column[1] != "nothink"))
     shown = Table(box=SIMPLE_HEAD, pad_edge=False)
-    shown.add_column("± standard error", no_wrap=True)
+    shown.add_column("± standard error")  # the only column that may wrap
     names = {"base": "base,\n", "model": "trained,\n"} if columns[0][0] == "base" else {"model": ""}
     for who, mode in columns:
         shown.add_column(names[who] + ("thinking" if mode == "think" else "no thought"), justify="right", no_wrap=True)
