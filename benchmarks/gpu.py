@@ -34,6 +34,7 @@ from forethought.prefix import attention as merged
 from forethought.rollout import draw_noise
 from forethought.rollout.cuda_graphs import CUDAGraphDecoder
 from forethought.rollout.native import NativeEngine, native_engine
+from forethought.trainer import TimedEngine
 
 BF16 = torch.bfloat16
 
@@ -128,7 +129,7 @@ class Step:
         self.weights = harness.build(name, "cuda")
         self.settings, self.number = settings, 0
         self.network = Network(self.weights, "bf16")
-        self.engine = native_engine(self.network.model, FORM, settings)
+        self.engine = TimedEngine(native_engine(self.network.model, FORM, settings))
         vocab = self.weights.config.vocab_size
         self.method = RLP(self.network, self.engine, FORM, harness.tokenizer(vocab), settings)
         self.optimizer = torch.optim.AdamW(self.weights.parameters(), lr=1e-6, fused=True)
@@ -144,11 +145,13 @@ class Step:
             torch.cuda.synchronize()
             marks.append(time.perf_counter())
 
-        batch = self.method.collect(self.windows, self.number)
+        sampled = self.engine.seconds
+        record = self.method.collect(self.windows, self.number)
+        microbatches = self.method.microbatches(record)
         mark()
         collect_peak = torch.cuda.max_memory_allocated() / 2**30
-        for piece in batch.pieces:
-            self.method.backward(piece)
+        for microbatch in microbatches:
+            self.method.forward_backward(microbatch)
         mark()
         norm = float(torch.nn.utils.clip_grad_norm_(self.weights.parameters(), 1.0))
         self.optimizer.step()
@@ -159,8 +162,8 @@ class Step:
         self.method.after_step()
         mark()
         steps = [b - a for a, b in itertools.pairwise(marks)]
-        rollout = batch.sums["time/rollout_s"][0]
-        work = step_flops(Shape.of(self.weights.config), batch.work)
+        rollout = self.engine.seconds - sampled
+        work = step_flops(Shape.of(self.weights.config), record.work(FORM, self.settings))
         assert norm > 0
         return {
             "rollout_s": rollout,
@@ -235,8 +238,8 @@ def profile(options: argparse.Namespace) -> list[dict[str, Any]]:
     step = Step(options.model, _replaced(settings, options.rows, options), options.prefix, options.places)
     for _ in range(2):
         print({k: round(v, 4) for k, v in step().items()}, flush=True)
-    batch = step.method.collect(step.windows, 2)
-    jobs: dict[str, Callable[[], Any]] = {"update": lambda: [step.method.backward(piece) for piece in batch.pieces]}
+    microbatches = step.method.microbatches(step.method.collect(step.windows, 2))
+    jobs: dict[str, Callable[[], Any]] = {"update": lambda: list(map(step.method.forward_backward, microbatches))}
     jobs["sampling and scoring"] = lambda: step.method.collect(step.windows, 2)
     for name, job in jobs.items():
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as watched:

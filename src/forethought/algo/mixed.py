@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from forethought.algo.cpt import CPT, TextMicrobatch, TextRecord
+from forethought.algo.cpt import CPT, TextRecord
 from forethought.algo.metrics import PositionShard, Sums, ThoughtRecord, thought_tokens
 from forethought.algo.position_sampler import PositionSampler
 from forethought.algo.rewards import Predictions
@@ -69,8 +69,8 @@ class Mixed(RLP):
         """No EMA teacher: gains are measured against the start."""
         return False
 
-    def collect(self, windows: list[Window], step: int) -> MixedRecord:
-        """The windows, and those with a thought that gained."""
+    def collect(self, windows: list[Window], step: int) -> Any:
+        """A `MixedRecord`: the windows, and those with a thought that gained."""
         record = super().collect(windows, step)
         positions, total = record.shard.positions, record.rewards.total
         assert total is not None
@@ -79,11 +79,11 @@ class Mixed(RLP):
         rows = [*windows, *(row for rows in added for row in rows)]
         return MixedRecord(thoughts=replace(record, kept=kept), rows=self.cpt.collect(rows, step))
 
-    def microbatches(self, record: MixedRecord) -> list[TextMicrobatch]:
+    def microbatches(self, record: Any) -> Any:
         """The rows of text, padded."""
         return self.cpt.microbatches(record.rows)
 
-    def forward_backward(self, microbatch: TextMicrobatch) -> tuple[float, Sums]:
+    def forward_backward(self, microbatch: Any) -> tuple[float, Sums]:
         """Next-token cross-entropy (eq. 1)."""
         return self.cpt.forward_backward(microbatch)
 
