@@ -108,12 +108,25 @@ def resolves(name: str) -> bool:
     for split in range(len(parts), -1, -1):
         try:
             found = importlib.import_module(".".join(["forethought", *parts[:split]]))
-        except ModuleNotFoundError:
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] != "forethought":  # the module needs an extra that is not here
+                return is_defined(ROOT / "src" / "forethought" / Path(*parts[:split]).with_suffix(".py"), parts[split:])
             continue
         for part in parts[split:]:
             found = getattr(found, part, None)
         return found is not None
     return False
+
+
+def is_defined(path: Path, parts: list[str]) -> bool:
+    """Whether a class or function, or a method of a class, is in the source of a module."""
+    body: list[ast.stmt] = ast.parse(path.read_text(encoding="utf-8")).body
+    for part in parts:
+        known = {node.name: node for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+        if part not in known:
+            return False
+        body = known[part].body
+    return True
 
 
 def test_every_shipped_config_is_valid():
