@@ -109,8 +109,9 @@ def resolves(name: str) -> bool:
         try:
             found = importlib.import_module(".".join(["forethought", *parts[:split]]))
         except ModuleNotFoundError as error:
-            if (error.name or "").partition(".")[0] != "forethought":  # the module needs an extra that is not here
-                return is_defined(ROOT / "src" / "forethought" / Path(*parts[:split]).with_suffix(".py"), parts[split:])
+            source = ROOT / "src" / "forethought" / f"{'/'.join(parts[:split])}.py"
+            if (error.name or "").partition(".")[0] != "forethought" and source.is_file():
+                return is_defined(source, parts[split:])  # the module needs an extra that is not installed
             continue
         for part in parts[split:]:
             found = getattr(found, part, None)
