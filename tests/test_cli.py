@@ -1,9 +1,13 @@
 """The command line: one line for a user's error, exit statuses, help."""
 
 import contextlib
+import errno
+import io
 import json
+import os
 import re
 import shutil
+import signal
 import socket
 from pathlib import Path
 from typing import Any
@@ -295,3 +299,39 @@ def test_version(capsys: pytest.CaptureFixture[str]):
 )
 def test_printable(text: str, shown: str):
     assert printable(text) == shown
+
+
+class Broken(io.StringIO):
+    """An output that works for some lines, and then fails as a closed pipe, a closed terminal or a full disk does."""
+
+    encoding = "ascii"
+
+    def __init__(self, code: int, works: int = 1):
+        super().__init__()
+        self.code, self.left = code, works
+
+    def write(self, text: str) -> int:
+        text.encode(self.encoding)
+        self.left -= "\n" in text
+        if self.left < 0:
+            raise OSError(self.code, os.strerror(self.code))
+        return super().write(text)
+
+
+@pytest.mark.parametrize("code", [errno.EPIPE, errno.EIO, errno.ENOSPC], ids=["pipe", "terminal", "disk"])
+def test_a_run_outlives_the_reader_of_its_output(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out, err = Broken(code), Broken(code)
+    monkeypatch.setattr("sys.stdout", out)
+    monkeypatch.setattr("sys.stderr", err)
+    monkeypatch.setattr("forethought.tools.console.PLAIN_EVERY_S", 0.0)
+    assert main(words(options(tmp_path, "run"))) == 0
+    assert (tmp_path / "run" / "summary.json").is_file()
+    assert out.getvalue().count("\n") == err.getvalue().count("\n") == 1
+    assert main(["--help"]) == 128 + signal.SIGPIPE
+
+
+def test_an_output_without_the_letters_of_a_name_shows_escapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out = Broken(errno.EPIPE, works=99)
+    monkeypatch.setattr("sys.stdout", out)
+    assert main(words(options(tmp_path, "l\u00e4ufe"))) == 0
+    assert "l\\xe4ufe" in out.getvalue()

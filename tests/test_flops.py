@@ -222,7 +222,8 @@ def test_sharing_never_costs_more_than_copies(positions: list[tuple[int, int, in
 WINDOWS = [window(5, 6, 7, 8, 9, 5, 7), window(9, 10, 5, 7, 11, 6, 8)]
 
 
-WIDE = dataclasses.replace(LONG, close=FORM.close)  # contexts no shorter than a convolution, thoughts that can close
+# contexts no shorter than a convolution, thoughts that can close
+WIDE = dataclasses.replace(LONG, close=FORM.close, closing=FORM.closing)
 
 
 def run_step(

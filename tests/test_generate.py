@@ -79,7 +79,9 @@ def test_a_forbidden_first_token_may_follow_later():
     model = qwen3()
     free = generate(model, PROMPTS * 4, Sampling(limit=12, temperature=1.5), never, streams(20))
     token = free[0][0]
-    texts = generate(model, PROMPTS * 4, Sampling(limit=12, temperature=1.5, not_first=token), never, streams(20))
+    texts = generate(
+        model, PROMPTS * 4, Sampling(limit=12, temperature=1.5, not_first=torch.tensor([token])), never, streams(20)
+    )
     assert all(text[0] != token for text in texts)
     assert any(token in text for text in texts)
 

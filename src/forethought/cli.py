@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO, cast
 
 from rich.console import Console
 
@@ -17,7 +18,7 @@ from forethought.config import Config, RunError, UserError, difference, from_dic
 from forethought.config.registry import OPTION, TABLES
 from forethought.run.distributed import RemoteRankError, launcher_rank_and_size, require_single_process
 from forethought.run.signals import Stopped
-from forethought.tools.console import CONTROLS, FIGURES, ProgressBar, answer_table, line, renamed_options, table
+from forethought.tools.console import CONTROLS, FIGURES, ProgressBar, Stream, answer_table, line, renamed_options, table
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,17 +30,21 @@ class Command:
     help: str
     needs: str = ""  # what the first word must be
     options: bool = True  # whether it takes --section.option
+    lasting: bool = True  # whether its results are in files, so that nobody needs to read what it prints
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit status: 2 for a user's error, 1 for a run that failed, 128 + n for signal n."""
-    out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+    streams = Stream(sys.stdout), Stream(sys.stderr)
+    out, err = (Console(file=cast(TextIO, stream), highlight=False) for stream in streams)
+    words = list(sys.argv[1:] if words is None else words)
     rank = os.environ.get("RANK", "0")
     speaker = "forethought" if rank == "0" else f"forethought process {rank}"
     try:
         with renamed_options(err, launcher_rank_and_size()[0] == 0):
-            _command(list(sys.argv[1:] if words is None else words), out, err)
-        return 0
+            _command(words, out, err)
+        lasting = words and words[0] in COMMANDS and COMMANDS[words[0]].lasting
+        return 128 + signal.SIGPIPE if streams[0].gone and not lasting else 0
     except RemoteRankError:
         return 1
     except (UserError, RunError) as error:
@@ -48,9 +53,6 @@ def main(words: Sequence[str] | None = None) -> int:
     except Stopped as stopped:
         line(err, f"{speaker}: {stopped}") if launcher_rank_and_size()[0] == 0 else None
         return 128 + stopped.number
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         line(err, f"{speaker}: interrupted")
         return 128 + signal.SIGINT
@@ -250,6 +252,7 @@ COMMANDS = {
     ),
     "plan": Command(
         _plan, f"CONFIG [--gpus N] [--gpu h100] [--simulate] [--json FILE] {_MORE}", "memory, time and cost of a run",
+        lasting=False,
     ),
     "report": Command(_report, "RUN [RUN ...] [--out FILE]", "an HTML page about runs", options=False),
     "lm-eval": Command(_lm_eval, "--model_args path=MODEL,thoughts=4 --tasks TASK", "tasks of lm-evaluation-harness"),

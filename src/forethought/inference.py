@@ -29,7 +29,7 @@ from forethought.models.loading import (
     load_tokenizer,
     require_context,
 )
-from forethought.models.logprobs import chunk_tokens, mask_token, no_think_logp, suffix_logits
+from forethought.models.logprobs import chunk_tokens, mask_tokens, no_think_logp, suffix_logits
 from forethought.rollout import Thoughts, draw_noise
 from forethought.rollout.decoder import COMPACT, ReplicatedBatch, sample
 from forethought.rollout.native import native_engine
@@ -49,7 +49,7 @@ class Sampling:
     temperature: float  # 0: greedy
     top_p: float = 1.0
     rows: int = 64  # changes speed and memory, not the result
-    not_first: int | None = None  # a token that no text begins with, such as a thought's closing delimiter
+    not_first: Int[Tensor, " masked"] | None = None  # tokens that no text begins with
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -333,21 +333,25 @@ class ThinkingModel:
         self, temperature: float, contexts: Sequence[list[int]], thoughts: int, seeds: Sequence[int]
     ) -> list[tuple[Thought, ...]]:
         """Thoughts at any temperature, including 0, which the rollout engines do not support."""
-        close = list(self.form.close)
+        closing = self.form.closing
         prompts = [self.form.prompt_tokens(context) for context in contexts for _ in range(thoughts)]
         generators = [make_generator(seed, "think", context) for seed, context in zip(seeds, contexts, strict=True)]
         sampling = Sampling(
             limit=self.config.method.thought_length,
             temperature=temperature,
             rows=self.config.train.rollout_batch,
-            not_first=close[0],
+            not_first=closing.first,
         )
-        generators = [generator for generator in generators for _ in range(thoughts)]
-        found = generate(self.model, prompts, sampling, lambda tokens: tokens[-len(close) :] == close, generators)
+        generators, ending = [one for one in generators for _ in range(thoughts)], set(closing.ending.tolist())
+
+        def stop(tokens: Sequence[int]) -> bool:
+            return tokens[-1] in ending and closing.length(tokens) is not None
+
+        found = generate(self.model, prompts, sampling, stop, generators)
         sampled = []
         for tokens in found:
-            closed = tokens[-len(close) :] == close
-            inside = tokens[: -len(close)] if closed else tokens
+            closed = closing.length(tokens) is not None
+            inside = self.form.content(tokens, closed)
             sampled.append(Thought(text=self.tokenizer.decode(inside), tokens=tuple(inside), closed=closed))
         return [tuple(sampled[i : i + thoughts]) for i in range(0, len(sampled), thoughts)]
 
@@ -507,7 +511,7 @@ def _generate_batch(
     rows, running = list(range(len(prompts))), [True] * len(prompts)  # the rows in the batch, and which continue
     for step in range(sampling.limit):
         if step == 0 and sampling.not_first is not None:
-            logits = mask_token(logits, sampling.not_first)
+            logits = mask_tokens(logits, sampling.not_first)
         drawn = _draw(logits, noise[rows, step], sampling)
         for i, (row, token) in enumerate(zip(rows, drawn.tolist(), strict=True)):
             if running[i]:

@@ -28,6 +28,7 @@ from forethought.algo.rpt import RPT
 from forethought.config import Config, Method, Model, Train, Update
 from forethought.data.corpus import Window
 from forethought.data.positions import ThoughtFormat
+from forethought.data.token_bytes import Closing
 from forethought.models.compute_copy import Network
 from forethought.prefix import enable
 from forethought.rollout.native import NativeEngine
@@ -36,6 +37,17 @@ WORDS = ("<pad>", "<unk>", "<bos>", "<think>", "</think>", "a", "b", "c", "d", "
 OPEN, CLOSE, A = 3, 4, 5
 FORM = ThoughtFormat(before=(), after=(), open=(OPEN,), close=(CLOSE,), bos=None, pad=0)
 LONG = ThoughtFormat(before=(6, 7), after=(8,), open=(OPEN, 5, 6), close=(CLOSE, 5, 5), bos=2, pad=0)
+TEXTS = ("", "?", "!", "<think>", "</", "think>", ">b", "<", "/think>", "so</think>.", "thi", "think>n")
+"""Texts of the same tokens, many of which may take part in the delimiter </think>."""
+MERGED = ThoughtFormat(
+    before=(6,),
+    after=(),
+    open=(OPEN,),
+    close=(CLOSE, A),
+    bos=2,
+    pad=0,
+    closing=Closing([*TEXTS, ""], "</think>", (CLOSE, A)),
+)
 
 
 def word_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
@@ -219,8 +231,8 @@ def plain_logits(model: Any, tokens: list[int]) -> torch.Tensor:
     return model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
 
 
-def plain_thought(model: Any, prompt: list[int], thought: list[int], temperature: float, close: int) -> torch.Tensor:
-    """log pi of each token of a thought, by one plain forward."""
+def plain_thought(model: Any, prompt: list[int], thought: list[int], temperature: float, close: Any) -> torch.Tensor:
+    """log pi of each token of a thought, whose first is none of `close`, by one plain forward."""
     logits = plain_logits(model, prompt + thought)[len(prompt) - 1 : -1] / temperature
     logits = logits.index_put((torch.tensor(0), torch.tensor(close)), torch.tensor(-torch.inf, dtype=logits.dtype))
     return logits.log_softmax(-1).gather(-1, torch.tensor(thought)[:, None]).squeeze(-1)
@@ -235,5 +247,8 @@ def plain_targets(model: Any, prompt: list[int], targets: list[int]) -> torch.Te
 def closed_by_force(thought: list[int], form: ThoughtFormat) -> list[int]:
     """A thought with its closing delimiter, added if it has not closed itself."""
     size = len(form.close)
+    if form is MERGED and "</think>" in "".join(TEXTS[token] for token in thought):
+        begun = 1 if thought[-2:-1] == [CLOSE] else 0
+        return [*thought[: len(thought) - 1 - begun], *form.close]
     ends = len(thought) > size and tuple(thought[-size:]) == form.close
     return thought if ends else [*thought, *form.close]

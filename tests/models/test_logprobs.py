@@ -7,7 +7,7 @@ from forethought.models.logprobs import (
     ScoringOptions,
     ThoughtBatch,
     log_probabilities,
-    mask_token,
+    mask_tokens,
     no_think_logp,
     position_ids,
     thought_logp,
@@ -59,10 +59,18 @@ def test_log_probabilities_are_float32_whatever_the_logits():
 
 def test_mask_token_takes_one_token_away_and_leaves_the_argument():
     logits = torch.zeros(2, 3)
-    assert mask_token(logits, 1).softmax(-1).tolist() == [[0.5, 0.0, 0.5]] * 2
-    assert mask_token(logits, 1, torch.tensor([False, True])).softmax(-1)[1].tolist() == [0.5, 0.0, 0.5]
-    assert mask_token(logits, 1, torch.tensor([False, True]))[0].tolist() == [0.0] * 3
-    assert mask_token(logits, 1, torch.tensor([False, False])).tolist() == logits.tolist() == [[0.0] * 3] * 2
+    assert mask_tokens(logits, torch.tensor([1])).softmax(-1).tolist() == [[0.5, 0.0, 0.5]] * 2
+    assert mask_tokens(logits, torch.tensor([1]), torch.tensor([False, True])).softmax(-1)[1].tolist() == [
+        0.5,
+        0.0,
+        0.5,
+    ]
+    assert mask_tokens(logits, torch.tensor([1]), torch.tensor([False, True]))[0].tolist() == [0.0] * 3
+    assert (
+        mask_tokens(logits, torch.tensor([1]), torch.tensor([False, False])).tolist()
+        == logits.tolist()
+        == [[0.0] * 3] * 2
+    )
 
 
 def test_position_ids_count_real_tokens():

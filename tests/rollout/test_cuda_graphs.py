@@ -16,8 +16,8 @@ from forethought.rollout.cuda_graphs import capturable, sample_by_cells
 from forethought.rollout.decoder import sample
 from forethought.rollout.native import native_engine
 from helpers import architectures as tiny
-from helpers.models import FORM, MODELS, WINDOWS, config, engine
-from helpers.sampling import assert_same, both, cuda_graphs
+from helpers.models import CLOSE, FORM, MERGED, MODELS, WINDOWS, A, config, engine
+from helpers.sampling import assert_same, biased, both, cuda_graphs
 
 LONG = ThoughtFormat(before=(4,), after=(8,), open=(5, 6), close=(7, 9), bos=None, pad=0)
 
@@ -30,6 +30,16 @@ def test_same_thoughts_as_eager_decoding(rows: int, top_p: float):
     settings = config(group=8, thought_length=12, positions=2, temperature=1.2, top_p=top_p)
     eager, static = both(model, FORM, settings, rows)
     assert_same(eager, static)
+    assert eager.closed.any() and not eager.closed.all()
+
+
+def test_thoughts_that_close_inside_a_larger_token():
+    settings = config(group=32, thought_length=12, positions=2, temperature=1.0)
+    eager, static = both(biased({CLOSE: 2.0, 7: 2.0}), MERGED, settings, 64, horizon=2)
+    assert_same(eager, static)
+    assert {A, 8, 9, 11} <= {
+        int(row[mask][-1]) for row, mask in zip(*(x.flatten(0, 1) for x in (eager.tokens, eager.mask)))
+    }
     assert eager.closed.any() and not eager.closed.all()
 
 
@@ -97,23 +107,25 @@ def test_models_that_cannot_be_captured_are_refused():
 
 COMPILED = """
 import torch
+from forethought.config import Method
+from forethought.data.token_bytes import Closing
 from forethought.rollout.cuda_graphs import GraphState, advance
 
 def full(value, *shape):
     return torch.full((64, *shape), value)
 
+closing, first = Closing.of_tokens((3, 4)), torch.arange(50) == 3
 graphs = []
 run = torch.compile(advance, backend=lambda graph, inputs: graphs.append(graph) or graph)
 whole = GraphState(
     noise=full(0.5, 9), forced_tokens=full(0, 3), forced_index=full(-1), tokens=full(0, 9), logp=full(0.0, 9),
-    length=full(0),
-    closed=full(0), evidence=full(0.0, 1), hit=full(0, 1), logits=torch.zeros(64, 50), next=full(0),
+    length=full(0), matched=full(0), closed=full(0), evidence=full(0.0, 1), hit=full(0, 1), logits=torch.zeros(64, 50), next=full(0),
 )
 for rows in (64, 32, 16):
     some = whole.head(rows)
     for tensor in some.tensors().values():
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
-    run(some, torch.tensor([3, 4]), 0.7, 1.0)
+    run(some, torch.tensor([3, 4]), closing, first, Method(temperature=0.7))
 print(len(graphs), whole.length.tolist())
 """
 

@@ -16,7 +16,10 @@ from helpers.models import (
     CLOSE,
     FORM,
     LONG,
+    MERGED,
+    TEXTS,
     WINDOWS,
+    A,
     closed_by_force,
     collected,
     config,
@@ -114,15 +117,17 @@ def test_a_thought_ends_with_its_whole_closing_sequence(way):
 
 
 @WAYS
-@pytest.mark.parametrize("form", [FORM, LONG, THREE], ids=["short", "long", "three"])
+@pytest.mark.parametrize("form", [FORM, LONG, THREE, MERGED], ids=["short", "long", "three", "merged"])
 @pytest.mark.parametrize("horizon", [1, 3])
 def test_evidence_follows_the_closing_delimiter_forced_or_not(form, horizon, way):
-    model = biased({CLOSE: 4.0, 5: 5.0, 6: 4.0})
+    """With `merged` a thought closes by its text: the closing token is credited as sampled, `close` is read."""
+    model = biased({CLOSE: 2.0, 7: 2.0} if form is MERGED else {CLOSE: 4.0, 5: 5.0, 6: 4.0})
     places = [[1, 2], [2, 4], [1]]
     positions = at_positions(WINDOWS[:2] + WINDOWS[3:], places, horizon)
     noise = draw_noise((8, 9), [make_generator(0, i) for i in range(5)])
     thoughts = NativeEngine(model, form, Method(), *way).sample(positions, noise)
     assert 0 < thoughts.closed.float().mean() < 1
+    endings = set()
     with torch.no_grad():
         for i, (context, targets) in enumerate(zip(positions.contexts(), positions.targets().tolist(), strict=True)):
             for g in range(8):
@@ -130,8 +135,14 @@ def test_evidence_follows_the_closing_delimiter_forced_or_not(form, horizon, way
                 prompt = form.prompt_tokens(context)
                 evidence = plain_targets(model, prompt + closed_by_force(text, form), targets)
                 assert torch.allclose(thoughts.evidence[i, g], evidence, atol=1e-5)
-                plain = plain_thought(model, prompt, text, 0.7, CLOSE)
+                plain = plain_thought(model, prompt, text, 0.7, form.closing.first.tolist())
                 assert torch.allclose(thoughts.logp[i, g, : len(text)], plain, atol=1e-5)
+                if form is MERGED:
+                    said = ["</think>" in "".join(TEXTS[token] for token in text[:n]) for n in range(1, len(text) + 1)]
+                    assert said == [False] * (len(text) - 1) + [bool(thoughts.closed[i, g])]
+                    assert closed_by_force(text, form) == [*form.content(text, said[-1]), *form.close]
+                    endings.add(text[-1] if said[-1] else None)
+    assert form is not MERGED or {A, 8, 9, 11, None} <= endings
 
 
 @WAYS
@@ -230,7 +241,7 @@ def test_sample_never_draws_what_is_impossible():
 
 @pytest.mark.parametrize("prefix", ["shared", "replicated"])
 @pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0, 1.5])
-@pytest.mark.parametrize("form", [FORM, THREE], ids=["one-token close", "three-token close"])
+@pytest.mark.parametrize("form", [FORM, THREE, MERGED], ids=["one-token close", "three-token close", "merged close"])
 def test_ratios_to_the_sampler_are_one_before_the_first_step(form, temperature, prefix):
     model = biased({CLOSE: 3.0, 5: 3.0, 6: 3.0})
     method = rlp(model, config(temperature=temperature, prefix=prefix, group=8, thought_length=8), form)

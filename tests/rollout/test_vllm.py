@@ -1,5 +1,6 @@
 """The vLLM engine without vLLM: its requests, what becomes of their samples, and the distribution of thoughts."""
 
+import dataclasses
 import itertools
 import math
 import sys
@@ -12,6 +13,7 @@ import torch
 
 from forethought.config import Config, RunError, UserError
 from forethought.data.positions import at_positions, make_generator, pad_rows
+from forethought.data.token_bytes import Closing
 from forethought.models.logprobs import ScoringOptions, ThoughtBatch, target_logp
 from forethought.rollout import draw_noise
 from forethought.rollout.native import NativeEngine
@@ -30,6 +32,7 @@ from forethought.rollout.vllm import (
 )
 from helpers.models import FORM, LONG, WINDOWS, config, qwen3
 
+NINE, PAIR = Closing.of_tokens((9,)), Closing.of_tokens((8, 9))
 NOISE = draw_noise((2, 5), [make_generator(0, i) for i in range(2)])
 
 
@@ -47,26 +50,26 @@ def scripted(*turns: list[list[list[int]]]) -> tuple[Draw, list[list[Request]]]:
 
 def test_one_request_a_position_is_enough_for_a_delimiter_of_one_token():
     draw, requested = scripted([[[5, 9], [5, 5, 5, 5, 5]], [[6, 7, 9], [5, 6, 7, 8, 9]]])
-    rows = think([[1, 2], [3]], NOISE, (9,), draw)
-    assert [(one.prompt, one.samples, one.limit, one.stop, one.may_stop_first) for one in requested[0]] == [
-        ([1, 2], 2, 5, 9, False),
-        ([3], 2, 5, 9, False),
+    rows = think([[1, 2], [3]], NOISE, NINE, draw)
+    assert [(one.prompt, one.samples, one.limit, one.stops, one.may_stop_first) for one in requested[0]] == [
+        ([1, 2], 2, 5, [9], False),
+        ([3], 2, 5, [9], False),
     ]
     assert len(requested) == 1
-    assert [closed(row, (9,)) for row in rows] == [True, False, True, True]
+    assert [closed(row, NINE) for row in rows] == [True, False, True, True]
 
 
 def test_a_delimiter_of_several_tokens_is_awaited_thought_by_thought():
     first = [[[5, 8], [5, 5, 5, 5, 5]], [[6, 8], [6, 7, 8]]]
     draw, requested = scripted(first, [[[9]], [[7, 9]], [[7, 6]]], [[[5]]])
-    rows = think([[1, 2], [3]], NOISE, (8, 9), draw)
+    rows = think([[1, 2], [3]], NOISE, PAIR, draw)
     assert [row.tokens for row in rows] == [[5, 8, 9], [5, 5, 5, 5, 5], [6, 8, 7, 9, 5], [6, 7, 8, 7, 6]]
     assert [row.logp for row in rows][2] == [-6, -8, -7, -9, -5]
-    assert [closed(row, (8, 9)) for row in rows] == [True, False, False, False]
-    assert [(one.prompt, one.samples, one.limit, one.stop, one.may_stop_first) for one in requested[1]] == [
-        ([1, 2, 5, 8], 1, 3, 9, True),
-        ([3, 6, 8], 1, 3, 9, True),
-        ([3, 6, 7, 8], 1, 2, 9, True),
+    assert [closed(row, PAIR) for row in rows] == [True, False, False, False]
+    assert [(one.prompt, one.samples, one.limit, one.stops, one.may_stop_first) for one in requested[1]] == [
+        ([1, 2, 5, 8], 1, 3, [9], True),
+        ([3, 6, 8], 1, 3, [9], True),
+        ([3, 6, 7, 8], 1, 2, [9], True),
     ]
     assert [one.prompt for one in requested[2]] == [[3, 6, 8, 7, 9]]
     seeds = [one.seed for some in requested for one in some]
@@ -88,10 +91,10 @@ def markov(requests: list[Request]) -> list[list[Sample]]:
         draw, group = torch.Generator().manual_seed(request.seed), []
         for _ in range(request.samples):
             tokens: list[int] = []
-            while len(tokens) < request.limit and not (tokens and tokens[-1] == request.stop):
+            while len(tokens) < request.limit and not (tokens and tokens[-1] in request.stops):
                 row = CHAIN[[*request.prompt, *tokens][-1]].clone()
                 if not tokens and not request.may_stop_first:
-                    row[request.stop] = 0
+                    row[request.stops] = 0
                 tokens.append(int(torch.multinomial(row, 1, generator=draw)))
             group.append(Sample(tokens=tokens, logp=[0.0] * len(tokens)))
         found.append(group)
@@ -114,16 +117,40 @@ def test_thoughts_by_requests_have_the_distribution_of_the_definition(close: tup
         exact[tokens[: ends[0]] if ends else tokens] += p
     assert sum(exact.values()) == pytest.approx(1, abs=1e-6)
     noise = draw_noise((count, limit), [make_generator(1)])
-    seen = Counter(tuple(row.tokens) for row in think([[0, 1]], noise, close, markov))
+    seen = Counter(tuple(row.tokens) for row in think([[0, 1]], noise, Closing.of_tokens(close), markov))
     assert set(seen) <= set(exact)
     chi = sum((seen[some] - count * p) ** 2 / (count * p) for some, p in exact.items())
     freedom = len(exact) - 1
     assert abs(chi - freedom) < 5 * math.sqrt(2 * freedom)
 
 
+TEXTS = ("x", "]", "].", "a]", "")
+"""Of four tokens, and of those beyond."""
+
+
+def test_thoughts_by_requests_close_by_their_text():
+    """Every thought of up to four tokens ends with the first token that holds the delimiter, and begins with none."""
+    closing, limit, count, exact = Closing(TEXTS, "]", (1,)), 4, 4000, Counter[tuple[int, ...]]()
+    first = torch.tensor([1.0, 0, 0, 0])
+    for tokens in itertools.product(range(4), repeat=limit):
+        p = float(first[tokens[0]]) * math.prod(float(CHAIN[a][b]) for a, b in itertools.pairwise(tokens))
+        ends = [n for n in range(2, limit + 1) if "]" in "".join(TEXTS[token] for token in tokens[:n])]
+        exact[tokens[: ends[0]] if ends else tokens] += p
+    noise = draw_noise((count, limit), [make_generator(1)])
+    rows = think([[0, 1]], noise, closing, markov)
+    seen = Counter(tuple(row.tokens) for row in rows)
+    kept = {some: p for some, p in exact.items() if p}
+    assert set(seen) <= set(kept)
+    chi = sum((seen[some] - count * p) ** 2 / (count * p) for some, p in kept.items())
+    assert abs(chi - len(kept) + 1) < 5 * math.sqrt(2 * (len(kept) - 1))
+    form = dataclasses.replace(FORM, close=(1,), closing=closing)
+    texts = scored_texts(rows, form, [[3]])
+    assert all(text[-2:] == [1, 3] and 1 not in text[:-2] and 2 not in text[:-2] for text in texts)
+
+
 def test_samples_become_thoughts():
     rows = [Sample(tokens=tokens, logp=[-1.0] * len(tokens)) for tokens in ([5, 4], [5, 6, 7], [6, 5, 4], [5])]
-    assert scored_texts(rows, FORM.close, [[8, 9], [10, 11]]) == [
+    assert scored_texts(rows, FORM, [[8, 9], [10, 11]]) == [
         [5, 4, 8, 9],
         [5, 6, 7, 4, 8, 9],
         [6, 5, 4, 10, 11],
@@ -146,7 +173,7 @@ def test_evidence_scored_by_the_policy_is_that_of_the_native_engine(form, shared
     wanted = NativeEngine(model, form, settings.method, shared=shared).sample(positions, noise)
     flat = zip(wanted.tokens.flatten(0, 1), wanted.mask.flatten(0, 1), strict=True)
     rows = [Sample(tokens=(own := some[mask].tolist()), logp=[0.0] * len(own)) for some, mask in flat]
-    texts, mask = pad_rows(scored_texts(rows, form.close, positions.targets().tolist()), form.pad, left=False)
+    texts, mask = pad_rows(scored_texts(rows, form, positions.targets().tolist()), form.pad, left=False)
     again = ThoughtBatch.from_positions(
         form, positions, texts.view(len(positions), 4, -1), mask.view(len(positions), 4, -1)
     )

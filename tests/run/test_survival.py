@@ -12,7 +12,7 @@ import pytest
 from forethought.config import RunError, from_dict, merge
 from forethought.run import checkpoint
 from forethought.run.folder import RunLog, checkpoints
-from forethought.run.signals import SignalArrived, SignalGuard, Stopped
+from forethought.run.signals import ENDING, SignalArrived, SignalGuard, Stopped
 from forethought.run.trackers import Callbacks
 from forethought.trainer import Trainer, resume, train
 from helpers.moments import Moment
@@ -61,7 +61,13 @@ def errors(run: Path) -> str:
 
 @pytest.mark.parametrize(
     ("variant", "number", "forwards"),
-    [("rlp", signal.SIGINT, 1), ("rlp that drops", signal.SIGTERM, 200), ("cpt", signal.SIGTERM, 20)],
+    [
+        ("rlp", signal.SIGINT, 1),
+        ("rlp that drops", signal.SIGTERM, 200),
+        ("cpt", signal.SIGTERM, 20),
+        ("cpt", signal.SIGHUP, 20),
+        ("cpt", signal.SIGXCPU, 20),
+    ],
 )
 def test_a_stopped_run_goes_on_to_the_bit(
     variant: str, number: signal.Signals, forwards: int, tmp_path: Path, processes: ForkServerContext
@@ -105,17 +111,28 @@ def test_a_signal_during_an_optimizer_step_waits_for_the_whole_step(tmp_path: Pa
     assert_same_run(run, tmp_path / "whole")
 
 
-def test_the_guard_defers_a_signal_and_restores_the_handlers():
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("number", ENDING)
+def test_the_guard_defers_a_signal_and_restores_the_handlers(number: signal.Signals):
+    before = signal.getsignal(number)
     guard, reached = SignalGuard(), []
     with guard.installed():
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
         reached.append("after the signal")
         with pytest.raises(SignalArrived) as caught, guard.interruptible():
             reached.append("not here")
-        assert caught.value.number == signal.SIGINT
+        assert caught.value.number == number
     assert reached == ["after the signal"]
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, lambda *_: None], ids=["nohup", "of another library"])
+def test_a_signal_that_is_ignored_or_handled_stays_so(handler: Any):
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        with SignalGuard().installed():
+            assert signal.getsignal(signal.SIGHUP) is handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_twenty_kills_leave_no_trace(tmp_path: Path, processes: ForkServerContext):

@@ -54,7 +54,7 @@ def trainer_of(model: Any, settings: Config, folder: Path, **more: Any) -> tuple
         reward_funcs=reward,
         args=trl.arguments(settings, folder, disable_tqdm=True, **more),
         train_dataset=rows,
-        processing_class=trl.stopping_at(CLOSE, tokenizer, model),
+        processing_class=trl.stopping_at([CLOSE], tokenizer, model),
         callbacks=[trl.TeacherUpdate(reward)],
     )
     return trainer, reward

@@ -131,14 +131,22 @@ class ThoughtRecord:
         for window, t in zip(windows, at, strict=True):
             read[window] = max(read[window], t + positions.horizon - 1)
         after = positions.horizon if self.predictions is None else options.prediction_length
-        lengths, closed = self.thoughts.lengths.tolist(), self.thoughts.closed.tolist()
+        lengths, written = self.thoughts.lengths.tolist(), self.predictions is not None
+        said = zip(thought_tokens(self.thoughts, form), lengths, self.thoughts.closed.tolist(), strict=True)
+        tails = [
+            tuple(
+                after - 1 + (0 if done and written else len(own) + len(form.close) - length)
+                for own, length, done in zip(*group, strict=True)
+            )
+            for group in said
+        ]
         work = Work(
             windows=tuple(read.values()),
             owners=tuple(windows),
             prefixes=tuple(len(form.before) + t for t in at),
             opening=len(form.after) + len(form.open),
             thoughts=tuple(map(tuple, lengths)),
-            tails=tuple(tuple((0 if done else len(form.close)) + after - 1 for done in group) for group in closed),
+            tails=tuple(tails),  # what is read after a thought, in tokens more than were sampled
             sharing="document" if config.model.prefix == "shared" else "rollout",
             reread=config.rollout.engine == "vllm",
             horizon=positions.horizon,
@@ -154,12 +162,11 @@ class ThoughtRecord:
 
 def thought_tokens(thoughts: Thoughts, form: ThoughtFormat) -> list[list[list[int]]]:
     """The tokens of each thought, by position and group member, without a sampled closing delimiter."""
-    size, groups = len(form.close), []
     columns = zip(thoughts.tokens.tolist(), thoughts.lengths.tolist(), thoughts.closed.tolist(), strict=True)
-    for group in columns:
-        members = zip(*group, strict=True)
-        groups.append([tokens[: length - size * closed] for tokens, length, closed in members])
-    return groups
+    return [
+        [form.content(tokens[:length], closed) for tokens, length, closed in zip(*group, strict=True)]
+        for group in columns
+    ]
 
 
 def decode_thoughts(tokenizer: Any, tokens: list[list[list[int]]]) -> list[list[str]]:

@@ -139,7 +139,7 @@ class Method:
     open: Name = "<think>"
     """Text before a thought."""
     close: Name = "</think>"
-    """Text after a thought; sampling it ends the thought."""
+    """Text after a thought, which ends as soon as its text contains this."""
     prompt: str = "{context}"
     """Template around the context of a thought, with {context} once. Scoring without a thought does not use it."""
 

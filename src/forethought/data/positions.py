@@ -2,8 +2,8 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from forethought.config import Method, UserError, registry
 from forethought.data.corpus import Window
+from forethought.data.token_bytes import Closing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +82,13 @@ class Positions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThoughtFormat:
-    """The template around a thought: `before x_<t after open c close x_t`. The no-think score sees only x_<t."""
+    """The template around a thought: `before x_<t after open c close x_t`. The no-think score sees only x_<t.
+
+    A thought ends with the sampled token that completes the text of the closing delimiter, in whatever tokens: that
+    token is credited as it was sampled, and what is read after the thought is `close`, in the place of that token and
+    of those before it that begin `close`. Example: close = `</` `think` `>`, sampled `so` `</` `think` `>\\n`: the
+    text is read after `so` `</` `think` `>`. Without a tokenizer (`closing` is None) only `close` itself ends it.
+    """
 
     before: tuple[int, ...]  # prompt template before the context (but after a leading BOS)
     after: tuple[int, ...]  # prompt template after the context
@@ -90,6 +97,18 @@ class ThoughtFormat:
     bos: int | None
     pad: int  # fills masked positions; never seen by the model
     end: tuple[int, ...] = ()  # after a prediction (RPT); empty: predictions have a fixed length
+    closing: Closing = field(default=cast(Closing, None), compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.closing is None:
+            object.__setattr__(self, "closing", Closing.of_tokens(self.close))
+
+    def content(self, tokens: Sequence[int], closed: bool) -> list[int]:
+        """A thought's tokens without those of a closing delimiter."""
+        if not closed:
+            return list(tokens)
+        sizes = [k for k in range(len(self.close)) if k < len(tokens) and self.close[:k] == tuple(tokens[-1 - k : -1])]
+        return list(tokens[: len(tokens) - 1 - max(sizes)])
 
     def prompt_tokens(self, context: list[int]) -> list[int]:
         """What the model reads before a thought, including the opening delimiter."""
@@ -136,6 +155,7 @@ def thought_format(tokenizer: Any, options: Method) -> ThoughtFormat:
         bos=tokenizer.bos_token_id,
         pad=pad if pad is not None else 0,
         end=encoded[options.end],
+        closing=Closing.of_text(tokenizer, options.close, encoded[options.close]),
     )
 
 

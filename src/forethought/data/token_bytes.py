@@ -1,7 +1,14 @@
-"""Tokens -> bytes, where a token may end inside a character."""
+"""Tokens -> bytes, where a token may end inside a character; and when such bytes contain a closing delimiter."""
 
+import copy
 import json
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from forethought.config import UserError
 
@@ -30,9 +37,16 @@ class TokenBytes:
 
     def token(self, token: int) -> bytes:
         """The bytes of a token."""
+        return self.tokens([token])[0]
+
+    def tokens(self, tokens: Iterable[int]) -> list[bytes]:
+        """The bytes of each of some tokens."""
+        tokens = list(tokens)
+        return [self._bytes(*pair) for pair in zip(tokens, self._tokenizer.convert_ids_to_tokens(tokens), strict=True)]
+
+    def _bytes(self, token: int, written: str | None) -> bytes:
         if token in self._added:
             return self._added[token]
-        written = self._tokenizer.convert_ids_to_tokens(token)
         if written is None:  # the output head has more rows than the tokenizer has tokens
             return b""
         if self._letters is not None:
@@ -51,3 +65,83 @@ def _byte_letters() -> dict[str, bytes]:
     hidden = [byte for byte in range(256) if byte not in seen]
     letters = {chr(byte): bytes([byte]) for byte in seen}
     return letters | {chr(256 + i): bytes([byte]) for i, byte in enumerate(hidden)}
+
+
+class Closing:
+    """Decides token by token when the text of a thought contains its closing delimiter.
+
+    An automaton: in state k the text ends with the first k letters of the delimiter, in state `done` it contains all
+    of them. Tokens are compared by their bytes, so that `].` closes what `]` closes, and so do `</` `think` `>`.
+
+    Attributes:
+        table: the state after reading a token in a state. The last column is for every token beyond.
+        first: tokens that no thought begins with, since it would end before it has begun.
+        ending: tokens that close a thought in some state.
+    """
+
+    table: Int[Tensor, "state token"]
+    first: Int[Tensor, " first"]
+    ending: Int[Tensor, " ending"]
+    _copies: dict[torch.device, "Closing"]
+
+    def __init__(self, texts: Sequence[str], delimiter: str, close: Sequence[int]):
+        """`texts` are those of all tokens, and of a token beyond; `close` is the delimiter as it is forced."""
+        self.done, self._copies = len(delimiter), {}
+        table = np.tile(np.array([_match(delimiter, text) for text in texts], dtype=np.int16), (self.done, 1))
+        letters = set(delimiter)
+        for token, text in enumerate(texts):
+            if not text or text[0] in letters:  # after any other first letter the state is that of an empty text
+                table[:, token] = [_match(delimiter, delimiter[:state] + text) for state in range(self.done)]
+        ends = torch.from_numpy(table[:, :-1] == self.done)
+        self.table = torch.from_numpy(np.vstack([table, np.full_like(table[:1], self.done)]))
+        self.first = (ends[0] | (torch.arange(ends.shape[1]) == close[0])).nonzero().squeeze(-1)
+        self.ending = (ends.any(0) | (torch.arange(ends.shape[1]) == close[-1])).nonzero().squeeze(-1)
+
+    @classmethod
+    def of_tokens(cls, close: Sequence[int]) -> "Closing":
+        """Without texts: a thought closes with exactly these tokens."""
+        beyond = max(close) + 1
+        return cls([chr(token) for token in range(beyond + 1)], "".join(map(chr, close)), close)
+
+    @classmethod
+    def of_text(cls, tokenizer: Any, text: str, close: Sequence[int]) -> "Closing":
+        """A thought closes when its text contains `text` (or what the tokenizer makes of it, such as lower case)."""
+        vocabulary = range(max(tokenizer.get_vocab().values()) + 1)
+        if tokenizer.is_fast:
+            spelled = TokenBytes(tokenizer).tokens(vocabulary)
+        else:
+            spelled = [tokenizer.decode([token]).encode() for token in vocabulary]
+        forced = b"".join(spelled[token] for token in close)
+        wanted = text.encode() if text.encode() in forced else forced.strip()
+        if not wanted:
+            return cls.of_tokens(close)
+        return cls([*(one.decode("latin-1") for one in spelled), ""], wanted.decode("latin-1"), close)
+
+    def step(self, state: Int[Tensor, " row"], token: Int[Tensor, " row"]) -> Int[Tensor, " row"]:
+        """The state of each row after it has read a token; a thought is closed in state `done`."""
+        return self.table[state, token.clamp(max=self.table.shape[1] - 1)].to(state.dtype)
+
+    def to(self, device: torch.device) -> "Closing":
+        """The same on a device, where it then stays."""
+        if self.table.device == device:
+            return self
+        if device not in self._copies:
+            moved = self._copies[device] = copy.copy(self)
+            moved.table, moved.first = self.table.to(device), self.first.to(device)
+        return self._copies[device]
+
+    def length(self, tokens: Sequence[int]) -> int | None:
+        """How many of these tokens a thought has when it closes; None if it does not close."""
+        state, table = 0, self.table.numpy()
+        for count, token in enumerate(tokens, 1):
+            state = table[state, min(token, table.shape[1] - 1)]
+            if state == self.done:
+                return count
+        return None
+
+
+def _match(delimiter: str, text: str) -> int:
+    """The state after a text that is read from state 0."""
+    if delimiter in text:
+        return len(delimiter)
+    return next((k for k in range(len(delimiter) - 1, 0, -1) if text.endswith(delimiter[:k])), 0)

@@ -25,6 +25,7 @@ from forethought.rollout import Engine, draw_noise
 from forethought.run import distributed
 
 CONTROLS = ("empty", "shuffled", "random")
+_SHARES = ("accuracy_think", "accuracy_nothink", "closed", "leakage", "truth")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,7 +284,10 @@ def _estimates(mine: Sequence[Records], bases: Sequence[Records] | None) -> dict
     drawn = resample(mine[0].document, len(mine))
     tables = [_ratios(one, base) for one, base in zip(mine, bases or [None] * len(mine), strict=True)]
     shared = [metric for metric in tables[0] if all(metric in table for table in tables)]
-    found = {metric: estimate([table[metric] for table in tables], drawn) for metric in shared}
+    found = {
+        metric: estimate([table[metric] for table in tables], drawn, (0.0, 1.0) if metric in _SHARES else None)
+        for metric in shared
+    }
     return {metric: one for metric, one in found.items() if one is not None}
 
 
@@ -296,7 +300,8 @@ def _flat(name: str, estimates: Mapping[str, Estimate]) -> dict[str, float]:
     figures = {}
     for metric, one in estimates.items():
         figures[f"{name}/{metric}"] = one.value
-        figures[f"{name}/{metric}/low"], figures[f"{name}/{metric}/high"] = one.interval()
+        if interval := one.interval():
+            figures[f"{name}/{metric}/low"], figures[f"{name}/{metric}/high"] = interval
     return figures
 
 

@@ -4,15 +4,24 @@ Positions of one document are not independent, so whole documents are drawn with
 documents: in each resample seeds are drawn, and apart from them one set of documents for all of them (a crossed, or
 pigeonhole, bootstrap; A. B. Owen, 2007). Drawing documents for each seed anew would average away what they share.
 With few seeds their spread is itself poorly known, and the interval is too narrow.
+
+Percentiles of resamples are too close together where documents are few, so they are taken further out, by Student's t
+(the expanded percentile interval; T. C. Hesterberg, What Teachers Should Know about the Bootstrap, 2015). Its coverage
+is at least 0.93 from 10 documents on (tests/eval/test_intervals.py); below, there is no interval.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
 RESAMPLES = 1000
+MIN_CLUSTERS = 10
+"""Documents below which a figure has no interval."""
+_Z = NormalDist().inv_cdf(0.975)
 
+Limits = tuple[float, float] | None
 Ratio = tuple[np.ndarray, np.ndarray]
 """Numerator and denominator at each position. The figure is sum / sum: for a plain mean the denominators are ones."""
 
@@ -32,15 +41,42 @@ class Estimate:
 
     value: float
     draws: np.ndarray
+    clusters: int  # documents
+    limits: Limits = None  # of a share: 0 and 1
 
     def __sub__(self, other: "Estimate") -> "Estimate":
         """The paired difference: resample by resample."""
-        return Estimate(value=self.value - other.value, draws=self.draws - other.draws)
+        return Estimate(
+            value=self.value - other.value,
+            draws=self.draws - other.draws,
+            clusters=min(self.clusters, other.clusters),
+            limits=self.limits and other.limits and (-1.0, 1.0),
+        )
 
-    def interval(self) -> tuple[float, float]:
-        """The 95 % percentile interval."""
-        low, high = np.nanquantile(self.draws, [0.025, 0.975])
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval; None below `MIN_CLUSTERS` documents.
+
+        A share that is the same in all resamples, such as 0 of 18, gets Wilson's bound for as many trials as documents.
+        """
+        if (n := self.clusters) < MIN_CLUSTERS:
+            return None
+        if self.limits and np.nanmin(self.draws) == np.nanmax(self.draws):
+            reach, (least, most) = _Z**2 / (n + _Z**2), self.limits
+            return max(least, self.value - reach), min(most, self.value + reach)
+        tail = NormalDist().cdf(-np.sqrt(n / (n - 1)) * student_t(n - 1))
+        low, high = np.nanquantile(self.draws, [tail, 1 - tail])
         return float(low), float(high)
+
+
+def student_t(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t to three digits, from 9 degrees of freedom on (Fisher's expansion)."""
+    z, n = _Z, freedom
+    return (
+        z
+        + (z**3 + z) / (4 * n)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
+    )
 
 
 def resample(document: Sequence[int], seeds: int = 1) -> Resamples:
@@ -51,7 +87,7 @@ def resample(document: Sequence[int], seeds: int = 1) -> Resamples:
     return Resamples(owner=owner, documents=_counts(picks), seeds=_counts(drawn) / seeds)
 
 
-def estimate(ratios: Sequence[Ratio], drawn: Resamples) -> Estimate | None:
+def estimate(ratios: Sequence[Ratio], drawn: Resamples, limits: Limits = None) -> Estimate | None:
     """Mean over seeds of each seed's sum / sum.
 
     None where a denominator is not surely above zero (its 95 % interval reaches 0): there is nothing to be a share of.
@@ -65,7 +101,8 @@ def estimate(ratios: Sequence[Ratio], drawn: Resamples) -> Estimate | None:
         values.append(above.sum() / below.sum())
         nothing = np.full(RESAMPLES, np.nan)
         draws.append(np.divide(drawn.documents @ above, totals, out=nothing, where=totals > 0))
-    return Estimate(value=float(np.mean(values)), draws=(drawn.seeds * np.array(draws).T).sum(axis=1))
+    together = (drawn.seeds * np.array(draws).T).sum(axis=1)
+    return Estimate(value=float(np.mean(values)), draws=together, clusters=drawn.documents.shape[1], limits=limits)
 
 
 def _counts(picks: np.ndarray) -> np.ndarray:

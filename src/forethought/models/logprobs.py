@@ -34,17 +34,17 @@ def log_probabilities(
     return torch.cat(pieces).view(tokens.shape)
 
 
-def mask_token(
-    logits: Float[Tensor, "*rows vocab"], token: int, where: Bool[Tensor, "*rows"] | None = None
+def mask_tokens(
+    logits: Float[Tensor, "*rows vocab"], tokens: Int[Tensor, " masked"], where: Bool[Tensor, "*rows"] | None = None
 ) -> Float[Tensor, "*rows vocab"]:
-    """Logits with one token masked out, in all rows or those of `where`: a thought may not close before it began."""
+    """Logits with tokens masked out, in all rows or those of `where`: a thought may not close before it began."""
     if where is None:
         where = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
-    rows = where.nonzero(as_tuple=True)
-    if not rows[0].numel():
+    rows = where.nonzero()
+    if not len(rows):
         return logits
-    column = torch.tensor(token, device=logits.device)
-    return logits.index_put((*rows, column), logits.new_tensor(float("-inf")))
+    columns = tokens.to(logits.device)
+    return logits.index_put((*rows.T[..., None], columns), logits.new_tensor(float("-inf")))
 
 
 def position_ids(mask: Bool[Tensor, "row width"]) -> Int[Tensor, "row width"]:
@@ -203,7 +203,7 @@ def _logp(
     logits = lm_head(model, hidden[mask])
     first = torch.zeros_like(mask)
     first[:, 0] = True
-    found = log_probabilities(mask_token(logits, form.close[0], first[mask]), tokens[mask], temperature)
+    found = log_probabilities(mask_tokens(logits, form.closing.first, first[mask]), tokens[mask], temperature)
     return torch.zeros(mask.shape, device=found.device).masked_scatter(mask, found)
 
 

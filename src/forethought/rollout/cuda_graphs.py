@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache
@@ -18,8 +18,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from forethought.config import Method
 from forethought.data.positions import Positions, ThoughtFormat
+from forethought.data.token_bytes import Closing
 from forethought.prefix import CacheCapacity, StaticCache, SuffixCache
-from forethought.rollout.decoder import DecodeState, EagerBackend, SharedBatch, sample
+from forethought.rollout.decoder import DecodeState, EagerBackend, SharedBatch, matching_prefix, sample
 
 _LOOK = 8  # steps between two checks by the host which rows are finished
 _FEWEST = 16  # rows below which rows are no longer moved together
@@ -65,7 +66,13 @@ def sample_by_cells(logits: Float[Tensor, "row vocab"], noise: Float[Tensor, " r
     return (cell.squeeze(1) * _CELL + index).clamp(max=logits.shape[-1] - 1)
 
 
-def advance(state: GraphState, close: Int[Tensor, " closing"], temperature: float, top_p: float) -> None:
+def advance(
+    state: GraphState,
+    close: Int[Tensor, " closing"],
+    closing: Closing,
+    never_first: Bool[Tensor, " vocab"],
+    options: Method,
+) -> None:
     """Sample or score with each row's logits, and set the token that it reads next: decoder.py's with masks."""
     limit, width, size = state.tokens.shape[1], state.forced_tokens.shape[1], len(close)
     thinking, index = state.forced_index < 0, state.forced_index
@@ -74,22 +81,24 @@ def advance(state: GraphState, close: Int[Tensor, " closing"], temperature: floa
     index = _score(state, logits, forced, size)
     at = state.length.clamp(max=limit - 1)[:, None]
     masked = (thinking & (state.length == 0))[:, None]
-    words = torch.arange(logits.shape[1], device=logits.device)
-    logits = torch.where(masked & (words == close[0]), float("-inf"), logits)
+    logits = torch.where(masked & never_first, float("-inf"), logits)
+    temperature = options.temperature
     scaled = logits if temperature == 1 else logits / temperature
     noise = state.noise.gather(1, at).squeeze(1)
-    token = sample_by_cells(scaled, noise) if top_p == 1 else sample(logits, noise, temperature, top_p)
+    token = sample_by_cells(scaled, noise) if options.top_p == 1 else sample(logits, noise, temperature, options.top_p)
     logp = scaled.gather(1, token[:, None]) - scaled.logsumexp(dim=-1, keepdim=True)
     state.tokens.scatter_(1, at, torch.where(thinking[:, None], token[:, None], state.tokens.gather(1, at)))
     state.logp.scatter_(1, at, torch.where(thinking[:, None], logp, state.logp.gather(1, at)))
-    columns = at + 1 + torch.arange(-size, 0, device=at.device)
-    ending = (state.tokens.gather(1, columns.clamp(min=0)) == close).all(dim=-1) & (at.squeeze(1) + 1 > size)
-    closed = thinking & ending
-    cut = thinking & ~ending & (at.squeeze(1) + 1 == limit)
+    at = at.squeeze(1)
+    matched = torch.where(thinking, closing.step(state.matched, token), state.matched)
+    closed = thinking & (matched == closing.done)
+    cut = thinking & ~closed & (at + 1 == limit)
+    begun = matching_prefix(state.tokens, at, close)
     state.length.add_(thinking.long())
+    state.matched.copy_(matched)
     state.closed.add_(closed.long())
-    state.forced_index.copy_(torch.where(closed, size, torch.where(cut, 0, index)))
-    state.next.copy_(torch.where(thinking, token, forced))
+    state.forced_index.copy_(torch.where(closed, begun + 1, torch.where(cut, 0, index)))
+    state.next.copy_(torch.where(closed, close[begun], torch.where(thinking, token, forced)))
 
 
 def _score(
@@ -116,7 +125,9 @@ class CUDAGraphDecoder:
 
     def __init__(self, model: Any, form: ThoughtFormat, options: Method, rows: int, compiled: bool):
         self.model, self.form, self.options, self.rows, self.compiled = model, form, options, rows, compiled
-        self.close = torch.tensor(form.close, device=model.device)
+        self.close, self.closing = torch.tensor(form.close, device=model.device), form.closing.to(model.device)
+        words = torch.arange(model.get_output_embeddings().weight.shape[0], device=model.device)
+        self.never_first = torch.isin(words, self.closing.first)
         self.capacity: CacheCapacity | None = None
         self.shape = (0, 0, 0)  # thought, forced tokens and horizon of the buffers
         self.cache: StaticCache | None = None
@@ -196,7 +207,7 @@ class CUDAGraphDecoder:
 
         self.state = GraphState(
             noise=full(0.5, limit), forced_tokens=full(0, width), forced_index=full(width),
-            tokens=full(self.form.pad, limit), logp=full(0.0, limit), length=full(0), closed=full(0),
+            tokens=full(self.form.pad, limit), logp=full(0.0, limit), length=full(0), matched=full(0), closed=full(0),
             evidence=full(0.0, horizon), hit=full(0, horizon), logits=logits.new_zeros(count, logits.shape[1]),
             next=full(0),
         )  # fmt: skip
@@ -213,7 +224,7 @@ class CUDAGraphDecoder:
     def _store_rows(self, state: DecodeState, ids: Int[Tensor, " row"]) -> None:
         """Copy the results of rows out of the buffers."""
         assert self.state is not None
-        for name in ("tokens", "logp", "length", "closed", "evidence", "hit"):
+        for name in ("tokens", "logp", "length", "matched", "closed", "evidence", "hit"):
             getattr(state, name)[ids] = getattr(self.state, name)[: len(ids)]
 
     def _move_to_front(self, order: Int[Tensor, " front"], ids: Int[Tensor, " row"]) -> Int[Tensor, " known"]:
@@ -241,7 +252,7 @@ class CUDAGraphDecoder:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
         def step() -> None:
-            choose(state, self.close, options.temperature, options.top_p)
+            choose(state, self.close, self.closing, self.never_first, options)
             at = (cache.table.prefix_lengths + column)[:, None]
             output = model(
                 input_ids=state.next[:, None], position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=1

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from forethought.config import Method
 from forethought.data.positions import Positions, ThoughtFormat, pad_rows
 from forethought.models.fused import prepacked
-from forethought.models.logprobs import log_probabilities, mask_token, position_ids
+from forethought.models.logprobs import log_probabilities, mask_tokens, position_ids
 from forethought.prefix import Prefix, SuffixCache, backbone, lm_head, read
 from forethought.rollout import Responses, Thoughts
 
@@ -54,8 +54,8 @@ def sample_with_logp(
 class DecodeState:
     """The state of all rows, position by position; its tensors are updated in place.
 
-    A row samples its thought (`forced_index` is -1), then reads `forced_tokens`: the closing delimiter, unless the
-    thought closed itself, and the targets, whose log-probabilities are its evidence. `forced_index` is the index of the
+    A row samples its thought (`forced_index` is -1), then reads `forced_tokens`: what is left of the closing delimiter,
+    and the targets, whose log-probabilities are its evidence. `forced_index` is the index of the
     token that the row reads next; past the last one the row is finished. Rows need not be at the same step. With
     `response_noise` a row writes: what it samples replaces the target that was scored there.
     """
@@ -66,6 +66,7 @@ class DecodeState:
     tokens: Int[Tensor, "row thought"]
     logp: Float[Tensor, "row thought"]
     length: Int[Tensor, " row"]
+    matched: Int[Tensor, " row"]  # the state of `ThoughtFormat.closing`
     closed: Int[Tensor, " row"]  # 0 or 1
     evidence: Float[Tensor, "row horizon"]
     hit: Int[Tensor, "row horizon"]  # 0 or 1
@@ -93,6 +94,7 @@ class DecodeState:
             tokens=torch.full((rows, limit), form.pad, device=device),
             logp=torch.zeros(rows, limit, device=device),
             length=torch.zeros(rows, dtype=torch.long, device=device),
+            matched=torch.zeros(rows, dtype=torch.long, device=device),
             closed=torch.zeros(rows, dtype=torch.long, device=device),
             evidence=torch.zeros(rows, horizon, device=device),
             hit=torch.zeros(rows, horizon, dtype=torch.long, device=device),
@@ -318,8 +320,7 @@ class _ActiveRows:
     def __init__(self, state: DecodeState, backend: Backend, form: ThoughtFormat, options: Method):
         device = state.length.device
         self.state, self.backend, self.options = state, backend, options
-        self.close = torch.tensor(form.close, device=device)
-        self.last = torch.arange(1 - len(form.close), 1, device=device)  # offsets of the last tokens of a thought
+        self.close, self.closing = torch.tensor(form.close, device=device), form.closing.to(device)
         self.rows = torch.zeros(0, dtype=torch.long, device=device)
         self.fresh = False  # whether some of them have not sampled a token yet
 
@@ -367,18 +368,33 @@ class _ActiveRows:
     def _sample(
         self, logits: Float[Tensor, "thinking vocab"], rows: Int[Tensor, " thinking"]
     ) -> Int[Tensor, " thinking"]:
-        """Sample the next token of rows that think, and determine which thoughts end with it."""
-        state, size, limit = self.state, len(self.close), self.state.tokens.shape[1]
+        """Sample the next token of rows that think; returns what they read, which differs where a thought closes."""
+        state, limit = self.state, self.state.tokens.shape[1]
         at = state.length[rows]
         if self.fresh:
-            logits, self.fresh = mask_token(logits, int(self.close[0]), at == 0), False
+            logits, self.fresh = mask_tokens(logits, self.closing.first, at == 0), False
         token, logp = self.backend.draw(logits, state.noise[rows, at], self.options)
         state.tokens[rows, at] = token
         state.logp[rows, at] = logp
-        length = at + 1
-        state.length[rows] = length
-        ending = state.tokens[rows[:, None], (at[:, None] + self.last).clamp(min=0)]
-        closed = (ending == self.close).all(dim=-1) & (length > size)
+        state.length[rows] = length = at + 1
+        state.matched[rows] = matched = self.closing.step(state.matched[rows], token)
+        closed = matched == self.closing.done
         state.closed[rows] = closed.long()
-        state.forced_index[rows] = torch.where(closed, size, torch.where(length == limit, 0, -1))
-        return token
+        cut = torch.where(length == limit, 0, -1)
+        if state.response_noise is not None:  # what is written continues the tokens that were sampled
+            state.forced_index[rows] = torch.where(closed, len(self.close), cut)
+            return token
+        begun = matching_prefix(state.tokens[rows], at, self.close)
+        state.forced_index[rows] = torch.where(closed, begun + 1, cut)
+        return torch.where(closed, self.close[begun], token)
+
+
+def matching_prefix(
+    tokens: Int[Tensor, "row thought"], at: Int[Tensor, " row"], close: Int[Tensor, " closing"]
+) -> Int[Tensor, " row"]:
+    """How many tokens right before `at` are the first ones of the delimiter: all but its last, at most."""
+    begun = torch.zeros_like(at)
+    for k in range(1, len(close)):
+        columns = at[:, None] + torch.arange(-k, 0, device=at.device)
+        begun = torch.where((tokens.gather(1, columns.clamp(min=0)) == close[:k]).all(dim=-1), k, begun)
+    return begun

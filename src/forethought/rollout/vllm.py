@@ -1,9 +1,9 @@
 """Thoughts from vLLM, in the same process and on the same device as the policy (docs/vllm.md).
 
 Token ids go in and come out. Requests are sampled by vLLM, which returns the log-probabilities of the tokens; the
-evidence is computed by the policy. A thought ends with the closing delimiter, which may be several tokens, and does not
-begin with its first one: vLLM stops at a given token and masks it as the first one, and `think` combines the two. After
-every optimizer step the policy's weights are loaded in place, and a probe must then agree with the policy.
+evidence is computed by the policy. vLLM stops at given tokens and masks them as the first one; from that, `think` makes
+thoughts that end with the text of the closing delimiter and do not begin with it. After every optimizer step the
+policy's weights are loaded in place, and a probe must then agree with the policy.
 """
 
 import copy
@@ -24,6 +24,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from forethought.config import Config, RunError, UserError
 from forethought.data.positions import Positions, ThoughtFormat, pad_rows
+from forethought.data.token_bytes import Closing
 from forethought.models.logprobs import ScoringOptions, ThoughtBatch, chunk_tokens, log_probabilities, target_logp
 from forethought.models.lora import merged_weights
 from forethought.rollout import Thoughts
@@ -47,8 +48,8 @@ class Request:
     prompt: list[int]
     samples: int
     limit: int  # longest sample, in tokens
-    stop: int  # a sample ends with this token
-    may_stop_first: bool  # whether `stop` may be the first token
+    stops: list[int]  # a sample ends with one of these tokens
+    may_stop_first: bool  # whether its first token may be one of them
     seed: int  # of the first sample; the others' follow from it
 
 
@@ -67,35 +68,43 @@ Draw = Callable[[list[Request]], list[list[Sample]]]  # the samples of each requ
 
 
 def think(
-    prompts: Sequence[list[int]], noise: Float[Tensor, "batch group thought"], close: Sequence[int], draw: Draw
+    prompts: Sequence[list[int]], noise: Float[Tensor, "batch group thought"], closing: Closing, draw: Draw
 ) -> list[Sample]:
     """A group of thoughts after each prompt, position by position; the noise determines the seeds alone.
 
-    The first request stops at the first token of the closing delimiter. If the delimiter has more tokens, each thought
-    is continued by requests of its own, which stop at the last token, until it has the whole delimiter or is full.
+    The first request stops at the tokens that no thought begins with. Where they do not close a thought, it is
+    continued by requests of its own, which stop at any token that may, until it is closed or full. What was sampled
+    after the text of the delimiter was complete is dropped.
     """
     group, limit = noise.shape[1:]
     first = [
-        Request(prompt=list(prompt), samples=group, limit=limit, stop=close[0], may_stop_first=False, seed=seed(own))
+        Request(
+            prompt=list(prompt),
+            samples=group,
+            limit=limit,
+            stops=closing.first.tolist(),
+            may_stop_first=False,
+            seed=seed(own),
+        )
         for prompt, own in zip(prompts, noise, strict=True)
     ]
-    rows = [sample for found in draw(first) for sample in found]
+    rows = [ended(sample, closing) for found in draw(first) for sample in found]
     own, turn = noise.flatten(0, 1), 0
-    while unfinished := [i for i, row in enumerate(rows) if not closed(row, close) and len(row.tokens) < limit]:
+    while unfinished := [i for i, row in enumerate(rows) if not closed(row, closing) and len(row.tokens) < limit]:
         turn += 1
         more = [
             Request(
                 prompt=[*prompts[i // group], *rows[i].tokens],
                 samples=1,
                 limit=limit - len(rows[i].tokens),
-                stop=close[-1],
+                stops=closing.ending.tolist(),
                 may_stop_first=True,
                 seed=seed(own[i], turn),
             )
             for i in unfinished
         ]
         for i, (sample,) in zip(unfinished, draw(more), strict=True):
-            rows[i] = rows[i] + sample
+            rows[i] = ended(rows[i] + sample, closing)
     return rows
 
 
@@ -105,15 +114,24 @@ def seed(noise: Float[Tensor, "..."], turn: int = 0) -> int:
     return int.from_bytes(digest, "little") >> 2
 
 
-def closed(row: Sample, close: Sequence[int]) -> bool:
-    """Whether a thought ends with the closing delimiter and has tokens before it."""
-    return len(row.tokens) > len(close) and row.tokens[-len(close) :] == list(close)
+def closed(row: Sample, closing: Closing) -> bool:
+    """Whether the text of a thought contains the closing delimiter."""
+    return closing.length(row.tokens) is not None
 
 
-def scored_texts(rows: Sequence[Sample], close: Sequence[int], targets: Sequence[list[int]]) -> list[list[int]]:
-    """What the policy reads to compute the evidence: each thought, its delimiter (forced or not), its targets."""
+def ended(row: Sample, closing: Closing) -> Sample:
+    """A thought up to the token that closes it."""
+    length = closing.length(row.tokens)
+    return Sample(tokens=row.tokens[:length], logp=row.logp[:length])
+
+
+def scored_texts(rows: Sequence[Sample], form: ThoughtFormat, targets: Sequence[list[int]]) -> list[list[int]]:
+    """What the policy reads to compute the evidence: each thought, the closing delimiter, its targets."""
     group = len(rows) // len(targets)
-    return [[*row.tokens, *(() if closed(row, close) else close), *targets[i // group]] for i, row in enumerate(rows)]
+    return [
+        [*form.content(row.tokens, closed(row, form.closing)), *form.close, *targets[i // group]]
+        for i, row in enumerate(rows)
+    ]
 
 
 def as_thoughts(
@@ -129,7 +147,7 @@ def as_thoughts(
     return Thoughts(
         tokens=tokens.view(*shape, -1).to(device),
         mask=mask.view(*shape, -1).to(device),
-        closed=torch.tensor([closed(row, form.close) for row in rows], device=device).view(shape),
+        closed=torch.tensor([closed(row, form.closing) for row in rows], device=device).view(shape),
         logp=logp.view(*shape, -1).to(device),
         evidence=evidence,
         hit=hit,
@@ -202,7 +220,7 @@ class VLLMEngine:
     def sample(self, positions: Positions, noise: Float[Tensor, "batch group thought"]) -> Thoughts:
         """Sample with vLLM, force the closing delimiter where needed, and score the targets with the policy."""
         prompts = [self.form.prompt_tokens(context) for context in positions.contexts()]
-        rows = think(prompts, noise, self.form.close, self._draw)
+        rows = think(prompts, noise, self.form.closing, self._draw)
         return as_thoughts(rows, self.form, *self._evidence(positions, rows, noise.shape[1]))
 
     @torch.no_grad()
@@ -242,7 +260,7 @@ class VLLMEngine:
             temperature=self.config.method.temperature,
             max_tokens=request.limit,
             min_tokens=0 if request.may_stop_first else 1,
-            stop_token_ids=[request.stop],
+            stop_token_ids=request.stops,
             ignore_eos=True,
             logprobs=0,
             detokenize=False,
@@ -252,7 +270,7 @@ class VLLMEngine:
         self, positions: Positions, rows: list[Sample], group: int
     ) -> tuple[Float[Tensor, "batch group horizon"], Bool[Tensor, "batch group horizon"]]:
         """Of all targets, a few whole documents at a time."""
-        texts = scored_texts(rows, self.form.close, positions.targets().tolist())
+        texts = scored_texts(rows, self.form, positions.targets().tolist())
         longest, device = max(len(window.tokens) for window in positions.windows), self.policy.device
         per_document, parts, start = self.config.method.positions, [], 0
         for chunk in positions.chunks(max(1, per_document * (self.scoring.tokens // longest))):

@@ -1,9 +1,12 @@
-"""SIGTERM and Ctrl-C: delivered where work may be interrupted, deferred elsewhere."""
+"""Signals that ask a process to end: delivered where work may be interrupted, deferred elsewhere."""
 
 import contextlib
 import signal
 from collections.abc import Iterator
 from types import FrameType
+
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+"""Ctrl-C, and what shells and schedulers send before the end: Slurm, LSF, SGE (SIGUSR1, SIGUSR2), limits (SIGXCPU)."""
 
 
 class Stopped(Exception):
@@ -44,11 +47,15 @@ class SignalGuard:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Handle SIGINT and SIGTERM; outside the main thread, where Python does not allow that, do nothing."""
-        try:
-            before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:
-            before = {}
+        """Handle the signals of `ENDING`; outside the main thread, where Python does not allow that, do nothing.
+
+        What ignores SIGHUP (nohup) or handles one of the others than SIGINT and SIGTERM keeps doing so.
+        """
+        always, before = (signal.SIGINT, signal.SIGTERM), {}
+        with contextlib.suppress(ValueError):
+            for number in ENDING:
+                if number in always or signal.getsignal(number) is signal.SIG_DFL:
+                    before[number] = signal.signal(number, self)
         try:
             yield
         finally:

@@ -1,9 +1,10 @@
 """What the command line looks like: a progress bar, tables of figures, plain lines."""
 
 import contextlib
+import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -30,6 +31,38 @@ ANSWERS = (
     "pass_at_1", "greedy", "loglik_letter", "loglik_plain", "loglik_normalised", "extracted", "cut_off",
     "answer_length", "thought_length", "closed",
 )  # fmt: skip
+
+
+class Stream:
+    """stdout or stderr, which may go away (a closed pipe or terminal, a full disk) without ending the process.
+
+    What is written then is dropped; `gone` says so.
+    """
+
+    def __init__(self, file: Any):
+        self._file, self.gone = file, False
+
+    def write(self, text: str) -> int:
+        """Write text, with what the encoding lacks as escapes, or drop it."""
+        encoding = self._file.encoding or "utf-8"
+        shown = text.encode(encoding, "backslashreplace").decode(encoding)
+        self._try(lambda: self._file.write(shown))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, or drop what cannot be written."""
+        self._try(self._file.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def _try(self, act: Callable[[], Any]) -> None:
+        try:
+            act()
+        except OSError:
+            self.gone = True
+            with contextlib.suppress(OSError, ValueError):  # for the interpreter's own flush at the end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._file.fileno())
 
 
 class ProgressBar(Callbacks):

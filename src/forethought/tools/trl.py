@@ -58,7 +58,7 @@ def parts(config: Config, folder: str | Path, **more: Any) -> dict[str, Any]:
         "reward_funcs": reward,
         "args": arguments(config, folder, **more),
         "train_dataset": rows,
-        "processing_class": stopping_at(form.close[0], tokenizer, model),
+        "processing_class": stopping_at(closing_tokens(form), tokenizer, model),
         "callbacks": [TeacherUpdate(reward)],
     }
 
@@ -108,10 +108,10 @@ class InformationGain:
         **_: Any,
     ) -> list[float]:
         """One reward per completion, in nats. `context` and `target` are columns of `prompts`."""
-        method, close = self.config.method, self.form.close[0]
-        closed = [ids[-1] == close for ids in completion_ids]
+        method, ends = self.config.method, closing_tokens(self.form)
+        closed = [ids[-1] in ends for ids in completion_ids]
         prefixes = [
-            [*self.form.prompt_tokens(before), *ids, *(() if done else (close,))]
+            [*self.form.prompt_tokens(before), *self.form.content(ids, done), *self.form.close]
             for before, ids, done in zip(context, completion_ids, closed, strict=True)
         ]
         keys = [(*before, -1, *true) for before, true in zip(context, target, strict=True)]
@@ -251,18 +251,24 @@ def as_text(tokens: list[int], tokenizer: Any) -> str | None:
     return text if tokenizer(text=text)["input_ids"] == tokens else None
 
 
-def stopping_at(token: int, tokenizer: Any, model: Any) -> Any:
-    """A copy of the tokenizer for TRL whose end-of-text token is `token`, so that completions stop there only.
+def stopping_at(ends: list[int], tokenizer: Any, model: Any) -> Any:
+    """A copy of the tokenizer for TRL whose end-of-text token is the first of `ends`; completions stop at all of them.
 
-    TRL stops at the tokenizer's end-of-text token too. The model's generation config is changed in place.
+    TRL stops at the tokenizer's end-of-text token and at those of the model's generation config, which is changed in
+    place.
     """
-    model.generation_config.eos_token_id = token
+    model.generation_config.eos_token_id = list(ends)
     copied = copy.deepcopy(tokenizer)
-    text = copied.convert_ids_to_tokens(token)
+    text = copied.convert_ids_to_tokens(ends[0])
     if copied.pad_token is None:
         copied.pad_token = copied.eos_token or text
     copied.eos_token = text
     return copied
+
+
+def closing_tokens(form: ThoughtFormat) -> list[int]:
+    """The tokens that close a thought, the delimiter itself first."""
+    return [form.close[0], *(token for token in form.closing.first.tolist() if token != form.close[0])]
 
 
 def save(reward: InformationGain, folder: str | Path) -> None:

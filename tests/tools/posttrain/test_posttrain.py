@@ -90,7 +90,10 @@ def questions(tmp_path: Path) -> Path:
 class Letters:
     """A tokenizer of characters: enough to see how texts are put together."""
 
-    eos_token_id, bos_token_id, unk_token_id, pad_token_id = 0, None, None, 0
+    eos_token_id, bos_token_id, unk_token_id, pad_token_id, is_fast = 0, None, None, 0, False
+
+    def get_vocab(self) -> dict[str, int]:
+        return {chr(i): i for i in range(128)}
 
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
         return {"input_ids": [ord(char) for char in text]}

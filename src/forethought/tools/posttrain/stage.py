@@ -221,7 +221,7 @@ class Verified:
     """
 
     def __init__(self, stage: Stage, tokenizer: Any, form: ThoughtFormat):
-        self.tokenizer, self.close = tokenizer, list(form.close) if stage.think else []
+        self.tokenizer, self.closing = tokenizer, form.closing if stage.think else None
         self.is_right: Callable[[str, str], bool] = _first_word
         if not stage.data.startswith("world:"):
             require_extra()
@@ -238,11 +238,8 @@ class Verified:
         return [float(text is not None and self.is_right(text, true)) for text, true in pairs]
 
     def _answer(self, ids: list[int]) -> str | None:
-        size = len(self.close)
-        for i in range(len(ids) - size + 1):
-            if ids[i : i + size] == self.close:
-                return self.tokenizer.decode(ids[i + size :], skip_special_tokens=True)
-        return None
+        begin = 0 if self.closing is None else self.closing.length(ids)
+        return None if begin is None else self.tokenizer.decode(ids[begin:], skip_special_tokens=True)
 
 
 def _first_word(text: str, answer: str) -> bool:

@@ -61,7 +61,7 @@ def grpo(
     model, tokenizer = start
     with TemporaryDirectory() as folder, _restored_configs(model):
         end = end_token(stage, tokenizer)
-        stopping = copy.deepcopy(tokenizer) if end is None else stopping_at(end, tokenizer, model)
+        stopping = copy.deepcopy(tokenizer) if end is None else stopping_at([end], tokenizer, model)
         _fix_tokens(stopping, {tokenizer.decode(one.prompt): one.prompt for one in rows})
         arguments = GRPOConfig(
             **common_arguments(config, folder),
