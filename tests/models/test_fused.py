@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 
 from forethought.config import Method
 from forethought.data.positions import at_positions, make_generator
@@ -53,6 +54,40 @@ def test_same_logits_and_gradients(name: str):
     assert torch.allclose(logits, found, atol=1e-5)
     scale = max(float(one.abs().max()) for one in slopes)
     assert all(torch.allclose(a, b, atol=1e-5 * scale) for a, b in zip(slopes, others, strict=True))
+
+
+class Gated(torch.nn.Module):
+    """A gated MLP of a width and scale at which the activations saturate."""
+
+    def __init__(self, activation: nn.Module, width: int, std: float) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(width, 2 * width, bias=False), nn.Linear(width, 2 * width, bias=False)
+        self.down_proj, self.act_fn = nn.Linear(2 * width, width, bias=False), activation
+        generator = torch.Generator().manual_seed(0)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=std, generator=generator)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("std", [0.02, 0.06, 0.2])
+def test_only_silu_is_taken_for_silu(std: float, dtype: torch.dtype):
+    known = [ACT2FN["silu"], ACT2FN["swish"]]
+    assert [fuse(Gated(one, 512, std).to(dtype)) for one in known] == [1, 1]
+    others = [ACT2FN["gelu"], ACT2FN["gelu_pytorch_tanh"], nn.ReLU(), nn.Mish()]
+    assert [fuse(Gated(one, 512, std).to(dtype)) for one in others] == [0] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.GELU(), nn.Mish()])
+def test_a_silu_that_is_another_function_is_found_by_the_probe(activation: nn.Module, dtype: torch.dtype):
+    class Named(nn.SiLU):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return activation(x)
+
+    assert [fuse(Gated(Named(), 512, std).to(dtype)) for std in (0.02, 0.06)] == [0, 0]
 
 
 def test_a_copy_computes_with_its_own_weights():
