@@ -15,7 +15,7 @@ from torch import Tensor
 
 from forethought.data.positions import Positions, ThoughtFormat, pad_rows
 from forethought.flops import MAX_LOGITS, automatic_chunk, widest
-from forethought.prefix import Prefix, SuffixCache, activation_checkpointing, backbone, lm_head, read
+from forethought.prefix import Prefix, SuffixCache, activation_checkpointing, backbone, decoder_of, lm_head, read
 
 _ROWS = 4096  # rows of vocabulary size that are normalized at once
 _NO_GRAD_FACTOR = 4  # on a GPU, a pass without gradients reads this many times the tokens of one with gradients
@@ -182,7 +182,7 @@ def _hidden(
         lead, mask = pad_rows([prompts[i] for i in rows.position_index[some].tolist()], form.pad, left=True)
         tokens = torch.cat([lead.to(thought.device), thought], dim=1)
         mask = torch.cat([mask.to(thought.device), rows.mask[some, :width]], dim=1)
-        hidden = model.base_model(
+        hidden = decoder_of(model)(
             input_ids=tokens, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False
         ).last_hidden_state
     else:
@@ -250,7 +250,7 @@ def _plain_logits(
         ends = torch.zeros(len(used), dtype=torch.long).scatter_reduce(0, owner, chunk.at, "amax") + chunk.horizon - 1
         rows = [chunk.windows[w].tokens[:end] for w, end in zip(used.tolist(), ends.tolist(), strict=True)]
         padded, _ = pad_rows(rows, 0, left=False)
-        hidden = model.base_model(input_ids=padded.to(model.device), use_cache=False).last_hidden_state
+        hidden = decoder_of(model)(input_ids=padded.to(model.device), use_cache=False).last_hidden_state
         places = chunk.at[:, None] - 1 + torch.arange(chunk.horizon)
         picked = hidden[owner[:, None].to(model.device), places.to(model.device)]
         for part, target in zip(picked.split(_ROWS), targets.split(_ROWS), strict=True):

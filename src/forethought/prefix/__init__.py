@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from forethought.prefix.attention import PrefixSuffixKV, merged_attention
 from forethought.prefix.checkpointing import activation_checkpointing, layers_of
-from forethought.prefix.reading import LayerState, Prefix, backbone, lm_head, read
+from forethought.prefix.reading import LayerState, Prefix, backbone, decoder_of, lm_head, read
 from forethought.prefix.suffix_cache import CacheCapacity, StaticCache, StaticKV, SuffixCache, static_kv_attention
 
 __all__ = [
@@ -33,6 +33,8 @@ __all__ = [
     "SuffixCache",
     "activation_checkpointing",
     "backbone",
+    "check_logits",
+    "decoder_of",
     "enable",
     "layers_of",
     "lm_head",
@@ -57,18 +59,23 @@ def enable(model: Any) -> None:
     layers = DynamicCache(config=model.config).layers
     if odd := sorted({type(layer).__name__ for layer in layers if type(layer) not in _KNOWN}):
         raise ValueError(f"its cache has layers of type {', '.join(odd)}, which cannot share a prefix")
+    if "chunked_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ()):
+        raise ValueError("its attention is chunked, which shared prefixes do not support")
+    before = model.config._attn_implementation
     model.set_attn_implementation(ATTENTION)
     try:
         _probe(model)
-    except (AttributeError, TypeError, KeyError, IndexError, RuntimeError) as error:
-        raise ValueError(f"a shared prefix cannot be read: {error}") from error
+    except (AttributeError, TypeError, KeyError, IndexError, RuntimeError, ValueError) as error:
+        model.set_attn_implementation(before)
+        known = isinstance(error, ValueError)
+        raise ValueError(str(error) if known else f"a shared prefix cannot be read: {error}") from error
 
 
 @torch.no_grad()
 def _probe(model: Any) -> None:
     """Compare two rows that share a prefix, read in one pass and one token later, with separate rows."""
     size = model.get_input_embeddings().num_embeddings
-    document, suffix = ([i % size for i in some] for some in (range(5, 14), range(17, 20)))
+    document, suffix = ([i % size for i in some] for some in (range(105, 114), range(117, 120)))  # no special tokens
     prefix_lengths, tokens = [4, 9], torch.tensor([suffix, suffix], device=model.device)
     cache = SuffixCache(read(model, [document], [prefix_lengths]), (0, 1), len(suffix))
     hidden = [backbone(model, tokens[:, :-1], cache, cache.position_ids(len(suffix) - 1))]
@@ -77,10 +84,14 @@ def _probe(model: Any) -> None:
     shared = lm_head(model, torch.cat(hidden, dim=1))
     for row, length in zip(shared, prefix_lengths, strict=True):
         wanted = model(input_ids=torch.tensor([document[:length] + suffix], device=model.device), use_cache=False)
-        wanted = wanted.logits[0, -len(suffix) :]
-        gap = float((row - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6))
-        if not gap < (1e-4 if model.dtype == torch.float32 else 0.1):  # some families give fp32 logits of bf16 weights
-            raise ValueError(f"its logits differ by {gap:.1e} (relative) when rows share a prefix")
+        check_logits(model, row, wanted.logits[0, -len(suffix) :], "when rows share a prefix")
+
+
+def check_logits(model: Any, found: Tensor, wanted: Tensor, when: str) -> None:
+    """Raise ValueError where logits differ by more than rounding from those of a plain forward pass."""
+    gap = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6))
+    if not gap < (1e-4 if model.dtype == torch.float32 else 0.1):  # some families give fp32 logits of bf16 weights
+        raise ValueError(f"its logits differ by {gap:.1e} (relative) {when}")
 
 
 def _attend(

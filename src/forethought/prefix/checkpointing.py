@@ -12,12 +12,20 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from forethought.prefix.reading import snapshot
+from forethought.prefix.reading import decoder_of, snapshot
 
 
 def layers_of(model: Any) -> list[Any]:
-    """The layers that can be recomputed, in order."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    """A causal LM's layers that can be recomputed, in order; a layer inside another (Zamba 2) belongs to it."""
+    return list(dict.fromkeys(_outermost(decoder_of(model))))
+
+
+def _outermost(module: Any) -> Iterator[Any]:
+    for child in module.children():
+        if isinstance(child, GradientCheckpointingLayer):
+            yield child
+        else:
+            yield from _outermost(child)
 
 
 @contextlib.contextmanager

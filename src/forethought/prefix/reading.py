@@ -17,13 +17,19 @@ from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 
+def decoder_of(model: Any) -> Any:
+    """The layers of a causal LM with its embeddings, without its head: of a multimodal model, the text model's."""
+    found = model.get_decoder()
+    return found if found is not model else model.model  # Llama 4's text model finds itself
+
+
 def backbone(
     model: Any, tokens: Int[Tensor, "row width"], cache: Cache, position_ids: Int[Tensor, "#row width"] | None = None
 ) -> Float[Tensor, "row width hidden"]:
     """Hidden states of a causal LM after its last layer, before the language-model head."""
     if position_ids is None:
         position_ids = torch.arange(tokens.shape[1], device=tokens.device)[None]
-    output = model.base_model(input_ids=tokens, position_ids=position_ids, past_key_values=cache, use_cache=True)
+    output = decoder_of(model)(input_ids=tokens, position_ids=position_ids, past_key_values=cache, use_cache=True)
     return output.last_hidden_state
 
 
@@ -32,10 +38,11 @@ def lm_head(model: Any, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, 
 
     Scaling, soft caps and whatever else a family does to its logits are applied too.
     """
-    base, rows = model.base_model, hidden.reshape(1, -1, hidden.shape[-1])
+    base, rows = decoder_of(model), hidden.reshape(1, -1, hidden.shape[-1])
     base.forward = lambda *args, **kwargs: _Hidden(last_hidden_state=rows)
     try:
-        logits = model(inputs_embeds=rows, use_cache=False).logits
+        tokens = torch.zeros(1, rows.shape[1], dtype=torch.long, device=rows.device)  # nothing reads them
+        logits = model(input_ids=tokens, use_cache=False).logits
     finally:
         del base.forward
     return logits.view(*hidden.shape[:-1], logits.shape[-1])
@@ -43,10 +50,13 @@ def lm_head(model: Any, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, 
 
 @dataclass
 class _Hidden(MoeModelOutputWithPast):
-    """The attributes that any family's language model reads from the output of its layers."""
+    """What a family's language model reads from the output of its layers: the hidden states, and nothing else."""
 
     last_hidden_state: Any = None
-    cross_attentions: None = None
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

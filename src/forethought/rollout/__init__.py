@@ -78,20 +78,31 @@ class Writer(Engine, Protocol):
 
 def engine(model: Any, form: ThoughtFormat, config: Config) -> Any:
     """The `Engine` of a config (for RPT a `Writer`). Raises UserError where the model does not support it."""
-    share_prefixes(model, config)
+    check_prefixes(model, config)
     return registry.load("engine", config.rollout.engine)(model, form, config)
 
 
-def share_prefixes(model: Any, config: Config) -> None:
-    """Enable shared prefixes if the config asks for them. Raises UserError for a model that does not support them."""
-    if config.model.prefix != "shared":
-        return
+def check_prefixes(model: Any, config: Config) -> None:
+    """Prepare a model for model.prefix and probe it. Raises UserError for a model that cannot be read in that way."""
+    from forethought.rollout.decoder import probe_copies
+
+    name = type(model).__name__
     try:
+        if config.model.prefix == "replicated":
+            return probe_copies(model)
         enable(model)
     except ValueError as error:
+        if config.model.prefix == "replicated":
+            raise UserError(f"model.prefix = 'replicated': {name} cannot be trained ({error})") from error
+        try:
+            probe_copies(model)
+        except ValueError as other:
+            raise UserError(
+                f"model.path: {name} cannot be trained ({error}; with replicated prefixes {other})"
+            ) from error
         raise UserError(
-            f"model.prefix = 'shared': {type(model).__name__} cannot read a document once for all its thoughts "
-            f"({error}); set model.prefix to 'replicated'"
+            f"model.prefix = 'shared': {name} cannot read a document once for all its thoughts ({error}); set "
+            "model.prefix to 'replicated'"
         ) from error
 
 

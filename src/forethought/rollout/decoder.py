@@ -18,7 +18,7 @@ from forethought.config import Method
 from forethought.data.positions import Positions, ThoughtFormat, pad_rows
 from forethought.models.fused import prepacked
 from forethought.models.logprobs import log_probabilities, mask_tokens, position_ids
-from forethought.prefix import Prefix, SuffixCache, backbone, lm_head, read
+from forethought.prefix import Prefix, SuffixCache, backbone, check_logits, decoder_of, lm_head, read
 from forethought.rollout import Responses, Thoughts
 
 COMPACT = 0.75  # finished rows are dropped from a batch when less than this share of its rows is still decoding
@@ -261,6 +261,37 @@ class ReplicatedBatch:
         """Keep, copy or drop rows in every layer, attention and Mamba alike."""
         self.cache.reorder_cache(cast(torch.LongTensor, rows))
         self.mask = self.mask[rows]
+
+
+@torch.no_grad()
+def probe_copies(model: Any) -> None:
+    """Compare rows with copies of their prefixes with plain forward passes: read, padded, decoded and scored.
+
+    Raises ValueError for a model that computes something else in one of these ways, or cannot be read so.
+    """
+    size = model.get_input_embeddings().num_embeddings
+    long, short, tail = ([i % size for i in some] for some in (range(105, 114), range(107, 111), range(117, 120)))
+    try:
+        wanted = [
+            model(input_ids=torch.tensor([[*row, *tail]], device=model.device), use_cache=False).logits[0]
+            for row in (long, short)
+        ]
+        batch, logits = ReplicatedBatch.read(model, [short, long, long], 0)
+        batch.select(torch.tensor([2, 0], device=model.device))
+        logits = logits[[2, 0]]
+        for step, token in enumerate((*tail, None)):
+            for row, own, length in zip(logits, wanted, (len(long), len(short)), strict=True):
+                check_logits(model, row, own[length - 1 + step], "when rows of a batch are decoded")
+            if token is not None:
+                logits = batch.step(torch.full((2,), token, device=model.device))
+        for left in (True, False):
+            tokens, mask = (some.to(model.device) for some in pad_rows([[*long, *tail], [*short, *tail]], 0, left))
+            more = {"attention_mask": mask.long(), "position_ids": position_ids(mask)} if left else {}
+            hidden = decoder_of(model)(input_ids=tokens, use_cache=False, **more).last_hidden_state
+            for row, own, own_mask in zip(lm_head(model, hidden), wanted, mask, strict=True):
+                check_logits(model, row[own_mask], own, f"when rows are padded on the {'left' if left else 'right'}")
+    except (AttributeError, TypeError, KeyError, IndexError, RuntimeError) as error:
+        raise ValueError(f"it cannot be read: {' '.join(str(error).split())[:200]}") from error
 
 
 class Decoder:

@@ -186,10 +186,10 @@ def _row_label(metric: Metric) -> str:
 def _cell(figures: dict[str, Any], name: str, share: bool) -> Text:
     if name not in figures:
         return Text("-")
-    value, low, high = (figures[name + suffix] for suffix in ("", "/low", "/high"))
-    if share:
-        return Text(f"{value:.1%} [{100 * low:.1f}, {100 * high:.1f}]")
-    return Text(f"{value:.2f} [{low:.2f}, {high:.2f}]")
+    scale, decimals, unit = (100, 1, "%") if share else (1, 2, "")
+    shown = f"{scale * figures[name]:.{decimals}f}{unit}"
+    ends = [f"{scale * figures[f'{name}/{end}']:.{decimals}f}" for end in ("low", "high") if f"{name}/{end}" in figures]
+    return Text(f"{shown} [{', '.join(ends)}]" if ends else shown)
 
 
 def printable(text: str) -> str:
