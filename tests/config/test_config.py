@@ -244,3 +244,8 @@ def test_options_are_checked_without_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == "forethought: method.ema = 1: input should be less than 1\n"
+
+
+def test_a_config_file_may_begin_with_a_byte_order_mark_and_have_crlf(tmp_path: Path):
+    (tmp_path / "c.toml").write_bytes(b'\xef\xbb\xbfrun = "runs/x"\r\n\r\n[train]\r\nsteps = 7\r\n')
+    assert load(tmp_path / "c.toml").train.steps == 7

@@ -31,7 +31,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **SMALL, "intermediate_size": 40, "layers_block_type": ["mamba", "hybrid"], "mamba_d_state": 8,
         "n_mamba_heads": 4, "num_mem_blocks": 1,
     },
-    "recurrent_gemma": {**DENSE, "lru_width": 32, "attention_window_size": 16, "block_types": ["recurrent", "attention"]},
+    "recurrent_gemma": {
+        **DENSE, "lru_width": 32, "attention_window_size": 16, "block_types": ["recurrent", "attention"],
+    },
 }  # fmt: skip
 BOTH = [(name, prefix) for name in ("opt", "gemma3", "zamba2") for prefix in ("shared", "replicated")]
 
@@ -89,7 +91,11 @@ def test_gradients_with_layers_inside_layers_and_beside_the_text_model(name: str
     ("name", "prefix", "message"),
     [
         ("recurrent_gemma", "shared", "model.path: RecurrentGemmaForCausalLM cannot be trained (its logits differ"),
-        ("recurrent_gemma", "replicated", "model.prefix = 'replicated': RecurrentGemmaForCausalLM cannot be trained (its"),
+        (
+            "recurrent_gemma",
+            "replicated",
+            "model.prefix = 'replicated': RecurrentGemmaForCausalLM cannot be trained (its",
+        ),
         (
             "llama4_text",
             "shared",

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from forethought.config import RunError, UserError
-from forethought.run.checkpoint import Snapshot, latest, load, save
+from forethought.models.sharding import load_state, local_state
+from forethought.run.checkpoint import Saved, Snapshot, latest, load, save
 from forethought.run.folder import checkpoints
 from helpers.moments import Moment
 
@@ -275,3 +276,26 @@ def fill_the_disk(run: Path) -> dict[str, int]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     print(json.dumps(globals()[sys.argv[1]](Path(sys.argv[2]))))
+
+
+@pytest.mark.parametrize("options", [{"capturable": True}, {"fused": True}, {}], ids=["device", "fused", "plain"])
+def test_optimizer_state_is_restored_where_the_optimizer_needs_it(options: dict[str, bool], tmp_path: Path):
+    """AdamW counts its steps on the parameter's device where it is fused or capturable, elsewhere on the CPU."""
+    trained = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(trained.parameters())
+    trained(torch.ones(3)).sum().backward()
+    optimizer.step()
+    saved = Saved(save(tmp_path, 1, Snapshot(tensors=local_state({"policy": trained}, optimizer), state={}), 1))
+    target = torch.device("meta" if "capturable" in options else "cpu")
+    twin = torch.nn.Linear(3, 2, device=target)
+    other = torch.optim.AdamW(twin.parameters(), **options)
+    load_state(saved, {"policy": twin}, other)
+    for parameter, before in zip(twin.parameters(), trained.parameters(), strict=True):
+        state, wanted = other.state[parameter], optimizer.state[before]
+        assert {name: tensor.device for name, tensor in state.items()} == dict.fromkeys(wanted, target)
+        if target.type == "cpu":
+            assert all(torch.equal(state[name], wanted[name]) for name in wanted)
+            assert torch.equal(parameter, before)
+    if target.type == "cpu":
+        twin(torch.ones(3)).sum().backward()
+        other.step()

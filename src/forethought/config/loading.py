@@ -138,7 +138,7 @@ def find(path: str | Path) -> Path:
 def read_toml(path: Path) -> dict[str, Any]:
     """What a TOML file holds. Raises UserError where it cannot be read."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"config {str(path)!r} is not valid TOML: {error}") from None
     except OSError as error:

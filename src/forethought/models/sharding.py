@@ -92,10 +92,12 @@ def load_state(saved: Saved, networks: Mapping[str, torch.nn.Module], optimizer:
     for name, tensor in _named(networks).items():
         if name in saved.names:
             local_shard(tensor).copy_(saved.tensor(name, _rows_of(tensor)))
+    states: dict[int, dict[str, Tensor]] = {}
     for index, parameter in enumerate(optimizer.param_groups[0]["params"]):
         prefix = f"optimizer/{index}/"
         for name in [name for name in saved.names if name.startswith(prefix)]:
-            optimizer.state[parameter][name.removeprefix(prefix)] = _moment(saved, name, parameter)
+            states.setdefault(index, {})[name.removeprefix(prefix)] = _moment(saved, name, parameter)
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": states})  # puts each where its optimizer needs it
 
 
 def _moment(saved: Saved, name: str, parameter: Any) -> Tensor:
