@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Mamba2Config
 
-from forethought.config import Config, Model, UserError, from_dict
-from forethought.data.positions import ThoughtFormat
+from forethought.config import Config, Method, Model, UserError, from_dict
+from forethought.data.positions import ThoughtFormat, thought_format
 from forethought.models.compute_copy import compute_copy
 from forethought.models.loading import check_context_length, device, load_model, load_tokenizer
 from helpers.runs import options
@@ -103,7 +103,7 @@ def test_rows_that_fit_exactly_are_let_through_and_one_token_more_is_not(start: 
 
 def write_gguf(file: Path, width: int = 32, heads: int = 2) -> dict[str, torch.Tensor]:
     """A one-layer llama of random weights with a tokenizer of single letters. Returns the weights by gguf name."""
-    letters = ["<unk>", "<s>", "</s>", "<think>", "</think>", *"abcdefghi", "ab"]
+    letters = ["<|endoftext|>", "<s>", "</s>", "<think>", "</think>", *"abcdefghi", "ab"]
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_context_length(64)
     writer.add_embedding_length(width)
@@ -189,3 +189,61 @@ def test_a_model_whose_generation_options_are_at_odds_can_be_saved(start: Config
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps(options))
     load_model(Model(path=str(tmp_path / "model")), 0).save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "generation_config.json").read_text())["temperature"] == 0.6
+
+
+def saved(start: Config, folder: Path, added: Any = (), pad: str = "") -> Path:
+    """A model and its tokenizer, to which tokens are added that have no embeddings."""
+    load_model(start.model, 0).save_pretrained(folder)
+    tokenizer = load_tokenizer(start.model)
+    tokenizer.add_tokens(list(added))
+    if pad:
+        tokenizer.add_special_tokens({"pad_token": pad})
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_token_without_an_embedding_is_refused(start: Config, tmp_path: Path):
+    size = start_size(start)
+    folder = saved(start, tmp_path / "more", added=["river", "lake"])
+    with pytest.raises(UserError) as refused:
+        load_tokenizer(Model(path=str(folder)))
+    assert str(refused.value) == (
+        f"model.path = {str(folder)!r}: its tokenizer has {size + 2} tokens, but the model has {size} embeddings, none "
+        f"for 'river' ({size}); use its own tokenizer, or resize the embeddings"
+    )
+    with pytest.raises(UserError, match=r"^model.tokenizer = .*none for 'river'"):
+        load_tokenizer(Model(path=start.model.path, init="random", tokenizer=str(folder)))
+
+
+def start_size(start: Config) -> int:
+    return load_model(start.model, 0).get_input_embeddings().num_embeddings
+
+
+def test_a_pad_token_without_an_embedding_is_replaced(start: Config, tmp_path: Path):
+    tokenizer = load_tokenizer(Model(path=str(saved(start, tmp_path / "pad", pad="<other pad>"))))
+    size = start_size(start)
+    assert tokenizer.pad_token_id < size
+    assert thought_format(tokenizer, Method()).pad < size
+
+
+def test_weights_that_are_not_finite_and_adapters_are_refused(start: Config, tmp_path: Path):
+    model = load_model(start.model, 0)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "nan")
+    with pytest.raises(UserError, match=r"not finite: model.layers.1.mlp.up_proj.weight holds NaN"):
+        load_model(Model(path=str(tmp_path / "nan")), 0)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    for load in (load_tokenizer, lambda options: load_model(options, 0)):
+        with pytest.raises(UserError, match="it holds an adapter alone; give the model with the adapter merged"):
+            load(Model(path=str(tmp_path / "adapter")))
+
+
+def test_another_default_dtype_of_the_process_is_named(start: Config):
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(UserError, match=r"^torch's default dtype is torch.float64: set it back with torch.set_def"):
+            load_model(start.model, 0)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -99,8 +99,8 @@ def test_gradients_with_layers_inside_layers_and_beside_the_text_model(name: str
         (
             "llama4_text",
             "shared",
-            "model.prefix = 'shared': Llama4ForCausalLM cannot read a document once for all its thoughts (its attention "
-            "is chunked, which shared prefixes do not support); set model.prefix to 'replicated'",
+            "model.prefix = 'shared': Llama4ForCausalLM cannot read a document once for all its thoughts (its "
+            "attention is chunked, which shared prefixes do not support); set model.prefix to 'replicated'",
         ),
     ],
 )

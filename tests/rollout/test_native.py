@@ -1,3 +1,4 @@
+import dataclasses
 import math
 from typing import Any
 
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from forethought.config import Method
 from forethought.data.positions import ThoughtFormat, at_positions, make_generator
-from forethought.models.logprobs import thought_logp
+from forethought.models.logprobs import ScoringOptions, ThoughtBatch, thought_logp
 from forethought.rollout import Thoughts, draw_noise
 from forethought.rollout.decoder import sample
 from forethought.rollout.native import NativeEngine
@@ -30,7 +31,7 @@ from helpers.models import (
     rlp,
     window,
 )
-from helpers.sampling import biased
+from helpers.sampling import assert_same, biased, cuda_graphs
 
 PLACES = [[1, 3], [2, 4, 5], [1], [2]]
 THREE = ThoughtFormat(before=(), after=(), open=(3,), close=(CLOSE, 5, 6), bos=None, pad=0)
@@ -264,3 +265,19 @@ def test_positions_and_members_and_steps_think_with_noise_of_their_own():
         for row in collected(method, [WINDOWS[3]] * 4, step).microbatches[0].batch.tokens
     ]
     assert len({tuple(thought[:5]) for thought in seen}) == len(seen) == 16
+
+
+@WAYS
+@pytest.mark.parametrize("temperature", [0.7, 3.0])
+def test_tokens_without_a_text_are_never_sampled(temperature: float, way: tuple[int, bool]):
+    """Where the head has more rows than the tokenizer has tokens; sampler and trainer leave them out alike."""
+    form, model = dataclasses.replace(FORM, vocabulary=9), biased({9: 5.0, 10: 5.0, 11: 5.0})
+    positions = at_positions(WINDOWS[:2], [[1, 2], [2, 4]], 1)
+    noise = draw_noise((16, 9), [make_generator(0, i) for i in range(4)])
+    thoughts = NativeEngine(model, form, Method(temperature=temperature), *way).sample(positions, noise)
+    assert int(thoughts.tokens.max()) < 9
+    batch = ThoughtBatch.from_positions(form, positions, thoughts.tokens, thoughts.mask)
+    options = ScoringOptions(temperature=temperature, tokens=500, shared=way[1])
+    assert torch.allclose(thought_logp(model, form, batch, options), thoughts.logp.flatten(0, 1), atol=1e-5)
+    graphs = cuda_graphs(model, form, Method(temperature=temperature))
+    assert_same(graphs.sample(positions, noise), thoughts)

@@ -97,6 +97,7 @@ class ThoughtFormat:
     bos: int | None
     pad: int  # fills masked positions; never seen by the model
     end: tuple[int, ...] = ()  # after a prediction (RPT); empty: predictions have a fixed length
+    vocabulary: int | None = None  # token ids from here on cannot be decoded, and are never sampled
     closing: Closing = field(default=cast(Closing, None), compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -146,15 +147,17 @@ def thought_format(tokenizer: Any, options: Method) -> ThoughtFormat:
         if (text and not tokens) or (tokenizer.unk_token_id is not None and tokenizer.unk_token_id in tokens):
             raise UserError(f"method.{option} = {text!r}: the tokenizer cannot encode it; choose text that it knows")
         encoded[text] = tuple(tokens)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    vocabulary = max(tokenizer.get_vocab().values()) + 1
+    pads = [one for one in (tokenizer.pad_token_id, tokenizer.eos_token_id) if one is not None and one < vocabulary]
     return ThoughtFormat(
         before=encoded[before],
         after=encoded[after],
         open=encoded[options.open],
         close=encoded[options.close],
         bos=tokenizer.bos_token_id,
-        pad=pad if pad is not None else 0,
+        pad=pads[0] if pads else 0,
         end=encoded[options.end],
+        vocabulary=vocabulary,
         closing=Closing.of_text(tokenizer, options.close, encoded[options.close]),
     )
 

@@ -37,11 +37,20 @@ def load_tokenizer(options: Model) -> PreTrainedTokenizerBase:
         folder, extra = _locate(source)
         if folder.suffix == ".json":
             folder = folder.parent
-        return AutoTokenizer.from_pretrained(str(folder) if folder.exists() else source, **extra)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.exists() else source, **extra)
+    try:
+        embeddings = getattr(load_architecture(options).get_text_config(), "vocab_size", None)
+    except UserError:  # reported when the model is loaded, if it is
+        embeddings = None
+    if embeddings is not None:
+        _check_vocabulary(tokenizer, embeddings, options)
+    return tokenizer
 
 
 def load_model(options: Model, seed: int) -> Any:
     """A causal LM in fp32 on its device, in evaluation mode (no dropout). Raises UserError."""
+    if (default := torch.get_default_dtype()) != torch.float32:
+        raise UserError(f"torch's default dtype is {default}: set it back with torch.set_default_dtype(torch.float32)")
     with _loading_errors("model.path", options.path):
         if options.init == "random":
             model = _random(load_architecture(options), seed)
@@ -57,6 +66,7 @@ def load_model(options: Model, seed: int) -> Any:
             )
             model, loading = loaded
             _check_complete(loading)
+            _check_finite(model)
         _check_usable(model)
     return model.to(device=device(options), dtype=torch.float32).eval()
 
@@ -149,6 +159,8 @@ def _locate(source: str) -> tuple[Path, dict[str, Any]]:
         if not path.is_file():
             raise FileNotFoundError("no such file")
         return path.parent, {**extra, "gguf_file": path.name}
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise ValueError("it holds an adapter alone; give the model with the adapter merged into it (RUN/policy)")
     if path.exists():
         return path, extra
     if source.startswith("embedded:"):
@@ -170,6 +182,20 @@ def _hub_is_reachable(source: str) -> bool:
     return True
 
 
+def _check_vocabulary(tokenizer: Any, embeddings: int, options: Model) -> None:
+    """Refuse tokens without an embedding. A pad token without one is replaced, since no model reads it."""
+    outside = {token: name for name, token in tokenizer.get_vocab().items() if token >= embeddings}
+    if outside.pop(tokenizer.pad_token_id, None) is not None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    if outside:
+        number, name = min(outside.items())
+        option, source = ("tokenizer", options.tokenizer) if options.tokenizer else ("path", options.path)
+        raise UserError(
+            f"model.{option} = {source!r}: its tokenizer has {max(outside) + 1} tokens, but the model has "
+            f"{embeddings} embeddings, none for {name!r} ({number}); use its own tokenizer, or resize the embeddings"
+        )
+
+
 def _check_complete(loading: dict[str, Any]) -> None:
     """Refuse weights that transformers would initialize at random: missing ones, or those of another shape."""
     if missing := sorted(loading["missing_keys"]):
@@ -177,6 +203,12 @@ def _check_complete(loading: dict[str, Any]) -> None:
     if mismatched := sorted(loading["mismatched_keys"]):
         name, found, wanted = mismatched[0]
         raise ValueError(f"{len(mismatched)} weights have another shape: {name} is {tuple(found)}, not {tuple(wanted)}")
+
+
+def _check_finite(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter.sum())) and not bool(torch.isfinite(parameter).all()):
+            raise ValueError(f"the weights are not finite: {name} holds NaN or infinity")
 
 
 def _check_usable(model: Any) -> None:

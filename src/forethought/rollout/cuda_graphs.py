@@ -81,7 +81,7 @@ def advance(
     index = _score(state, logits, forced, size)
     at = state.length.clamp(max=limit - 1)[:, None]
     masked = (thinking & (state.length == 0))[:, None]
-    logits = torch.where(masked & never_first, float("-inf"), logits)
+    logits = torch.where(masked & never_first, float("-inf"), logits[:, : len(never_first)])
     temperature = options.temperature
     scaled = logits if temperature == 1 else logits / temperature
     noise = state.noise.gather(1, at).squeeze(1)
@@ -126,7 +126,8 @@ class CUDAGraphDecoder:
     def __init__(self, model: Any, form: ThoughtFormat, options: Method, rows: int, compiled: bool):
         self.model, self.form, self.options, self.rows, self.compiled = model, form, options, rows, compiled
         self.close, self.closing = torch.tensor(form.close, device=model.device), form.closing.to(model.device)
-        words = torch.arange(model.get_output_embeddings().weight.shape[0], device=model.device)
+        head = model.get_output_embeddings().weight.shape[0]
+        words = torch.arange(min(head, form.vocabulary or head), device=model.device)
         self.never_first = torch.isin(words, self.closing.first)
         self.capacity: CacheCapacity | None = None
         self.shape = (0, 0, 0)  # thought, forced tokens and horizon of the buffers
