@@ -4,19 +4,18 @@ RUN/compare.json       rows: arm, seed or `all`, metric, value, low, high
 RUN/experiment.json    names, arms, sweeps, verdicts
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup, escape
-from pydantic import TypeAdapter, ValidationError
 
-from forethought.config import UserError, flatten
+from forethought.config import flatten
 from forethought.config.registry import METRICS
 from forethought.tools.report import plots
 from forethought.tools.report.plots import Point
+from forethought.tools.report.runs import read_checked
 from forethought.tools.report.tables import capitalized, duration, figure, interval, metric, signed
 
 BASE, ALL, QUESTIONS = "base", "all", "questions"
@@ -158,18 +157,7 @@ class Figures:
 
 def load(run: Path) -> Figures:
     """Read the two files. Raises UserError if one is missing or broken."""
-    return Figures(_read(run / "compare.json", list[Row]), _read(run / "experiment.json", Described))
-
-
-def _read(path: Path, kind: Any) -> Any:
-    try:
-        return TypeAdapter(kind).validate_python(json.loads(path.read_bytes()))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except ValidationError as error:
-        raise UserError(f"{path}: is not a comparison: {error.errors()[0]['msg']}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: is not valid JSON: {error}") from None
+    return Figures(read_checked(run / "compare.json", list[Row]), read_checked(run / "experiment.json", Described))
 
 
 def content(figures: Figures) -> dict[str, Any]:
