@@ -71,7 +71,7 @@ def write_comparison(run: Path) -> Path:
     if first:
         write(first, run / "curves.html")
     target = run / "compare.html"
-    html = _render("comparison.html.j2", {**comparison.content(figures), **comparison.question_tables(figures)})
+    html = _render("comparison.html.j2", comparison.content(figures))
     try:
         target.write_text(html, encoding="utf-8")
     except OSError as error:
@@ -196,8 +196,7 @@ def _inline(plot: plots.Plot, svg: str, runs: list[Run]) -> Markup:
             if ends := _ends(run.series(one.name)[1]):
                 start, end = (figure(value, "share" if one.unit == "share" else "nats") for value in ends)
                 texts.append(f"{visible(run.name)}, {one.label}: from {start} to {end}")
-    # The text is escaped here; matplotlib escapes the names of runs in its drawing.
-    return Markup(plots.inline(svg, plot.name, str(escape(f"{plot.title}. {'; '.join(texts)}"))))
+    return plots.inline(svg, plot.name, f"{plot.title}. {'; '.join(texts)}")
 
 
 def _by_step(positions: list[Position]) -> list[tuple[int, list[Position]]]:

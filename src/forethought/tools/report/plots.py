@@ -13,6 +13,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -325,19 +326,19 @@ def _save(figure: Figure) -> str:
     return re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
 
 
-def inline(svg: str, name: str, label: str) -> str:
-    """The drawing for an HTML page: unique ids, colors from the page's custom properties, no fixed size.
+def inline(svg: str, name: str, text: str) -> Markup:
+    """The drawing for an HTML page: unique ids, colors from the page's custom properties, a text alternative.
 
-    `label` is the text alternative and must be escaped already.
+    The text is escaped here; matplotlib escapes the names of runs in its drawing.
     """
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
     opening, _, drawing = svg.partition(">")
     box = re.search(r'viewBox="[^"]*"', opening)
     assert box is not None
-    svg = f'<svg {box.group()} role="img" aria-label="{label}">{drawing}'
+    svg = f'<svg {box.group()} role="img" aria-label="{escape(text)}">{drawing}'
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    return re.sub(r'style="[^"]*"', lambda match: _themed(match.group()), svg)
+    return Markup(re.sub(r'style="[^"]*"', lambda match: _themed(match.group()), svg))
 
 
 def _themed(style: str) -> str:
