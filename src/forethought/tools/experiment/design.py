@@ -31,12 +31,10 @@ _FIXED = ("model", "evaluate", "questions", "seed", "run", "overwrite")
 class Arm:
     """One way to train from the start."""
 
-    options: dict[str, Any] = Field(default_factory=dict)
-    """Overrides of the experiment's options."""
+    options: dict[str, Any] = Field(default_factory=dict)  # overrides of the experiment's options
     budget: dict[Literal["tokens", "flops"], _ArmName] = Field(default_factory=dict)
     """Train for as many corpus tokens or FLOPs as the named arm's run with the same seed."""
-    seeds: list[int] | None = None
-    """Only these; None: all of the experiment."""
+    seeds: list[int] | None = None  # only these; None: all of the experiment
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -55,10 +53,8 @@ class Claim:
     """An expected result, judged by intervals, in one of four ways."""
 
     arm: _ArmName
-    metrics: list[str] = Field(default_factory=list)
-    """GROUP/METRIC, as in docs/metrics.md."""
-    above: list[_ArmName] = Field(default_factory=list)
-    """The arm's interval is above those of these arms."""
+    metrics: list[str] = Field(default_factory=list)  # GROUP/METRIC, as in docs/metrics.md
+    above: list[_ArmName] = Field(default_factory=list)  # the arm's interval is above those of these arms
     against: str = ""
     """The other arms' metric in `above`, if different: such as accuracy without thoughts, for plain training."""
     not_above: list[_ArmName] = Field(default_factory=list)
@@ -66,8 +62,7 @@ class Claim:
     margin: float = 0.0
     equals: list[_ArmName] = Field(default_factory=list)
     """The arm's trained weights are identical to those of these arms, with every seed."""
-    at_most: float | None = None
-    """The arm's interval ends at or below this."""
+    at_most: float | None = None  # the arm's interval ends at or below this
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

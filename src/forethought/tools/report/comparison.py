@@ -60,10 +60,8 @@ class Arm:
 class Published:
     """Published figures over the same option, drawn beside a sweep."""
 
-    said: Annotated[str, Field(min_length=1)]
-    """Source and quantity."""
-    points: Annotated[list[tuple[int | float | str, float]], Field(min_length=2)]
-    """(value of the option, figure)"""
+    said: Annotated[str, Field(min_length=1)]  # source and quantity
+    points: Annotated[list[tuple[int | float | str, float]], Field(min_length=2)]  # (value of the option, figure)
     __pydantic_config__ = ConfigDict(extra="forbid")
 
 
@@ -98,8 +96,7 @@ class Described:
     arms: dict[str, Arm]
     sweeps: list[Sweep]
     claims: list[Verdict]
-    missing: dict[str, str]
-    """Unfinished jobs and the reason, if it is known."""
+    missing: dict[str, str]  # unfinished jobs and the reason, if it is known
     spent: dict[str, float] = field(default_factory=dict)
     """`seconds` of all calls and `cpu_seconds` of all runs, loading and evaluation included."""
 
@@ -109,8 +106,7 @@ class Table:
     """Rows of cells (value, interval) with named columns."""
 
     caption: str
-    columns: list[tuple[str, str]]
-    """(label, explanation)"""
+    columns: list[tuple[str, str]]  # (label, explanation)
     rows: list[tuple[str, list[tuple[str, str]]]]
 
 

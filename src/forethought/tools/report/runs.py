@@ -42,19 +42,13 @@ class Thought:
     """One sampled thought. Log-probabilities, reward and advantage are in nats."""
 
     text: Text
-    length: Number = None
-    """Sampled tokens."""
-    closed: bool = False
-    """Whether the thought ended with the closing delimiter; otherwise it was truncated."""
-    evidence: Number = None
-    """log p of the target after the thought."""
-    reward: Number = None
-    """Information gain; for RPT 1 or 0."""
+    length: Number = None  # sampled tokens
+    closed: bool = False  # whether the thought ended with the closing delimiter; otherwise it was truncated
+    evidence: Number = None  # log p of the target after the thought
+    reward: Number = None  # information gain; for RPT 1 or 0
     advantage: Number = None
-    prediction: str | None = None
-    """The prediction written after the thought (RPT)."""
-    top: TopTokens = field(default_factory=list)
-    """Next-token probabilities after the thought, where measured."""
+    prediction: str | None = None  # the prediction written after the thought (RPT)
+    top: TopTokens = field(default_factory=list)  # next-token probabilities after the thought, where measured
 
 
 Thoughts = Annotated[list[Thought], AfterValidator(by_reward)]
@@ -69,8 +63,7 @@ class Position:
     position: Text = "?"
     context: Text
     target: Text
-    nothink: Number = None
-    """log p of the target without a thought (the teacher's), in nats."""
+    nothink: Number = None  # log p of the target without a thought (the teacher's), in nats
     thoughts: Thoughts
 
 
@@ -89,17 +82,13 @@ class Run:
     """The content of a run folder."""
 
     path: Path
-    name: str
-    """Short, and unique among the runs of a report."""
+    name: str  # short, and unique among the runs of a report
     config: dict[str, Any]
     metrics: list[dict[str, Any]]
     """Logged steps in order; a step that was logged again after a resume is there once, as logged last."""
-    positions: list[Position]
-    """The positions of the first, the middle and the last step with logged thoughts."""
-    warnings: list[Diagnostic]
-    """Warnings of the diagnostics during training, in order."""
-    summary: dict[str, Any]
-    """Empty while the run has not finished."""
+    positions: list[Position]  # the positions of the first, the middle and the last step with logged thoughts
+    warnings: list[Diagnostic]  # warnings of the diagnostics during training, in order
+    summary: dict[str, Any]  # empty while the run has not finished
 
     @property
     def method(self) -> str:

@@ -33,8 +33,7 @@ class MeasuredPosition:
 
     at: Annotated[int, Field(ge=0)]
     target: str
-    nothink: Number = None
-    """log p of the target without a thought, in nats."""
+    nothink: Number = None  # log p of the target without a thought, in nats
     nothink_top: TopTokens = field(default_factory=list)
     thoughts: Thoughts = field(default_factory=list)
 
