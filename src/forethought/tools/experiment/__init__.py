@@ -83,7 +83,7 @@ def _publish(experiment: Experiment, failed: dict[str, str], began: float) -> tu
         corpus=start.corpus.path,
         held_out=start.evaluate.path,
         arms={
-            name: Arm(options=arm.options, budget=dict(arm.budget), seeds=[job.seed for job in done if job.arm == name])
+            name: Arm(options=arm.options, budget={**arm.budget}, seeds=[job.seed for job in done if job.arm == name])
             for name, arm in experiment.arms.items()
             if name in experiment.named
         },

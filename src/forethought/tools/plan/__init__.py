@@ -4,7 +4,7 @@ import dataclasses
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from forethought.config import Config, UserError
 from forethought.flops import Shape
@@ -16,7 +16,9 @@ __all__ = [
     "MACHINES", "OPTIONS", "Machine", "Options", "Plan", "as_dict", "plan", "read_options", "shipped_shape", "write",
 ]  # fmt: skip
 
-OPTIONS: dict[str, str] = {f"--{option.name}": option.default.description for option in dataclasses.fields(Options)}
+OPTIONS: dict[str, str] = {
+    f"--{option.name}": cast("Any", option.default).description for option in dataclasses.fields(Options)
+}
 """The command's own options and what each means."""
 
 

@@ -124,29 +124,33 @@ def _current_layout(name: Any) -> Any:
 class Options:
     """The options of `forethought plan`."""
 
-    gpus: PositiveInt = Field(1, description="N: GPUs to train on (1)")
-    gpu: str = Field("h100", description=f"NAME: {', '.join(MACHINES)} or cpu (h100)")
-    nodes_of: PositiveInt = Field(8, description="N: GPUs per node (8)")
+    gpus: PositiveInt = Field(default=1, description="N: GPUs to train on (1)")
+    gpu: str = Field(default="h100", description=f"NAME: {', '.join(MACHINES)} or cpu (h100)")
+    nodes_of: PositiveInt = Field(default=8, description="N: GPUs per node (8)")
     layout: Annotated[Layout | None, BeforeValidator(_current_layout)] = Field(
-        None, description="one, ddp or zero1: how the model is distributed over the GPUs (ddp on several)"
+        default=None, description="one, ddp or zero1: how the model is distributed over the GPUs (ddp on several)"
     )
-    steps: PositiveInt | None = Field(None, description="N: train.steps")
+    steps: PositiveInt | None = Field(default=None, description="N: train.steps")
     prefix: PositiveInt | None = Field(
-        None,
+        default=None,
         description="TOKENS: before the last position of a document (P; half of corpus.window, with K > 1 all of it)",
     )
-    document: PositiveInt | None = Field(None, description="TOKENS: read by the teacher of a document (its prefix)")
-    length: PositiveInt | None = Field(None, description="TOKENS: mean length of a thought (L; method.thought_length)")
-    gradients: Literal["fp32", "bf16"] = Field("fp32", description="fp32 or bf16 (fp32)")
+    document: PositiveInt | None = Field(
+        default=None, description="TOKENS: read by the teacher of a document (its prefix)"
+    )
+    length: PositiveInt | None = Field(
+        default=None, description="TOKENS: mean length of a thought (L; method.thought_length)"
+    )
+    gradients: Literal["fp32", "bf16"] = Field(default="fp32", description="fp32 or bf16 (fp32)")
     ceilings: str = Field(
-        "", description="FILE: measurements of the machine: benchmarks/step.py --json FILE, or one object"
+        default="", description="FILE: measurements of the machine: benchmarks/step.py --json FILE, or one object"
     )
-    price: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(0.0, description="DOLLARS: per GPU hour")
-    json: str = Field("", description="FILE: write all figures there")
+    price: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(default=0.0, description="DOLLARS: per GPU hour")
+    json: str = Field(default="", description="FILE: write all figures there")
     simulate: bool = Field(
-        False, description="also simulate the step on 1 to 1,024 GPUs, with thoughts of unequal lengths"
+        default=False, description="also simulate the step on 1 to 1,024 GPUs, with thoughts of unequal lengths"
     )
-    lengths: str = Field("", description="RUN: sample these lengths from a run's thoughts.jsonl (a lognormal)")
+    lengths: str = Field(default="", description="RUN: sample these lengths from a run's thoughts.jsonl (a lognormal)")
 
 
 def read_options(words: Sequence[str]) -> tuple[Options, dict[str, Any]]:
