@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from forethought.config import load
-from forethought.tools.plan.job import Job, job, shipped_shape
+from forethought.tools.plan.job import Job, Options, job, shipped_shape
 from forethought.tools.plan.memory import memory
 from forethought.tools.plan.timing import step
 
@@ -41,7 +41,7 @@ def planned(row: dict[str, Any]) -> Job:
     config = load("qwen3-1.7b", [word for name, value in options.items() for word in (f"--{name}", str(value))])
     shape = shipped_shape("qwen3-1.7b")
     assert shape is not None
-    return job(config, shape, {"gpu": "h100", "prefix": str(row["P"]), "length": str(row["L"])})
+    return job(config, shape, Options(gpu="h100", prefix=row["P"], length=row["L"]))
 
 
 def expected(row: dict[str, Any]) -> dict[str, float]:

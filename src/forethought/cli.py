@@ -201,8 +201,8 @@ def _plan(words: list[str], out: Console, err: Console) -> None:
     from forethought.tools import plan
     from forethought.tools.plan.page import shown
 
-    name, options, overrides = plan.words_of(words)
-    config = load(name, overrides)
+    options, overrides = plan.read_options(words[1:])
+    config = from_dict(merge(to_dict(load(words[0])), overrides))
     shape = plan.shipped_shape(config.model.path)
     if shape is None:
         _quiet_libraries()
@@ -210,7 +210,7 @@ def _plan(words: list[str], out: Console, err: Console) -> None:
 
         shape = load_shape(config.model)
     found = plan.plan(config, shape, options)
-    plan.write(found, options.get("json"))
+    plan.write(found, options.json)
     for one in shown(found):
         line(out, one) if isinstance(one, str) else out.print(one)
 
@@ -252,6 +252,7 @@ COMMANDS = {
     ),
     "plan": Command(
         _plan, f"CONFIG [--gpus N] [--gpu h100] [--simulate] [--json FILE] {_MORE}", "memory, time and cost of a run",
+        "a config file, or the name of a shipped one such as qwen3-1.7b",
         lasting=False,
     ),
     "report": Command(_report, "RUN [RUN ...] [--out FILE]", "an HTML page about runs", options=False),

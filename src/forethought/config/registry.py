@@ -50,6 +50,7 @@ class Entry:
     rewards: tuple[str, ...] = ()  # that fit a method, its own first; empty: those that name the method or none
     methods: tuple[str, ...] = ()  # that a reward fits; empty: all
     defaults: Mapping[str, str] = field(default_factory=dict)  # of a method: what `auto` means, if not AUTOMATIC
+    teacher: bool = True  # of a method: whether it keeps an EMA teacher where method.teacher_every is above 0
     writes: bool = False  # a method needs, and an engine has, predictions after thoughts (`respond`)
     proxy: bool = False  # whether a position policy takes the entropies of a proxy model
 
@@ -76,17 +77,18 @@ METHODS = _table(
     ),
     Entry(
         name="rpt", target="forethought.algo.rpt:RPT", label="RPT, reinforcement pre-training", paper="2506.08007",
-        help="a prediction is sampled after each thought, and is right or wrong", writes=True,
+        help="a prediction is sampled after each thought, and is right or wrong", writes=True, teacher=False,
         defaults={"method.reward": "prefix_match", "method.position_policy": "entropy"},
         excluded={"method.clamp_gain": "has no gain to clamp", "method.min_gain": "has no gain to filter by"},
     ),
     Entry(
         name="cpt", target="forethought.algo.cpt:CPT", label="CPT, continued pretraining", samples_thoughts=False,
-        help="next-token prediction without thoughts",
+        help="next-token prediction without thoughts", teacher=False,
     ),
     Entry(
         name="mixed", target="forethought.algo.mixed:Mixed", label="mixed supervised training", paper="2608.23256",
         help="next-token prediction with and without thoughts of the start", rewards=("information_gain",),
+        teacher=False,
     ),
 )  # fmt: skip
 REWARDS = _table(

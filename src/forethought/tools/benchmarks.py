@@ -35,6 +35,7 @@ from forethought.run.folder import RunLog, check_free, read_jsonl
 
 MATH = ("gsm8k", "math500", "aime24", "aime25", "amc23", "minerva")  # written answers
 SCIENCE = ("mmlu", "mmlu_pro", "gpqa")  # multiple choice
+AREAS = {"math": MATH, "science": SCIENCE}
 ACCURACIES = ("pass_at_1", "greedy", "loglik_letter", "loglik_plain", "loglik_normalised")
 LETTERS = "ABCDEFGHIJ"
 _MODES = {"without": ("nothink",), "with": ("think",), "both": ("nothink", "think")}
@@ -136,10 +137,11 @@ def load_tasks(options: Questions) -> list[Benchmark]:
         task.set_config("num_fewshot", options.shots)
         return task
 
-    def variants(name: str) -> dict[str, Any]:
-        return {kind: load(f"{name}_{kind}") for kind in ("letters", "cloze") if name in SCIENCE}
-
-    return [Benchmark(name=name, written=load(name), **variants(name)) for name in paths]
+    more = {name: ("letters", "cloze") if name in SCIENCE else () for name in paths}
+    return [
+        Benchmark(name=name, written=load(name), **{kind: load(f"{name}_{kind}") for kind in more[name]})
+        for name in paths
+    ]
 
 
 def load_dataset(
@@ -314,9 +316,8 @@ def extract_letter(text: str, choices: int) -> str | None:
 
 def process_results(doc: Row, results: Sequence[Sequence[str]]) -> dict[str, float]:
     """The metrics of a question, means over its answers: the `process_results` of the task files."""
-    grades = [_grade(doc, text) for text in results[0]]
-    right, extracted = ([one.right for one in grades], [one.extracted is not None for one in grades])
-    return {"exact_match": float(np.mean(right)), "extracted": float(np.mean(extracted))}
+    extracted, right = zip(*(_grade(doc, text) for text in results[0]), strict=True)
+    return {"exact_match": float(np.mean(right)), "extracted": float(np.mean([one is not None for one in extracted]))}
 
 
 def all_samples(responses: Any, docs: Any) -> Any:
@@ -437,24 +438,25 @@ def summarize(table: Columns) -> Figures:
                 found[f"{mode}/{task}/{metric}/se"] = float(values.std(ddof=1) / math.sqrt(len(values)))
         found[f"{mode}/{task}/questions"] = len(next(iter(metrics.values())))
     for mode in dict.fromkeys(mode for mode, _ in table):
-        for area, names in (("math", MATH), ("science", SCIENCE)):
-            found |= _average(found, mode, area, [task for other, task in table if other == mode and task in names])
-        if f"{mode}/math/tasks" in found and f"{mode}/science/tasks" in found:
-            found |= _average(found, mode, "overall", ["math", "science"])
+        tasks_of_mode = [task for other, task in table if other == mode]
+        areas = {area: [task for task in tasks_of_mode if task in names] for area, names in AREAS.items()}
+        for area, tasks in areas.items():
+            found |= ({f"{mode}/{area}/tasks": len(tasks)} if tasks else {}) | _average(found, mode, area, tasks)
+        if all(areas.values()):
+            found |= _average(found, mode, "overall", list(areas))
     return found
 
 
 def _average(figures: Figures, mode: str, name: str, parts: Sequence[str]) -> Figures:
     """Plain means of the accuracies that every part has; the parts are independent, so variances add."""
-    result: Figures = {f"{mode}/{name}/tasks": len(parts)} if parts and name != "overall" else {}
+    result: Figures = {}
     for metric in ACCURACIES:
         keys = [f"{mode}/{part}/{metric}" for part in parts]
-        if not keys or not all(key in figures for key in keys):
-            continue
-        result[f"{mode}/{name}/{metric}"] = sum(figures[key] for key in keys) / len(keys)
-        if all(f"{key}/se" in figures for key in keys):
-            error = math.sqrt(sum(figures[f"{key}/se"] ** 2 for key in keys)) / len(keys)
-            result[f"{mode}/{name}/{metric}/se"] = error
+        if keys and all(key in figures for key in keys):
+            result[f"{mode}/{name}/{metric}"] = sum(figures[key] for key in keys) / len(keys)
+            if all(f"{key}/se" in figures for key in keys):
+                error = math.sqrt(sum(figures[f"{key}/se"] ** 2 for key in keys)) / len(keys)
+                result[f"{mode}/{name}/{metric}/se"] = error
     return result
 
 
@@ -467,25 +469,21 @@ def difference(mine: Columns, theirs: Columns) -> dict[tuple[str, str], dict[str
 
 def columns(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, np.ndarray]]:
     """By mode and task: each metric as one number per question, the mean over its answers."""
-    groups: dict[tuple[str, str], list[Row]] = {}
+    groups: dict[tuple[str, str], list[dict[str, float]]] = {}
     for row in rows:
-        groups.setdefault((row["mode"], row["task"]), []).append(row)
-    return {key: _columns(some) for key, some in groups.items()}
+        groups.setdefault((row["mode"], row["task"]), []).append(_of_question(row))
+    return {key: {name: np.array([one[name] for one in some]) for name in some[0]} for key, some in groups.items()}
 
 
-def _columns(rows: Sequence[Row]) -> dict[str, np.ndarray]:
-    def mean(value: Callable[[dict[str, Any]], float], first: int = 0, last: int | None = None) -> np.ndarray:
-        return np.array([np.mean([value(one) for one in row["answers"][first:last]]) for row in rows])
+def _of_question(row: Row) -> dict[str, float]:
+    def mean(field: str, answers: Sequence[dict[str, Any]]) -> float:
+        return float(np.mean([one[field] for one in answers]))
 
-    result = {"greedy": mean(lambda one: one["right"], last=1)}
-    if len(rows[0]["answers"]) > 1:
-        result["pass_at_1"] = mean(lambda one: one["right"], first=1)
-    for metric in rows[0]["picks"]:
-        result[metric] = np.array([float(row["picks"][metric] == row["reference"]) for row in rows])
-    result["extracted"] = mean(lambda one: one["extracted"] is not None)
-    result["answer_length"] = mean(lambda one: one["length"])
-    result["cut_off"] = mean(lambda one: one["cut_off"])
-    if rows[0]["mode"] == "think":
-        result["thought_length"] = mean(lambda one: one["thought_length"])
-        result["closed"] = mean(lambda one: one["closed"])
-    return result
+    answers, sampled = row["answers"], row["answers"][1:]
+    found = {"greedy": float(answers[0]["right"])} | ({"pass_at_1": mean("right", sampled)} if sampled else {})
+    found |= {metric: float(letter == row["reference"]) for metric, letter in row["picks"].items()}
+    found["extracted"] = float(np.mean([one["extracted"] is not None for one in answers]))
+    found |= {"answer_length": mean("length", answers), "cut_off": mean("cut_off", answers)}
+    if row["mode"] == "think":
+        found |= {name: mean(name, answers) for name in ("thought_length", "closed")}
+    return found

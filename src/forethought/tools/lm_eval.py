@@ -22,7 +22,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from forethought.config import UserError, merge
+from forethought.config import UserError, read_overrides
 from forethought.inference import Answer, Pair, Sampling, ThinkingModel
 
 TASKS = Path(__file__).parent / "tasks"  # the task files of tools/benchmarks.py
@@ -138,14 +138,9 @@ class ForethoughtLM(TemplateLM):
             tokens = self.tok_encode(text, add_special_tokens=False)
             windows = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length - self.think_every, 1)
             total = 0.0
+            how = {"thoughts": self.thoughts, "think_every": self.think_every, "seed": self.seed}
             for context, continuation in map(make_disjoint_window, windows):
-                total += self.thinker.log_likelihood(
-                    [*context, *continuation],
-                    thoughts=self.thoughts,
-                    think_every=self.think_every,
-                    given=len(context),
-                    seed=self.seed,
-                )
+                total += self.thinker.log_likelihood([*context, *continuation], given=len(context), **how)
             totals.append(total)
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
         return totals
@@ -218,20 +213,12 @@ register_model("forethought")(ForethoughtLM)
 
 def _overrides(options: dict[str, Any]) -> dict[str, Any]:
     """Nested options of Forethought from the harness's flat ones."""
-    batch, device = options.pop("batch_size", None), options.pop("device", None)
-    options.pop("max_batch_size", None)
-    values: dict[str, Any] = {}
-    if batch not in (None, "auto"):
-        values = merge(values, {"train": {"rollout_batch": int(batch)}})
+    batch, device, _ = (options.pop(name, None) for name in ("batch_size", "device", "max_batch_size"))
+    words = [] if batch in (None, "auto") else [f"--train.rollout_batch={batch}"]
     if device is not None:  # the harness requests a GPU where the user names no device
         kind = str(device).partition(":")[0]
-        values = merge(values, {"model": {"device": "auto" if kind == "cuda" else kind}})
-    for option, value in options.items():
-        nested = value
-        for name in reversed(option.split(".")):
-            nested = {name: nested}
-        values = merge(values, nested)
-    return values
+        words.append(f"--model.device={'auto' if kind == 'cuda' else kind}")
+    return read_overrides([*words, *(f"--{name}={value}" for name, value in options.items())])
 
 
 def main(words: Sequence[str]) -> None:

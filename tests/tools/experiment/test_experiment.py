@@ -404,7 +404,7 @@ def test_names_from_the_experiment_are_text_on_the_page(finished: Any, tmp_path:
         (copy / arm).symlink_to(run / arm)
     assert "<script>" not in write_comparison(copy).read_text()
     (copy / "compare.json").write_text("[{}]")
-    with pytest.raises(UserError, match=r"compare.json: is not a comparison"):
+    with pytest.raises(UserError, match=r"compare.json: unexpected content: 0.arm: Field required"):
         write_comparison(copy)
 
 

@@ -17,7 +17,7 @@ from forethought.cli import main
 from forethought.config import UserError, load
 from forethought.flops import Shape, rlp_step
 from forethought.tools import plan as planner
-from forethought.tools.plan import as_dict, plan, shipped_shape, words_of
+from forethought.tools.plan import Options, as_dict, plan, read_options, shipped_shape
 from forethought.tools.plan.job import GIB, MACHINES, Job, machine
 from forethought.tools.plan.job import job as read_job
 from forethought.tools.plan.memory import advice, chunk_tokens, fits, largest, memory, uses_cuda_graphs
@@ -40,8 +40,8 @@ QWEN_SHAPE = shipped_shape(QWEN.model.path)
 assert QWEN_SHAPE is not None
 
 
-def paper(**words: str) -> Job:
-    return read_job(QWEN, QWEN_SHAPE, {"gpus": "32", "gpu": "h100", **words})
+def paper(**words: Any) -> Job:
+    return read_job(QWEN, QWEN_SHAPE, Options(gpus=32, gpu="h100", **words))
 
 
 def test_held_bytes_by_hand():
@@ -79,7 +79,7 @@ def test_adapters_by_hand():
     with pytest.raises(UserError, match=r"^lora.target_modules = 'gate': .* q_proj, up_proj, or all-linear$"):
         shape.adapted(config(lora={"r": 3, "target_modules": ["gate"]}).lora)
     with pytest.raises(UserError, match=r"^--layout zero1: with lora.r = 2 "):
-        read_job(options, shape, {"gpus": "4", "layout": "zero1"})
+        read_job(options, shape, Options(gpus=4, layout="zero1"))
 
 
 def test_layers_computed_again_by_hand():
@@ -99,15 +99,15 @@ def test_the_papers_12b_fits_with_adapters_alone():
     whole, adapted = load("nemotron-nano-12b-v2"), load("nemotron-nano-12b-v2-lora")
     shape = shipped_shape(whole.model.path)
     assert shape is not None
-    for gpus in ("1", "32"):
-        assert plan(adapted, shape, {"gpus": gpus, "gpu": "h100"}).fits
-        found = plan(whole, shape, {"gpus": gpus, "gpu": "h100"})
+    for gpus in (1, 32):
+        assert plan(adapted, shape, Options(gpus=gpus, gpu="h100")).fits
+        found = plan(whole, shape, Options(gpus=gpus, gpu="h100"))
         assert not found.fits
         assert found.adapters is not None
         assert found.adapters.what.startswith("--lora.r 16")
         assert found.adapters.peak <= found.job.machine.usable
-    assert list(plan(adapted, shape, {"gpus": "32"}).memory) == ["one", "ddp"]
-    assert plan(adapted, shape, {"gpus": "32"}).adapters is None
+    assert list(plan(adapted, shape, Options(gpus=32)).memory) == ["one", "ddp"]
+    assert plan(adapted, shape, Options(gpus=32)).adapters is None
 
 
 def test_bytes_of_decoding_and_update_by_hand():
@@ -162,7 +162,7 @@ def test_positions_are_dealt_and_spaced():
     one = job(config(train={"batch": 12, "rollout_batch": 9}, method={"positions": 3}), gpus=3, layout="ddp")
     assert (one.windows, one.local_windows, one.thoughts_per_window, one.local_thoughts) == (4, 2, 6, 12)
     assert (one.decode_windows, one.decode_rows) == (1, 6)
-    assert one.prefix_lengths(8) == [3, 5, 8]
+    assert one.window_work().prefixes == (3, 5, 8)
     prompt = config(method={"prompt": "12345{context}123456789"})
     assert (job(prompt).template, job(prompt).between) == (2, 4)
 
@@ -214,8 +214,7 @@ def test_smaller_chunks_and_fewer_rows_take_less(tokens: int, more: int):
 
 def test_the_papers_budget():
     """512 positions x 16 thoughts, 170M tokens of text in documents of 949, on 32 H100: T_flop is the paper's 6B."""
-    words = {"prefix": "948", "document": "949"}
-    result = plan(QWEN, QWEN_SHAPE, {"gpus": "32", "gpu": "h100", "price": "2", **words})
+    result = plan(QWEN, QWEN_SHAPE, Options(gpus=32, gpu="h100", price=2, prefix=948, document=949))
     found = as_dict(result)
     assert (found["batch"], found["G"], found["gpus"], found["steps"]) == (512, 16, 32, 350)
     assert found["total"]["text_tokens"] == 350 * 512 * 949 == 170_060_800
@@ -329,7 +328,7 @@ def test_benchmark_results_are_ceilings():
 
 def test_waiting_by_hand():
     """All thoughts as long: nobody waits. One in eight long: the more GPUs, the surer that one of them has it."""
-    one = paper(length="256")
+    one = paper(length=256)
     same = simulate(one, Lengths(groups=np.full((1, 1), 64), source=""), 0, True, (1, 4))
     fixed = dataclasses.replace(one, max_prefix=one.prefix)
     level = simulate(fixed, Lengths(groups=np.full((1, 1), 64), source=""), 0, True, (1, 4))
@@ -353,7 +352,7 @@ def test_waiting_by_hand():
 
 def test_one_gpu_of_the_simulation_is_the_planned_step():
     """Where all lengths are the typical ones, the simulation and the step's own arithmetic agree."""
-    one = dataclasses.replace(paper(prefix="1024", length="512"), gpus=1, layout="one")
+    one = dataclasses.replace(paper(prefix=1024, length=512), gpus=1, layout="one")
     [row] = simulate(one, Lengths(groups=np.full((1, 1), 512), source=""), 0, True, (1,))
     assert row.seconds == pytest.approx(step(one).seconds, rel=0.02)
 
@@ -371,10 +370,11 @@ def test_lengths_come_from_a_run_or_a_lognormal(tmp_path: Path):
 
 
 def test_words():
-    words = ["c.toml", "--gpus", "4", "--nodes-of=2", "--simulate", "--method.group", "3", "--steps", "7", "--seed=1"]
-    name, own, rest = words_of(words)
-    assert (name, own) == ("c.toml", {"gpus": "4", "nodes_of": "2", "simulate": "yes"})
-    assert rest == ["--method.group", "3", "--train.steps", "7", "--seed", "1"]
+    words = ["--gpus", "4", "--nodes-of=2", "--simulate", "--method.group", "3", "--steps", "7", "--seed=1"]
+    own, rest = read_options(words)
+    assert own == Options(gpus=4, nodes_of=2, simulate=True, steps=7)
+    assert rest == {"method": {"group": 3}, "seed": 1}
+    assert read_job(QWEN, QWEN_SHAPE, own).config.train.steps == 7
 
 
 def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any):
@@ -415,15 +415,15 @@ def test_models_by_path(path: str, tmp_path: Path, capsys: pytest.CaptureFixture
     [
         ([], "plan takes a config file, or the name of a shipped one such as qwen3-1.7b"),
         (["--gpus", "2"], "plan takes a config file"),
-        (["qwen3-1.7b", "--gpus", "0"], "--gpus 0: must be a whole number of at least 1"),
+        (["qwen3-1.7b", "--gpus", "0"], "--gpus 0: Input should be greater than 0"),
         (["qwen3-1.7b", "--gpus"], "option --gpus needs a value"),
         (["qwen3-1.7b", "--gpu", "h1000"], "--gpu h1000: must be a100-40, a100, h100"),
         (["qwen3-1.7b", "--gpu", "cpu"], "--gpu cpu: needs --ceilings FILE"),
         (["qwen3-1.7b", "--ceilings", "nothing.json"], "--ceilings nothing.json: cannot be read: No such file"),
-        (["qwen3-1.7b", "--price", "-1"], "--price -1: must be dollars per GPU hour"),
-        (["qwen3-1.7b", "--layout", "zero"], "--layout zero: must be one, ddp, zero1"),
+        (["qwen3-1.7b", "--price", "-1"], "--price -1: Input should be greater than or equal to 0"),
+        (["qwen3-1.7b", "--layout", "zero"], "--layout zero: Input should be 'one', 'ddp' or 'zero1'"),
         (["qwen3-1.7b", "--layout", "ddp"], "--layout ddp: does not fit --gpus 1"),
-        (["qwen3-1.7b", "--gradients", "fp8"], "--gradients fp8: must be fp32 or bf16"),
+        (["qwen3-1.7b", "--gradients", "fp8"], "--gradients fp8: Input should be 'fp32' or 'bf16'"),
         (["qwen3-1.7b", "--prefix", "4000"], "--prefix 4000: must be at most 2047"),
         (["qwen3-1.7b", "--length", "4000"], "--length 4000: must be at most method.thought_length = 2048"),
         (["qwen3-1.7b", "--document", "4"], "--document 4: must be from --prefix = 1023 to corpus.window = 2048"),

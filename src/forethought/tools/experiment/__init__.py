@@ -1,8 +1,8 @@
 """Trains arms from one start with matched budgets, measures them at the same positions, and compares them."""
 
-import dataclasses
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ from forethought.run.signals import SignalArrived, Stopped
 from forethought.run.trackers import Callbacks
 from forethought.tools import report
 from forethought.tools.experiment import arms, questions, table
-from forethought.tools.experiment.design import BASE, Experiment, Job, read
+from forethought.tools.experiment.design import BASE, Experiment, Job, label, read
 from forethought.tools.experiment.workers import WorkerPool
-from forethought.tools.report.comparison import Verdict
+from forethought.tools.report.comparison import Arm, Described, Verdict
 
 DESCRIBED = "experiment.json"
 
@@ -71,13 +71,31 @@ def _one_by_one(experiment: Experiment, todo: list[Job], observer: Callbacks, me
 
 
 def _publish(experiment: Experiment, failed: dict[str, str], began: float) -> tuple[list[Verdict], Path]:
+    """Write the table and the page of the finished jobs."""
     done = [job for job in experiment.jobs if arms.finished(experiment, job)]
     rows = table.rows(experiment, done)
     verdicts = table.judge(experiment, rows, done)
-    log = RunLog(experiment.run)
-    log.write_json("compare.json", [dataclasses.asdict(row) for row in rows])
-    spent = _spent(log, done, time.perf_counter() - began)
-    log.write_json(DESCRIBED, {**_described(experiment, verdicts, done, failed), "spent": spent})
+    log, start, names = RunLog(experiment.run), experiment.start, {job.name for job in done}
+    log.write_json("compare.json", [asdict(row) for row in rows])
+    described = Described(
+        name=experiment.name,
+        model=start.model.path,
+        corpus=start.corpus.path,
+        held_out=start.evaluate.path,
+        arms={
+            name: Arm(options=arm.options, budget={**arm.budget}, seeds=[job.seed for job in done if job.arm == name])
+            for name, arm in experiment.arms.items()
+            if name in experiment.named
+        },
+        sweeps=[
+            replace(curve, points=[(value, label(curve, value, arm)) for value, arm in curve.points])
+            for curve in experiment.curves
+        ],
+        claims=verdicts,
+        missing={job.name: failed.get(job.name, "") for job in experiment.jobs if job.name not in names},
+        spent=_spent(log, done, time.perf_counter() - began),
+    )
+    log.write_json(DESCRIBED, asdict(described))
     return verdicts, report.write_comparison(experiment.run)
 
 
@@ -87,27 +105,3 @@ def _spent(log: RunLog, done: Sequence[Job], seconds: float) -> dict[str, float]
     files = [log.path / name / arms.SPENT for name in (BASE, *(job.name for job in done))]
     spent = [RunLog(file.parent).read_json(file.name)["cpu_seconds"] for file in files if file.is_file()]
     return {"seconds": round(before.get("seconds", 0.0) + seconds, 1), "cpu_seconds": round(sum(spent), 1)}
-
-
-def _described(
-    experiment: Experiment, verdicts: list[Verdict], done: Sequence[Job], failed: dict[str, str]
-) -> dict[str, Any]:
-    """What the page shows besides the rows."""
-    start, names, sweeps = experiment.start, {job.name for job in done}, []
-    for curve in experiment.curves:
-        points = [[value, curve.label(value, arm)] for value, arm in curve.points]
-        sweeps.append({**dataclasses.asdict(curve), "points": points})
-    described = {}
-    for name in experiment.named:
-        seeds = [job.seed for job in experiment.of(name) if job.name in names]
-        described[name] = {**dataclasses.asdict(experiment.arms[name]), "seeds": seeds}
-    return {
-        "name": experiment.name,
-        "model": start.model.path,
-        "corpus": start.corpus.path,
-        "held_out": start.evaluate.path,
-        "arms": described,
-        "sweeps": sweeps,
-        "claims": [dataclasses.asdict(verdict) for verdict in verdicts],
-        "missing": {job.name: failed.get(job.name, "") for job in experiment.jobs if job.name not in names},
-    }

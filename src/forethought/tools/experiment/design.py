@@ -15,9 +15,9 @@ from pydantic.dataclasses import dataclass
 from forethought.config import Config, UserError, find, from_dict, load, merge, read_toml, to_dict
 from forethought.tools.posttrain.stage import Stage
 from forethought.tools.posttrain.stage import read as read_stage
+from forethought.tools.report.comparison import BASE, Published
+from forethought.tools.report.comparison import Sweep as Curve
 
-BASE = "base"
-"""The arm that is not trained: the start itself."""
 UNBOUNDED = 10**9
 """train.steps of an arm that ends with another arm's budget."""
 
@@ -31,22 +31,10 @@ _FIXED = ("model", "evaluate", "questions", "seed", "run", "overwrite")
 class Arm:
     """One way to train from the start."""
 
-    options: dict[str, Any] = Field(default_factory=dict)
-    """Overrides of the experiment's options."""
+    options: dict[str, Any] = Field(default_factory=dict)  # overrides of the experiment's options
     budget: dict[Literal["tokens", "flops"], _ArmName] = Field(default_factory=dict)
     """Train for as many corpus tokens or FLOPs as the named arm's run with the same seed."""
-    seeds: list[int] | None = None
-    """Only these; None: all of the experiment."""
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
-class Published:
-    """Published figures over the same option, drawn beside a sweep."""
-
-    said: Annotated[str, Field(min_length=1)]
-    """Source and quantity."""
-    points: Annotated[list[tuple[int | float | str, float]], Field(min_length=2, strict=False)]
-    """(value of the option, figure)"""
+    seeds: list[int] | None = None  # only these; None: all of the experiment
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -65,10 +53,8 @@ class Claim:
     """An expected result, judged by intervals, in one of four ways."""
 
     arm: _ArmName
-    metrics: list[str] = Field(default_factory=list)
-    """GROUP/METRIC, as in docs/metrics.md."""
-    above: list[_ArmName] = Field(default_factory=list)
-    """The arm's interval is above those of these arms."""
+    metrics: list[str] = Field(default_factory=list)  # GROUP/METRIC, as in docs/metrics.md
+    above: list[_ArmName] = Field(default_factory=list)  # the arm's interval is above those of these arms
     against: str = ""
     """The other arms' metric in `above`, if different: such as accuracy without thoughts, for plain training."""
     not_above: list[_ArmName] = Field(default_factory=list)
@@ -76,8 +62,7 @@ class Claim:
     margin: float = 0.0
     equals: list[_ArmName] = Field(default_factory=list)
     """The arm's trained weights are identical to those of these arms, with every seed."""
-    at_most: float | None = None
-    """The arm's interval ends at or below this."""
+    at_most: float | None = None  # the arm's interval ends at or below this
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -110,21 +95,6 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Curve:
-    """A sweep: the arm of each value, and the seeds."""
-
-    name: str
-    option: str
-    points: tuple[tuple[Any, str], ...]  # (value, arm)
-    seeds: tuple[int, ...]
-    published: Published | None = None
-
-    def label(self, value: Any, arm: str) -> str:
-        """The point's name in the table: NAME=VALUE, also where the arm has a name of its own."""
-        return arm if arm.startswith(f"{self.name}=") else f"{self.name}={value}"
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Experiment:
     """A checked experiment. The options of every job are complete and valid."""
 
@@ -136,13 +106,18 @@ class Experiment:
     arms: dict[str, Arm]  # in the order of the file, then those of sweeps
     named: tuple[str, ...]  # arms of the file
     jobs: tuple[Job, ...]
-    curves: tuple[Curve, ...]
+    curves: tuple[Curve, ...]  # whose points are (value, arm)
     claims: tuple[Claim, ...]
     post: tuple[Stage, ...] = ()  # post-training of every arm and the base, after they are measured
 
     def of(self, arm: str) -> list[Job]:
         """An arm's jobs, by seed."""
         return [job for job in self.jobs if job.arm == arm]
+
+
+def label(curve: Curve, value: Any, arm: str) -> str:
+    """The name in the table of a point of a sweep: NAME=VALUE, also where the arm has a name of its own."""
+    return arm if arm.startswith(f"{curve.name}=") else f"{curve.name}={value}"
 
 
 def read(path: str | Path, overrides: dict[str, Any]) -> Experiment:
@@ -229,9 +204,8 @@ def _expand(given: _File, start: Config) -> tuple[dict[str, Arm], tuple[Curve, .
                 more = merge(owner.options, {section: {option: value}})
                 arms[arm] = Arm(options=more, budget=owner.budget, seeds=seeds)
             points.append((value, arm))
-        shared = tuple(_seeds(f"sweeps.{name}", seeds, given))
-        curve = Curve(name=name, option=sweep.option, points=tuple(points), seeds=shared, published=sweep.published)
-        curves.append(curve)
+        shared = _seeds(f"sweeps.{name}", seeds, given)
+        curves.append(Curve(name=name, option=sweep.option, points=points, seeds=shared, published=sweep.published))
     return arms, tuple(curves)
 
 

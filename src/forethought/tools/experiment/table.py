@@ -8,7 +8,7 @@ from forethought.eval.heldout import Drawn, differences, drawn_together, pooled
 from forethought.run.folder import RunLog
 from forethought.tools.experiment import questions
 from forethought.tools.experiment.arms import SPENT, Recorded, post_records, records, weights
-from forethought.tools.experiment.design import BASE, Experiment, Job
+from forethought.tools.experiment.design import BASE, Experiment, Job, label
 from forethought.tools.report.comparison import ALL, COSTS, QUESTIONS, Row, Verdict
 
 
@@ -109,7 +109,7 @@ def _sweep_points(
             seeds = {seed: one for seed, one in measured[arm].items() if seed in curve.seeds}
             if arm in experiment.named and seeds:
                 figures = pooled(list(seeds.values()), [base[seed] for seed in seeds])
-                table += _rows(curve.label(value, arm), ALL, figures)
+                table += _rows(label(curve, value, arm), ALL, figures)
     return table
 
 

@@ -2,35 +2,24 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from forethought.config import Config, UserError
 from forethought.flops import Shape
-from forethought.tools.plan.job import MACHINES, Job, Layout, Machine, job, shipped_shape
+from forethought.tools.plan.job import MACHINES, Job, Layout, Machine, Options, job, read_options, shipped_shape
 from forethought.tools.plan.memory import Bytes, Change, adapters, advice, chunk_tokens, fits, largest, memory
 from forethought.tools.plan.timing import ASSUMPTIONS, Lengths, Scale, Step, lengths_of_run, lognormal, simulate, step
 
-__all__ = ["MACHINES", "OPTIONS", "Machine", "Plan", "as_dict", "plan", "shipped_shape", "words_of", "write"]
+__all__ = [
+    "MACHINES", "OPTIONS", "Machine", "Options", "Plan", "as_dict", "plan", "read_options", "shipped_shape", "write",
+]  # fmt: skip
 
-OPTIONS = {
-    "--gpus": "N: GPUs to train on (1)",
-    "--gpu": f"NAME: {', '.join(MACHINES)} or cpu (h100)",
-    "--nodes_of": "N: GPUs per node (8)",
-    "--layout": "one, ddp or zero1: how the model is distributed over the GPUs (ddp on several)",
-    "--steps": "N: train.steps",
-    "--prefix": "TOKENS: before the last position of a document (P; half of corpus.window, with K > 1 all of it)",
-    "--document": "TOKENS: read by the teacher of a document (its prefix)",
-    "--length": "TOKENS: mean length of a thought (L; method.thought_length)",
-    "--gradients": "fp32 or bf16 (fp32)",
-    "--ceilings": "FILE: measurements of the machine: benchmarks/step.py --json FILE, or one object",
-    "--price": "DOLLARS: per GPU hour",
-    "--json": "FILE: write all figures there",
-    "--simulate": "also simulate the step on 1 to 1,024 GPUs, with thoughts of unequal lengths",
-    "--lengths": "RUN: sample these lengths from a run's thoughts.jsonl (a lognormal)",
+OPTIONS: dict[str, str] = {
+    f"--{option.name}": cast("Any", option.default).description for option in dataclasses.fields(Options)
 }
+"""The command's own options and what each means."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,59 +53,32 @@ class Plan:
         return self.hours * self.job.gpus * self.job.machine.price
 
 
-def words_of(words: Sequence[str]) -> tuple[str, dict[str, str], list[str]]:
-    """Config, the command's own options (without dashes), and words that override the config. Raises UserError."""
-    if not words or words[0].startswith("--"):
-        raise UserError("plan takes a config file, or the name of a shipped one such as qwen3-1.7b")
-    own: dict[str, str] = {}
-    rest: list[str] = []
-    queue = list(words[1:])
-    while queue:
-        word, equals, value = queue.pop(0).partition("=")
-        option = word.replace("-", "_").replace("__", "--", 1)
-        if option == "--simulate":
-            own["simulate"] = "yes"
-            continue
-        if not equals and queue and option.startswith("--"):
-            value = queue.pop(0)
-        elif not equals and option in OPTIONS:
-            raise UserError(f"option {word} needs a value")
-        if option == "--steps":
-            rest += ["--train.steps", value]
-        elif option in OPTIONS:
-            own[option[2:]] = value
-        else:
-            rest += [word, value] if equals or value else [word]
-    return words[0], own, rest
-
-
-def plan(config: Config, shape: Shape, options: dict[str, str] | None = None) -> Plan:
-    """Plan a run of a config with a model of a shape; `options` as `words_of` returns them. Raises UserError."""
-    options = options or {}
+def plan(config: Config, shape: Shape, options: Options | None = None) -> Plan:
+    """Plan a run of a config with a model of a shape. Raises UserError."""
+    options = options or Options()
     one = job(config, shape, options)
-    if "lengths" in options and "simulate" not in options:
+    if options.lengths and not options.simulate:
         raise UserError("--lengths: is for --simulate")
-    layouts: list[Layout] = ["one", "ddp"] if one.shape.adapter else ["one", "ddp", "zero1"]
+    layouts: list[Layout] = ["ddp"] if one.shape.adapter else ["ddp", "zero1"]
+    jobs = [replace(one, layout="one", gpus=1), *(replace(one, layout=name) for name in layouts)]
     most = largest(one)
-    faster = None if most is None else one.with_option("train", rollout_batch=most["rollout_batch"])
     result = Plan(
         job=one,
-        memory={layout: memory(one, layout) for layout in layouts},
+        memory={each.layout: memory(each) for each in jobs},
         step=step(one),
         changes=advice(one),
         adapters=adapters(one),
         largest=most,
-        faster=None if faster is None else step(faster).seconds,
+        faster=step(one.with_option("train", rollout_batch=most["rollout_batch"])).seconds if most else None,
     )
-    if "simulate" not in options:
+    if not options.simulate:
         return result
-    if "lengths" in options:
-        lengths = lengths_of_run(options["lengths"], config.method.group)
+    if options.lengths:
+        lengths = lengths_of_run(options.lengths, config.method.group)
     else:
-        mean = one.length if "length" in options else None
-        lengths = lognormal(config.method.thought_length, config.seed, mean)
+        lengths = lognormal(config.method.thought_length, config.seed, options.length)
     weak, strong = (tuple(simulate(one, lengths, config.seed, kind)) for kind in (True, False))
-    return dataclasses.replace(result, lengths=lengths, weak=weak, strong=strong)
+    return replace(result, lengths=lengths, weak=weak, strong=strong)
 
 
 def as_dict(result: Plan) -> dict[str, Any]:
@@ -169,11 +131,10 @@ def as_dict(result: Plan) -> dict[str, Any]:
     return found
 
 
-def write(result: Plan, file: str | None) -> None:
+def write(result: Plan, file: str) -> None:
     """Write all figures as JSON, where a file is named. Raises UserError."""
-    if file is None:
-        return
     try:
-        Path(file).write_text(json.dumps(as_dict(result), indent=1) + "\n", encoding="utf-8")
+        if file:
+            Path(file).write_text(json.dumps(as_dict(result), indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--json {file}: cannot be written: {error.strerror}") from None

@@ -5,13 +5,16 @@ import math
 import os
 import statistics
 import warnings
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal
 
-from forethought.config import Config, UserError
-from forethought.config.loading import RenamedWarning
+from pydantic import BeforeValidator, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+from forethought.config import Config, RenamedWarning, UserError, read_overrides
 from forethought.flops import Shape, Work
 
 Layout = Literal["one", "ddp", "zero1"]
@@ -111,6 +114,56 @@ _MEASURED = {  # figures of a --ceilings file: field of Machine, scale; the last
 }
 
 
+def _current_layout(name: Any) -> Any:
+    if name == "fsdp2":
+        warnings.warn("--layout fsdp2 is called zero1 now", RenamedWarning, stacklevel=2)
+    return "zero1" if name == "fsdp2" else name
+
+
+@checked_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", coerce_numbers_to_str=True))
+class Options:
+    """The options of `forethought plan`."""
+
+    gpus: PositiveInt = Field(default=1, description="N: GPUs to train on (1)")
+    gpu: str = Field(default="h100", description=f"NAME: {', '.join(MACHINES)} or cpu (h100)")
+    nodes_of: PositiveInt = Field(default=8, description="N: GPUs per node (8)")
+    layout: Annotated[Layout | None, BeforeValidator(_current_layout)] = Field(
+        default=None, description="one, ddp or zero1: how the model is distributed over the GPUs (ddp on several)"
+    )
+    steps: PositiveInt | None = Field(default=None, description="N: train.steps")
+    prefix: PositiveInt | None = Field(
+        default=None,
+        description="TOKENS: before the last position of a document (P; half of corpus.window, with K > 1 all of it)",
+    )
+    document: PositiveInt | None = Field(
+        default=None, description="TOKENS: read by the teacher of a document (its prefix)"
+    )
+    length: PositiveInt | None = Field(
+        default=None, description="TOKENS: mean length of a thought (L; method.thought_length)"
+    )
+    gradients: Literal["fp32", "bf16"] = Field(default="fp32", description="fp32 or bf16 (fp32)")
+    ceilings: str = Field(
+        default="", description="FILE: measurements of the machine: benchmarks/step.py --json FILE, or one object"
+    )
+    price: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(default=0.0, description="DOLLARS: per GPU hour")
+    json: str = Field(default="", description="FILE: write all figures there")
+    simulate: bool = Field(
+        default=False, description="also simulate the step on 1 to 1,024 GPUs, with thoughts of unequal lengths"
+    )
+    lengths: str = Field(default="", description="RUN: sample these lengths from a run's thoughts.jsonl (a lognormal)")
+
+
+def read_options(words: Sequence[str]) -> tuple[Options, dict[str, Any]]:
+    """The command's own options, and the nested options that override the config. Raises UserError."""
+    values = read_overrides(["--simulate=True" if word == "--simulate" else word for word in words])
+    own = {one.name: values.pop(one.name) for one in fields(Options) if one.name in values}
+    try:
+        return TypeAdapter(Options).validate_python(own), values
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"--{first['loc'][0]} {first['input']}: {first['msg']}") from None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """A run to plan. Lengths are in tokens; `prefix`, `document` and `length` are typical, limits the config's."""
@@ -155,9 +208,14 @@ class Job:
         return self.shape.adapter or self.shape.parameters
 
     @property
+    def local_trainable(self) -> float:
+        """Of these, those whose fp32 weights and moments are on each GPU."""
+        return self.trainable / (self.gpus if self.layout == "zero1" else 1)
+
+    @property
     def teacher(self) -> bool:
         """Whether there is a teacher."""
-        return self.config.method.name == "rlp" and self.config.method.teacher_every > 0
+        return self.config.method.entry.teacher and self.config.method.teacher_every > 0
 
     @property
     def shared(self) -> bool:
@@ -199,19 +257,15 @@ class Job:
         """Thoughts that are decoded together."""
         return self.decode_windows * self.thoughts_per_window
 
-    def prefix_lengths(self, last: int) -> list[int]:
-        """Tokens before each position of a document: evenly spaced, `last` before the last one."""
-        count = self.config.method.positions
-        return [max(1, round(last * (k + 1) / count)) for k in range(count)]
-
     def window_work(self) -> Work:
-        """The tokens that a typical window takes in one step."""
+        """The tokens that a typical window takes in one step; its positions are evenly spaced."""
         method, positions = self.config.method, self.config.method.positions
         thought = (round(self.length),) * method.group
+        before = [max(1, round(self.prefix * (k + 1) / positions)) for k in range(positions)]
         return Work(
             windows=(self.document,),
             owners=(0,) * positions,
-            prefixes=tuple(self.template + length for length in self.prefix_lengths(self.prefix)),
+            prefixes=tuple(self.template + length for length in before),
             opening=self.between,
             thoughts=(thought,) * positions,
             tails=((max(self.prediction, method.horizon) - 1,) * method.group,) * positions,
@@ -229,20 +283,16 @@ class Job:
         return replace(self, config=replace(self.config, **{section: part}))
 
 
-def job(config: Config, shape: Shape, words: dict[str, str]) -> Job:
-    """The job of a config and of the command's own options (names without dashes, see OPTIONS). Raises UserError."""
-    method = config.method
-    if not method.samples_thoughts:
-        raise UserError(f"method.name = {method.name!r}: plan is for methods that sample thoughts; see docs/flops.md")
-    gpus = _whole("gpus", words.get("gpus", "1"))
-    gradients = words.get("gradients", "fp32")
-    if gradients not in ("fp32", "bf16"):
-        raise UserError(f"--gradients {gradients}: must be fp32 or bf16")
+def job(config: Config, shape: Shape, options: Options) -> Job:
+    """The job of a config and of the command's own options. Raises UserError."""
+    config = replace(config, train=replace(config.train, steps=options.steps or config.train.steps))
+    method, gpus, layout = config.method, options.gpus, options.layout or ("one" if options.gpus == 1 else "ddp")
     longest = config.corpus.window - method.horizon
     typical = longest if method.positions > 1 else max(1, longest // 2)  # one position may be anywhere
-    prefix = _whole("prefix", words["prefix"]) if "prefix" in words else typical
-    document = _whole("document", words["document"]) if "document" in words else prefix + method.horizon - 1
-    length = _whole("length", words["length"]) if "length" in words else method.thought_length
+    prefix, length = options.prefix or typical, options.length or method.thought_length
+    document = options.document or prefix + method.horizon - 1
+    if not method.samples_thoughts:
+        raise UserError(f"method.name = {method.name!r}: plan is for methods that sample thoughts; see docs/flops.md")
     if prefix > longest:
         raise UserError(f"--prefix {prefix}: must be at most {longest}, corpus.window less its targets")
     if length > method.thought_length:
@@ -251,32 +301,23 @@ def job(config: Config, shape: Shape, words: dict[str, str]) -> Job:
         raise UserError(
             f"--document {document}: must be from --prefix = {prefix} to corpus.window = {config.corpus.window}"
         )
+    if config.lora.r and layout == "zero1":
+        raise UserError(f"--layout zero1: with lora.r = {config.lora.r} few parameters are trained; use ddp")
+    if (layout == "one") != (gpus == 1):
+        raise UserError(f"--layout {layout}: does not fit --gpus {gpus}")
     return Job(
         config=config,
         shape=shape.adapted(config.lora),
-        machine=machine(words.get("gpu", "h100"), words.get("ceilings"), words.get("price")),
+        machine=machine(options.gpu, options.ceilings, options.price),
         gpus=gpus,
-        gpus_per_node=_whole("nodes-of", words.get("nodes_of", "8")),
-        layout=_layout(words.get("layout", "one" if gpus == 1 else "ddp"), gpus, config.lora.r),
+        gpus_per_node=options.nodes_of,
+        layout=layout,
         prefix=prefix,
         document=document,
-        max_prefix=prefix if "prefix" in words else longest,
+        max_prefix=options.prefix or longest,
         length=float(length),
-        gradient_bytes=2 if gradients == "bf16" else 4,
+        gradient_bytes=2 if options.gradients == "bf16" else 4,
     )
-
-
-def _layout(name: str, gpus: int, rank: int) -> Layout:
-    if name == "fsdp2":
-        warnings.warn("--layout fsdp2 is called zero1 now", RenamedWarning, stacklevel=2)
-        name = "zero1"
-    if name not in get_args(Layout):
-        raise UserError(f"--layout {name}: must be {', '.join(get_args(Layout))}")
-    if rank and name == "zero1":
-        raise UserError(f"--layout zero1: with lora.r = {rank} few parameters are trained; use ddp")
-    if (name == "one") != (gpus == 1):
-        raise UserError(f"--layout {name}: does not fit --gpus {gpus}")
-    return cast(Layout, name)
 
 
 def shipped_shape(path: str) -> Shape | None:
@@ -288,11 +329,11 @@ def shipped_shape(path: str) -> Shape | None:
     return Shape.of(SimpleNamespace(**(_ABSENT | json.loads(file.read_text(encoding="utf-8")))))
 
 
-def machine(name: str, ceilings: str | None = None, price: str | None = None) -> Machine:
+def machine(name: str, ceilings: str = "", price: float = 0.0) -> Machine:
     """A machine by name, with the measurements of a `ceilings` file in place of the peaks. Raises UserError."""
     name = name.lower()
     if name == "cpu":
-        if ceilings is None:
+        if not ceilings:
             raise UserError("--gpu cpu: needs --ceilings FILE, measured on this CPU by benchmarks/step.py --json FILE")
         memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
         known = Machine(
@@ -303,8 +344,8 @@ def machine(name: str, ceilings: str | None = None, price: str | None = None) ->
         known = MACHINES[name]
     else:
         raise UserError(f"--gpu {name}: must be {', '.join(MACHINES)} or cpu")
-    known = known if price is None else replace(known, price=_price(price))
-    return known if ceilings is None else _measured(known, ceilings)
+    known = replace(known, price=price)
+    return _measured(known, ceilings) if ceilings else known
 
 
 def _measured(known: Machine, file: str) -> Machine:
@@ -338,10 +379,9 @@ def _figures(file: str) -> dict[str, float]:
         raise UserError(f"--ceilings {file}: cannot be read: {error.strerror}") from None
     except ValueError:
         raise UserError(f"--ceilings {file}: is not valid JSON") from None
-    rows = [rows] if isinstance(rows, dict) else rows
+    rows, found = [rows] if isinstance(rows, dict) else rows, {}
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"--ceilings {file}: must hold an object, or the rows of benchmarks/step.py")
-    found = {}
     for name, (_, scale) in _MEASURED.items():
         values = [row[name] for row in rows if name in row]
         for value in values:
@@ -352,19 +392,3 @@ def _figures(file: str) -> dict[str, float]:
             best = statistics.median if "_of_" in name else min if name.endswith("_us") else max
             found[name] = best(value * scale for value in values)
     return found
-
-
-def _whole(option: str, text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise UserError(f"--{option} {text}: must be a whole number of at least 1")
-    return int(text)
-
-
-def _price(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < math.inf:
-        raise UserError(f"--price {text}: must be dollars per GPU hour")
-    return value

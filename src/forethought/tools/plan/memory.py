@@ -4,12 +4,12 @@ The parts are those of this package's own engine and update: tests/tools/plan/te
 measured peaks on a CPU. What only a GPU does (CUDA graphs, fused norms) is arithmetic.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from forethought.config import from_dict, merge, to_dict
 from forethought.flops import MAX_LOGITS, SavedBytes, automatic_chunk, mamba_saved
-from forethought.tools.plan.job import Job, Layout
+from forethought.tools.plan.job import Job
 
 SCANS = "Mamba scans without mamba_ssm"
 PREPACK_MIN_WEIGHTS = 1_000_000  # weights of linear layers from which a CPU decodes with prepacked weights
@@ -41,10 +41,8 @@ class Bytes:
         return sum(self.held.values()) + max(self.phases.values())
 
 
-def memory(job: Job, layout: Layout | None = None) -> Bytes:
-    """Bytes on the GPU with the most work; `layout` replaces the job's own."""
-    layout = layout or job.layout
-    job = replace(job, layout=layout, gpus=1 if layout == "one" else job.gpus)
+def memory(job: Job) -> Bytes:
+    """Bytes on the GPU with the most work."""
     return Bytes(held=_held(job), decode=_decode(job), score=_score(job), update=_update(job))
 
 
@@ -58,6 +56,11 @@ def chunk_tokens(job: Job) -> int:
     shape, memory = job.shape, None if job.machine.name == "cpu" else job.machine.memory
     automatic = automatic_chunk(shape.layers, shape.hidden, shape.intermediate, job.compute_bytes, memory)
     return job.config.update.tokens_per_chunk or automatic
+
+
+def chunk_windows(job: Job) -> int:
+    """Windows that are read at once: as many as fit in a chunk, or one."""
+    return min(max(1, chunk_tokens(job) // (job.max_prefix + 1)), job.local_windows)
 
 
 def uses_cuda_graphs(job: Job) -> bool:
@@ -85,8 +88,7 @@ def cache_numbers(job: Job) -> tuple[int, int]:
 
 
 def _held(job: Job) -> dict[str, float]:
-    part = job.trainable / job.gpus if job.layout == "zero1" else job.trainable
-    adapter = job.shape.adapter
+    part, adapter = job.local_trainable, job.shape.adapter
     held = {
         "adapters, fp32" if adapter else "weights, fp32": 4.0 * part,
         "Adam moments, fp32": 8.0 * part,
@@ -140,7 +142,7 @@ def _score(job: Job) -> dict[str, float]:
     """The teacher reads as many windows at once as fit in a chunk, with the logits of the targets."""
     if not job.teacher:
         return {}
-    windows = min(max(1, chunk_tokens(job) // (job.max_prefix + 1)), job.local_windows)
+    windows = chunk_windows(job)
     logits = min(windows * job.config.method.positions * job.config.method.horizon, 4096) * job.shape.vocab
     parts = {"teacher forward pass": float(windows * job.max_prefix * _one_layer(job) + 12 * logits)}
     if job.layout == "zero1":  # the teacher's weights replace them
@@ -154,8 +156,7 @@ def _update(job: Job) -> dict[str, float]:
     on_cpu, checkpointing = job.machine.name == "cpu", job.config.update.checkpointing
     prefix, tokens = job.max_prefix + job.template, chunk_tokens(job)
     keys, states = cache_numbers(job)
-    documents = min(max(1, tokens // (job.max_prefix + 1)), job.local_windows)
-    width = job.between + job.max_new_tokens + (0 if job.shared else prefix)
+    documents, width = chunk_windows(job), job.between + job.max_new_tokens + (0 if job.shared else prefix)
     rows = min(max(1, tokens // width), documents * job.thoughts_per_window)
     at_once = min(rows, max(1, MAX_LOGITS["cpu" if on_cpu else "cuda"] // (job.max_new_tokens * shape.vocab)))
     # a logit: raw, masked, scaled by the temperature, normalized
@@ -226,15 +227,17 @@ def advice(job: Job) -> list[Change]:
     """Changes that make a run fit, mildest first; empty where it fits. Changes that save nothing are left out."""
     changes: list[Change] = []
     for what, costs, candidates in _CHANGES:
-        before = memory(job).peak
+        before, candidate = memory(job).peak, (None, job)
         if before <= job.machine.usable:
             break
-        for value, changed in candidates(job):
-            peak = memory(changed).peak
-            if peak < before * 0.999:
-                changes.append(Change(what=what.format(value), costs=costs, saved=before - peak, peak=peak))
-                job, before = changed, peak
+        for candidate in candidates(job):
+            if fits(candidate[1]):
                 break
+        value, changed = candidate
+        peak = memory(changed).peak
+        if peak < before * 0.999:
+            changes.append(Change(what=what.format(value), costs=costs, saved=before - peak, peak=peak))
+            job = changed
     return changes
 
 
@@ -281,90 +284,71 @@ def _largest(holds: Callable[[int], bool], limit: int = 2**20) -> int:
     return low
 
 
-def _fewer_rows(job: Job) -> Iterator[tuple[int, Job]]:
+_Candidates = Iterable[tuple[object, Job]]  # values of a change, mildest first, each with the changed job
+
+
+def _set(section: str, option: str, values: Callable[[Job], Iterable[object]]) -> Callable[[Job], _Candidates]:
+    """Candidates that set an option of the config to each of some values."""
+    return lambda job: ((value, job.with_option(section, **{option: value})) for value in values(job))
+
+
+def _halved(value: int, least: int) -> Iterator[int]:
+    while value > least:
+        value = max(value // 2, least)
+        yield value
+
+
+def _fewer_rows(job: Job) -> list[int]:
     """The most rows that fit beside the smallest chunks, or one window's."""
     window = job.thoughts_per_window
     small = job.with_option("update", tokens_per_chunk=min(chunk_tokens(job), job.between + job.max_new_tokens))
     most = _largest(lambda n: fits(small.with_option("train", rollout_batch=n * window)), 2**12)
-    rows = min(max(most, 1) * window, job.decode_rows)
-    if rows < job.decode_rows or rows < job.config.train.rollout_batch:
-        yield rows, job.with_option("train", rollout_batch=rows)
+    return [min(max(most, 1) * window, job.decode_rows)]
 
 
-def _smaller_chunks(job: Job) -> Iterator[tuple[int, Job]]:
-    """Halved until it fits, or down to one thought."""
-    least, tokens = job.between + job.max_new_tokens, chunk_tokens(job)
-    while tokens > least and not fits(job.with_option("update", tokens_per_chunk=tokens)):
-        tokens = max(tokens // 2, least)
-    if tokens < chunk_tokens(job):
-        yield tokens, job.with_option("update", tokens_per_chunk=tokens)
+def _smaller_chunks(job: Job) -> Iterator[int]:
+    """Down to one thought."""
+    return _halved(chunk_tokens(job), job.between + job.max_new_tokens)
 
 
-def _shorter_thoughts(job: Job) -> Iterator[tuple[int, Job]]:
-    length = job.config.method.thought_length
-    while length > 64:
-        length //= 2
-        shorter = job.with_option("method", thought_length=length)
-        shorter = replace(shorter, length=min(job.length, float(length)))
-        if fits(shorter) or length <= 64:
-            yield length, shorter
-
-
-def _shorter_windows(job: Job) -> Iterator[tuple[int, Job]]:
-    window = job.config.corpus.window
-    while window > 128:
-        window //= 2
+def _shorter_windows(job: Job) -> _Candidates:
+    for window in _halved(job.config.corpus.window, 128):
         longest = min(job.max_prefix, window - job.config.method.horizon)
-        lengths = {"max_prefix": longest, "prefix": min(job.prefix, longest), "document": min(job.document, window)}
-        shorter = replace(job.with_option("corpus", window=window), **lengths)
-        if fits(shorter) or window <= 128:
-            yield window, shorter
+        yield window, replace(job.with_option("corpus", window=window), max_prefix=longest)
 
 
-def _more_gpus(job: Job) -> Iterator[tuple[int, Job]]:
-    """Twice as many, sharded, up to 1,024; adapters do not profit, since each GPU has all frozen weights."""
-    gpus = job.gpus
-    while gpus < 1024 and not job.shape.adapter:
-        gpus *= 2
-        more = replace(job, gpus=gpus, layout="zero1")
-        if fits(more):
-            yield gpus, more
+def _sharded(job: Job) -> _Candidates:
+    """Adapters do not profit, since each GPU has all frozen weights."""
+    return [(job.gpus, replace(job, layout="zero1"))] if job.layout == "ddp" and not job.shape.adapter else []
 
 
-def _sharded(job: Job) -> Iterator[tuple[int, Job]]:
-    if job.layout == "ddp" and not job.shape.adapter:
-        yield job.gpus, replace(job, layout="zero1")
+def _more_gpus(job: Job) -> _Candidates:
+    """Sharded, twice as many until it fits; none where 1,024 do not."""
+    more = (replace(job, gpus=job.gpus * 2**k, layout="zero1") for k in range(1, 11))
+    return ((one.gpus, one) for one in more if one.gpus < 2048 and not job.shape.adapter and fits(one))
 
 
-def _checkpointing(job: Job) -> Iterator[tuple[bool, Job]]:
-    if not job.config.update.checkpointing:
-        yield True, job.with_option("update", checkpointing=True)
-
-
-def _no_reference(job: Job) -> Iterator[tuple[int, Job]]:
-    if job.config.method.kl_weight:
-        yield 0, job.with_option("method", kl_weight=0.0)
-
-
-def _no_teacher(job: Job) -> Iterator[tuple[int, Job]]:
-    if job.teacher and job.config.shift_invariant:
-        yield 0, job.with_option("method", teacher_every=0)
-
-
-def _half_gradients(job: Job) -> Iterator[tuple[str, Job]]:
-    if job.gradient_bytes == 4:
-        yield "bf16", replace(job, gradient_bytes=2)
-
-
-_CHANGES: tuple[tuple[str, str, Callable[[Job], Iterator[tuple[object, Job]]]], ...] = (
-    ("--train.rollout_batch {}", "slower decoding", _fewer_rows),
-    ("--update.tokens_per_chunk {}", "a slower update", _smaller_chunks),
+_CHANGES: tuple[tuple[str, str, Callable[[Job], _Candidates]], ...] = (
+    ("--train.rollout_batch {}", "slower decoding", _set("train", "rollout_batch", _fewer_rows)),
+    ("--update.tokens_per_chunk {}", "a slower update", _set("update", "tokens_per_chunk", _smaller_chunks)),
     ("--layout zero1 on {} GPUs", "weights are sent once more a step", _sharded),
-    ("--update.checkpointing {}", "layers are recomputed in the update", _checkpointing),
-    ("--method.kl_weight {}", "no KL penalty", _no_reference),
-    ("--method.teacher_every {}", "the gain is not logged; the update stays the same", _no_teacher),
-    ("--gradients {}", "gradients are rounded (not an option of train yet)", _half_gradients),
+    (
+        "--update.checkpointing {}", "layers are recomputed in the update",
+        _set("update", "checkpointing", lambda job: [True]),
+    ),
+    ("--method.kl_weight {}", "no KL penalty", _set("method", "kl_weight", lambda job: [0])),
+    (
+        "--method.teacher_every {}", "the gain is not logged; the update stays the same",
+        _set("method", "teacher_every", lambda job: [0] * job.config.shift_invariant),
+    ),
+    (
+        "--gradients {}", "gradients are rounded (not an option of train yet)",
+        lambda job: [("bf16", replace(job, gradient_bytes=2))],
+    ),
     ("--gpus {} --layout zero1", "more GPUs", _more_gpus),
-    ("--method.thought_length {}", "shorter thoughts", _shorter_thoughts),
+    (
+        "--method.thought_length {}", "shorter thoughts",
+        _set("method", "thought_length", lambda job: _halved(job.config.method.thought_length, 64)),
+    ),
     ("--corpus.window {}", "shorter documents", _shorter_windows),
-)
+)  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 from forethought.config import UserError
 from forethought.flops import Flops, decode_flops, forward_flops, rlp_step, t_flop
 from forethought.tools.plan.job import Job
-from forethought.tools.plan.memory import cache_numbers, chunk_tokens, uses_cuda_graphs
+from forethought.tools.plan.memory import cache_numbers, chunk_tokens, chunk_windows, uses_cuda_graphs
 
 KERNELS = {"fp32": 57, "bf16": 39}  # per layer of Qwen3 and decoded token; bf16 with fused norms
 OTHER_KERNELS = 80  # per decoded token outside the layers: embedding, head, sampling, bookkeeping
@@ -111,27 +112,23 @@ def decode_step(job: Job, rows: int | float) -> tuple[float, str]:
     return times[bound], bound
 
 
-def ring(job: Job, nbytes: int | float, passes: int, gpus: int | None = None) -> float:
+def ring(job: Job, nbytes: int | float, passes: int) -> float:
     """Seconds of a ring over the GPUs: an all-reduce takes two passes, an all-gather or a reduce-scatter one.
 
     Within a node the ring uses its links; across nodes all GPUs of a node send at once, each over its own card.
     """
-    gpus = gpus or job.gpus
+    gpus, machine, link = job.gpus, job.machine, job.machine.inside
     if gpus == 1 or not nbytes:
         return 0.0
-    machine = job.machine
-    link = machine.inside if gpus <= job.gpus_per_node else min(machine.inside, job.gpus_per_node * machine.across)
+    if gpus > job.gpus_per_node:
+        link = min(link, job.gpus_per_node * machine.across)
     return passes * (gpus - 1) * (nbytes / gpus / (link * machine.link_share) + machine.latency)
 
 
-def sync(job: Job, gpus: int | None = None) -> Phase:
+def sync(job: Job) -> Phase:
     """All-reduced gradients; with zero1 reduce-scattered, and the weights all-gathered. No overlap is assumed."""
-    gradients = job.gradient_bytes * job.trainable
-    if job.layout == "zero1":
-        weights = job.compute_bytes * job.shape.parameters
-        seconds = ring(job, gradients, 1, gpus) + ring(job, weights, 1, gpus)
-    else:
-        seconds = ring(job, gradients, 2, gpus)
+    gradients, weights = job.gradient_bytes * job.trainable, job.compute_bytes * job.shape.parameters
+    seconds = ring(job, gradients, 1) + ring(job, weights, 1) if job.layout == "zero1" else ring(job, gradients, 2)
     return Phase(name="sync", flops=0.0, seconds=seconds, bound="links" if seconds else "")
 
 
@@ -142,50 +139,47 @@ def _rate(job: Job, update: bool = False) -> float:
 
 
 def _decoding(job: Job, flops: Flops) -> Phase:
-    tokens, longest = job.local_thoughts * (job.length + job.prediction), job.length + job.prediction
+    longest = job.length + job.prediction
+    tokens = job.local_thoughts * longest
     steps = decode_steps(job, tokens, longest)
-    seconds, bound = decode_step(job, tokens / max(steps, 1))
+    seconds, bound = decode_step(job, tokens / steps)
     return Phase(name="decode", flops=float(flops.decode * job.windows), seconds=steps * seconds, bound=bound)
 
 
 def _scoring(job: Job, flops: Flops) -> Phase:
     """In bf16 the teacher's weights replace the policy's in the compute copy, and are swapped back."""
-    passes = -(-job.local_windows // max(1, chunk_tokens(job) // (job.max_prefix + 1)))
+    passes = -(-job.local_windows // chunk_windows(job))
     forward = _forward(job, "score", flops.teacher + flops.score + flops.proxy, passes)
     swap = _streaming(job, "", 2 * _COPY * job.teacher * (job.compute_bytes == 2))
     return replace(forward, seconds=forward.seconds + swap.seconds)
 
 
 def _updating(job: Job, flops: Flops) -> Phase:
-    """Checkpointing adds a forward pass to the three that the FLOPs count, or to two with frozen weights."""
-    forward = _forward(job, "update", flops.training, 3 * _update_passes(job))
+    """The documents of each microbatch, and its thoughts chunk by chunk.
+
+    Checkpointing adds a forward pass to the three that the FLOPs count, or to two with frozen weights.
+    """
+    documents = chunk_windows(job)
+    width = job.between + round(job.length) + job.prediction + (0 if job.shared else job.prefix + job.template)
+    chunks = -(-documents * job.thoughts_per_window // max(1, chunk_tokens(job) // width))
+    passes = -(-job.local_windows // documents) * (chunks + job.shared)
+    forward = _forward(job, "update", flops.training, 3 * passes)
     counted = 2 if job.shape.adapter else 3
     return replace(forward, seconds=forward.seconds * (1 + job.config.update.checkpointing / counted))
 
 
 def _forward(job: Job, name: str, window_flops: int, passes: int) -> Phase:
     """A phase of few large products, in `passes` through the layers, each of which launches its kernels."""
-    flops = float(window_flops * job.windows)
     by_flops = window_flops * job.local_windows / _rate(job, name == "update")
     launches = KERNELS[job.config.model.precision] * job.shape.layers * passes * job.machine.launch
-    seconds = max(by_flops, launches if flops else 0.0)
-    bound = "" if not flops else "matmul" if seconds == by_flops else "kernels"
-    return Phase(name=name, flops=flops, seconds=seconds, bound=bound)
+    seconds = max(by_flops, launches) if window_flops else 0.0
+    bound = "" if not window_flops else "matmul" if seconds == by_flops else "kernels"
+    return Phase(name=name, flops=float(window_flops * job.windows), seconds=seconds, bound=bound)
 
 
 def _streaming(job: Job, name: str, bytes_per_parameter: int) -> Phase:
-    count = job.trainable / (job.gpus if job.layout == "zero1" else 1)
-    seconds = bytes_per_parameter * count / job.machine.copy
+    seconds = bytes_per_parameter * job.local_trainable / job.machine.copy
     return Phase(name=name, flops=0.0, seconds=seconds, bound="memory" if seconds else "")
-
-
-def _update_passes(job: Job) -> int:
-    """Forward passes: the documents of each microbatch, and its thoughts chunk by chunk."""
-    tokens = chunk_tokens(job)
-    documents = min(max(1, tokens // (job.max_prefix + 1)), job.local_windows)
-    width = job.between + round(job.length) + job.prediction + (0 if job.shared else job.prefix + job.template)
-    chunks = -(-documents * job.thoughts_per_window // max(1, tokens // width))
-    return -(-job.local_windows // documents) * (chunks + job.shared)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,17 +206,16 @@ class Scale:
 def lengths_of_run(run: str, group: int) -> Lengths:
     """The lengths in a run's thoughts.jsonl, position by position. Raises UserError."""
     file = Path(run) / "thoughts.jsonl" if Path(run).is_dir() else Path(run)
-    nothing = UserError(f"--lengths {run}: {file.name} holds no thoughts with lengths")
     try:
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         groups = [[int(thought["length"]) for thought in row["thoughts"]] for row in rows]
     except OSError as error:
         raise UserError(f"--lengths {run}: cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
-        raise nothing from None
+        groups = []
     flat = [length for lengths in groups for length in lengths]
-    if not flat or min(flat) < 1:
-        raise nothing
+    if min(flat, default=0) < 1:
+        raise UserError(f"--lengths {run}: {file.name} holds no thoughts with lengths")
     if {len(lengths) for lengths in groups} == {group}:
         return Lengths(groups=np.array(groups), source=f"{len(flat)} thoughts of {run}, sampled by group")
     return Lengths(groups=np.array(flat)[:, None], source=f"{len(flat)} thoughts of {run}, sampled one by one")
@@ -243,7 +236,7 @@ def simulate(job: Job, lengths: Lengths, seed: int, weak: bool, ranks: tuple[int
     document.
     """
     job = replace(job, length=float(np.minimum(lengths.groups, job.config.method.thought_length).mean()))
-    costs, base, rows = _Costs.of(job), 0.0, []
+    costs, base, rows = _fitted_costs(job), 0.0, []
     for gpus in ranks:
         windows = job.local_windows * gpus if weak else job.windows
         if windows < gpus:
@@ -251,7 +244,8 @@ def simulate(job: Job, lengths: Lengths, seed: int, weak: bool, ranks: tuple[int
         generator = np.random.default_rng([seed, gpus])
         drawn = [_rank_seconds(job, costs, lengths, gpus, windows, generator) for _ in range(ROUNDS)]
         work, slowest = float(np.mean(drawn)), float(np.mean([seconds.max() for seconds in drawn]))
-        links, fixed = sync(job, gpus).seconds, costs.fixed(job, gpus)
+        phases = {phase.name: phase.seconds for phase in step(replace(job, gpus=gpus)).phases}
+        fixed, links = phases["optimizer"] + phases["ema"], phases["sync"]
         total, positions = slowest + links + fixed, windows * job.config.method.positions
         speed = positions / total / gpus
         base = base or speed
@@ -264,39 +258,36 @@ def simulate(job: Job, lengths: Lengths, seed: int, weak: bool, ranks: tuple[int
     return rows
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Costs:
-    """Seconds of one GPU as polynomials in the lengths of its documents and thoughts: FLOPs are quadratic."""
+_Cost = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (tokens that are read, tokens before them) -> seconds
 
-    document: np.ndarray  # coefficients of 1, prefix, prefix^2: prefill, score, the update's documents
-    thought: np.ndarray  # coefficients of 1, length, length^2, length * prefix: the update's thoughts
-    streams: float  # optimizer and teacher where one GPU holds all parameters
 
-    @classmethod
-    def of(cls, job: Job) -> "_Costs":
-        """Fitted to exact counts; with sliding windows and scans these are nearly, not quite, quadratic."""
-        shape, passes = job.shape, 3 * job.config.method.inner_steps
-        per_flop = (1 + job.teacher) / _rate(job) + passes / _rate(job, update=True)
-        top, longest = max(job.max_prefix, 4), max(job.max_new_tokens, 4)
-        prefixes = np.array([1, top // 2, top])
-        reading = [forward_flops(shape, [(int(n), 0)], 0) * per_flop for n in prefixes]
-        terms = np.stack([prefixes**0, prefixes, prefixes**2], 1).astype(float)
-        document = np.linalg.solve(terms, np.array(reading, float))
-        grid = [(n, p) for n in (1, longest // 2, longest) for p in (1, top)]
-        terms = np.array([[1, n, n * n, n * p] for n, p in grid], float)
-        update = [passes * forward_flops(shape, [(n + job.between, p)], n) for n, p in grid]
-        thought = np.linalg.lstsq(terms, np.array(update, float), rcond=None)[0]
-        streams = sum(phase.seconds for phase in step(job).phases if phase.name in ("optimizer", "ema"))
-        streams *= job.gpus if job.layout == "zero1" else 1
-        return cls(document=document, thought=thought / _rate(job, update=True), streams=streams)
+def _fitted_costs(job: Job) -> tuple[_Cost, _Cost]:
+    """Seconds of one GPU for a document in prefill, scoring and update, and for a thought in the update.
 
-    def fixed(self, job: Job, gpus: int) -> float:
-        """Seconds of a GPU that do not depend on its thoughts."""
-        return self.streams / (gpus if job.layout == "zero1" else 1)
+    Quadratics through exact counts; with sliding windows and scans FLOPs are nearly, not quite, quadratic.
+    """
+    passes = 3 * job.config.method.inner_steps
+    update, top, longest = passes / _rate(job, update=True), max(job.max_prefix, 4), max(job.max_new_tokens, 4)
+    reading = (1 + job.teacher) / _rate(job) + update
+
+    def fitted(seconds: Callable[[int, int], float], tokens: int, before: tuple[int, ...]) -> _Cost:
+        grid = np.array([(n, p) for n in (1, tokens // 2, tokens) for p in before])
+        exact = [seconds(int(n), int(p)) for n, p in grid]
+        factors = np.linalg.lstsq(_quadratic(*grid.T), np.array(exact), rcond=None)[0]
+        return lambda n, p: _quadratic(n, p) @ factors
+
+    return (
+        fitted(lambda n, p: reading * forward_flops(job.shape, [(n, p)], 0), top, (0,)),
+        fitted(lambda n, p: update * forward_flops(job.shape, [(n + job.between, p)], n), longest, (1, top)),
+    )
+
+
+def _quadratic(n: np.ndarray, before: np.ndarray) -> np.ndarray:
+    return np.stack(np.broadcast_arrays(1.0, n, n * n, n * before), -1)
 
 
 def _rank_seconds(
-    job: Job, costs: _Costs, lengths: Lengths, gpus: int, windows: int, generator: np.random.Generator
+    job: Job, costs: tuple[_Cost, _Cost], lengths: Lengths, gpus: int, windows: int, generator: np.random.Generator
 ) -> np.ndarray:
     """Seconds of each GPU in one step."""
     positions, group = job.config.method.positions, job.config.method.group
@@ -309,9 +300,8 @@ def _rank_seconds(
     n = lengths.groups[generator.integers(0, len(lengths.groups), drawn)].reshape(windows, positions, -1)
     n = np.minimum(n, job.config.method.thought_length)
     before = job.template + np.rint(last[:, None] * (np.arange(positions) + 1) / positions)[..., None]
-    read = costs.document @ np.stack([np.ones(windows), job.template + last, (job.template + last) ** 2])
-    update = np.tensordot(costs.thought, np.stack([n**0, n, n**2, n * before]), 1).sum(axis=(1, 2))
-    seconds = np.bincount(owner, read + update, gpus)
+    read, update = costs
+    seconds = np.bincount(owner, read(job.template + last, np.zeros(1)) + update(n, before).sum(axis=(1, 2)), gpus)
     tokens = np.bincount(owner, n.sum(axis=(1, 2)) + job.prediction * n[0].size, gpus)
     longest = np.zeros(gpus)
     np.maximum.at(longest, owner, n.max(axis=(1, 2)) + job.prediction)

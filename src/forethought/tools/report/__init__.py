@@ -71,7 +71,7 @@ def write_comparison(run: Path) -> Path:
     if first:
         write(first, run / "curves.html")
     target = run / "compare.html"
-    html = _render("comparison.html.j2", {**comparison.content(figures), **comparison.question_tables(figures)})
+    html = _render("comparison.html.j2", comparison.content(figures))
     try:
         target.write_text(html, encoding="utf-8")
     except OSError as error:
@@ -118,18 +118,22 @@ def strength(position: Position, advantage: float | None) -> str:
 
 def _content(runs: list[Run], drawn: dict[plots.Plot, str], folder: str) -> dict[str, Any]:
     """What the template of a page shows. `drawn`: the SVG of each plot, `folder`: where they are saved."""
+    facts = list(map(_facts, runs))
     return {
         "runs": runs,
         "methods": METHODS,
         "folder": folder,
-        "facts": [(label, [fact(run) for run in runs]) for label, fact in _FACTS],
+        "facts": [(label, [each[label] for each in facts]) for label in facts[0]],
         "overview": _overview(runs),
         "warnings": [run for run in runs if run.warnings],
         "viewer": viewer.collect(runs),
         "unfinished": [run for run in runs if not run.summary],
         "groups": evaluations(runs),
         "drawings": [(plot, _inline(plot, svg, runs)) for plot, svg in drawn.items()],
-        "thoughts": [(run, _by_step(run.positions)) for run in runs],
+        "thoughts": [
+            (run, [(step, list(group)) for step, group in groupby(run.positions, key=lambda one: one.step)])
+            for run in runs
+        ],
         "settings": _settings(runs),
         "summaries": [(run, rows) for run in runs if (rows := _other_values(run.summary))],
         "palette": len(plots.COLORS),
@@ -145,27 +149,19 @@ def _steps(run: Run) -> str:
     return f"{logged if done is None else int(done):,}"
 
 
-def _batch(run: Run) -> str:
-    batch = run.option("train.batch", "?")
-    if not run.samples_thoughts:
-        return f"{batch} windows of text"
-    return f"{batch} positions with {run.option('method.group', '?')} thoughts each"
-
-
-def _wall_time(run: Run) -> str:
-    seconds = number(run.summary.get("seconds"))
-    return "not recorded" if seconds is None else duration(seconds)
-
-
-_FACTS = (
-    ("Method", lambda run: run.method_label),
-    ("Model", lambda run: run.option("model.path", "not recorded")),
-    ("Corpus", lambda run: run.option("corpus.path", "not recorded")),
-    ("Steps", _steps),
-    ("Each step", _batch),
-    ("Seed", lambda run: run.option("seed", run.summary.get("seed", "not recorded"))),
-    ("Wall time", _wall_time),
-)
+def _facts(run: Run) -> dict[str, Any]:
+    """What the run was, in a few words each."""
+    batch, seconds = run.option("train.batch", "?"), number(run.summary.get("seconds"))
+    thoughts = f"{batch} positions with {run.option('method.group', '?')} thoughts each"
+    return {
+        "Method": run.method_label,
+        "Model": run.option("model.path", "not recorded"),
+        "Corpus": run.option("corpus.path", "not recorded"),
+        "Steps": _steps(run),
+        "Each step": thoughts if run.samples_thoughts else f"{batch} windows of text",
+        "Seed": run.option("seed", run.summary.get("seed", "not recorded")),
+        "Wall time": "not recorded" if seconds is None else duration(seconds),
+    }
 
 
 def _overview(runs: list[Run]) -> list[tuple[Any, list[tuple[float, float] | None]]]:
@@ -196,22 +192,16 @@ def _inline(plot: plots.Plot, svg: str, runs: list[Run]) -> Markup:
             if ends := _ends(run.series(one.name)[1]):
                 start, end = (figure(value, "share" if one.unit == "share" else "nats") for value in ends)
                 texts.append(f"{visible(run.name)}, {one.label}: from {start} to {end}")
-    # The text is escaped here; matplotlib escapes the names of runs in its drawing.
-    return Markup(plots.inline(svg, plot.name, str(escape(f"{plot.title}. {'; '.join(texts)}"))))
-
-
-def _by_step(positions: list[Position]) -> list[tuple[int, list[Position]]]:
-    return [(step, list(group)) for step, group in groupby(positions, key=lambda one: one.step)]
+    return plots.inline(svg, plot.name, f"{plot.title}. {'; '.join(texts)}")
 
 
 def _settings(runs: list[Run]) -> list[tuple[str, list[str], bool]]:
     """Options in the order of the first config: name, value in each run, whether the runs differ."""
     flat = [_texts(run.config) for run in runs]
-    rows = []
-    for option in dict.fromkeys(option for options in flat for option in options):
-        values = [options.get(option, "–") for options in flat]
-        rows.append((option, values, len(set(values)) > 1))
-    return rows
+    rows = [
+        (name, [one.get(name, "–") for one in flat]) for name in dict.fromkeys(name for one in flat for name in one)
+    ]
+    return [(name, values, len(set(values)) > 1) for name, values in rows]
 
 
 def _other_values(summary: dict[str, Any]) -> list[tuple[str, str]]:

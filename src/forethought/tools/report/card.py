@@ -14,7 +14,7 @@ from forethought.config.registry import REWARDS, label
 from forethought.run import __version__
 from forethought.run.folder import RunLog
 from forethought.tools.report.runs import number
-from forethought.tools.report.tables import NBSP, capitalized, duration, figure, interval, metric, ordered, visible
+from forethought.tools.report.tables import NBSP, capitalized, duration, figure, interval, measured, metric, visible
 
 _CONTROLS = ("gain_self", "gain_empty", "gain_random", "gain_shuffled", "kept_shuffled", "drift", "leakage", "truth")
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -164,15 +164,13 @@ def _controls(measured: tuple[str, Figures] | None) -> str:
 
 def _table(figures: Figures, phases: tuple[str, ...], metrics: tuple[str, ...] = ()) -> str:
     """A table for each group of positions: these metrics, or all of them, as far as they were measured."""
-    names = {tuple(name.split("/")) for name in figures if name.count("/") == 2}
     tables = []
-    for group in sorted({name[1] for name in names}, key=lambda one: (one != "all", one)):
-        measured = {name[2] for name in names if name[1] == group and name[0] in phases} - {"positions", "documents"}
+    for group, known in measured(figures, phases):
         count = number(figures.get(f"{phases[-1]}/{group}/positions"))
+        shown = [one for one in map(metric, metrics) if one in known] if metrics else known
         rows = {
-            capitalized(metric(name).label): " | ".join(_cell(figures, f"{phase}/{group}/{name}") for phase in phases)
-            for name in metrics or ordered(measured)
-            if name in measured
+            capitalized(one.label): " | ".join(_cell(figures, f"{phase}/{group}/{one.name}") for phase in phases)
+            for one in shown
         }
         tables.append(_rows(rows, _cell_text(group) + (f": {count:,.0f} positions" if count else ""), phases))
     return "\n\n".join(tables)

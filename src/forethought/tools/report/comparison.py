@@ -4,37 +4,34 @@ RUN/compare.json       rows: arm, seed or `all`, metric, value, low, high
 RUN/experiment.json    names, arms, sweeps, verdicts
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from markupsafe import Markup, escape
-from pydantic import TypeAdapter, ValidationError
+from markupsafe import Markup
+from pydantic import ConfigDict, Field
 
-from forethought.config import UserError, flatten
-from forethought.config.registry import METRICS
+from forethought.config import flatten
+from forethought.config.registry import METRICS, Metric
 from forethought.tools.report import plots
 from forethought.tools.report.plots import Point
+from forethought.tools.report.runs import read_checked
 from forethought.tools.report.tables import capitalized, duration, figure, interval, metric, signed
 
 BASE, ALL, QUESTIONS = "base", "all", "questions"
 MAIN = (
-    "accuracy_think",
-    "accuracy_nothink",
-    "ce_think",
-    "ce_nothink",
-    "gain_over_base",
-    "drift",
-    "thought_length",
+    "accuracy_think", "accuracy_nothink", "ce_think", "ce_nothink", "gain_over_base", "drift", "thought_length",
     "closed",
-)
+)  # fmt: skip
 DRAWN = ("accuracy_think", "gain_over_base")
 PAIRED = ("accuracy_think", "ce_think", "ce_nothink")
 COSTS = (
     "flops", "flops_rollout", "flops_update", "tokens", "t_flop_tokens", "steps", "seconds", "cpu_seconds",
 )  # fmt: skip
+AVERAGES = ("math", "science", "overall")
+MODES = {"nothink": "no thought", "think": "thinking"}
+ANSWERS = ("pass_at_1", "greedy", "loglik_letter", "loglik_plain", "loglik_normalised", "extracted", "closed")
 _OTHERS = ("minus/", "cost/", f"{QUESTIONS}/")
 
 
@@ -54,22 +51,23 @@ class Row:
 class Arm:
     """The training of an arm."""
 
-    seeds: list[int]
     options: dict[str, Any]
     budget: dict[str, str]
+    seeds: list[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """Published results over an option."""
+    """Published figures over the same option, drawn beside a sweep."""
 
-    said: str
-    points: list[tuple[int | float | str, float]]
+    said: Annotated[str, Field(min_length=1)]  # source and quantity
+    points: Annotated[list[tuple[int | float | str, float]], Field(min_length=2)]  # (value of the option, figure)
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
-    """An option, and the arm that was trained with each value."""
+    """An option, and the arm that was trained with each value, or that arm's name in the table."""
 
     name: str
     option: str
@@ -98,8 +96,7 @@ class Described:
     arms: dict[str, Arm]
     sweeps: list[Sweep]
     claims: list[Verdict]
-    missing: dict[str, str]
-    """Unfinished jobs and the reason, if it is known."""
+    missing: dict[str, str]  # unfinished jobs and the reason, if it is known
     spent: dict[str, float] = field(default_factory=dict)
     """`seconds` of all calls and `cpu_seconds` of all runs, loading and evaluation included."""
 
@@ -109,8 +106,7 @@ class Table:
     """Rows of cells (value, interval) with named columns."""
 
     caption: str
-    columns: list[tuple[str, str]]
-    """(label, explanation)"""
+    columns: list[tuple[str, str]]  # (label, explanation)
     rows: list[tuple[str, list[tuple[str, str]]]]
 
 
@@ -145,84 +141,77 @@ class Figures:
         shown = signed(row.value, unit) if plus else figure(row.value, unit)
         return shown, interval((row.low, row.high), unit) if seed == ALL else ""
 
-    def point(self, arm: str, metric: str, name: str = "", cost: str = "") -> Point | None:
-        """A value to plot, or None if it was not measured."""
-        row, x = self.row(arm, metric), self.row(arm, cost) if cost else None
-        if row is None or (cost and x is None and arm != BASE):
-            return None
-        index = self.arms.index(arm) if arm in self.arms else 0
-        return Point(
-            name=name or arm, value=row.value, low=row.low, high=row.high, x=x.value if x else 0.0, index=index
-        )
+    def points(self, arms: Sequence[tuple[str, str]], metric: str, cost: str = "") -> list[Point]:
+        """The measured values of (arm, its name in the plot), each at its cost, or 0."""
+        found = []
+        for arm, name in arms:
+            row, spent = self.row(arm, metric), self.row(arm, cost)
+            index = self.arms.index(arm) if arm in self.arms else 0
+            if row:
+                x = spent.value if spent else 0.0
+                found.append(Point(name=name, value=row.value, low=row.low, high=row.high, x=x, index=index))
+        return found
 
 
 def load(run: Path) -> Figures:
     """Read the two files. Raises UserError if one is missing or broken."""
-    return Figures(_read(run / "compare.json", list[Row]), _read(run / "experiment.json", Described))
-
-
-def _read(path: Path, kind: Any) -> Any:
-    try:
-        return TypeAdapter(kind).validate_python(json.loads(path.read_bytes()))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except ValidationError as error:
-        raise UserError(f"{path}: is not a comparison: {error.errors()[0]['msg']}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: is not valid JSON: {error}") from None
+    return Figures(read_checked(run / "compare.json", list[Row]), read_checked(run / "experiment.json", Described))
 
 
 def content(figures: Figures) -> dict[str, Any]:
     """What the template of the page shows."""
-    described = figures.described
+    described, groups = figures.described, figures.groups
+    arms = [(arm, arm, ALL) for arm in figures.arms]
+    seeds = [(f"{arm}, seed {seed}", arm, seed) for arm in figures.arms[1:] for seed in described.arms[arm].seeds]
+
+    def table(group: str, main: bool, rows: Sequence[tuple[str, str, int | str]] = arms) -> Table:
+        """The main metrics of a group, or all others. `rows`: name, arm and seed."""
+        known = [metric(name) for name in figures.metrics(group) if (name in MAIN) == main]
+        cells = [
+            (title, [figures.cell(arm, f"{group}/{one.name}", one.unit, seed) for one in known])
+            for title, arm, seed in rows
+        ]
+        return Table(caption=group, columns=_columns(known), rows=cells)
+
     return {
         "experiment": described,
         "seeds": sorted({seed for arm in described.arms.values() for seed in arm.seeds}),
         "failed": sum(one.holds is False for one in described.claims),
         "unknown": sum(one.holds is None for one in described.claims),
-        "tables": [_table(figures, group, main=True) for group in figures.groups],
-        "whole": [_table(figures, group, main=False) for group in figures.groups],
-        "paired": [table for group in figures.groups for table in _paired(figures, group)],
+        "tables": [table(group, main=True) for group in groups],
+        "whole": [table(group, main=False) for group in groups],
+        "paired": [_paired(figures, group, metric(name)) for group in groups for name in PAIRED],
         "cost": _cost(figures),
-        "seed_tables": [_seeds(figures, group) for group in figures.groups],
+        "seed_tables": [table(group, True, seeds) for group in groups],
         "drawings": _arm_plots(figures),
-        "cost_drawings": _arm_plots(figures, "flops"),
+        "cost_drawings": _cost_plots(figures),
         "sweeps": _sweeps(figures),
+        "averages": [_questions(figures, group) for group in AVERAGES if group in figures.asked],
+        "tasks": [_questions(figures, group) for group in figures.asked if group not in AVERAGES],
         "options": [(name, _options(arm)) for name, arm in described.arms.items()],
     }
 
 
-def _table(figures: Figures, group: str, main: bool) -> Table:
-    """The main metrics of a group, or all others."""
-    known = [metric(name) for name in figures.metrics(group) if (name in MAIN) == main]
-    rows = [(arm, [figures.cell(arm, f"{group}/{one.name}", one.unit) for one in known]) for arm in figures.arms]
-    return Table(caption=group, columns=[(capitalized(one.label), one.help) for one in known], rows=rows)
+def _columns(metrics: Sequence[Metric]) -> list[tuple[str, str]]:
+    return [(capitalized(one.label), one.help) for one in metrics]
 
 
-def _paired(figures: Figures, group: str) -> list[Table]:
-    """For each metric, the differences of the arms to the base and to each other."""
-    rivals = [name for name in figures.arms if name == BASE or figures.described.arms[name].seeds]
-    tables = []
-    for one in map(metric, PAIRED):
-        name = f"{group}/{one.name}"
-        shown = [rival for rival in rivals if any(figures.row(arm, f"minus/{rival}/{name}") for arm in figures.arms)]
-        rows = []
-        for arm in figures.arms[1:]:
-            cells = [figures.cell(arm, f"minus/{rival}/{name}", one.unit, plus=True) for rival in shown]
-            rows.append((arm, cells))
-        columns = [(f"minus {rival}", "") for rival in shown]
-        tables.append(Table(caption=f"{group}: {one.label}", columns=columns, rows=rows))
-    return tables
+def _paired(figures: Figures, group: str, one: Metric) -> Table:
+    """The differences of the arms in a metric to the base and to each other."""
+    names = {rival: f"minus/{rival}/{group}/{one.name}" for rival in figures.arms}
+    shown = {rival: name for rival, name in names.items() if any(figures.row(arm, name) for arm in figures.arms)}
+    rows = [
+        (arm, [figures.cell(arm, name, one.unit, plus=True) for name in shown.values()]) for arm in figures.arms[1:]
+    ]
+    return Table(caption=f"{group}: {one.label}", columns=[(f"minus {rival}", "") for rival in shown], rows=rows)
 
 
 def _cost(figures: Figures) -> Table:
-    known = [name for name in COSTS if any(figures.row(arm, f"cost/{name}") for arm in figures.arms)]
-    rows = []
-    for arm in figures.arms[1:]:
-        rows.append((arm, [_amounts(figures.row(arm, f"cost/{name}"), metric(name).unit) for name in known]))
-    return Table(
-        caption="", columns=[(capitalized(metric(name).label), metric(name).help) for name in known], rows=rows
-    )
+    known = [metric(name) for name in COSTS if any(figures.row(arm, f"cost/{name}") for arm in figures.arms)]
+    rows = [
+        (arm, [_amounts(figures.row(arm, f"cost/{one.name}"), one.unit) for one in known]) for arm in figures.arms[1:]
+    ]
+    return Table(caption="", columns=_columns(known), rows=rows)
 
 
 def _amounts(row: Row | None, unit: str) -> tuple[str, str]:
@@ -233,60 +222,53 @@ def _amounts(row: Row | None, unit: str) -> tuple[str, str]:
     return value, "" if low == high else f"{low} to {high}"
 
 
-def _seeds(figures: Figures, group: str) -> Table:
-    """The main metrics of every seed."""
-    known = [metric(name) for name in MAIN if name in figures.metrics(group)]
-    rows = []
-    for arm in figures.arms[1:]:
-        for seed in figures.described.arms[arm].seeds:
-            cells = [figures.cell(arm, f"{group}/{one.name}", one.unit, seed) for one in known]
-            rows.append((f"{arm}, seed {seed}", cells))
-    return Table(caption=group, columns=[(capitalized(one.label), "") for one in known], rows=rows)
+def _drawn(figures: Figures) -> Iterator[tuple[str, Metric]]:
+    return ((group, metric(name)) for group in figures.groups for name in DRAWN)
 
 
-def _arm_plots(figures: Figures, cost: str = "") -> list[tuple[str, Markup]]:
-    """(group, plot) of the drawn metrics: the arms with their intervals, or against a cost."""
+def _arm_plots(figures: Figures) -> list[tuple[str, Markup]]:
+    """(group, plot) of the drawn metrics: the arms with their intervals."""
     found = []
-    for group in figures.groups:
-        for one in map(metric, DRAWN):
-            points = [figures.point(arm, f"{group}/{one.name}", cost=cost and f"cost/{cost}") for arm in figures.arms]
-            points = [point for point in points if point]
-            text = f"{group}: {one.label}"
-            if cost and len(points) > 1:
-                svg = plots.costs(points, one.label, one.unit, metric(cost).label)
-                found.append(
-                    (group, _inline(svg, f"c-{group}-{one.name}", f"{text} against {metric(cost).label}", points))
-                )
-            elif points and not cost:
-                svg = plots.intervals(points, one.label, one.unit)
-                found.append((group, _inline(svg, f"i-{group}-{one.name}", text, points)))
+    for group, one in _drawn(figures):
+        if points := figures.points([(arm, arm) for arm in figures.arms], f"{group}/{one.name}"):
+            svg = plots.intervals(points, one.label, one.unit)
+            found.append((group, _inline(svg, f"i-{group}-{one.name}", f"{group}: {one.label}", points)))
+    return found
+
+
+def _cost_plots(figures: Figures) -> list[tuple[str, Markup]]:
+    """(group, plot) of the drawn metrics against FLOPs; the base has none."""
+    found, cost = [], metric("flops")
+    spent = [(arm, arm) for arm in figures.arms if arm == BASE or figures.row(arm, f"cost/{cost.name}")]
+    for group, one in _drawn(figures):
+        points = figures.points(spent, f"{group}/{one.name}", f"cost/{cost.name}")
+        if len(points) > 1:
+            svg, text = plots.costs(points, one.label, one.unit, cost.label), f"{one.label} against {cost.label}"
+            found.append((group, _inline(svg, f"c-{group}-{one.name}", f"{group}: {text}", points)))
     return found
 
 
 def _sweeps(figures: Figures) -> list[tuple[str, str, Markup]]:
     """(option and seeds, group or source of the results, plot)"""
     found = []
-    for one in figures.described.sweeps:
-        seeds = f"{one.option}, {'seed' if len(one.seeds) == 1 else 'seeds'} {', '.join(map(str, one.seeds))}"
-        for group in figures.groups:
-            for shown in map(metric, DRAWN):
-                points = [figures.point(arm, f"{group}/{shown.name}", f"{value}") for value, arm in one.points]
-                points = [point for point in points if point]
-                if points:
-                    svg = plots.sweep(points, shown.label, shown.unit, one.option)
-                    text = f"{group}: {shown.label} over {one.option}"
-                    found.append((seeds, group, _inline(svg, f"s-{one.name}-{group}-{shown.name}", text, points)))
-        if (published := one.published) is not None:
+    for sweep in figures.described.sweeps:
+        option, seeds = sweep.option, "seed" if len(sweep.seeds) == 1 else "seeds"
+        for group, one in _drawn(figures):
+            if points := figures.points([(arm, f"{value}") for value, arm in sweep.points], f"{group}/{one.name}"):
+                svg, text = plots.sweep(points, one.label, one.unit, option), f"{group}: {one.label} over {option}"
+                drawing = _inline(svg, f"s-{sweep.name}-{group}-{one.name}", text, points)
+                found.append((f"{option}, {seeds} {', '.join(map(str, sweep.seeds))}", group, drawing))
+        if (published := sweep.published) is not None:
             points = [Point(name=f"{x}", value=y, low=y, high=y) for x, y in published.points]
-            svg = plots.sweep(points, "", "", one.option)
-            found.append((one.option, published.said, _inline(svg, f"p-{one.name}", published.said, points)))
+            svg = plots.sweep(points, "", "", option)
+            found.append((option, published.said, _inline(svg, f"p-{sweep.name}", published.said, points)))
     return found
 
 
 def _inline(svg: str, name: str, text: str, points: Sequence[Point]) -> Markup:
     values = "; ".join(f"{one.name} {one.value:.4g}, from {one.low:.4g} to {one.high:.4g}" for one in points)
     safe = "".join(char if char.isalnum() or char == "-" else "-" for char in name)
-    return Markup(plots.inline(svg, safe, str(escape(f"{text}. {values}"))))
+    return plots.inline(svg, safe, f"{text}. {values}")
 
 
 def _options(arm: Arm) -> str:
@@ -295,51 +277,27 @@ def _options(arm: Arm) -> str:
     return ", ".join([*flat, *budget]) or "as the experiment"
 
 
-AVERAGES = ("math", "science", "overall")
-MODES = {"nothink": "no thought", "think": "thinking"}
-SHOWN = ("pass_at_1", "greedy", "loglik_letter", "loglik_plain", "loglik_normalised", "extracted", "closed")
-
-
-def question_tables(figures: Figures) -> dict[str, Any]:
-    """What the page's template shows of answers: no tables where nothing was asked."""
-    groups = figures.asked
-    averages = [_question_table(figures, group) for group in AVERAGES if group in groups]
-    tasks = [_question_table(figures, group) for group in groups if group not in AVERAGES]
-    return {"averages": averages, "tasks": tasks}
-
-
-def _question_table(figures: Figures, group: str) -> Table:
+def _questions(figures: Figures, group: str) -> Table:
     """A task, or an average of tasks: each accuracy of each mode with its error and the difference to the base."""
-    columns = [
-        (f"{mode}/{group}/{metric.name}", (f"{said}, {metric.label}", metric.help))
+    columns = {
+        f"{QUESTIONS}/{mode}/{group}/{name}": (f"{said}, {metric(name).label}", metric(name).help)
         for mode, said in MODES.items()
-        for metric in (METRICS[name] for name in SHOWN)
-    ]
-    known = [one for one in columns if any(figures.row(arm, f"{QUESTIONS}/{one[0]}") for arm in figures.arms)]
-    rows = [(arm, [_question_cell(figures, arm, name) for name, _ in known]) for arm in figures.arms]
-    shown = [(arm, cells) for arm, cells in rows if any(value != "–" for value, _ in cells)]
-    return Table(caption=_question_caption(figures, group), columns=[column for _, column in known], rows=shown)
-
-
-def _question_caption(figures: Figures, group: str) -> str:
+        for name in ANSWERS
+    }
+    known = {name: column for name, column in columns.items() if any(figures.row(arm, name) for arm in figures.arms)}
+    arms = [arm for arm in figures.arms if any(figures.row(arm, name) for name in known)]
     counts = [figures.row(BASE, f"{QUESTIONS}/{mode}/{group}/questions") for mode in MODES]
-    asked = [int(one.value) for one in counts if one is not None]
-    return f"{group}: {asked[0]} questions" if asked else f"{group} average"
+    asked = [f": {row.value:.0f} questions" for row in counts if row]
+    rows = [(arm, [_question_cell(figures, arm, name) for name in known]) for arm in arms]
+    return Table(caption=group + [*asked, " average"][0], columns=list(known.values()), rows=rows)
 
 
 def _question_cell(figures: Figures, arm: str, name: str) -> tuple[str, str]:
     """The share in percent; below it the standard error, and what the arm has more than the base."""
-    row = figures.row(arm, f"{QUESTIONS}/{name}")
+    row, more = figures.row(arm, name), figures.row(arm, f"minus/{BASE}/{name}")
     if row is None:
         return "–", ""
-    parts = [_question_error(figures, arm, f"{QUESTIONS}/{name}")]
-    more = figures.row(arm, f"minus/{BASE}/{QUESTIONS}/{name}")
-    if more is not None:
-        error = _question_error(figures, arm, f"minus/{BASE}/{QUESTIONS}/{name}")
-        parts.append(f"{signed(more.value, 'share')} {error}".strip() + " to base")
-    return figure(row.value, "share"), "; ".join(part for part in parts if part)
-
-
-def _question_error(figures: Figures, arm: str, metric: str) -> str:
-    row = figures.row(arm, f"{metric}/se", ALL)
-    return "" if row is None else f"± {100 * row.value:.1f}"
+    errors = [figures.row(arm, f"{one}/se") for one in (name, f"minus/{BASE}/{name}")]
+    own, over = (f"± {100 * error.value:.1f}" if error else "" for error in errors)
+    to_base = f"{signed(more.value, 'share')} {over}".strip() + " to base" if more else ""
+    return figure(row.value, "share"), "; ".join(filter(None, [own, to_base]))

@@ -6,13 +6,13 @@ Drawn without pyplot and with fixed settings, so that the same data give the sam
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib as mpl
+import matplotlib.style
 import numpy as np
+from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -31,7 +31,7 @@ WIDTH, HEIGHT, LEGEND_ROW = 5.0, 3.0, 0.24
 SMOOTH_FROM, BINS = 32, 256
 """From SMOOTH_FROM points on, a running mean is drawn over them; more than BINS points become a band."""
 
-_SETTINGS: dict[Any, Any] = {
+_STYLE: dict[str, Any] = {
     "svg.hashsalt": "forethought",
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -58,21 +58,16 @@ _SETTINGS: dict[Any, Any] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Plot:
     """A plot of metrics over the steps of training."""
 
-    name: str
-    """Stem of the SVG file."""
+    name: str  # stem of the SVG file
     metrics: tuple[str, ...]
-    note: str = ""
-    """How to read the plot."""
-    label: str = ""
-    """Title of a plot of several metrics; of a single one it is the metric's label."""
-    level: float | None = None
-    """The value that means "no effect", drawn as a line."""
-    next_token: bool | None = None
-    """Draw only runs that train on a next-token loss (True), or on another one (False)."""
+    note: str = ""  # how to read the plot
+    label: str = ""  # title of a plot of several metrics; of a single one it is the metric's label
+    level: float | None = None  # the value that means "no effect", drawn as a line
+    next_token: bool | None = None  # draw only runs that train on a next-token loss (True), or on another one (False)
 
     @property
     def title(self) -> str:
@@ -93,72 +88,57 @@ class Plot:
 
 PLOTS = (
     Plot(
-        name="gain", metrics=("reward/gain",), level=0.0,
-        note="Above 0, thoughts make the next token more likely; below 0, less likely",
+        "gain", ("reward/gain",), "Above 0, thoughts make the next token more likely; below 0, less likely", level=0.0,
     ),
     Plot(
-        name="evidence", metrics=("reward/evidence", "reward/nothink"), label="log p with and without a thought",
-        note="Log p of the target after a thought, and the teacher's without one: the two sides of the gain. Progress "
-        "is a rise of the first line, not a fall of the second",
+        "evidence", ("reward/evidence", "reward/nothink"),
+        "Log p of the target after a thought, and the teacher's without one: the two sides of the gain. Progress "
+        "is a rise of the first line, not a fall of the second", label="log p with and without a thought",
     ),
-    Plot(name="match", metrics=("reward/match",), note="The reward of RPT"),
+    Plot("match", ("reward/match",), "The reward of RPT"),
     Plot(
-        name="reward-std", metrics=("reward/std",), level=0.0,
-        note="How much the thoughts of one position differ in reward. Near 0 there is nothing to learn from",
+        "reward-std", ("reward/std",),
+        "How much the thoughts of one position differ in reward. Near 0 there is nothing to learn from", level=0.0,
     ),
+    Plot("zero-std", ("reward/zero_std_fraction",), "All thoughts of these positions have nearly the same reward"),
+    Plot("closed", ("rollout/closed",), "The others reached method.thought_length and were truncated"),
+    Plot("length", ("rollout/length",), "A slow decline to very short thoughts is a warning sign"),
     Plot(
-        name="zero-std", metrics=("reward/zero_std_fraction",),
-        note="All thoughts of these positions have nearly the same reward",
-    ),
-    Plot(
-        name="closed", metrics=("rollout/closed",),
-        note="The others reached method.thought_length and were truncated",
-    ),
-    Plot(
-        name="length", metrics=("rollout/length",), note="A slow decline to very short thoughts is a warning sign",
+        "leakage", ("rollout/leakage",),
+        "A steep rise means that thoughts guess the token instead of working towards it",
     ),
     Plot(
-        name="leakage", metrics=("rollout/leakage",),
-        note="A steep rise means that thoughts guess the token instead of working towards it",
+        "ratio", ("objective/ratio",),
+        "Probability of the thoughts under the trained policy relative to the policy that sampled them. It is 1 "
+        "before the first update on a batch", level=1.0,
+    ),
+    Plot("clip-fraction", ("objective/clip_fraction",), "With one update per batch it stays at 0"),
+    Plot("mismatch", ("objective/mismatch",), "It should be rounding error", level=0.0),
+    Plot(
+        "kl", ("objective/kl",),
+        "How far the distribution of thoughts has moved from the model at the start", level=0.0,
     ),
     Plot(
-        name="ratio", metrics=("objective/ratio",), level=1.0,
-        note="Probability of the thoughts under the trained policy relative to the policy that sampled them. It is 1 "
-        "before the first update on a batch",
+        "loss", ("objective/loss",),
+        "It stays near 0 by construction and need not fall; watch the gain instead", level=0.0, next_token=False,
     ),
     Plot(
-        name="clip-fraction", metrics=("objective/clip_fraction",), note="With one update per batch it stays at 0",
-    ),
-    Plot(name="mismatch", metrics=("objective/mismatch",), level=0.0, note="It should be rounding error"),
-    Plot(
-        name="kl", metrics=("objective/kl",), level=0.0,
-        note="How far the distribution of thoughts has moved from the model at the start",
-    ),
-    Plot(
-        name="loss", metrics=("objective/loss",), level=0.0, next_token=False,
-        note="It stays near 0 by construction and need not fall; watch the gain instead",
-    ),
-    Plot(
-        name="next-token-loss", metrics=("objective/loss",), label="next-token loss", next_token=True,
+        "next-token-loss", ("objective/loss",), label="next-token loss", next_token=True,
         note="Cross-entropy of the training text, in nats per token; lower is better",
     ),
-    Plot(name="accuracy", metrics=("objective/accuracy",), note="Measured on the training text", next_token=True),
+    Plot("accuracy", ("objective/accuracy",), "Measured on the training text", next_token=True),
     Plot(
-        name="gradient-norm", metrics=("optim/gradient_norm",),
-        note="Single spikes are clipped; a steady rise points to an unstable run",
+        "gradient-norm", ("optim/gradient_norm",), "Single spikes are clipped; a steady rise points to an unstable run",
     ),
-    Plot(
-        name="throughput", metrics=("time/thought_tokens_per_s",),
-        note="The speed of the whole loop: sampling, scoring and updating",
-    ),
-    Plot(name="step-time", metrics=("time/step_s",)),
+    Plot("throughput", ("time/thought_tokens_per_s",), "The speed of the whole loop: sampling, scoring and updating"),
+    Plot("step-time", ("time/step_s",)),
 )  # fmt: skip
 
 
 def plots_of(runs: Sequence[Run]) -> list[Plot]:
     """The plots that have data, metrics that are not in the registry included."""
     logged = dict.fromkeys(name for run in runs for row in run.metrics for name in row if name != "step")
-    own = [Plot(name=re.sub(r"[^\w-]+", "-", name), metrics=(name,)) for name in logged if name not in METRICS]
+    own = [Plot(re.sub(r"[^\w-]+", "-", name), (name,)) for name in logged if name not in METRICS]
     return [plot for plot in (*PLOTS, *own) if any(map(plot.shows, runs))]
 
 
@@ -172,7 +152,7 @@ def draw(plot: Plot, runs: Sequence[Run]) -> str:
     curves = [(index, run, place, name) for index, run in shown for place, name in enumerate(plot.metrics)]
     curves = [one for one in curves if one[1].logs(one[3])]
     rows = len(curves) if several or len(curves) > 1 else 0
-    with _styled() as to_svg:
+    with matplotlib.style.context(["default", _STYLE]):
         figure = Figure(figsize=(WIDTH, HEIGHT + LEGEND_ROW * rows))
         axes = figure.add_subplot()
         _frame(axes, "", unit)
@@ -192,7 +172,7 @@ def draw(plot: Plot, runs: Sequence[Run]) -> str:
         _limits(axes, unit, plot.level)
         if rows:
             figure.legend(lines, labels, loc="outside lower left")
-        return to_svg(figure)
+        return _svg(figure)
 
 
 def _short(name: str, longest: int = 44) -> str:
@@ -240,13 +220,12 @@ class Point:
     low: float
     high: float
     x: float = 0.0
-    index: int = 0
-    """Index of the arm, which determines its color and marker in every plot."""
+    index: int = 0  # index of the arm, which determines its color and marker in every plot
 
 
 def intervals(points: Sequence[Point], title: str, unit: str) -> str:
     """Arms one below the other, each a marker on its interval; a dashed line at the first one, the base."""
-    with _styled() as to_svg:
+    with matplotlib.style.context(["default", _STYLE]):
         figure = Figure(figsize=(WIDTH, 0.9 + 0.34 * len(points)))
         axes = figure.add_subplot()
         for row, point in enumerate(points):
@@ -256,12 +235,12 @@ def intervals(points: Sequence[Point], title: str, unit: str) -> str:
         axes.set_yticks(range(len(points)), [visible(point.name) for point in points])
         axes.set_ylim(len(points) - 0.5, -0.5)
         _frame(axes, title, unit, "x")
-        return to_svg(figure)
+        return _svg(figure)
 
 
 def costs(points: Sequence[Point], title: str, unit: str, cost: str) -> str:
     """A metric against its cost: each arm a marker with its interval."""
-    with _styled() as to_svg:
+    with matplotlib.style.context(["default", _STYLE]):
         figure = Figure(figsize=(WIDTH, 3.2 + LEGEND_ROW * ((len(points) + 1) // 2)))
         axes = figure.add_subplot()
         markers = []
@@ -275,12 +254,12 @@ def costs(points: Sequence[Point], title: str, unit: str, cost: str) -> str:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
         _frame(axes, title, unit)
         figure.legend(markers, [_short(point.name) for point in points], loc="outside lower left", ncols=2)
-        return to_svg(figure)
+        return _svg(figure)
 
 
 def sweep(points: Sequence[Point], title: str, unit: str, option: str) -> str:
     """A metric over the values of an option, evenly spaced as in the paper's Figure 2, with a band of intervals."""
-    with _styled() as to_svg:
+    with matplotlib.style.context(["default", _STYLE]):
         figure = Figure(figsize=(WIDTH, HEIGHT))
         axes = figure.add_subplot()
         ticks = range(len(points))
@@ -290,7 +269,7 @@ def sweep(points: Sequence[Point], title: str, unit: str, option: str) -> str:
         axes.set_xticks(ticks, [visible(point.name) for point in points])
         axes.set_xlabel(visible(option))
         _frame(axes, title, unit)
-        return to_svg(figure)
+        return _svg(figure)
 
 
 def _color(point: Point) -> str:
@@ -308,36 +287,29 @@ def _frame(axes: Axes, title: str, unit: str, values: str = "y") -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{scale * value:.5g}".replace("-", MINUS) + suffix))
 
 
-@contextmanager
-def _styled() -> Iterator[Callable[[Figure], str]]:
-    """A context to draw in; yields the function that turns a figure into a standalone SVG document on white."""
-    with warnings.catch_warnings(), mpl.rc_context():
+def _svg(figure: Figure) -> str:
+    """A standalone SVG document on white."""
+    buffer = io.StringIO()
+    with warnings.catch_warnings():
         # Names may contain characters that only the reader's browser has a font for.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        mpl.rcdefaults()
-        mpl.rcParams.update(_SETTINGS)
-        yield _save
-
-
-def _save(figure: Figure) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     return re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
 
 
-def inline(svg: str, name: str, label: str) -> str:
-    """The drawing for an HTML page: unique ids, colors from the page's custom properties, no fixed size.
+def inline(svg: str, name: str, text: str) -> Markup:
+    """The drawing for an HTML page: unique ids, colors from the page's custom properties, a text alternative.
 
-    `label` is the text alternative and must be escaped already.
+    The text is escaped here; matplotlib escapes the names of runs in its drawing.
     """
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
     opening, _, drawing = svg.partition(">")
     box = re.search(r'viewBox="[^"]*"', opening)
     assert box is not None
-    svg = f'<svg {box.group()} role="img" aria-label="{label}">{drawing}'
+    svg = f'<svg {box.group()} role="img" aria-label="{escape(text)}">{drawing}'
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    return re.sub(r'style="[^"]*"', lambda match: _themed(match.group()), svg)
+    return Markup(re.sub(r'style="[^"]*"', lambda match: _themed(match.group()), svg))
 
 
 def _themed(style: str) -> str:

@@ -1,12 +1,13 @@
 """Reading a run folder: config.json, metrics.jsonl, thoughts.jsonl, warnings.jsonl and summary.json."""
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, TypeAdapter, ValidationError
 
 from forethought.config import UserError, flatten
 from forethought.config.registry import AUTOMATIC, METHODS, REWARDS, current_metrics, label
@@ -22,8 +23,15 @@ def number(value: Any) -> float | None:
     return float(value)
 
 
+def by_reward(thoughts: "list[Thought]") -> "list[Thought]":
+    """Thoughts by descending reward; those without one come last."""
+    return sorted(thoughts, key=lambda one: math.inf if one.reward is None else -one.reward)
+
+
 Number = Annotated[float | None, BeforeValidator(number)]
 """A finite number, or None for a value that is missing or not finite."""
+Text = Annotated[str, PlainValidator(str)]
+"""Any value as text, which may have parts of characters that are not valid Unicode."""
 Probability = Annotated[float, Field(ge=0, le=1.001)]  # exp of a rounded log-probability may exceed 1
 TopTokens = Annotated[list[tuple[str, Probability]], BeforeValidator(lambda value: [] if value is None else value)]
 """The most likely tokens and their probabilities, in descending order."""
@@ -33,20 +41,17 @@ TopTokens = Annotated[list[tuple[str, Probability]], BeforeValidator(lambda valu
 class Thought:
     """One sampled thought. Log-probabilities, reward and advantage are in nats."""
 
-    text: str
-    length: Number = None
-    """Sampled tokens."""
-    closed: bool = False
-    """Whether the thought ended with the closing delimiter; otherwise it was truncated."""
-    evidence: Number = None
-    """log p of the target after the thought."""
-    reward: Number = None
-    """Information gain; for RPT 1 or 0."""
+    text: Text
+    length: Number = None  # sampled tokens
+    closed: bool = False  # whether the thought ended with the closing delimiter; otherwise it was truncated
+    evidence: Number = None  # log p of the target after the thought
+    reward: Number = None  # information gain; for RPT 1 or 0
     advantage: Number = None
-    prediction: str | None = None
-    """The prediction written after the thought (RPT)."""
-    top: TopTokens = field(default_factory=list)
-    """Next-token probabilities after the thought, where measured."""
+    prediction: str | None = None  # the prediction written after the thought (RPT)
+    top: TopTokens = field(default_factory=list)  # next-token probabilities after the thought, where measured
+
+
+Thoughts = Annotated[list[Thought], AfterValidator(by_reward)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,13 +59,12 @@ class Position:
     """A position of a document with all thoughts sampled there, in descending order of reward."""
 
     step: int
-    document: str
-    position: str
-    context: str
-    target: str
-    nothink: float | None
-    """log p of the target without a thought (the teacher's), in nats."""
-    thoughts: list[Thought]
+    document: Text = "?"
+    position: Text = "?"
+    context: Text
+    target: Text
+    nothink: Number = None  # log p of the target without a thought (the teacher's), in nats
+    thoughts: Thoughts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,9 +72,9 @@ class Diagnostic:
     """A line of warnings.jsonl."""
 
     step: int
-    name: str
-    evidence: str
-    advice: str
+    name: Text
+    evidence: Text
+    advice: Text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,17 +82,13 @@ class Run:
     """The content of a run folder."""
 
     path: Path
-    name: str
-    """Short, and unique among the runs of a report."""
+    name: str  # short, and unique among the runs of a report
     config: dict[str, Any]
     metrics: list[dict[str, Any]]
     """Logged steps in order; a step that was logged again after a resume is there once, as logged last."""
-    positions: list[Position]
-    """The positions of the first, the middle and the last step with logged thoughts."""
-    warnings: list[Diagnostic]
-    """Warnings of the diagnostics during training, in order."""
-    summary: dict[str, Any]
-    """Empty while the run has not finished."""
+    positions: list[Position]  # the positions of the first, the middle and the last step with logged thoughts
+    warnings: list[Diagnostic]  # warnings of the diagnostics during training, in order
+    summary: dict[str, Any]  # empty while the run has not finished
 
     @property
     def method(self) -> str:
@@ -141,7 +141,7 @@ def load(path: Path, name: str) -> Run:
         config=log.read_json("config.json"),
         metrics=[metrics[step] for step in sorted(metrics)],
         positions=_landmarks(path / "thoughts.jsonl"),
-        warnings=list(_rows(path / "warnings.jsonl", _diagnostic)),
+        warnings=list(_rows(path / "warnings.jsonl", TypeAdapter(Diagnostic).validate_python)),
         summary=log.read_json("summary.json") if finished else {},
     )
 
@@ -158,15 +158,32 @@ def names(paths: list[Path]) -> list[str]:
     return ["/".join(one[-depth:]) for one in parts]
 
 
+def _explain(error: ValidationError) -> str:
+    """The first mistake in one line: where it is, and what."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'top level'}: {first['msg']}"
+
+
+def read_checked(path: Path, kind: Any) -> Any:
+    """A JSON file as a value of a type. Raises UserError if it is missing or something else."""
+    try:
+        return TypeAdapter(kind).validate_python(json.loads(path.read_bytes()))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except ValidationError as error:
+        raise UserError(f"{path}: unexpected content: {_explain(error)}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not valid JSON: {error}") from None
+
+
 def _rows(path: Path, parse: Callable[[dict[str, Any]], T]) -> Iterator[T]:
     """The parsed lines of a .jsonl file. Raises UserError with file and line."""
-    if not path.is_file():
-        return
-    for count, row in read_jsonl(path, allow_truncated=True):
+    for count, row in read_jsonl(path, allow_truncated=True) if path.is_file() else ():
         try:
             value = parse(row)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{path}:{count}: unexpected content: {type(error).__name__} {error}") from None
+        except (ValueError, TypeError, KeyError) as error:
+            what = _explain(error) if isinstance(error, ValidationError) else f"{type(error).__name__} {error}"
+            raise UserError(f"{path}:{count}: unexpected content: {what}") from None
         yield value
 
 
@@ -174,45 +191,12 @@ def _metrics(row: dict[str, Any]) -> dict[str, Any]:
     return {**current_metrics(row), "step": int(row["step"])}
 
 
-def _diagnostic(row: dict[str, Any]) -> Diagnostic:
-    return Diagnostic(step=int(row["step"]), **{key: str(row[key]) for key in ("name", "evidence", "advice")})
-
-
 def _landmarks(path: Path) -> list[Position]:
     """Positions of three steps; reads the file twice, so that the thoughts of a long run need not fit in memory."""
     steps = sorted(set(_rows(path, lambda row: int(row["step"]))))
     if not steps:
         return []
-    wanted = {steps[0], steps[(len(steps) - 1) // 2], steps[-1]}
-    found = _rows(path, lambda row: _position(row) if int(row["step"]) in wanted else None)
+    wanted, read = {steps[0], steps[(len(steps) - 1) // 2], steps[-1]}, TypeAdapter(Position).validate_python
+    found = _rows(path, lambda row: read(row) if int(row["step"]) in wanted else None)
     latest = {(one.step, one.document, one.position): one for one in found if one is not None}
     return sorted(latest.values(), key=lambda one: one.step)
-
-
-def _position(row: dict[str, Any]) -> Position:
-    return Position(
-        step=int(row["step"]),
-        document=str(row.get("document", "?")),
-        position=str(row.get("position", "?")),
-        context=str(row["context"]),
-        target=str(row["target"]),
-        nothink=number(row.get("nothink")),
-        thoughts=sorted(map(_thought, row["thoughts"]), key=by_reward),
-    )
-
-
-def _thought(row: dict[str, Any]) -> Thought:
-    return Thought(
-        text=str(row["text"]),
-        length=number(row.get("length")),
-        closed=bool(row.get("closed")),
-        evidence=number(row.get("evidence")),
-        reward=number(row.get("reward")),
-        advantage=number(row.get("advantage")),
-        prediction=None if row.get("prediction") is None else str(row["prediction"]),
-    )
-
-
-def by_reward(thought: Thought) -> float:
-    """The key that sorts thoughts by descending reward; thoughts without one come last."""
-    return math.inf if thought.reward is None else -thought.reward

@@ -1,8 +1,9 @@
 """Numbers and text as pages, plots and model cards show them, and tables of metrics."""
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from forethought.config.registry import METRICS, Metric
 from forethought.tools.report.runs import Run, number
@@ -84,27 +85,31 @@ class Cell:
     after: str
     after_interval: str
     difference: str
-    verdict: str
-    """`better` or `worse` if the two intervals do not overlap, else empty."""
-    missing: bool
-    """Whether the metric was measured neither before nor after training."""
+    verdict: str  # `better` or `worse` if the two intervals do not overlap, else empty
+    missing: bool  # whether the metric was measured neither before nor after training
 
 
 def evaluations(runs: list[Run]) -> list[tuple[str, list[tuple[Metric, list[Cell]]]]]:
-    """Evaluations from summary.json: for each group of positions, `all` first, rows of a metric and a cell per run."""
-    keys = [key.split("/") for run in runs for key in run.summary]
-    found = {(key[1], key[2]) for key in keys if len(key) == 3 and key[0] in ("before", "after")}
-    tables = []
-    for group in sorted({group for group, _ in found}, key=lambda name: (name != "all", name)):
-        present = {name for of, name in found if of == group} - set(_COUNTS)
-        rows = [(metric(name), [_cell(run, group, metric(name)) for run in runs]) for name in ordered(present)]
-        tables.append((group, rows))
-    return tables
+    """Evaluations from summary.json: for each group of positions rows of a metric and a cell per run."""
+    groups = measured(key for run in runs for key in run.summary)
+    return [(group, [(one, [_cell(run, group, one) for run in runs]) for one in rows]) for group, rows in groups]
 
 
-def ordered(names: set[str]) -> list[str]:
-    """Metrics in the order of the registry; unknown ones follow in alphabetical order."""
-    return [name for name in METRICS if name in names] + sorted(names - METRICS.keys())
+def measured(names: Iterable[str], phases: Sequence[str] = ("before", "after")) -> list[tuple[str, list[Metric]]]:
+    """The groups of positions in flat names PHASE/GROUP/METRIC, `all` first, each with its metrics.
+
+    Metrics are in the order of the registry; unknown ones follow in alphabetical order.
+    """
+    keys = [name.split("/") for name in names if name.count("/") == 2]
+    groups: dict[str, set[str]] = {}
+    for phase, group, name in keys:
+        if phase in phases:
+            groups.setdefault(group, set()).add(name)
+    order = [name for name in METRICS if name not in _COUNTS]
+    return [
+        (group, [metric(name) for name in (*order, *sorted(found - METRICS.keys())) if name in found])
+        for group, found in sorted(groups.items(), key=lambda one: (one[0] != "all", one[0]))
+    ]
 
 
 def _cell(run: Run, group: str, metric: Metric) -> Cell:
@@ -124,12 +129,9 @@ def _cell(run: Run, group: str, metric: Metric) -> Cell:
     )
 
 
-def _verdict(before: list[float | None], after: list[float | None], better: int) -> str:
-    (before_low, before_high), (after_low, after_high) = before, after
-    if before_low is None or before_high is None or after_low is None or after_high is None or not better:
+def _verdict(before: list[Any], after: list[Any], better: int) -> str:
+    if not better or None in before or None in after:
         return ""
-    if after_low > before_high:
-        return "better" if better > 0 else "worse"
-    if after_high < before_low:
-        return "worse" if better > 0 else "better"
-    return ""
+    (before_low, before_high), (after_low, after_high) = before, after
+    sign = (after_low > before_high) - (after_high < before_low)
+    return {1: "better", -1: "worse", 0: ""}[sign * better]

@@ -15,14 +15,16 @@ from statistics import fmean
 from typing import Annotated, Any, Literal
 
 from markupsafe import Markup
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 
 from forethought.config import UserError
-from forethought.tools.report.runs import Number, Position, Run, Thought, TopTokens, by_reward
+from forethought.tools.report.runs import Number, Position, Run, Thoughts, TopTokens, read_checked
 from forethought.tools.report.tables import visible
 
 LIMITS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
 """Gains in nats that may have the full color: the first one that nine tenths of all gains do not exceed."""
+FIGURES = ("length", "closed", "evidence", "reward", "advantage")
+"""Of a thought, as the page shows them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,10 +33,9 @@ class MeasuredPosition:
 
     at: Annotated[int, Field(ge=0)]
     target: str
-    nothink: Number = None
-    """log p of the target without a thought, in nats."""
+    nothink: Number = None  # log p of the target without a thought, in nats
     nothink_top: TopTokens = field(default_factory=list)
-    thoughts: list[Thought] = field(default_factory=list)
+    thoughts: Thoughts = field(default_factory=list)
 
     @property
     def gain(self) -> float | None:
@@ -62,36 +63,12 @@ class Documents:
     documents: list[MeasuredDocument]
 
 
-_READER = TypeAdapter(Documents)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Viewer:
-    """What the page needs besides the HTML of the section."""
-
-    measured: bool
-    """Whether any run has documents.json."""
-    data: Markup
-    """JSON that is safe inside a script element."""
-    script: Markup
-    source: str
-    """The hash of the script for the Content-Security-Policy."""
-
-
 def load(path: Path) -> Documents | None:
     """Read RUN/documents.json; None if there is none. Raises a one-line UserError if it is broken."""
     file = path / "documents.json"
     if not file.is_file():
         return None
-    try:
-        found = _READER.validate_python(json.loads(file.read_bytes()))
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        location = ".".join(map(str, first["loc"])) or "top level"
-        message = visible(f"{location}: {first['msg']}")
-        raise UserError(f"{file}: {message}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: is not valid JSON: {error}") from None
+    found = read_checked(file, Documents)
     for one in found.documents:
         indices = [position.at for position in one.positions]
         if len(set(indices)) < len(indices) or max(indices, default=-1) >= len(one.tokens):
@@ -102,8 +79,12 @@ def load(path: Path) -> Documents | None:
     return found
 
 
-def collect(runs: list[Run]) -> Viewer | None:
-    """Everything that the runs measured or logged; None if nothing. Raises UserError for a broken documents.json."""
+def collect(runs: list[Run]) -> dict[str, Any] | None:
+    """Everything that the runs measured or logged; None if nothing. Raises UserError for a broken documents.json.
+
+    For the page's template: whether any run has documents.json, JSON and script that are safe inside a script element,
+    and the hash of the script for the Content-Security-Policy.
+    """
     shown, documents, measured = [], {}, False
     for run in runs:
         found = load(run.path)
@@ -120,12 +101,12 @@ def collect(runs: list[Run]) -> Viewer | None:
         return None
     rows = list(documents.values())
     script = Path(__file__).with_name("viewer.js").read_text(encoding="utf-8")
-    return Viewer(
-        measured=measured,
-        data=_embedded({"runs": shown, "documents": rows, "limit": _limit(rows)}),
-        script=Markup(script),
-        source=f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'",
-    )
+    return {
+        "measured": measured,
+        "data": _embedded({"runs": shown, "documents": rows, "limit": _limit(rows)}),
+        "script": Markup(script),
+        "source": f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'",
+    }
 
 
 def _key(title: str, run: str, documents: dict[Any, Any]) -> tuple[str, int]:
@@ -168,22 +149,13 @@ def _version(tokens: list[str], positions: list[MeasuredPosition], spaced: bool)
                 "gain": one.gain,
                 "nothink": one.nothink,
                 "top": _top(one.nothink_top),
-                "thoughts": [_thought(each) for each in sorted(one.thoughts, key=by_reward)],
+                "thoughts": [
+                    {"text": _shown(each.text), "top": _top(each.top)} | {name: getattr(each, name) for name in FIGURES}
+                    for each in one.thoughts
+                ],
             }
             for one in positions
         ],
-    }
-
-
-def _thought(one: Thought) -> dict[str, Any]:
-    return {
-        "text": _shown(one.text),
-        "length": None if one.length is None else int(one.length),
-        "closed": one.closed,
-        "evidence": one.evidence,
-        "reward": one.reward,
-        "advantage": one.advantage,
-        "top": _top(one.top),
     }
 
 
