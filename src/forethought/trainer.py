@@ -226,8 +226,8 @@ class Trainer:
         sums, rows = self._gather(record, sums | more, guard)
         metrics |= means(sums) | self._rates(sums, time.perf_counter() - started, spent)
         if distributed.is_rank0() and (self.config.train.logs(number) or self.over):
-            log.metrics(number, metrics)
-            log.thoughts([{"step": number, **row} for row in rows])
+            log.append("metrics", [{"step": number, **metrics}])
+            log.append("thoughts", [{"step": number, **row} for row in rows])
             self._warn(log, callbacks, self.monitor.observe(number, metrics))
             tracker.log(number, metrics)
         self.consistent = True
@@ -268,7 +268,7 @@ class Trainer:
         """Log and report new warnings; a run that was killed after its evaluation finds the same ones again."""
         known = read_lines(log.path / "warnings.jsonl") if found else []
         new = [one for one in found if one.row() not in known]
-        log.warnings([one.row() for one in new])
+        log.append("warnings", [one.row() for one in new])
         for one in new:
             callbacks.warning(one)
 

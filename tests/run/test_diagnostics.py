@@ -137,10 +137,10 @@ def test_gain_that_other_thoughts_keep_is_told():
 
 def test_warnings_are_rewound_with_the_run(tmp_path):
     log = RunLog.create(Config(run=str(tmp_path / "run")))
-    log.warnings([])
+    log.append("warnings", [])
     assert not (log.path / "warnings.jsonl").exists()
     rows = [Diagnosis(step=step, name="x", evidence="e", advice="a").row() for step in (3, 7)]
-    log.warnings(rows)
+    log.append("warnings", rows)
     log.rewind(5)
     assert read_lines(log.path / "warnings.jsonl") == rows[:1]
 

@@ -59,7 +59,7 @@ def test_create_refuses_a_folder_with_something_in_it(tmp_path: Path):
 
 def test_overwrite_empties_a_run_and_follows_no_link(tmp_path: Path):
     run = make(tmp_path / "run")
-    run.metrics(1, {"loss": 1.0})
+    run.append("metrics", [{"step": 1, "loss": 1.0}])
     (run.path / "checkpoints" / "step-00000001").mkdir(parents=True)
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "file").write_text("kept")
@@ -83,7 +83,7 @@ def test_overwrite_refuses_what_is_no_run(tmp_path: Path, config: str | None):
 
 def test_overwrite_refuses_a_run_in_training(tmp_path: Path):
     run = make(tmp_path / "run")
-    run.metrics(1, {"loss": 1.0})
+    run.append("metrics", [{"step": 1, "loss": 1.0}])
     with run.lock(), pytest.raises(UserError, match="in use"):
         make(run.path, overwrite=True)
     assert len(read_lines(run.path / "metrics.jsonl")) == 1
@@ -132,8 +132,8 @@ def test_open_refuses_what_is_no_run(tmp_path: Path):
 
 def test_metrics_are_one_line_each_without_nan(tmp_path: Path):
     run = make(tmp_path)
-    run.metrics(1, {"loss": 0.1, "gain": math.nan, "ratio": math.inf, "tokens": 12})
-    run.metrics(2, {"loss": -math.inf})
+    run.append("metrics", [{"step": 1, "loss": 0.1, "gain": math.nan, "ratio": math.inf, "tokens": 12}])
+    run.append("metrics", [{"step": 2, "loss": -math.inf}])
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert lines == ['{"step": 1, "loss": 0.1, "tokens": 12}', '{"step": 2}']
     assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.1, "tokens": 12}, {"step": 2}]
@@ -143,14 +143,14 @@ def test_metrics_are_one_line_each_without_nan(tmp_path: Path):
 @given(text=st.text(st.characters(exclude_categories=())), numbers=st.lists(st.floats()))
 def test_any_thought_comes_back(tmp_path_factory: pytest.TempPathFactory, text: str, numbers: list[float]):
     run = make(tmp_path_factory.mktemp("run"))
-    run.thoughts([{"step": 3, "thought": text, "logp": numbers}])
+    run.append("thoughts", [{"step": 3, "thought": text, "logp": numbers}])
     finite = [number if math.isfinite(number) else None for number in numbers]
     assert read_lines(run.path / "thoughts.jsonl") == [{"step": 3, "thought": text, "logp": finite}]
 
 
 def test_thoughts_need_a_step(tmp_path: Path):
     with pytest.raises(AssertionError, match="step"):
-        make(tmp_path).thoughts([{"thought": "?"}])
+        make(tmp_path).append("thoughts", [{"thought": "?"}])
 
 
 def test_read_lines_ignores_only_a_cut_last_line(tmp_path: Path):
@@ -180,15 +180,15 @@ def test_a_broken_line_elsewhere_is_named(tmp_path: Path, line: str):
 def test_rewind_drops_later_steps_and_a_cut_line(tmp_path: Path):
     run = make(tmp_path)
     for step in range(1, 6):
-        run.metrics(step, {"loss": 1 / step})
-        run.thoughts([{"step": step, "i": i} for i in range(2)])
+        run.append("metrics", [{"step": step, "loss": 1 / step}])
+        run.append("thoughts", [{"step": step, "i": i} for i in range(2)])
     kept = read_lines(tmp_path / "metrics.jsonl")[:3]
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
     run.rewind(3)
     assert read_lines(tmp_path / "metrics.jsonl") == kept
     assert [row["step"] for row in read_lines(tmp_path / "thoughts.jsonl")] == [1, 1, 2, 2, 3, 3]
-    run.metrics(4, {"loss": 9.0})
+    run.append("metrics", [{"step": 4, "loss": 9.0}])
     assert read_lines(tmp_path / "metrics.jsonl") == [*kept, {"step": 4, "loss": 9.0}]
     assert names(tmp_path) == {"config.json", ".lock", "metrics.jsonl", "thoughts.jsonl"}
 
@@ -250,11 +250,11 @@ def test_a_full_disk_says_what_is_safe(tmp_path: Path):
     run = make(tmp_path)
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(RunError, match=r"metrics\.jsonl: .*No space left on device; no checkpoint had been written$"):
-        run.metrics(1, {"loss": 1.0})
+        run.append("metrics", [{"step": 1, "loss": 1.0}])
     for name in ("step-00000020", ".replaced-step-00000030", ".old-step-00000040", ".partial-step-00000050"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     with pytest.raises(RunError, match=r"the checkpoint of step 30 is intact$"):
-        run.metrics(2, {"loss": 1.0})
+        run.append("metrics", [{"step": 2, "loss": 1.0}])
 
 
 def test_a_file_that_may_not_grow_leaves_the_old_one(tmp_path: Path):

@@ -15,6 +15,7 @@ from forethought.config import Corpus, UserError
 from forethought.data.readers import Document, find_source
 
 _MAX_SHORT = 1000  # documents of an endless stream that may be too short before any is long enough
+_CURSOR = ("documents", "skipped", "tokens", "epoch", "block", "part", "record", "done", "given", "found")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,9 +77,9 @@ class Windows:
         self._options, self._tokenizer, self._seed = options, tokenizer, seed
         self._source = find_source(options, seed, option)
         self._size = 1 if self._source.endless else max(1, options.shuffle)
-        self.epoch = self.documents = self.skipped = self.tokens = 0
+        self.epoch = self.documents = self.skipped = self.tokens = self.found = 0
         # The block's number and start, how many of its documents are done, and the windows returned of the next one.
-        self._block, self._start, self._done, self._given, self._found = 0, (0, 0), 0, 0, False
+        self.block = self.part = self.record = self.done = self.given = 0
         self._windows = self._run()
 
     def __iter__(self) -> "Windows":
@@ -89,20 +90,7 @@ class Windows:
 
     def cursor(self) -> dict[str, int]:
         """The position after the last window, for JSON: the start of the block and how much of it is used."""
-        part, record = self._start
-        return {
-            "documents": self.documents,
-            "skipped": self.skipped,
-            "tokens": self.tokens,
-            "epoch": self.epoch,
-            "parts": len(self._source.parts),
-            "block": self._block,
-            "part": part,
-            "record": record,
-            "done": self._done,
-            "given": self._given,
-            "found": int(self._found),
-        }
+        return {"parts": len(self._source.parts), **{name: getattr(self, name) for name in _CURSOR}}
 
     def seek(self, cursor: dict[str, int]) -> None:
         """Continue from a cursor that was taken with the same options and seed.
@@ -112,9 +100,8 @@ class Windows:
         """
         if (now := len(self._source.parts)) != cursor["parts"]:
             raise UserError(f"{self._source.label}: {now} files, but {cursor['parts']} when the run was saved")
-        self.documents, self.skipped, self.tokens = cursor["documents"], cursor["skipped"], cursor["tokens"]
-        self.epoch, self._block, self._start = cursor["epoch"], cursor["block"], (cursor["part"], cursor["record"])
-        self._done, self._given, self._found = cursor["done"], cursor["given"], bool(cursor["found"])
+        for name in _CURSOR:
+            setattr(self, name, cursor[name])
         self._windows = self._run()
 
     def _run(self) -> Iterator[Window]:
@@ -124,63 +111,54 @@ class Windows:
             while block := list(itertools.islice(stream, self._size)):
                 after = block[-1][0]
                 if self._options.shuffle:
-                    random.Random(f"block {self._seed} {self.epoch} {self._block}").shuffle(block)
-                while self._done < len(block):
-                    yield from self._windows_of(block[self._done][1])
-                    self._done, self._given = self._done + 1, 0
+                    random.Random(f"block {self._seed} {self.epoch} {self.block}").shuffle(block)
+                while self.done < len(block):
+                    yield from self._windows_of(block[self.done][1])
+                    self.done, self.given = self.done + 1, 0
                 block.clear()  # free this block before the next one is read
-                self._block, self._start, self._done = self._block + 1, after, 0
-                if self._source.endless and self._block >= _MAX_SHORT and not self._found:
+                self.block, self.part, self.record, self.done = self.block + 1, *after, 0
+                if self._source.endless and self.block >= _MAX_SHORT and not self.found:
                     break
-            if not self._found:
+            if not self.found:
                 least = self._options.min_tokens
                 raise UserError(f"{self._source.label}: no document has corpus.min_tokens = {least} tokens or more")
-            self.epoch, self._block, self._start, self._found = self.epoch + 1, 0, (0, 0), False
+            self.epoch += 1
+            self.block = self.part = self.record = self.found = 0
 
     def _documents(self) -> Iterator[tuple[tuple[int, int], Document]]:
         """The documents from the start of the block to the end of the pass, each with the (part, record) after it."""
         order = list(self._source.parts)
         if self._options.shuffle:
             random.Random(f"files {self._seed} {self.epoch}").shuffle(order)
-        first, skip = self._start
-        for index, part in enumerate(order[first:], first):
+        skip = self.record
+        for index, part in enumerate(order[self.part :], self.part):
             for record, document in enumerate(self._source.read(part, skip), skip + 1):
                 yield (index, record), document
             skip = 0
 
     def _windows_of(self, document: Document) -> Iterator[Window]:
-        """The windows of a document that have not been returned yet."""
-        windows, short = self._split(document)
-        if not self._given:
+        """The windows of a document that have not been returned yet. An empty document counts as one that is short."""
+        tokens, marks = _tokenize(document, self._tokenizer) if document.text.strip() else ([], {})
+        size, least = self._options.window, self._options.min_tokens
+        starts = range(0, max(1, len(tokens)), size)
+        long = [start for start in starts if len(tokens[start : start + size]) >= least]
+        if not self.given:
             self.documents += 1
-            self.skipped += short
-            self._found = self._found or bool(windows)
-        for window in windows[self._given :]:
-            self._given += 1
+            self.skipped += len(starts) - len(long)
+            self.found = int(self.found or bool(long))
+        for start in long[self.given :]:
+            shifted = {name: tuple(i - start for i in at if start <= i < start + size) for name, at in marks.items()}
+            window = Window(
+                document=document.id,
+                start=start,
+                tokens=tokens[start : start + size],
+                marks={name: at for name, at in shifted.items() if at},
+                domain=document.domain,
+                language=document.language,
+            )
+            self.given += 1
             self.tokens += len(window.tokens)
             yield window
-
-    def _split(self, document: Document) -> tuple[list[Window], int]:
-        """The windows of a document that are long enough, and how many are too short (an empty document counts)."""
-        tokens, marks = _tokenize(document, self._tokenizer) if document.text.strip() else ([], {})
-        size, windows = self._options.window, []
-        starts = range(0, max(1, len(tokens)), size)
-        for start in starts:
-            inside = tokens[start : start + size]
-            if len(inside) < self._options.min_tokens:
-                continue
-            shifted = {name: tuple(i - start for i in at if start <= i < start + size) for name, at in marks.items()}
-            windows.append(
-                Window(
-                    document=document.id,
-                    start=start,
-                    tokens=inside,
-                    marks={name: at for name, at in shifted.items() if at},
-                    domain=document.domain,
-                    language=document.language,
-                )
-            )
-        return windows, len(starts) - len(windows)
 
 
 def _tokenize(document: Document, tokenizer: Any) -> tuple[list[int], dict[str, list[int]]]:

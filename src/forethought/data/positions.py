@@ -2,12 +2,13 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from forethought.config import Method, UserError, registry
 from forethought.data.corpus import Window
@@ -43,13 +44,9 @@ class Positions:
         owners = self.window.tolist()
         index = {window: i for i, window in enumerate(chosen)}
         kept = [i for i, owner in enumerate(owners) if owner in index]
-        selected = Positions(
-            windows=tuple(self.windows[window] for window in chosen),
-            window=torch.tensor([index[owners[i]] for i in kept], dtype=torch.long),
-            at=self.at[kept],
-            horizon=self.horizon,
-        )
-        return selected, kept
+        windows = tuple(self.windows[window] for window in chosen)
+        new_owners = torch.tensor([index[owners[i]] for i in kept], dtype=torch.long)
+        return replace(self, windows=windows, window=new_owners, at=self.at[kept]), kept
 
     def chunks(self, size: int) -> "Iterator[Positions]":
         """Chunks of whole windows with at most `size` positions each, or a single window."""
@@ -72,12 +69,8 @@ class Positions:
     def slice(self, start: int, end: int) -> "Positions":
         """Positions start .. end-1, with their windows."""
         first, last = int(self.window[start]), int(self.window[end - 1])
-        return Positions(
-            windows=self.windows[first : last + 1],
-            window=self.window[start:end] - first,
-            at=self.at[start:end],
-            horizon=self.horizon,
-        )
+        owners = self.window[start:end] - first
+        return replace(self, windows=self.windows[first : last + 1], window=owners, at=self.at[start:end])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,26 +132,26 @@ class ThoughtFormat:
 
 def thought_format(tokenizer: Any, options: Method) -> ThoughtFormat:
     """Encode the template and the delimiters. Raises UserError for text that the tokenizer cannot encode."""
-    before, _, after = options.prompt.partition("{context}")
-    encoded = {}
-    texts = {"open": options.open, "close": options.close, "end": options.end}
-    for option, text in (*texts.items(), ("prompt", before), ("prompt", after)):
+
+    def encode(option: str, text: str) -> tuple[int, ...]:
         tokens = tokenizer.encode(text, add_special_tokens=False) if text else []
         if (text and not tokens) or (tokenizer.unk_token_id is not None and tokenizer.unk_token_id in tokens):
             raise UserError(f"method.{option} = {text!r}: the tokenizer cannot encode it; choose text that it knows")
-        encoded[text] = tuple(tokens)
-    vocabulary = max(tokenizer.get_vocab().values()) + 1
-    pads = [one for one in (tokenizer.pad_token_id, tokenizer.eos_token_id) if one is not None and one < vocabulary]
+        return tuple(tokens)
+
+    before, _, after = options.prompt.partition("{context}")
+    vocabulary, close = max(tokenizer.get_vocab().values()) + 1, encode("close", options.close)
+    pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return ThoughtFormat(
-        before=encoded[before],
-        after=encoded[after],
-        open=encoded[options.open],
-        close=encoded[options.close],
+        open=encode("open", options.open),
+        close=close,
+        end=encode("end", options.end),
+        before=encode("prompt", before),
+        after=encode("prompt", after),
         bos=tokenizer.bos_token_id,
-        pad=pads[0] if pads else 0,
-        end=encoded[options.end],
+        pad=next(token for token in pads if token is not None and token < vocabulary),
         vocabulary=vocabulary,
-        closing=Closing.of_text(tokenizer, options.close, encoded[options.close]),
+        closing=Closing.of_text(tokenizer, options.close, close),
     )
 
 
@@ -211,10 +204,7 @@ def uncertain(entropy: Float[Tensor, " choice"], count: int, options: Method, ge
 
 
 def draw_positions(
-    windows: Sequence[Window],
-    options: Method,
-    generator: torch.Generator,
-    entropies: Sequence[Tensor] = (),
+    windows: Sequence[Window], options: Method, generator: torch.Generator, entropies: Sequence[Tensor] = ()
 ) -> Positions:
     """K positions in each window (fewer in short windows) by the configured policy, in ascending order.
 
@@ -252,11 +242,7 @@ def pad_rows(
     rows: Sequence[Sequence[int]], pad: int, left: bool
 ) -> tuple[Int[Tensor, "row width"], Bool[Tensor, "row width"]]:
     """Rows of different lengths as one padded tensor and its mask (True at real tokens)."""
-    width = max(len(row) for row in rows)
-    tokens = torch.full((len(rows), width), pad, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        filled = slice(width - len(row), width) if left else slice(0, len(row))
-        tokens[i, filled] = torch.tensor(row, dtype=torch.long)
-        mask[i, filled] = True
-    return tokens, mask
+    real, side = [torch.tensor(row, dtype=torch.long) for row in rows], "left" if left else "right"
+    tokens = pad_sequence(real, batch_first=True, padding_value=pad, padding_side=side)
+    ones = [torch.ones_like(row, dtype=torch.bool) for row in real]
+    return tokens, pad_sequence(ones, batch_first=True, padding_value=False, padding_side=side)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from forethought.config import UserError
 
@@ -32,7 +33,8 @@ class TokenBytes:
         self._tokenizer = tokenizer
         self._added = {i: str(token).encode() for i, token in tokenizer.added_tokens_decoder.items()}
         decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"], ensure_ascii=False)
-        self._letters: dict[str, bytes] | None = _byte_letters() if '"ByteLevel"' in decoder else None
+        byte_letters = {letter: bytes([byte]) for byte, letter in bytes_to_unicode().items()}
+        self._letters = byte_letters if '"ByteLevel"' in decoder else None
         self._pieces = _SPACE in decoder or '"Metaspace"' in decoder
 
     def token(self, token: int) -> bytes:
@@ -58,13 +60,6 @@ class TokenBytes:
             return written.replace(_SPACE, " ").encode()
         return written[2:].encode() if written.startswith("##") else f" {written}".encode()
 
-
-def _byte_letters() -> dict[str, bytes]:
-    """The byte of each letter in byte-level vocabularies: its own if it is printable, else assigned from 256 on."""
-    seen = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
-    hidden = [byte for byte in range(256) if byte not in seen]
-    letters = {chr(byte): bytes([byte]) for byte in seen}
-    return letters | {chr(256 + i): bytes([byte]) for i, byte in enumerate(hidden)}
 
 
 class Closing:

@@ -54,12 +54,12 @@ def save(run: Path, step: int, snapshot: Snapshot, keep: int) -> Path:
     final = folder / f"step-{step:08}"
     partial = folder / f".partial-{final.name}"
     with disk_errors(run, final):
-        distributed.run_on_rank0(lambda: _begin(run, partial))
+        distributed.run_on_rank0(lambda: _make_empty(run, partial))
         try:
             sharded = sum(distributed.all_gather(bool(snapshot.tensors))) > 1
-            files = distributed.run_on_all_ranks(lambda: _write_tensors(run, partial, snapshot.tensors, sharded))
+            files = distributed.run_on_all_ranks(lambda: _write_tensors(partial, snapshot.tensors, sharded))
             gathered = {stem: entry for some in distributed.all_gather(files) for stem, entry in some.items()}
-            distributed.run_on_rank0(lambda: _write_state(run, partial, {"state": snapshot.state, "files": gathered}))
+            distributed.run_on_rank0(lambda: _write_state(partial, {"state": snapshot.state, "files": gathered}))
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -145,16 +145,15 @@ def _check(file: Path, expected: dict[str, int]) -> None:
         raise _broken(file, "its checksum is wrong")
 
 
-def _begin(run: Path, partial: Path) -> None:
+def _make_empty(run: Path, partial: Path) -> None:
     """Make an empty temporary folder beside the checkpoints."""
-    with disk_errors(run, partial):
-        partial.parent.mkdir(exist_ok=True)
-        sync(run)
-        _tidy(run)
-        partial.mkdir()
+    partial.parent.mkdir(exist_ok=True)
+    sync(run)
+    _tidy(run)
+    partial.mkdir()
 
 
-def _write_tensors(run: Path, folder: Path, named: dict[str, Tensor], sharded: bool) -> dict[str, dict[str, int]]:
+def _write_tensors(folder: Path, named: dict[str, Tensor], sharded: bool) -> dict[str, dict[str, int]]:
     """Write the files of this rank; their sizes and checksums."""
     groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in named.items():
@@ -165,36 +164,15 @@ def _write_tensors(run: Path, folder: Path, named: dict[str, Tensor], sharded: b
     for group, tensors in groups.items():
         stem = f"{group}.{distributed.rank()}-of-{distributed.world_size()}" if sharded else group
         file = folder / f"{stem}.safetensors"
-        with disk_errors(run, file):
-            _save_tensors(file, tensors)
-            sync(file)
-            files[stem] = _fingerprint(file)
+        with tensor_errors(file):
+            save_file(_separate(tensors), file)
+        sync(file)
+        files[stem] = _fingerprint(file)
     return files
 
 
-def _write_state(run: Path, folder: Path, record: dict[str, Any]) -> None:
-    """Write state.json, which completes the checkpoint."""
-    state = folder / "state.json"
-    with disk_errors(run, state):
-        state.write_text(json.dumps({"crc32": _checksum(record), **record}), encoding="utf-8")
-        for file in folder.iterdir():
-            shutil.copymode(state, file)  # safetensors makes its files readable for the owner only
-        sync(state)
-        sync(folder)
-
-
-def _finish(run: Path, partial: Path, final: Path, keep: int) -> None:
-    """Put the folder in place and remove older checkpoints."""
-    with disk_errors(run, final):
-        _put(partial, final)
-        stale = [path for path in list(checkpoints(run).values())[:-keep] if path != final]
-        for path in stale:
-            path.rename(final.with_name(f".old-{path.name}"))
-        _tidy(run)
-
-
-def _save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Write one safetensors file. Raises OSError for a full or failing disk."""
+def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, none of which shares memory with another."""
     seen: set[int] = set()
     separate = {}
     for name, tensor in tensors.items():
@@ -202,8 +180,32 @@ def _save_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
         memory = plain.untyped_storage().data_ptr()
         separate[name] = plain.clone() if memory in seen else plain
         seen.add(memory)
-    with tensor_errors(file):
-        save_file(separate, file)
+    return separate
+
+
+def _write_state(folder: Path, record: dict[str, Any]) -> None:
+    """Write state.json, which completes the checkpoint."""
+    state = folder / "state.json"
+    state.write_text(json.dumps({"crc32": _checksum(record), **record}), encoding="utf-8")
+    for file in folder.iterdir():
+        shutil.copymode(state, file)  # safetensors makes its files readable for the owner only
+    sync(state)
+    sync(folder)
+
+
+def _finish(run: Path, partial: Path, final: Path, keep: int) -> None:
+    """Put the folder in place and remove older checkpoints; `folder.checkpoints` handles a kill between the renames."""
+    replaced = final.with_name(f".replaced-{final.name}")
+    if final.exists():
+        final.rename(replaced)
+    partial.rename(final)
+    if replaced.exists():
+        replaced.rename(final.with_name(f".old-{final.name}"))
+    sync(final.parent)
+    for path in list(checkpoints(run).values())[:-keep]:
+        if path != final:
+            path.rename(final.with_name(f".old-{path.name}"))
+    _tidy(run)
 
 
 @contextmanager
@@ -218,17 +220,6 @@ def tensor_errors(file: Path) -> Iterator[None]:
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(file)) from error
 
 
-def _put(partial: Path, final: Path) -> None:
-    """Rename a finished folder into place; `folder.checkpoints` handles a kill between the first two renames."""
-    replaced = final.with_name(f".replaced-{final.name}")
-    if final.exists():
-        final.rename(replaced)
-    partial.rename(final)
-    if replaced.exists():
-        replaced.rename(final.with_name(f".old-{final.name}"))
-    sync(final.parent)
-
-
 def _tidy(run: Path) -> None:
     """Clean up after a killed save: restore a replaced checkpoint whose successor is missing, remove the rest."""
     valid = set(checkpoints(run).values())
@@ -241,12 +232,11 @@ def _tidy(run: Path) -> None:
 
 def _fingerprint(file: Path) -> dict[str, int]:
     """Size and checksum of a file."""
-    size = checksum = 0
+    checksum = 0
     with file.open("rb") as stream:
         while block := stream.read(1 << 20):
-            size += len(block)
             checksum = zlib.crc32(block, checksum)
-    return {"bytes": size, "crc32": checksum}
+        return {"bytes": stream.tell(), "crc32": checksum}
 
 
 def _checksum(record: dict[str, Any]) -> int:

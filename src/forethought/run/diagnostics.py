@@ -6,9 +6,8 @@ lower threshold. docs/diagnostics.md explains every check.
 """
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any, Literal, TypeGuard
 
@@ -52,28 +51,6 @@ class Check:
     """The reference: none, the first WINDOW logged values, or the WINDOW before the last WINDOW."""
     beside: str = ""
     """A metric that only those runs log to which the check applies."""
-
-
-@dataclass(slots=True)
-class _History:
-    start: list[float] = field(default_factory=list)
-    latest: deque[float] = field(default_factory=lambda: deque(maxlen=2 * WINDOW))
-    count: int = 0
-    warned: bool = False
-
-    def add(self, value: float) -> None:
-        self.count += 1
-        self.latest.append(value)
-        if len(self.start) < WINDOW:
-            self.start.append(value)
-
-    def means(self, reference: str) -> tuple[float, float] | None:
-        """The means of the last WINDOW values and of the reference; None while there are too few."""
-        if self.count < (WINDOW if reference == "none" else 2 * WINDOW):
-            return None
-        values = list(self.latest)
-        earlier = self.start if reference == "start" else values[:WINDOW]
-        return fmean(values[-WINDOW:]), fmean(earlier)
 
 
 CHECKS = (
@@ -143,7 +120,8 @@ class Monitor:
 
     def __init__(self, updates: int = 1):
         self._checks = (*CHECKS, _ratio_off(updates))
-        self._histories = {check.name: _History() for check in self._checks}
+        self._values: dict[str, list[float]] = {check.name: [] for check in self._checks}
+        self._warned: set[str] = set()
 
     def observe(self, step: int, metrics: Mapping[str, Any]) -> list[Diagnosis]:
         """New warnings at a logged step. A metric that is missing or not finite is ignored."""
@@ -152,19 +130,19 @@ class Monitor:
             value = metrics.get(check.metric)
             if not _is_number(value) or (check.beside and check.beside not in metrics):
                 continue
-            history = self._histories[check.name]
-            history.add(float(value))
-            means = history.means(check.reference)
-            if means is None:
+            values = self._values[check.name]
+            values.append(float(value))
+            if len(values) < (WINDOW if check.reference == "none" else 2 * WINDOW):
                 continue
-            size = check.size(*means)
-            if not history.warned and size >= check.warns:
-                history.warned = True
-                recent, reference = means
+            first = 0 if check.reference == "start" else max(0, len(values) - 2 * WINDOW)
+            recent, reference = fmean(values[-WINDOW:]), fmean(values[first : first + WINDOW])
+            size = check.size(recent, reference)
+            if check.name not in self._warned and size >= check.warns:
+                self._warned.add(check.name)
                 evidence = check.evidence.format(recent=recent, reference=reference, window=WINDOW)
                 found.append(Diagnosis(step=step, name=check.name, evidence=evidence, advice=check.advice))
             elif size < check.clears:
-                history.warned = False
+                self._warned.discard(check.name)
         return found
 
     def replay(self, rows: Iterable[Mapping[str, Any]]) -> list[Diagnosis]:

@@ -26,11 +26,11 @@ import shutil
 import socket
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from forethought.config import Config, RunError, UserError, from_saved, to_dict
 from forethought.run import __version__
@@ -90,19 +90,13 @@ class RunLog:
         except UserError as error:
             raise UserError(f"{self.path / 'config.json'}: {error}") from None
 
-    def metrics(self, step: int, values: Mapping[str, float | int]) -> None:
-        """Append one line to metrics.jsonl, without non-finite values. Raises RunError (disk)."""
-        self._append("metrics.jsonl", [{"step": step, **values}])
-
-    def thoughts(self, rows: list[dict[str, Any]]) -> None:
-        """Append one line per row to thoughts.jsonl; every row has a "step". Raises RunError (disk)."""
-        assert all(type(row.get("step")) is int for row in rows), "rewind needs the step of every thought"
-        self._append("thoughts.jsonl", rows)
-
-    def warnings(self, rows: list[dict[str, Any]]) -> None:
-        """Append one line per row to warnings.jsonl; every row has a "step". Raises RunError (disk)."""
-        if rows:
-            self._append("warnings.jsonl", rows)
+    def append(self, name: Literal["metrics", "thoughts", "warnings"], rows: list[dict[str, Any]]) -> None:
+        """Append one line per row to RUN/name.jsonl; every row has a "step". Raises RunError (disk)."""
+        assert all(type(row.get("step")) is int for row in rows), "rewind needs the step of every row"
+        path = self.path / f"{name}.jsonl"
+        if rows or name != "warnings":  # a run without warnings has no such file
+            with disk_errors(self.path, path), path.open("a", encoding="utf-8") as file:
+                file.write("".join(_dump(row) for row in rows))
 
     def rewind(self, step: int) -> None:
         """Drop the lines of steps after `step` and a truncated last line, so that a resumed run logs no step twice.
@@ -119,19 +113,30 @@ class RunLog:
                 if row["step"] <= step:
                     kept.append(row)
             if path.exists():
-                _replace(self.path, path, "".join(_dump(row) for row in kept))
+                self.write_lines(path.name, kept)
 
     def write_json(self, name: str, values: dict[str, Any] | list[dict[str, Any]]) -> None:
         """Write or replace RUN/name atomically. Raises RunError."""
-        _replace(self.path, self.path / name, json.dumps(_finite(values), indent=2, allow_nan=False) + "\n")
+        self.write_text(name, json.dumps(_finite(values), indent=2, allow_nan=False) + "\n")
 
     def write_lines(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Write or replace RUN/name atomically, one row per line. Raises RunError."""
-        _replace(self.path, self.path / name, "".join(_dump(row) for row in rows))
+        self.write_text(name, "".join(_dump(row) for row in rows))
 
     def write_text(self, name: str, text: str) -> None:
         """Write or replace RUN/name atomically. Raises RunError."""
-        _replace(self.path, self.path / name, text)
+        path = self.path / name
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        with disk_errors(self.path, path):
+            try:
+                partial.write_text(text, encoding="utf-8")
+                sync(partial)
+                partial.replace(path)
+                sync(path.parent)
+            except BaseException:
+                with suppress(OSError):
+                    partial.unlink()
+                raise
 
     def read_json(self, name: str) -> dict[str, Any]:
         """Read RUN/name. Raises UserError if it is missing or not a JSON object."""
@@ -178,12 +183,6 @@ class RunLog:
             warnings.warn(
                 f"{self.path}: this file system has no locks; do not train in it twice at the same time", stacklevel=4
             )
-
-    def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
-        text = "".join(_dump(row) for row in rows)
-        path = self.path / name
-        with disk_errors(self.path, path), path.open("a", encoding="utf-8") as file:
-            file.write(text)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -321,20 +320,6 @@ def _empty(path: Path) -> None:
             shutil.rmtree(entry)
         elif entry.name != "config.json":
             entry.unlink()
-
-
-def _replace(run: Path, path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with disk_errors(run, path):
-        try:
-            partial.write_text(text, encoding="utf-8")
-            sync(partial)
-            partial.replace(path)
-            sync(path.parent)
-        except BaseException:
-            with suppress(OSError):
-                partial.unlink()
-            raise
 
 
 def _dump(row: dict[str, Any]) -> str:
