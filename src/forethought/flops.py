@@ -17,6 +17,8 @@ from forethought.config import Lora, UserError
 
 MAX_LOGITS = {"cpu": 2**26, "cuda": 2**28}
 """Logits that the update holds in memory at once, with their gradients."""
+PREPACK_MIN_WEIGHTS = 1_000_000
+"""Weights of linear layers from which a CPU decodes with prepacked ones; fewer fit a core's cache (4 MB)."""
 
 
 def _add(one: Any, more: Any) -> Any:

@@ -75,23 +75,20 @@ class Writer(Engine, Protocol):
         ...
 
 
-def engine(model: Any, form: ThoughtFormat, config: Config) -> Any:
-    """The `Engine` of a config (for RPT a `Writer`). Raises UserError where the model does not support it."""
-    share_prefixes(model, config)
-    return registry.load("engine", config.rollout.engine)(model, form, config)
+def engine(model: Any, form: ThoughtFormat, config: Config, name: str = "") -> Any:
+    """The `Engine` of a config, or the one of this name; for RPT a `Writer`. Enables shared prefixes in the model.
 
-
-def share_prefixes(model: Any, config: Config) -> None:
-    """Enable shared prefixes if the config asks for them. Raises UserError for a model that does not support them."""
-    if config.model.prefix != "shared":
-        return
+    Raises UserError where the model does not support what the config asks for.
+    """
     try:
-        enable(model)
+        if config.model.prefix == "shared":
+            enable(model)
     except ValueError as error:
         raise UserError(
             f"model.prefix = 'shared': {type(model).__name__} cannot read a document once for all its thoughts "
             f"({error}); set model.prefix to 'replicated'"
         ) from error
+    return registry.load("engine", name or config.rollout.engine)(model, form, config)
 
 
 def draw_noise(shape: tuple[int, int], generators: list[torch.Generator]) -> Float[Tensor, "batch group thought"]:
