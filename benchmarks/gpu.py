@@ -24,6 +24,7 @@ import harness
 import torch
 from harness import FORM, OPEN
 
+from forethought import rollout
 from forethought.algo.rlp import RLP
 from forethought.config import Config, Update
 from forethought.data.positions import at_positions, make_generator
@@ -33,7 +34,7 @@ from forethought.prefix import SuffixCache, backbone, enable, read
 from forethought.prefix import attention as merged
 from forethought.rollout import draw_noise
 from forethought.rollout.cuda_graphs import CUDAGraphDecoder
-from forethought.rollout.native import NativeEngine, native_engine
+from forethought.rollout.native import NativeEngine
 from forethought.trainer import TimedEngine
 
 BF16 = torch.bfloat16
@@ -129,7 +130,7 @@ class Step:
         self.weights = harness.build(name, "cuda")
         self.settings, self.number = settings, 0
         self.network = Network(self.weights, "bf16")
-        self.engine = TimedEngine(native_engine(self.network.model, FORM, settings))
+        self.engine = TimedEngine(rollout.engine(self.network.model, FORM, settings))
         vocab = self.weights.config.vocab_size
         self.method = RLP(self.network, self.engine, FORM, harness.tokenizer(vocab), settings)
         self.optimizer = torch.optim.AdamW(self.weights.parameters(), lr=1e-6, fused=True)

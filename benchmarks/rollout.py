@@ -28,11 +28,11 @@ import harness
 import torch
 from harness import CLOSE, FORM, OPEN
 
+from forethought import rollout
 from forethought.config import Model
 from forethought.data.positions import at_positions, make_generator
 from forethought.models.loading import load_model
 from forethought.rollout import draw_noise
-from forethought.rollout.native import native_engine
 
 GRID = ["512,64,1,16", "1024,64,1,16", "512,256,1,16"]
 
@@ -50,7 +50,7 @@ def forethought(name: str, grid: tuple[int, ...], device: str, decoding: Any = "
     settings = harness.settings(length, count, group)
     settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, decoding=decoding))
     model = build(name, device)
-    engine = native_engine(model, FORM, settings)
+    engine = rollout.engine(model, FORM, settings)
     window = harness.window(prefix, count, model.config.vocab_size)
     positions = at_positions([window], [harness.stops(prefix, count)], 1)
     noise = draw_noise((group, length), [make_generator(0, i) for i in range(count)])

@@ -29,8 +29,8 @@ from forethought.data.positions import Positions
 from forethought.flops import Shape, step_flops
 from forethought.models.compute_copy import Network, Teacher
 from forethought.models.logprobs import log_probabilities
-from forethought.rollout import Thoughts
-from forethought.rollout.native import NativeEngine, native_engine
+from forethought.rollout import Thoughts, engine
+from forethought.rollout.native import NativeEngine
 
 GRID = [(128, 32), (512, 64), (1024, 64), (512, 256), (256, 1024)]
 QUICK = [(128, 32), (512, 64)]
@@ -64,7 +64,7 @@ class Ours:
         self.clock = harness.CLOCKS[options.clock]
         self.model = harness.build(name, options.device)
         self.settings = harness.settings(length, places, group, shared, options.chunk)
-        self.engine = Watched(native_engine(self.model, FORM, self.settings), self.clock)
+        self.engine = Watched(engine(self.model, FORM, self.settings), self.clock)
         self.method = RLP(
             Network(self.model, "fp32"),
             self.engine,

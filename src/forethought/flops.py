@@ -17,6 +17,13 @@ from forethought.config import Lora, UserError
 
 MAX_LOGITS = {"cpu": 2**26, "cuda": 2**28}
 """Logits that the update holds in memory at once, with their gradients."""
+PREPACK_MIN_WEIGHTS = 1_000_000
+"""Weights of linear layers from which a CPU decodes with prepacked ones; fewer fit a core's cache (4 MB)."""
+
+
+def _add(one: Any, more: Any) -> Any:
+    """The sum of two dataclasses of one kind, field by field."""
+    return type(one)(**{each.name: getattr(one, each.name) + getattr(more, each.name) for each in fields(one)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +69,7 @@ class SavedBytes:
     bf16: int = 0  # bf16 weights; norms compute in fp32
     fused: int = 0  # the same with fused norms and gated MLPs, as on a GPU (forethought.models.fused)
 
-    def __add__(self, more: "SavedBytes") -> "SavedBytes":
-        return SavedBytes(fp32=self.fp32 + more.fp32, bf16=self.bf16 + more.bf16, fused=self.fused + more.fused)
+    __add__ = _add
 
     def __mul__(self, count: int) -> "SavedBytes":
         return SavedBytes(fp32=count * self.fp32, bf16=count * self.bf16, fused=count * self.fused)
@@ -92,24 +98,20 @@ class Shape:
         kind = config.model_type
         if kind not in FAMILIES:
             raise UserError(f"model_type = {kind!r}: its FLOPs are not known; known are {', '.join(sorted(FAMILIES))}")
-        layers = FAMILIES[kind](config)
-        linears: Counter[str] = Counter()
-        for name, width in (linear for layer in layers for linear in layer.linears):
-            linears[name] += width
-        embedding = config.vocab_size * config.hidden_size
-        ends = embedding * (1 if config.tie_word_embeddings else 2) + config.hidden_size
+        whole = sum(FAMILIES[kind](config), _norms(config, 1))  # with the norm after the last layer
+        embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
         return cls(
             model_type=kind,
             hidden=config.hidden_size,
             vocab=config.vocab_size,
-            parameters=sum(layer.matmul_weights + layer.other for layer in layers) + ends,
-            matmul_weights=sum(layer.matmul_weights for layer in layers),
-            attention=tuple(layer.attention for layer in layers if layer.attention),
-            mamba=tuple(layer.mamba for layer in layers if layer.mamba),
+            parameters=whole.matmul_weights + whole.other + embeddings,
+            matmul_weights=whole.matmul_weights,
+            attention=whole.attention,
+            mamba=whole.mamba,
             layers=config.num_hidden_layers,
             intermediate=widest(config),
-            saved=sum((layer.saved for layer in layers), _norms(config, 1).saved),
-            linears=tuple(linears.items()),
+            saved=whole.saved,
+            linears=tuple(whole.linears.items()),
         )
 
     @classmethod
@@ -179,33 +181,23 @@ def mamba_saved(one: Mamba) -> tuple[SavedBytes, SavedBytes]:
     return token, SavedBytes(fp32=scan, bf16=scan, fused=scan)
 
 
-_GATED, _JOINED, _PLAIN = (
-    ("gate_proj", "up_proj", "down_proj"),
-    ("input_linear", "output_linear"),
-    ("up_proj", "down_proj"),
-)
+_GATED = ("gate_proj", "up_proj", "down_proj")
+_JOINED = ("input_linear", "output_linear")
+_PLAIN = ("up_proj", "down_proj")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
-    """A layer, or a part of one that is added to the others."""
+    """A layer, a part of one, or several: parts are added up."""
 
     matmul_weights: int = 0
     other: int = 0  # other parameters: biases, norms, convolutions, inactive experts
-    attention: Attention | None = None
-    mamba: Mamba | None = None
+    attention: tuple[Attention, ...] = ()
+    mamba: tuple[Mamba, ...] = ()
     saved: SavedBytes = field(default_factory=SavedBytes)
-    linears: tuple[tuple[str, int], ...] = ()
+    linears: Counter[str] = field(default_factory=Counter)  # as in `Shape`
 
-    def __add__(self, more: "_Part") -> "_Part":
-        return _Part(
-            matmul_weights=self.matmul_weights + more.matmul_weights,
-            other=self.other + more.other,
-            attention=self.attention or more.attention,
-            mamba=self.mamba or more.mamba,
-            saved=self.saved + more.saved,
-            linears=self.linears + more.linears,
-        )
+    __add__ = _add
 
 
 Layers = list[_Part]
@@ -220,8 +212,8 @@ def _norms(config: Any, count: int) -> _Part:
 
 def _linear(inputs: int, outputs: int, bias: bool = False, name: str = "") -> _Part:
     """`name`: of a layer that LoRA can adapt."""
-    named = ((name, inputs + outputs),) if name else ()
-    return _Part(matmul_weights=inputs * outputs, other=outputs if bias else 0, linears=named)
+    named = Counter({name: inputs + outputs} if name else {})
+    return _Part(matmul_weights=inputs * outputs, other=outputs * bias, linears=named)
 
 
 def _attention(config: Any, window: int | None, biases: tuple[bool, bool], query_norm: bool = False) -> _Part:
@@ -229,6 +221,7 @@ def _attention(config: Any, window: int | None, biases: tuple[bool, bool], query
     hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     size = getattr(config, "head_dim", None) or hidden // heads
     numbers = size * (3 * heads + 2 * kv_heads)  # query, output twice; keys, values
+    attention = Attention(heads=heads, kv_heads=kv_heads, head_dim=size, window=window)
     normed, factors = size * (heads + kv_heads) * query_norm, 4 * (heads + (heads + kv_heads) * query_norm)
     saved = SavedBytes(
         fp32=4 * (numbers + 2 * normed) + factors,
@@ -236,12 +229,11 @@ def _attention(config: Any, window: int | None, biases: tuple[bool, bool], query
         fused=2 * (numbers + normed) + factors,
     )
     return (
-        _Part(attention=Attention(heads=heads, kv_heads=kv_heads, head_dim=size, window=window), saved=saved)
+        _Part(attention=(attention,), other=2 * size * query_norm, saved=saved)
         + _linear(hidden, heads * size, biases[0], "q_proj")
         + _linear(hidden, kv_heads * size, biases[0], "k_proj")
         + _linear(hidden, kv_heads * size, biases[0], "v_proj")
         + _linear(heads * size, hidden, biases[1], "o_proj")
-        + _Part(other=2 * size if query_norm else 0)
     )
 
 
@@ -259,7 +251,7 @@ def _mlp(inputs: int, inner: int, bias: bool = False, names: tuple[str, ...] = _
 
 def _experts(expert: _Part, config: Any) -> _Part:
     """A router and num_local_experts experts, of which num_experts_per_tok are active for each token."""
-    active, count, expert = config.num_experts_per_tok, config.num_local_experts, replace(expert, linears=())
+    active, count, expert = config.num_experts_per_tok, config.num_local_experts, replace(expert, linears=Counter())
     inactive = _Part(other=(count - active) * expert.matmul_weights)
     numbers = 3 * config.hidden_size  # inputs and outputs of an expert
     gathered = SavedBytes(fp32=4 * numbers, bf16=2 * numbers, fused=2 * numbers)
@@ -279,10 +271,8 @@ def _mamba_sizes(config: Any, names: str = _MAMBA) -> Mamba:
 def _mamba(config: Any, sizes: Mamba, biases: tuple[bool, bool, bool], norm: bool = True) -> _Part:
     """A Mamba-2 mixer. `biases`: of the input projection, the convolution, the output projection."""
     return (
-        _Part(mamba=sizes)
+        _Part(mamba=(sizes,), other=sizes.channels * (sizes.kernel + biases[1]) + 3 * sizes.heads + sizes.inner * norm)
         + _linear(config.hidden_size, sizes.inner + sizes.channels + sizes.heads, biases[0], "in_proj")
-        + _Part(other=sizes.channels * (sizes.kernel + biases[1]))
-        + _Part(other=3 * sizes.heads + (sizes.inner if norm else 0))
         + _linear(sizes.inner, config.hidden_size, biases[2])
     )
 
@@ -396,8 +386,7 @@ class Flops:
     reference: int = 0  # forward passes of the update: old log-probabilities, the KL reference
     update: int = 0  # forward and backward
 
-    def __add__(self, more: "Flops") -> "Flops":
-        return Flops(**{one.name: getattr(self, one.name) + getattr(more, one.name) for one in fields(self)})
+    __add__ = _add
 
     @property
     def rollout(self) -> int:
@@ -483,12 +472,8 @@ def decode_flops(shape: Shape, rows: Iterable[Row]) -> int:
     """FLOPs of reading rows token by token with a cache, each token with its logits."""
     rows = list(rows)
     count = sum(tokens for tokens, _ in rows)
-    total = _linear_flops(shape, count, count)
-    for one, layers in Counter(shape.attention).items():
-        total += layers * 4 * one.heads * one.head_dim * sum(pairs(n, past, one.window) for n, past in rows)
-    for one, layers in Counter(shape.mamba).items():
-        total += layers * count * (4 * one.inner * one.state + 2 * one.kernel * one.channels)
-    return total
+    recurrent = sum(4 * one.inner * one.state + 2 * one.kernel * one.channels for one in shape.mamba)
+    return forward_flops(replace(shape, mamba=()), rows, count) + count * recurrent
 
 
 def step_flops(shape: Shape, work: Work | tuple[int, ...]) -> Flops:

@@ -30,9 +30,8 @@ from forethought.models.loading import (
     require_context,
 )
 from forethought.models.logprobs import chunk_tokens, mask_tokens, no_think_logp, suffix_logits
-from forethought.rollout import Thoughts, draw_noise
+from forethought.rollout import Thoughts, draw_noise, engine
 from forethought.rollout.decoder import COMPACT, ReplicatedBatch, sample
-from forethought.rollout.native import native_engine
 
 _TAIL = 8  # tokens decoded to find the text that the last one adds; a character has at most 4
 _MAX_LOGITS = 2**26  # logits in memory at once
@@ -108,7 +107,7 @@ class ThinkingModel:
     def __init__(self, model: Any, tokenizer: Any, config: Config):
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.form = thought_format(tokenizer, config.method)
-        self.engine = native_engine(model, self.form, config)
+        self.engine = engine(model, self.form, config, "native")
         self.ends = _end_tokens(model, tokenizer)
 
     @classmethod
@@ -488,12 +487,11 @@ def generate(
     sampling: Sampling,
     stop: Stop,
     generators: Sequence[torch.Generator],
-    progress: Callable[[int], None] = lambda done: None,
 ) -> list[list[int]]:
     """The tokens that follow each prompt, with the one that stopped it; at least one each.
 
     Prompt i draws from generators[i] alone, so its text does not depend on how prompts are split into batches (up to
-    the rounding of a row that is padded to another width). `progress` receives the number of prompts of each batch.
+    the rounding of a row that is padded to another width).
     """
     texts: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))  # similar prompts together
@@ -503,7 +501,6 @@ def generate(
         found = _generate_batch(model, [prompts[i] for i in batch], sampling, stop, noise.to(model.device))
         for i, tokens in zip(batch, found, strict=True):
             texts[i] = tokens
-        progress(len(batch))
     return texts
 
 

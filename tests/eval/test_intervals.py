@@ -86,7 +86,7 @@ def test_a_paired_interval_is_that_of_the_difference():
     hard = [rng.gauss(-5, 3) for _ in range(50)]
     one = records(list(range(50)), hard, hard)
     better = records(list(range(50)), [x + 0.1 + rng.gauss(0, 0.01) for x in hard], hard)
-    pair = heldout.paired({"all": better}, {"all": one})
+    pair = heldout.paired([{"all": better}], [{"all": one}])
     assert pair["all/ce_think"] == pytest.approx(-0.1, abs=0.01)
     assert -0.11 < pair["all/ce_think/low"] < pair["all/ce_think/high"] < -0.09
     assert pair["all/ce_nothink"] == pair["all/ce_nothink/low"] == pair["all/ce_nothink/high"] == 0
@@ -98,7 +98,7 @@ def test_a_paired_interval_is_that_of_the_difference():
 def test_differences_turn_their_sign_with_the_order(values: list[float]):
     documents = list(range(len(values)))
     one, other = records(documents, values, values), records(documents, values[::-1], values)
-    there, back = heldout.paired({"all": one}, {"all": other}), heldout.paired({"all": other}, {"all": one})
+    there, back = heldout.paired([{"all": one}], [{"all": other}]), heldout.paired([{"all": other}], [{"all": one}])
     assert there["all/ce_think"] == pytest.approx(-back["all/ce_think"])
     assert there["all/ce_think/low"] == pytest.approx(-back["all/ce_think/high"])
 
@@ -107,7 +107,7 @@ def test_pairs_of_seeds_are_drawn_together():
     """Seeds that differ much, while one arm is better by 0.5 on every one of them."""
     ours = [{"all": noisy(30, shift)} for shift in (-3.5, 0.5, 4.5)]
     theirs = [{"all": noisy(30, shift)} for shift in (-4.0, 0.0, 4.0)]
-    pair = heldout.pooled_paired(ours, theirs)
+    pair = heldout.paired(ours, theirs)
     assert pair["all/ce_think"] == pytest.approx(-0.5)
     assert width(pair, "ce_think") == pytest.approx(0, abs=1e-9)
 
@@ -115,7 +115,7 @@ def test_pairs_of_seeds_are_drawn_together():
 def test_records_of_other_positions_are_refused():
     one = records([0, 1], [-1.0, -1.0], [-1.0, -1.0])
     moved = dataclasses.replace(one, at=[1, 3])
-    for call in (heldout.paired, heldout.summarize):
+    for call in (lambda one, other: heldout.paired([one], [other]), heldout.summarize):
         with pytest.raises(ValueError, match="same positions"):
             call({"all": one}, {"all": moved})
 
@@ -123,9 +123,9 @@ def test_records_of_other_positions_are_refused():
 def test_what_only_one_of_two_measured_is_not_compared():
     one = records([0, 1], [-1.0, -1.0], [-1.0, -1.0])
     full, plain = {"all": dataclasses.replace(one, empty=[-1.0, -2.0])}, {"all": one}
-    assert "all/ce_empty" not in heldout.paired(full, plain)
-    assert heldout.paired(full, full)["all/ce_empty"] == 0
-    assert heldout.paired({"answer": one, **plain}, plain).keys() == heldout.paired(plain, plain).keys()
+    assert "all/ce_empty" not in heldout.paired([full], [plain])
+    assert heldout.paired([full], [full])["all/ce_empty"] == 0
+    assert heldout.paired([{"answer": one, **plain}], [plain]).keys() == heldout.paired([plain], [plain]).keys()
 
 
 def test_the_new_figures_by_hand():

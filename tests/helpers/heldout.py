@@ -4,11 +4,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from forethought import rollout
 from forethought.config import Config, Evaluate, from_dict, merge
 from forethought.data.positions import ThoughtFormat, thought_format
 from forethought.eval import heldout
 from forethought.models.loading import load_model, load_tokenizer
-from forethought.rollout.native import NativeEngine, native_engine
+from forethought.rollout.native import NativeEngine
 from helpers.models import (
     FORM,
     config,
@@ -40,7 +41,7 @@ def records(
 def setup(tmp_path: Path, **changes: Any) -> tuple[Any, NativeEngine, Config]:
     config = from_dict(options(tmp_path, "run", **merge({"evaluate": EVALUATION}, changes)))
     model, form = load_model(config.model, config.seed), thought_format(load_tokenizer(config.model), config.method)
-    return model, native_engine(model, form, config), config
+    return model, rollout.engine(model, form, config), config
 
 
 TEXTS = [window(5, 6, 7, 8, 9, 10), window(9, 8, 5, 7), window(11, 8, 10, 5, 6, 6)]

@@ -12,11 +12,10 @@ from transformers.activations import ACT2FN
 from forethought.config import Method
 from forethought.data.positions import at_positions, make_generator
 from forethought.models import fused as module
-from forethought.models.fused import PREPACK_MIN_WEIGHTS, fuse, prepacked
+from forethought.models.fused import fuse, prepacked
 from forethought.rollout import draw_noise
 from forethought.rollout.decoder import EagerBackend
 from forethought.rollout.native import NativeEngine
-from forethought.tools.plan.memory import PREPACK_MIN_WEIGHTS as PLANNED
 from helpers import architectures as tiny
 from helpers.models import FORM, WINDOWS, qwen3
 
@@ -203,7 +202,6 @@ def test_layers_that_are_not_prepacked(small):
 
 @x86
 def test_small_models_are_not_prepacked():
-    assert PREPACK_MIN_WEIGHTS == PLANNED
     with prepacked(mlp(), 4) as count:
         assert count == 0
     with prepacked(nn.Linear(1000, 1000), 4) as count:

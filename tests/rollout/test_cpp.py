@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from forethought import rollout
 from forethought.cli import main
 from forethought.config import Config, Method, Model, UserError
 from forethought.data.positions import Positions, ThoughtFormat, at_positions, make_generator
@@ -15,7 +16,7 @@ from forethought.prefix import SuffixCache, backbone, enable, lm_head, read
 from forethought.rollout import draw_noise
 from forethought.rollout.cpp import CppBackend, library
 from forethought.rollout.decoder import EagerBackend, sample_with_logp
-from forethought.rollout.native import NativeEngine, native_engine
+from forethought.rollout.native import NativeEngine
 from helpers import architectures as tiny
 from helpers.models import CLOSE, FORM, MERGED, WINDOWS, window
 from helpers.sampling import biased
@@ -230,7 +231,7 @@ def adapted() -> Any:
 )
 def test_other_models_are_refused_in_a_line(model: Any, line: str):
     with pytest.raises(UserError, match=rf"^model.decoding = 'cpp': .*{line}.*; use 'auto' or 'eager'$"):
-        native_engine(model(), FORM, Config(model=Model(decoding="cpp")))
+        rollout.engine(model(), FORM, Config(model=Model(decoding="cpp")))
 
 
 @NEEDS_COMPILER
@@ -244,7 +245,7 @@ def test_a_model_that_computes_something_else_is_found_by_the_probe():
 def test_copies_of_prefixes_are_refused():
     settings = Config(model=Model(decoding="cpp", prefix="replicated"))
     with pytest.raises(UserError, match=r"model.prefix must be 'shared'; use 'auto' or 'eager'$"):
-        native_engine(network("llama"), FORM, settings)
+        rollout.engine(network("llama"), FORM, settings)
 
 
 @pytest.mark.parametrize(

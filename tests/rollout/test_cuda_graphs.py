@@ -8,13 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from forethought import rollout
 from forethought.config import Config, Model, UserError
 from forethought.data.positions import ThoughtFormat, at_positions, draw_positions, make_generator
 from forethought.prefix import enable
 from forethought.rollout import draw_noise
 from forethought.rollout.cuda_graphs import capturable, sample_by_cells
 from forethought.rollout.decoder import sample
-from forethought.rollout.native import native_engine
 from helpers import architectures as tiny
 from helpers.models import CLOSE, FORM, MERGED, MODELS, WINDOWS, A, config, engine
 from helpers.sampling import assert_same, biased, both, cuda_graphs
@@ -99,8 +99,8 @@ def test_models_that_cannot_be_captured_are_refused():
     assert not capturable(tiny.model("mixtral")) and not capturable(tiny.model("nemotron_h"))
     settings = Config(model=Model(decoding="cuda_graphs"))
     with pytest.raises(UserError, match=r"^model.decoding = 'cuda_graphs': there is no GPU; use 'auto' or 'eager'$"):
-        native_engine(MODELS["qwen3"](), FORM, settings)
-    assert native_engine(MODELS["qwen3"](), FORM, Config()).graphs is None
+        rollout.engine(MODELS["qwen3"](), FORM, settings)
+    assert rollout.engine(MODELS["qwen3"](), FORM, Config()).graphs is None
 
 
 COMPILED = """

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from forethought import rollout
 from forethought.algo.cpt import CPT, TextRecord
 from forethought.algo.metrics import PositionShard, Sums, ThoughtRecord, thought_tokens
 from forethought.algo.position_sampler import PositionSampler
@@ -20,7 +21,6 @@ from forethought.flops import Work
 from forethought.models.compute_copy import Network, compute_copy
 from forethought.models.logprobs import no_think_logp
 from forethought.rollout import Engine, Thoughts
-from forethought.rollout.native import native_engine
 from forethought.run import distributed
 
 
@@ -60,7 +60,7 @@ class Mixed(RLP):
         self.start = copy.deepcopy(network.weights).requires_grad_(False)
         if not network.has_adapters:
             compute_copy(self.start, config.model.precision)
-        self.engine = native_engine(network.model if network.has_adapters else self.start, form, config)
+        self.engine = rollout.engine(network.model if network.has_adapters else self.start, form, config, "native")
         self.position_sampler = PositionSampler(network, self.start, form, tokenizer, config)
         self.cpt = CPT(network, engine, form, tokenizer, config)
 

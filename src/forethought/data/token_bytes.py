@@ -61,7 +61,6 @@ class TokenBytes:
         return written[2:].encode() if written.startswith("##") else f" {written}".encode()
 
 
-
 class Closing:
     """Decides token by token when the text of a thought contains its closing delimiter.
 

@@ -36,11 +36,10 @@ def evaluate(
     if log is None:
         check_free(Path(config.run), config.overwrite)
         subject = start = subject_of(config)
-        windows = heldout.held_out(config, subject.tokenizer)
-        log = RunLog.create(config)
     else:
         subject, start = trained_subject(config, log.path), subject_of(config)
-        windows = heldout.held_out(config, subject.tokenizer)
+    windows = heldout.held_out(config, subject.tokenizer)
+    log = log or RunLog.create(config)
     records = base = controls.measure(subject, windows, progress)
     if subject is not start:
         base = heldout.measure(start, windows, lambda done, total: progress("evaluating the base", done, total))

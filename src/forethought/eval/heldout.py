@@ -236,18 +236,13 @@ def pooled(seeds: Sequence[dict[str, Records]], bases: Sequence[dict[str, Record
     return figures
 
 
-def paired(ours: dict[str, Records], theirs: dict[str, Records]) -> dict[str, float]:
+def paired(ours: Sequence[dict[str, Records]], theirs: Sequence[dict[str, Records]]) -> dict[str, float]:
     """Figures of one model minus those of another at the same positions, with the interval of the difference.
 
-    The same documents are drawn for both, so what makes a document hard for both does not widen the interval.
-    Metrics relative to the base are left out: their differences are those of `ce_think` and `ce_nothink`.
-    Raises ValueError for models that were measured at different positions.
+    Means over seeds: the n-th of ours against the n-th of theirs. The same documents are drawn for both, so what makes
+    a document hard for both does not widen the interval. Metrics relative to the base are left out: their differences
+    are those of `ce_think` and `ce_nothink`. Raises ValueError for models that were measured at different positions.
     """
-    return pooled_paired([ours], [theirs])
-
-
-def pooled_paired(ours: Sequence[dict[str, Records]], theirs: Sequence[dict[str, Records]]) -> dict[str, float]:
-    """`paired`, mean over seeds: the n-th of ours against the n-th of theirs, drawn together."""
     return differences(drawn_together(ours), drawn_together(theirs))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
 from transformers.activations import SiLUActivation
 
-PREPACK_MIN_WEIGHTS = 1_000_000  # of linear layers; fewer fit a core's cache (4 MB), and prepacking gains nothing
+from forethought.flops import PREPACK_MIN_WEIGHTS
 
 
 def fuse(model: nn.Module) -> int:

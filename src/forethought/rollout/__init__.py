@@ -76,30 +76,27 @@ class Writer(Engine, Protocol):
         ...
 
 
-def engine(model: Any, form: ThoughtFormat, config: Config) -> Any:
-    """The `Engine` of a config (for RPT a `Writer`). Raises UserError where the model does not support it."""
+def engine(model: Any, form: ThoughtFormat, config: Config, name: str = "") -> Any:
+    """The `Engine` of a config, or the one of this name; for RPT a `Writer`. Raises UserError as `check_prefixes`."""
     check_prefixes(model, config)
-    return registry.load("engine", config.rollout.engine)(model, form, config)
+    return registry.load("engine", name or config.rollout.engine)(model, form, config)
 
 
 def check_prefixes(model: Any, config: Config) -> None:
     """Prepare a model for model.prefix and probe it. Raises UserError for a model that cannot be read in that way."""
     from forethought.rollout.decoder import probe_copies
 
-    name = type(model).__name__
+    name, copies = type(model).__name__, config.model.prefix == "replicated"
     try:
-        if config.model.prefix == "replicated":
-            return probe_copies(model)
-        enable(model)
+        (probe_copies if copies else enable)(model)
     except ValueError as error:
-        if config.model.prefix == "replicated":
+        if copies:
             raise UserError(f"model.prefix = 'replicated': {name} cannot be trained ({error})") from error
         try:
             probe_copies(model)
         except ValueError as other:
-            raise UserError(
-                f"model.path: {name} cannot be trained ({error}; with replicated prefixes {other})"
-            ) from error
+            reasons = f"{error}; with replicated prefixes {other}"
+            raise UserError(f"model.path: {name} cannot be trained ({reasons})") from error
         raise UserError(
             f"model.prefix = 'shared': {name} cannot read a document once for all its thoughts ({error}); set "
             "model.prefix to 'replicated'"

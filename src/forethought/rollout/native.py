@@ -8,7 +8,7 @@ from torch import Tensor
 
 from forethought.config import Config, Method, UserError
 from forethought.data.positions import Positions, ThoughtFormat
-from forethought.rollout import Responses, Thoughts, check_prefixes
+from forethought.rollout import Responses, Thoughts
 from forethought.rollout.cpp import CppBackend
 from forethought.rollout.cuda_graphs import CUDAGraphDecoder, capturable
 from forethought.rollout.decoder import Backend, Decoder, DecodeState, EagerBackend
@@ -61,8 +61,7 @@ class NativeEngine:
 
 
 def native_engine(model: Any, form: ThoughtFormat, config: Config) -> NativeEngine:
-    """The engine of a config. Raises UserError where the model does not support what the config asks for."""
-    check_prefixes(model, config)
+    """What `rollout.engine` builds. Raises UserError where the model does not support what the config asks for."""
     rows, shared = config.train.rollout_batch, config.model.prefix == "shared"
     backend = _cpp(model, config) or EagerBackend(model, rows, prepack=config.model.decoding != "eager")
     graphs = _cuda_graphs(model, form, config)

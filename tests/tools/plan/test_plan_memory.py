@@ -14,6 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoModelForCausalLM, LlamaConfig, NemotronHConfig, PreTrainedTokenizerFast, Qwen3Config
 
+from forethought import rollout
 from forethought.algo.rlp import RLP
 from forethought.config import Config, from_dict
 from forethought.data.corpus import Window
@@ -22,7 +23,6 @@ from forethought.models.compute_copy import Network
 from forethought.models.logprobs import chunk_tokens as real_chunk_tokens
 from forethought.models.lora import add_adapters
 from forethought.prefix import SuffixCache, backbone, enable, read
-from forethought.rollout.native import native_engine
 from forethought.tools.plan.memory import chunk_tokens, memory
 from helpers.architectures import CONFIGS, model
 from helpers.models import LONG, collected
@@ -144,7 +144,7 @@ def test_peaks_are_within_15_percent(name: str):
     plain, options = AutoModelForCausalLM.from_config(build(), dtype=torch.float32).eval(), settings(precision, n)
     network = add_adapters(plain, options) if options.lora.r else Network(plain, precision)
     vocab = network.model.config.vocab_size
-    engine = native_engine(network.model, LONG, options)
+    engine = rollout.engine(network.model, LONG, options)
     method = RLP(network, engine, LONG, PreTrainedTokenizerFast, options)
     marked = engine.sample
     with Peaks() as peaks:

@@ -8,11 +8,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from forethought.config import from_dict, merge, to_dict
+<<<<<<< HEAD
 from forethought.flops import MAX_LOGITS, SavedBytes, automatic_chunk, mamba_saved
 from forethought.tools.plan.job import Job
+=======
+from forethought.flops import MAX_LOGITS, PREPACK_MIN_WEIGHTS, SavedBytes, automatic_chunk, mamba_saved
+from forethought.tools.plan.job import Job, Layout
+>>>>>>> size-nets
 
 SCANS = "Mamba scans without mamba_ssm"
-PREPACK_MIN_WEIGHTS = 1_000_000  # weights of linear layers from which a CPU decodes with prepacked weights
 _SAMPLED_TOKEN = 29  # bytes of a sampled token: noise, tokens and log-probabilities, and their copies
 _SAMPLED_LOGIT = {4: 28, 2: 26}  # bytes of a logit while a token is sampled, by compute precision
 _GRAPH_LOGIT = 48  # the same in CUDA graphs, which keep their buffers, for as many rows, half as many, and so on
