@@ -8,13 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from forethought.config import from_dict, merge, to_dict
-<<<<<<< HEAD
-from forethought.flops import MAX_LOGITS, SavedBytes, automatic_chunk, mamba_saved
-from forethought.tools.plan.job import Job
-=======
 from forethought.flops import MAX_LOGITS, PREPACK_MIN_WEIGHTS, SavedBytes, automatic_chunk, mamba_saved
-from forethought.tools.plan.job import Job, Layout
->>>>>>> size-nets
+from forethought.tools.plan.job import Job
 
 SCANS = "Mamba scans without mamba_ssm"
 _SAMPLED_TOKEN = 29  # bytes of a sampled token: noise, tokens and log-probabilities, and their copies
