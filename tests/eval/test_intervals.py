@@ -210,7 +210,7 @@ def test_few_documents_have_no_interval(documents: int):
     figures = pooled([noisy(documents)])
     assert "all/ce_think" in figures and "all/ce_think/low" not in figures
     assert figures["all/documents"] == documents
-    assert "all/ce_think" in heldout.paired({"all": noisy(documents)}, {"all": noisy(documents)})
+    assert "all/ce_think" in heldout.paired([{"all": noisy(documents)}], [{"all": noisy(documents)}])
     assert not any(name.endswith(("/low", "/high")) for name in figures)
 
 
@@ -223,7 +223,7 @@ def test_a_share_at_its_boundary_has_wilsons_bound():
     assert figures["all/accuracy_think/high"] == pytest.approx(bound, abs=1e-4)
     assert figures["all/accuracy_nothink/low"] == pytest.approx(1 - bound, abs=1e-4)
     assert figures["all/accuracy_nothink/high"] == 1
-    pair = heldout.paired({"all": none}, {"all": none})
+    pair = heldout.paired([{"all": none}], [{"all": none}])
     assert pair["all/accuracy_think/high"] == -pair["all/accuracy_think/low"] == pytest.approx(bound, abs=1e-4)
     assert pair["all/ce_think/low"] == pair["all/ce_think/high"] == 0
 
