@@ -2,7 +2,7 @@
 
     python benchmarks/intervals.py [--worlds 2000] [--documents 2 5 10 18 40]
 
-Each world has documents with 1 to 5 positions each. `percentile` is the plain percentile interval of the same resamples.
+Each world has documents with 1 to 5 positions each. `percentile` is the plain percentile interval of its resamples.
 """
 
 import argparse

@@ -22,8 +22,9 @@ _CURSOR = ("documents", "skipped", "tokens", "epoch", "block", "part", "record",
 class Window:
     """Consecutive tokens of one document.
 
-    `document` is its id, `start` the index of the first token in the document. `marks` maps a name to sorted indices
-    into `tokens`, without names that have none here. Domain and language are those of the document.
+    `document` is its id, and token i of the window is token `start` + i of the document, except that a BOS token is
+    repeated at the beginning of every window. `marks` maps a name to sorted indices into `tokens`, without names that
+    have none here. Domain and language are those of the document.
     """
 
     document: str
@@ -137,21 +138,26 @@ class Windows:
             skip = 0
 
     def _windows_of(self, document: Document) -> Iterator[Window]:
-        """The windows of a document that have not been returned yet. An empty document counts as one that is short."""
+        """The windows of a document that have not been returned yet. An empty document counts as one that is short.
+
+        Each begins with the BOS token if the document does: some models (Gemma) predict badly without it.
+        """
         tokens, marks = _tokenize(document, self._tokenizer) if document.text.strip() else ([], {})
-        size, least = self._options.window, self._options.min_tokens
-        starts = range(0, max(1, len(tokens)), size)
-        long = [start for start in starts if len(tokens[start : start + size]) >= least]
+        bos = tokens[:1] if tokens[:1] == [self._tokenizer.bos_token_id] else []
+        text, size, least = tokens[len(bos) :], self._options.window - len(bos), self._options.min_tokens - len(bos)
+        starts = range(0, max(1, len(text)), size)
+        long = [start for start in starts if len(text[start : start + size]) >= least]
         if not self.given:
             self.documents += 1
             self.skipped += len(starts) - len(long)
             self.found = int(self.found or bool(long))
         for start in long[self.given :]:
-            shifted = {name: tuple(i - start for i in at if start <= i < start + size) for name, at in marks.items()}
+            inside = range(start + len(bos), start + len(bos) + size)
+            shifted = {name: tuple(i - start for i in at if i in inside) for name, at in marks.items()}
             window = Window(
                 document=document.id,
                 start=start,
-                tokens=tokens[start : start + size],
+                tokens=[*bos, *text[start : start + size]],
                 marks={name: at for name, at in shifted.items() if at},
                 domain=document.domain,
                 language=document.language,
