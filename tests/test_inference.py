@@ -1,5 +1,6 @@
 """ThinkingModel: every figure against plain forwards of one row; thoughts that the engine would sample."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -202,7 +203,7 @@ def test_a_template_and_long_delimiters():
         word_tokenizer(bos=True),
         config(thought_length=5, open="<think> a b", close="</think> a a", prompt="b c {context} d"),
     )
-    assert one.form == thought_format(one.tokenizer, one.config.method) == LONG
+    assert one.form == thought_format(one.tokenizer, one.config.method) == dataclasses.replace(LONG, vocabulary=12)
     found = one.next_token([2, *TOKENS], thoughts=2)
     prompts = rows(one, [2, *TOKENS], found)
     assert prompts[0][:8] == [2, 6, 7, *TOKENS]
