@@ -34,7 +34,7 @@ seeds = [0, 1]
 corpus.window = 64
 method = { group = 2, thought_length = 6, positions = 1 }
 train = { steps = 2, batch = 4, log_every = 1, log_thoughts = 1 }
-evaluate = { documents = 6, positions = 1, view = 1, view_thoughts = 2 }
+evaluate = { documents = 12, positions = 1, view = 1, view_thoughts = 2 }
 
 [arms.rlp]
 
@@ -335,13 +335,15 @@ def test_another_config_makes_it_another_experiment(tmp_path: Path):
         ({"above": ["base"], "against": "all/y"}, {"low": 0.6, "high": 0.9}, False),
         ({"at_most": 0.7}, {"low": 0.1, "high": 0.7}, True),
         ({"at_most": 0.7}, {"low": 0.1, "high": 0.71}, False),
+        ({"above": ["base"]}, {"value": 0.9}, None),  # fewer than ten documents: no interval, no verdict
+        ({"at_most": 0.7}, {"value": 0.1}, None),
     ],
 )
 def test_verdicts_by_hand(tmp_path: Path, claim: dict[str, Any], arm: dict[str, float], holds: bool | None):
     made = [
         Row(arm="base", seed="all", metric="all/x", value=0.4, low=0.3, high=0.5),
         Row(arm="base", seed="all", metric="all/y", value=0.7, low=0.6, high=0.8),
-        Row(arm="a", seed="all", metric="all/x", value=arm["low"], **arm),
+        Row(arm="a", seed="all", metric="all/x", **{"value": 0.6, **arm}),
         Row(arm="a", seed=0, metric="all/x", value=9.0, low=9.0, high=9.0),
     ]
     whole = dataclasses.replace(experiment(tmp_path), claims=(Claim(arm="a", metrics=["all/x"], **claim),))
@@ -412,4 +414,4 @@ def test_records_come_back_as_they_were(finished: Any):
     run, _ = finished
     found = arms.records(run / "rlp" / "seed-0")
     assert {"all", "answer"} <= found.keys()
-    assert len(found["all"].at) == len(found["all"].think) == 6
+    assert len(found["all"].at) == len(found["all"].think) == 12

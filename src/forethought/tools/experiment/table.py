@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from forethought.eval.heldout import Drawn, differences, drawn_together, pooled
+from forethought.eval.intervals import MIN_CLUSTERS
 from forethought.run.folder import RunLog
 from forethought.tools.experiment import questions
 from forethought.tools.experiment.arms import SPENT, Recorded, post_records, records, weights
@@ -61,6 +62,9 @@ def _verdict(said: str, found: Sequence[Row | None], holds: Callable[..., bool],
     known = [row for row in found if row is not None]
     if len(known) < len(found):
         return _unknown(said)
+    if any(row.low is None or row.high is None for row in known):
+        few = f"undecided: fewer than {MIN_CLUSTERS} documents give no interval"
+        return Verdict(claim=said, holds=None, evidence=few)
     shown = [f"{row.value:.4g} [{row.low:.4g}, {row.high:.4g}]" for row in known]
     return Verdict(claim=said, holds=holds(*known), evidence=evidence.format(*shown))
 
@@ -84,9 +88,15 @@ def _equal(experiment: Experiment, done: Sequence[Job], arm: str, other: str) ->
 
 def _rows(arm: str, seed: int | str, figures: Mapping[str, float | int], prefix: str = "") -> list[Row]:
     """One row for each figure; its interval is NAME/low and NAME/high, where there is one."""
-    ends = {name: [figures.get(f"{name}/{end}", value) for end in ("low", "high")] for name, value in figures.items()}
     return [
-        Row(arm=arm, seed=seed, metric=f"{prefix}{name}", value=value, low=ends[name][0], high=ends[name][1])
+        Row(
+            arm=arm,
+            seed=seed,
+            metric=f"{prefix}{name}",
+            value=value,
+            low=figures.get(f"{name}/low"),
+            high=figures.get(f"{name}/high"),
+        )
         for name, value in figures.items()
         if not name.endswith(("/low", "/high"))
     ]

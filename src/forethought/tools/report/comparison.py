@@ -43,8 +43,8 @@ class Row:
     seed: int | str
     metric: str
     value: int | float
-    low: int | float
-    high: int | float
+    low: int | float | None = None  # of its interval; None where there is none (fewer than 10 documents)
+    high: int | float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +149,8 @@ class Figures:
             index = self.arms.index(arm) if arm in self.arms else 0
             if row:
                 x = spent.value if spent else 0.0
-                found.append(Point(name=name, value=row.value, low=row.low, high=row.high, x=x, index=index))
+                low, high = (row.value if end is None else end for end in (row.low, row.high))
+                found.append(Point(name=name, value=row.value, low=low, high=high, x=x, index=index))
         return found
 
 
@@ -217,7 +218,7 @@ def _cost(figures: Figures) -> Table:
 def _amounts(row: Row | None, unit: str) -> tuple[str, str]:
     if row is None:
         return "–", ""
-    ends = (row.value, row.low, row.high)
+    ends = [row.value, *(row.value if end is None else end for end in (row.low, row.high))]
     value, low, high = (duration(one) if unit == "s" else f"{one:.4g}" if one >= 1e6 else f"{one:,.0f}" for one in ends)
     return value, "" if low == high else f"{low} to {high}"
 
