@@ -247,7 +247,7 @@ def test_what_cannot_be_resumed_is_one_line(finished: Path, tmp_path: Path, caps
     resume = ["train", "--resume", str(finished)]
     assert "this run is finished" in complaint(capsys, resume)
     line = complaint(capsys, [*resume, "--method.group", "8"])
-    assert line == "method.group = 8: the run to resume has 3; resuming cannot change an option"
+    assert line == "method.group = 8: the run to resume has 3; resuming cannot change this option"
     assert complaint(capsys, [*resume, "--seed", "4"]).startswith("seed = 4: the run to resume has 0")
     log = RunLog.create(Config(run=str(tmp_path / "run")))
     with log.lock():

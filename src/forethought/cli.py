@@ -1,7 +1,6 @@
 """The command line: a thin caller of the library, and the only place that prints."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import signal
@@ -14,7 +13,17 @@ from typing import TextIO, cast
 from rich.console import Console
 
 import forethought
-from forethought.config import Config, RunError, UserError, difference, from_dict, load, merge, read_overrides, to_dict
+from forethought.config import (
+    Config,
+    RunError,
+    UserError,
+    changed_on_resume,
+    from_dict,
+    load,
+    merge,
+    read_overrides,
+    to_dict,
+)
 from forethought.config.registry import OPTION, TABLES
 from forethought.run.distributed import RemoteRankError, launcher_rank_and_size, require_single_process
 from forethought.run.signals import Stopped
@@ -50,6 +59,12 @@ def main(words: Sequence[str] | None = None) -> int:
     except (UserError, RunError) as error:
         line(err, f"{speaker}: {error}")
         return 2 if isinstance(error, UserError) else 1
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's
+            raise
+        less = "a smaller train.rollout_batch, update.tokens_per_chunk or questions.batch, or model.device cpu"
+        line(err, f"{speaker}: {str(error).partition('. ')[0]}; less memory takes {less}")
+        return 1
     except Stopped as stopped:
         line(err, f"{speaker}: {stopped}") if launcher_rank_and_size()[0] == 0 else None
         return 128 + stopped.number
@@ -119,7 +134,7 @@ def _train(words: list[str], out: Console, err: Console) -> None:
 
     first = launcher_rank_and_size()[0] == 0
     with ProgressBar(err) if first else contextlib.nullcontext() as progress:
-        summary = train(config, progress) if resumed is None else resume(resumed, progress, config.parallel)
+        summary = train(config, progress) if resumed is None else resume(resumed, progress, config)
     if first:
         run = Path(config.run if resumed is None else resumed)
         page = report.write([run])
@@ -129,15 +144,13 @@ def _train(words: list[str], out: Console, err: Console) -> None:
 
 
 def _saved_config(run: str, name: str | None, words: list[str]) -> Config:
-    """The config of the run to resume, sharded as asked now; refuses options that would change the results."""
+    """The config with which to resume a run; refuses options that would change the results."""
     from forethought.run.folder import RunLog
 
     saved = RunLog.open(run).config()
     wanted = load(name, words) if name else from_dict(merge(to_dict(saved), read_overrides(words)))
-    if found := difference(saved, wanted):
-        option, before, now = found
-        raise UserError(f"{option} = {now!r}: the run to resume has {before!r}; resuming cannot change an option")
-    return dataclasses.replace(saved, parallel=wanted.parallel)
+    changed_on_resume(saved, wanted)
+    return wanted
 
 
 def _evaluate(words: list[str], out: Console, err: Console) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from forethought.algo import Method, Record
 from forethought.algo.metrics import Sums, add_sums, means
-from forethought.config import Config, Parallel, RunError, UserError, from_dict, registry, to_dict
+from forethought.config import BUDGET, Config, RunError, UserError, changed_on_resume, registry
 from forethought.data import corpus
 from forethought.data.positions import Positions, thought_format
 from forethought.eval import heldout
@@ -27,6 +27,8 @@ from forethought.run.folder import RunLog, check_free, disk_errors, read_lines
 from forethought.run.signals import SignalArrived, SignalGuard, Stopped
 from forethought.run.trackers import Callbacks, Tracker, check_tracker
 
+LESS_MEMORY = "a smaller update.tokens_per_chunk or train.rollout_batch, update.checkpointing True and model.device cpu"
+
 
 def train(config: Config, callbacks: Callbacks | None = None) -> dict[str, Any]:
     """Run a config from its start. Returns what summary.json holds. Raises UserError, RunError, Stopped."""
@@ -39,15 +41,16 @@ def train(config: Config, callbacks: Callbacks | None = None) -> dict[str, Any]:
             return trainer.run(log, callbacks or Callbacks())
 
 
-def resume(run: str | Path, callbacks: Callbacks | None = None, parallel: Parallel | None = None) -> dict[str, Any]:
+def resume(run: str | Path, callbacks: Callbacks | None = None, config: Config | None = None) -> dict[str, Any]:
     """Continue a run from its last checkpoint, bit for bit. Raises UserError for a run that is finished or none.
 
-    Any number of processes may do that, whatever it was before, and share the weights (`parallel`) in another way; with
-    another number it goes on up to rounding.
+    Any number of processes may do that, whatever it was before; with another number it goes on up to rounding. `config`
+    may differ from the run's where `changed_on_resume` allows it; the run folder keeps it and warns of the changes.
     """
-    log = RunLog.open(run)
-    more = {"parallel": dataclasses.asdict(parallel)} if parallel else {}
-    config = from_dict(to_dict(log.config()) | {"run": str(log.path)} | more)
+    log, callbacks = RunLog.open(run), callbacks or Callbacks()
+    saved = log.config()
+    config = dataclasses.replace(config or saved, run=str(log.path))
+    changes = changed_on_resume(saved, config)
     with distributed.process_group(config), _held(log):
         finished, stage = ((log.path / name).is_file() for name in ("summary.json", "stage.json"))
         if distributed.all_gather(finished)[0]:
@@ -58,8 +61,9 @@ def resume(run: str | Path, callbacks: Callbacks | None = None, parallel: Parall
             again = "begin it again with --overwrite True"
             raise distributed.rank0_error(UserError(f"--resume {run}: is a stage of post-training; {again}"))
         trainer = _trainer(config)
-        trainer.restore(log)
-        return trainer.run(log, callbacks or Callbacks())
+        found = trainer.restore(log, moved="corpus.path" in changes)
+        distributed.run_on_rank0(lambda: trainer.record_changes(log, callbacks, changes, found))
+        return trainer.run(log, callbacks)
 
 
 def _trainer(config: Config) -> "Trainer":
@@ -186,12 +190,16 @@ class Trainer:
                     if self.stop_signal:
                         raise SignalArrived(self.stop_signal)
                 after = self._evaluate(log, callbacks, guard, "after")
-            except (SignalArrived, UserError, RunError) as error:
+            except (SignalArrived, UserError, RunError, torch.OutOfMemoryError) as error:
                 if self.consistent and (distributed.world_size() == 1 or isinstance(error, SignalArrived)):
                     self._save(log)  # ranks that did not agree to stop cannot save together
                 if isinstance(error, SignalArrived):
                     again = f"forethought train --resume {log.path}"
                     raise Stopped(error.number, f"saved after step {self.step}; go on with: {again}") from None
+                if isinstance(error, torch.OutOfMemoryError):
+                    good = f"saved after step {self.saved}" if self.saved >= 0 else "no state was saved"
+                    what = f"{str(error).partition('. ')[0]} after step {self.step}; {good}"
+                    raise RunError(f"{what}; train --resume {log.path} takes {LESS_MEMORY}") from error
                 raise
             network, to = self.network, {"device": "cpu", "dtype": torch.float32}
             with sharding.full_model(network.weights, network.model, **to) as policy:
@@ -364,22 +372,53 @@ class Trainer:
         """The networks whose weights a checkpoint holds."""
         return {"policy": self.network.weights, **self.method.state()}
 
-    def restore(self, log: RunLog) -> None:
-        """Load the run's newest checkpoint, or its start where there is none, and drop what was logged after it."""
+    def restore(self, log: RunLog, moved: bool = False) -> list[str]:
+        """Load the run's newest checkpoint, or its start where there is none, and drop what was logged after it.
+
+        Returns the files of the corpus that have changed since. Raises UserError if they did and the corpus has moved.
+        """
         path = distributed.all_gather(checkpoint.latest(log.path))[0]
         if path is None:
             distributed.run_on_rank0(lambda: log.rewind(0))
-            return
+            return []
         saved = distributed.run_on_all_ranks(lambda: checkpoint.Saved(path, check=distributed.is_rank0()))
         sharding.load_state(saved, self._networks(), self.optimizer)
         self.step = self.saved = saved.state["step"]
         self._seconds = saved.state["seconds"]
         self.cost = Flops(**saved.state["cost"])
-        self.stream.seek(saved.state["cursor"])
+        cursor = saved.state["cursor"]
+        self.stream.seek(cursor)
+        changed = self.stream.changed(cursor) if moved or "files" in cursor else []
+        if moved and changed:
+            what = f"corpus.path = {self.config.corpus.path!r}: is another corpus than that of the run"
+            raise distributed.rank0_error(
+                UserError(f"{what} ({changed[0]} differs); resuming cannot change the corpus")
+            )
         self.network.sync()
         self.engine.sync()
         distributed.run_on_rank0(lambda: log.rewind(self.step))
         self.monitor.replay(read_lines(log.path / "metrics.jsonl"))
+        return changed
+
+    def record_changes(
+        self, log: RunLog, callbacks: Callbacks, changes: dict[str, tuple[Any, Any]], files: list[str]
+    ) -> None:
+        """Save the options that a resumed run changes, and warn of them and of files that have changed."""
+        found: list[Diagnosis] = []
+        if changes:
+            raised = not changes.keys().isdisjoint(BUDGET)
+            if raised:
+                (log.path / "evaluation-after.json").unlink(missing_ok=True)  # of the old end
+            log.write_config(self.config)
+            what = ", ".join(f"{option} = {now!r} (was {before!r})" for option, (before, now) in changes.items())
+            follows = "from the next step on, the schedule of the learning rate follows the new end"
+            advice = follows if raised else "results stay the same up to rounding"
+            found += [Diagnosis(step=self.step, name="options-changed", evidence=what, advice=advice)]
+        if files:
+            what = f"{len(files)} files of the corpus have changed, {files[0]} among them"
+            advice = "the run goes on at the same file and row, and reads what is there now"
+            found += [Diagnosis(step=self.step, name="corpus-changed", evidence=what, advice=advice)]
+        self._warn(log, callbacks, found)
 
     def _export(self, log: RunLog, policy: Any) -> None:
         """The trained model as a Hugging Face folder, RUN/policy, with the options of its thoughts."""

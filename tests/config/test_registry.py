@@ -258,7 +258,7 @@ def test_the_command_line_says_what_is_renamed_once(tmp_path: Path, capsys: pyte
     assert main(command) == 2
     warning, line = capsys.readouterr().err.splitlines()
     assert warning == f"forethought: {tmp_path / 'run'} is a run of version 0.1; the next version will not read it"
-    assert line == "forethought: method.group = 8: the run to resume has 16; resuming cannot change an option"
+    assert line == "forethought: method.group = 8: the run to resume has 16; resuming cannot change this option"
 
 
 def old_run(folder: Path, method: str) -> RunLog:

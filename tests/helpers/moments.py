@@ -37,7 +37,7 @@ class Moment:
         left = self.files
         matched = not self.pattern
         if matched and not left:
-            _after_forwards(self.forwards, self._happen)
+            after_forwards(self.forwards, self._happen)
             return
 
         def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -51,7 +51,7 @@ class Moment:
                 matched = any(fnmatch(path, self.pattern) for path in paths)
             if matched and left == 0:
                 left = -1
-                _after_forwards(self.forwards, self._happen)
+                after_forwards(self.forwards, self._happen)
 
         sys.addaudithook(hook)
 
@@ -68,7 +68,7 @@ class Moment:
             os.kill(os.getpid(), self.number)
 
 
-def _after_forwards(count: int, act: Callable[[], None]) -> None:
+def after_forwards(count: int, act: Callable[[], None]) -> None:
     """Call `act` inside the forward pass of a module, the `count`-th from now; at once if `count` is 0."""
     if not count:
         act()

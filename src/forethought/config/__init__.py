@@ -1,7 +1,9 @@
 """Options, errors, and loading them from files and the command line. Importing it imports no torch."""
 
 from forethought.config.loading import (
+    BUDGET,
     RenamedWarning,
+    changed_on_resume,
     difference,
     find,
     flatten,
@@ -35,8 +37,8 @@ from forethought.config.options import (
 from forethought.config.registry import RunError, UserError
 
 __all__ = [
-    "Above0", "Config", "Corpus", "Evaluate", "Lora", "Method", "Model", "Name", "Optim", "Parallel", "Positive",
-    "Questions", "RenamedWarning", "Rollout", "RunError", "Train", "Update", "UserError", "difference", "find",
-    "flatten", "from_dict", "from_saved", "load", "merge", "option_names", "read_overrides", "read_toml",
-    "shipped", "to_dict",
+    "BUDGET", "Above0", "Config", "Corpus", "Evaluate", "Lora", "Method", "Model", "Name", "Optim", "Parallel",
+    "Positive", "Questions", "RenamedWarning", "Rollout", "RunError", "Train", "Update", "UserError",
+    "changed_on_resume", "difference", "find", "flatten", "from_dict", "from_saved", "load", "merge",
+    "option_names", "read_overrides", "read_toml", "shipped", "to_dict",
 ]  # fmt: skip

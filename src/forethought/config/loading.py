@@ -32,6 +32,14 @@ _RENAMED_VALUES = {
     ("parallel.shard", "fsdp2"): "zero1",
 }
 
+_SAME_RESULTS = (
+    "run", "overwrite", "parallel.", "questions.", "evaluate.view", "model.device", "model.prefix", "model.decoding",
+    "rollout.engine", "rollout.cache_gb", "rollout.timeout_s", "train.rollout_batch", "train.log_", "train.tracker",
+    "train.checkpoint_every", "train.keep_checkpoints", "update.",
+)  # fmt: skip
+"""How the names of options begin that change where, how fast and in how much memory a run is computed, or its logs."""
+BUDGET = ("train.steps", "train.tokens", "train.flops")
+
 
 class RenamedWarning(FutureWarning):
     """An option or a run folder of version 0.1 was read under its new names; the next version will not."""
@@ -96,15 +104,34 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def difference(saved: Config, wanted: Config) -> tuple[str, Any, Any] | None:
-    """The first option that two configs disagree on: its name and both values.
+    """The first option on which two configs disagree and that can change results: its name and both values."""
+    found = ((option, *values) for option, values in _changes(saved, wanted).items())
+    return next((one for one in found if not one[0].startswith(_SAME_RESULTS)), None)
 
-    The run folder, and how processes share the work, make no difference.
+
+def changed_on_resume(saved: Config, wanted: Config) -> dict[str, tuple[Any, Any]]:
+    """The options that a resumed run changes, each with both values.
+
+    They leave the results as they are, raise a budget, or name the new path of the same corpus (which is not checked
+    here). Raises UserError for all others.
     """
+    changed = _changes(saved, wanted)
+    for option, (before, now) in changed.items():
+        says = f"{option} = {now!r}: the run to resume has {before!r}; resuming"
+        if option in BUDGET and (now or math.inf) < (before or math.inf):
+            raise UserError(f"{says} can only raise it")
+        if option not in ("corpus.path", *BUDGET) and not option.startswith(_SAME_RESULTS):
+            raise UserError(f"{says} cannot change this option")
+    return changed
+
+
+def _changes(saved: Config, wanted: Config) -> dict[str, tuple[Any, Any]]:
     old, new = _resolved(saved), _resolved(wanted)
-    for option, value in new.items():
-        if option not in ("run", "overwrite") and not option.startswith("parallel.") and old[option] != value:
-            return option, old[option], value
-    return None
+    return {
+        option: (old[option], value)
+        for option, value in new.items()
+        if old[option] != value and option not in ("run", "overwrite")
+    }
 
 
 def _resolved(config: Config) -> dict[str, Any]:

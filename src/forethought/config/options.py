@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
@@ -21,6 +22,13 @@ _Task = Annotated[str, Field(pattern="^(gsm8k|math500|aime24|aime25|amc23|minerv
 _USUAL = ("gsm8k", "math500", "aime24", "aime25", "amc23", "minerva", "mmlu", "mmlu_pro")
 _SPLIT = BeforeValidator(lambda names: names.split(",") if isinstance(names, str) else names)
 _STRICT = ConfigDict(extra="forbid", strict=True)
+
+
+def _expanded(path: str) -> str:
+    expanded = os.path.expanduser(path)  # noqa: PTH111
+    if expanded.startswith("~"):
+        raise PydanticCustomError("home", "no such home folder; give the whole path, or ./~ for a folder of that name")
+    return expanded
 
 
 def _registered(kind: Kind, *more: str) -> AfterValidator:
@@ -312,7 +320,7 @@ class Config:
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of all random draws: order of documents, positions, thoughts, new weights."""
-    run: Name = "runs/forethought"
+    run: Annotated[Name, AfterValidator(_expanded)] = "runs/forethought"
     """Run folder to create."""
     overwrite: bool = False
     """Replace the run folder if it exists; only a folder that holds a Forethought run is ever replaced."""

@@ -4,6 +4,7 @@ Documents are read in blocks of `corpus.shuffle`. A block is shuffled by a gener
 position in the stream is a few integers: the cursor.
 """
 
+import functools
 import itertools
 import random
 from bisect import bisect_right
@@ -77,6 +78,7 @@ class Windows:
     def __init__(self, options: Corpus, tokenizer: Any, seed: int, *, option: str = "corpus.path"):
         self._options, self._tokenizer, self._seed = options, tokenizer, seed
         self._source = find_source(options, seed, option)
+        self._files = functools.cache(self._source.fingerprints)
         self._size = 1 if self._source.endless else max(1, options.shuffle)
         self.epoch = self.documents = self.skipped = self.tokens = self.found = 0
         # The block's number and start, how many of its documents are done, and the windows returned of the next one.
@@ -89,11 +91,17 @@ class Windows:
     def __next__(self) -> Window:
         return next(self._windows)
 
-    def cursor(self) -> dict[str, int]:
-        """The position after the last window, for JSON: the start of the block and how much of it is used."""
-        return {"parts": len(self._source.parts), **{name: getattr(self, name) for name in _CURSOR}}
+    def cursor(self) -> dict[str, Any]:
+        """The position after the last window, for JSON: the start of the block, how much of it is used, the files."""
+        files = self._files()
+        return {"parts": len(files), "files": files, **{name: getattr(self, name) for name in _CURSOR}}
 
-    def seek(self, cursor: dict[str, int]) -> None:
+    def changed(self, cursor: dict[str, Any]) -> list[str]:
+        """The files that differ, by names, sizes and starts, from those of a cursor; all if it does not know (0.1)."""
+        before = cursor.get("files") or [None] * len(self._files())
+        return [part for part, now, old in zip(self._source.parts, self._files(), before, strict=True) if now != old]
+
+    def seek(self, cursor: dict[str, Any]) -> None:
         """Continue from a cursor that was taken with the same options and seed.
 
         The next window reads the current file again up to the start of the block, without tokenizing.

@@ -11,6 +11,7 @@ import os
 import random
 import re
 import reprlib
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -55,6 +56,21 @@ class Source:
                 yield document
             if empty:
                 raise UserError(f"{part}: empty, must hold at least one document")
+
+    def fingerprints(self) -> list[list[Any]]:
+        """Of each file: its name below the folder that holds all, its size and a checksum of its start, for JSON.
+
+        A part that is no file is known by its name alone. Raises UserError.
+        """
+        found, root = [], os.path.commonpath(self.parts)
+        with _prefixed_errors(self.label):
+            for path in map(Path, self.parts):
+                if not path.is_file():
+                    found.append([str(path)])
+                    continue
+                with path.open("rb") as file:
+                    found.append([str(path.relative_to(root)), path.stat().st_size, zlib.crc32(file.read(1 << 16))])
+        return found
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from forethought.config import Config, UserError, from_dict, load, merge, to_dic
 from forethought.data import corpus
 from forethought.data.positions import thought_format
 from forethought.eval import controls, heldout, viewer
-from forethought.models import lora
+from forethought.models import lora, sharding
 from forethought.models.compute_copy import compute_copy
 from forethought.models.loading import check_context_length, load_model, load_thinking_options, load_tokenizer
 from forethought.run import checkpoint
@@ -80,17 +80,16 @@ def trained(config: Config, run: Path) -> Config:
 def trained_subject(config: Config, run: Path) -> heldout.Subject:
     """The run's trained model, with the teacher of its last checkpoint where that is still there."""
     last, subject = checkpoint.latest(run), subject_of(trained(config, run))
-    saved = checkpoint.load(last, only="teacher").tensors if last else {}
-    if not saved:
+    saved = checkpoint.Saved(last, only="teacher") if last else None
+    if saved is None or not saved.names:
         return subject
-    weights = {name.partition("/")[2]: tensor for name, tensor in saved.items()}
     if config.lora.r:
         network = lora.load_with_adapters(config)
-        network.weights.load_state_dict(weights)
+        sharding.load_weights(saved, {"teacher": network.weights})
         network.sync()
         return dataclasses.replace(subject, teacher=network.model)
     teacher = load_model(subject.config.model, config.seed)
-    teacher.load_state_dict(weights, strict=False)
+    sharding.load_weights(saved, {"teacher": teacher})
     return dataclasses.replace(subject, teacher=compute_copy(teacher, config.model.precision))
 
 

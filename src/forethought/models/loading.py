@@ -242,7 +242,7 @@ def _loading_errors(option: str, value: str) -> Iterator[None]:
     """Turn the errors of loaders, which may be of any type, into one line (UserError)."""
     try:
         yield
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         text = " ".join(str(error).split()) or type(error).__name__

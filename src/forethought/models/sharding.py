@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard
 
+from forethought.config import UserError
 from forethought.run import distributed
 from forethought.run.checkpoint import Saved
 
@@ -88,16 +89,33 @@ def local_state(networks: Mapping[str, torch.nn.Module], optimizer: torch.optim.
 
 @torch.no_grad()
 def load_state(saved: Saved, networks: Mapping[str, torch.nn.Module], optimizer: torch.optim.Optimizer) -> None:
-    """Restore networks and optimizer from a checkpoint of any number of ranks; each rank reads its shards."""
-    for name, tensor in _named(networks).items():
-        if name in saved.names:
-            local_shard(tensor).copy_(saved.tensor(name, _rows_of(tensor)))
+    """Restore networks and optimizer from a checkpoint of any number of ranks; each rank reads its shards.
+
+    Raises UserError for weights that are missing, unknown or of another shape.
+    """
+    load_weights(saved, networks)
     states: dict[int, dict[str, Tensor]] = {}
     for index, parameter in enumerate(optimizer.param_groups[0]["params"]):
         prefix = f"optimizer/{index}/"
         for name in [name for name in saved.names if name.startswith(prefix)]:
             states.setdefault(index, {})[name.removeprefix(prefix)] = _moment(saved, name, parameter)
     optimizer.load_state_dict({**optimizer.state_dict(), "state": states})  # puts each where its optimizer needs it
+
+
+@torch.no_grad()
+def load_weights(saved: Saved, networks: Mapping[str, torch.nn.Module]) -> None:
+    """Restore all weights and buffers of networks. Raises UserError like `load_state`."""
+    named = _named(networks)
+    held = {name for name in saved.names if name.partition("/")[0] in networks}
+    for name in [*named, *sorted(held - named.keys())]:
+        found = tuple(saved.shape(name)) if name in held else "missing"
+        wanted = tuple(named[name].shape) if name in named else "unknown"
+        if found != wanted:
+            raise UserError(
+                f"checkpoint {saved.path}: {name} is {found}, and {wanted} in the model; give the same model"
+            )
+    for name, tensor in named.items():
+        local_shard(tensor).copy_(saved.tensor(name, _rows_of(tensor)))
 
 
 def _moment(saved: Saved, name: str, parameter: Any) -> Tensor:

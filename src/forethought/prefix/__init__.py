@@ -65,6 +65,8 @@ def enable(model: Any) -> None:
     model.set_attn_implementation(ATTENTION)
     try:
         _probe(model)
+    except torch.OutOfMemoryError:
+        raise
     except (AttributeError, TypeError, KeyError, IndexError, RuntimeError, ValueError) as error:
         model.set_attn_implementation(before)
         known = isinstance(error, ValueError)

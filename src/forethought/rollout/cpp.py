@@ -62,17 +62,18 @@ def library() -> Any:
     source = Path(__file__).with_name("decoder.cpp")
     macros = _run([*compiler, "-dM", "-E", "-x", "c++", os.devnull])  # the processor's features, among others
     name = hashlib.sha256(source.read_bytes() + " ".join([*compiler, macros]).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "forethought"
-    built = folder / f"decoder-{name}.so"
+    built = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "forethought", f"decoder-{name}.so")
     try:
+        built = built.expanduser()
         if not built.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            built.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=built.parent) as temporary:
                 _run([*compiler, str(source), "-o", f"{temporary}/decoder.so"])
                 Path(temporary, "decoder.so").replace(built)  # atomic, as other processes may build it too
         library = ctypes.CDLL(str(built))
-    except OSError as error:
-        raise ValueError(f"{built} cannot be built or loaded: {error}") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
+        what = f"{built} cannot be built or loaded: {error}"
+        raise ValueError(f"{what}; set XDG_CACHE_HOME to a folder that can be written") from error
     library.panel_width.restype = ctypes.c_int64
     number, pointer = ctypes.c_int64, ctypes.c_void_p
     library.large_pages.argtypes = [pointer, number]

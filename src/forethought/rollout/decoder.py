@@ -290,6 +290,8 @@ def probe_copies(model: Any) -> None:
             hidden = decoder_of(model)(input_ids=tokens, use_cache=False, **more).last_hidden_state
             for row, own, own_mask in zip(lm_head(model, hidden), wanted, mask, strict=True):
                 check_logits(model, row[own_mask], own, f"when rows are padded on the {'left' if left else 'right'}")
+    except torch.OutOfMemoryError:
+        raise
     except (AttributeError, TypeError, KeyError, IndexError, RuntimeError) as error:
         raise ValueError(f"it cannot be read: {' '.join(str(error).split())[:200]}") from error
 

@@ -90,7 +90,7 @@ class Saved:
     def __init__(self, path: Path, only: str = "", check: bool = True):
         """Open it, and with `check` verify all files. Raises UserError like `load`."""
         record = _read_record(path / "state.json")
-        self.state: dict[str, Any] = record["state"]
+        self.path, self.state = path, record["state"]
         self._shards: dict[str, list[tuple[Any, str]]] = defaultdict(list)  # files with rows of a tensor, in row order
         for stem in sorted(record["files"], key=_shard_order):
             group, file = stem.partition(".")[0], path / f"{stem}.safetensors"

@@ -194,6 +194,8 @@ def communication_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's
+            raise
         text = re.sub(r"^\[[^]]*\.cc:\d+\] ", "", " ".join(str(error).split())).partition(". ")[0][:200]
         raise RunError(
             f"another process has died, or did not answer within parallel.timeout_s ({text}); nothing is lost up to "

@@ -64,7 +64,7 @@ class RunLog:
             with run.lock():
                 check_free(run.path, config.overwrite)  # again: another process may have got here first
                 _empty(run.path)
-                run.write_json("config.json", {"version": __version__, **to_dict(config)})
+                run.write_config(config)
         except OSError as error:
             raise UserError(f"run = {config.run!r}: cannot be made or written: {error.strerror}") from None
         return run
@@ -89,6 +89,10 @@ class RunLog:
             return from_saved(values, str(self.path))
         except UserError as error:
             raise UserError(f"{self.path / 'config.json'}: {error}") from None
+
+    def write_config(self, config: Config) -> None:
+        """Write or replace RUN/config.json atomically. Raises RunError."""
+        self.write_json("config.json", {"version": __version__, **to_dict(config)})
 
     def append(self, name: Literal["metrics", "thoughts", "warnings"], rows: list[dict[str, Any]]) -> None:
         """Append one line per row to RUN/name.jsonl; every row has a "step". Raises RunError (disk)."""

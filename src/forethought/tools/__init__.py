@@ -10,7 +10,6 @@ from forethought.config import Config
 from forethought.run.distributed import launcher_rank_and_size
 
 if TYPE_CHECKING:
-    from forethought.config import Parallel
     from forethought.eval.controls import Progress
     from forethought.run.trackers import Callbacks
 
@@ -29,12 +28,12 @@ def train(config: Config, callbacks: "Callbacks | None" = None) -> dict[str, Any
     return summary
 
 
-def resume(run: str | Path, callbacks: "Callbacks | None" = None, parallel: "Parallel | None" = None) -> dict[str, Any]:
+def resume(run: str | Path, callbacks: "Callbacks | None" = None, config: Config | None = None) -> dict[str, Any]:
     """Continue a run from its last checkpoint, see `forethought.trainer.resume`, and write the model card."""
     from forethought import trainer
     from forethought.tools.report import card
 
-    summary = trainer.resume(run, callbacks, parallel)
+    summary = trainer.resume(run, callbacks, config)
     if launcher_rank_and_size()[0] == 0:
         card.write(Path(run))
     return summary

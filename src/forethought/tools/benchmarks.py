@@ -13,6 +13,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import math
+import os
 import random
 import re
 import reprlib
@@ -171,7 +172,7 @@ def load_dataset(
 
 def _locate(task: str, path: str, names: Sequence[str]) -> Path:
     """The file itself, or the task's file in that folder."""
-    place, known = Path(path).expanduser(), ", ".join(_EXTENSIONS)
+    place, known = Path(os.path.expanduser(path)), ", ".join(_EXTENSIONS)  # noqa: PTH111
     file = _first(place, names) if place.is_dir() else place
     if file is None:
         hint = f"leave the task out or name its file: {task}=FILE"

@@ -94,7 +94,7 @@ def run_job(experiment: Experiment, job: Job, observer: Callbacks, meter: Meter)
         if not begun:
             train(config, observer)
         elif not (folder / "summary.json").is_file():
-            resume(folder, observer)
+            resume(folder, observer, config)
         _measure_job(experiment, job, config, observer)
     finally:
         if (folder / "config.json").is_file():
@@ -177,7 +177,6 @@ def _with_budget(experiment: Experiment, job: Job) -> Config:
 
 def _check_same(saved: Config, wanted: Config, name: str) -> None:
     """Raise UserError for a run with other options."""
-    saved = dataclasses.replace(saved, questions=wanted.questions)  # answers.json has its own
     if found := difference(saved, wanted):
         option, before, now = found
         raise UserError(
