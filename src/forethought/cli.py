@@ -25,6 +25,7 @@ from forethought.config import (
     to_dict,
 )
 from forethought.config.registry import OPTION, TABLES
+from forethought.run.diagnostics import Diagnosis
 from forethought.run.distributed import RemoteRankError, launcher_rank_and_size, require_single_process
 from forethought.run.signals import Stopped
 from forethought.tools.console import CONTROLS, FIGURES, ProgressBar, Stream, answer_table, line, renamed_options, table
@@ -160,6 +161,8 @@ def _evaluate(words: list[str], out: Console, err: Console) -> None:
 
     with ProgressBar(err) as progress:
         figures, file = evaluate(words[0], overrides, progress.phase)
+        for row in figures.pop("warnings", []):
+            progress.warning(Diagnosis(**row))
     table({f"model/{name}": value for name, value in figures.items()}, ("model",), out, FIGURES + CONTROLS)
     line(out, f"figures: {file}")
 

@@ -349,7 +349,7 @@ class Trainer:
         with guard.interruptible(), contextlib.ExitStack() as stack:
             if (teacher := self.method.state().get("teacher")) is not None:
                 teacher = stack.enter_context(sharding.full_model(teacher, self.network.model))
-                subject = dataclasses.replace(subject, teacher=teacher, as_model=self.network.as_model)
+                subject = dataclasses.replace(subject, teacher=teacher, as_model=self.network.swapped_weights)
             records = heldout.measure(
                 subject, self.held_out, lambda done, total: callbacks.phase(f"evaluating {when} training", done, total)
             )

@@ -15,7 +15,7 @@ from forethought.config import Config, UserError, from_dict
 from forethought.eval import evaluate, heldout
 from forethought.models.loading import load_model, load_tokenizer
 from forethought.rollout.native import NativeEngine
-from forethought.run.folder import RunLog
+from forethought.run.folder import RunLog, read_lines
 from forethought.trainer import train
 from helpers.heldout import EVALUATION, records, setup
 from helpers.runs import assert_same_tensors, figures, options
@@ -149,6 +149,30 @@ def test_evaluating_a_run_gives_what_training_measured(tmp_path: Path):
     assert {f"all/{name}" for name in ("gain_over_teacher", "ce_empty", "gain_shuffled", "ce_random")} <= figures.keys()
     assert "all/gain_over_teacher" in after and "all/ce_empty" not in after
     assert evaluate(tmp_path / "run", {"evaluate": {"documents": 2}})[0]["all/positions"] == 4
+
+
+def test_teacher_and_policy_are_compared_in_the_same_precision(tmp_path: Path):
+    """At the start they are the same, so the gain over the one is that over the other, to the bit."""
+    values = {"train": {"steps": 1}, "model": {"precision": "bf16"}, "evaluate": EVALUATION}
+    summary = train(from_dict(options(tmp_path, "run", **values)))
+    assert summary["before/all/gain_over_teacher"] == summary["before/all/gain_self"]
+
+
+def test_a_gain_that_shuffling_keeps_is_a_warning_of_evaluate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    train(from_dict(options(tmp_path, "run", train={"steps": 2}, evaluate=EVALUATION)))
+    measured = heldout.summarize
+
+    def kept(*records: Any) -> dict[str, float]:
+        return {**measured(*records), "all/kept_shuffled": 0.8, "all/gain_self/low": 0.1}
+
+    monkeypatch.setattr(heldout, "summarize", kept)
+    for _ in range(2):  # a second evaluation warns again, and is written once
+        assert main(["evaluate", str(tmp_path / "run")]) == 0
+        assert "80% of the gain on all remains with the thoughts of other positions" in capsys.readouterr().err
+    [row] = read_lines(tmp_path / "run" / "warnings.jsonl")
+    assert (row["step"], row["name"]) == (2, "content-unused")
 
 
 def test_evaluating_a_model_makes_a_folder_once(

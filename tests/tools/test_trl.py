@@ -17,7 +17,7 @@ from trl import GRPOTrainer
 import forethought
 from forethought.algo.metrics import PositionShard
 from forethought.algo.objective import group_advantages
-from forethought.config import Config, Corpus, Method, Model, UserError
+from forethought.config import Config, Corpus, Method, Model, Update, UserError, option_names
 from forethought.data.corpus import Windows
 from forethought.data.positions import draw_positions, make_generator
 from forethought.rollout import Thoughts
@@ -205,6 +205,40 @@ def test_what_trl_cannot_do_is_refused(options, message):
     settings = Config(method=Method(group=4, **options))
     with pytest.raises(UserError, match=message):
         trl.InformationGain(qwen3(), word_tokenizer(), settings)
+
+
+HONORED = (
+    "seed", "model.path", "model.tokenizer", "model.init", "model.precision", "model.device", "corpus.",
+    "method.group", "method.thought_length", "method.positions", "method.position_policy", "method.marked_share",
+    "method.horizon", "method.discount", "method.temperature", "method.top_p", "method.reward", "method.clip_low",
+    "method.clip_high", "method.ema", "method.freeze_teacher", "method.open", "method.close", "method.prompt", "optim.",
+    "train.steps", "train.batch", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "update.",
+)  # fmt: skip
+"""Options that the prompts, the reward, the teacher or TRL's arguments follow; values that they cannot are refused."""
+OTHERS = {
+    "method.name": "cpt", "method.baseline": "batch", "method.scale": "std", "method.clamp_gain": True,
+    "method.min_gain": 0.0, "method.unclosed": "drop", "rollout.engine": "vllm", "train.tracker": "wandb",
+    "parallel.shard": "zero1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("option", option_names())
+def test_every_option_is_honored_refused_or_of_something_else(option: str):
+    kinds = [option in trl.FIXED, option.startswith(trl.UNUSED), option.startswith(HONORED)]
+    assert sum(kinds) == 1
+    if option in trl.FIXED:
+        section, _, name = option.partition(".")
+        part = getattr(Config(), section)
+        value = OTHERS[option] if option in OTHERS else getattr(part, name) + 2
+        changed = dataclasses.replace(part, **{name: value})
+        with pytest.raises(UserError, match=f"{option} = .*: must be .* with TRL; use forethought train"):
+            trl.check(dataclasses.replace(Config(), **{section: changed}), FORM)
+
+
+def test_checkpointing_is_trls(settings: Config, tmp_path: Path):
+    for asked in (True, False):
+        config = dataclasses.replace(settings, update=Update(checkpointing=asked))
+        assert trl.arguments(config, tmp_path).gradient_checkpointing == asked
 
 
 def test_arguments_that_make_another_method_are_refused(settings, tmp_path):

@@ -14,7 +14,8 @@ from forethought.models import lora, sharding
 from forethought.models.compute_copy import compute_copy
 from forethought.models.loading import check_context_length, load_model, load_thinking_options, load_tokenizer
 from forethought.run import checkpoint
-from forethought.run.folder import RunLog, check_free
+from forethought.run.diagnostics import diagnose_evaluation
+from forethought.run.folder import RunLog, check_free, read_lines
 
 
 def evaluate(
@@ -25,7 +26,8 @@ def evaluate(
     `overrides` is a nested dict of options. A run's figures go to RUN/evaluate.json, and its base is the model that
     the run began with; a model's go to evaluate.json in a new folder, `run`, and it is its own base. Beside it goes
     documents.json, a few documents thought at every position. `progress` is told the phase, what is done of it and
-    how much there is. Returns the figures (flat keys, docs/metrics.md) and the file. Raises UserError.
+    how much there is. Returns the figures (flat keys, docs/metrics.md; `warnings` of the diagnostics, where there are
+    any, which also go to warnings.jsonl) and the file. Raises UserError.
     """
     began, progress = time.perf_counter(), progress or (lambda name, done, total: None)
     log, config = started(target, overrides or {}, "evaluate")
@@ -47,6 +49,14 @@ def evaluate(
     shown = viewer.documents(subject, reference, windows, str(target), progress)
     figures: dict[str, Any] = {"seed": config.seed, **heldout.summarize(records, base)}
     figures["seconds"] = round(time.perf_counter() - began, 2)
+    rows = read_lines(log.path / "metrics.jsonl")
+    step = rows[-1]["step"] if rows else 0
+    found = [
+        one.row() for one in diagnose_evaluation({f"after/{name}": value for name, value in figures.items()}, step)
+    ]
+    known = read_lines(log.path / "warnings.jsonl") if found else []
+    log.append("warnings", [row for row in found if row not in known])
+    figures |= {"warnings": found} if found else {}
     log.write_json("documents.json", shown)
     log.write_json("evaluate.json", figures)
     return figures, log.path / "evaluate.json"

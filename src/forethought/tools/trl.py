@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from forethought.algo.rewards import discounted
-from forethought.config import Config, Method, UserError
+from forethought.config import Config, UserError, flatten, to_dict
 from forethought.config.registry import entry
 from forethought.data.corpus import Windows
 from forethought.data.positions import ThoughtFormat, draw_positions, make_generator, pad_rows, thought_format
@@ -36,8 +36,20 @@ except ModuleNotFoundError as error:
 MAX_DRAWN_PER_PROMPT = 20
 """Positions drawn for each usable prompt before `prompts` gives up on a corpus."""
 
-FIXED = ("name", "baseline", "scale", "clamp_gain", "min_gain", "kl_weight", "inner_steps", "unclosed", "teacher_every")
-"""Options of the method that must keep their defaults: TRL's GRPO implements no other value."""
+FIXED = (
+    "method.name", "method.baseline", "method.scale", "method.clamp_gain", "method.min_gain", "method.kl_weight",
+    "method.inner_steps", "method.unclosed", "method.teacher_every", "rollout.engine", "rollout.importance_cap",
+    "lora.r", "train.tokens", "train.flops", "train.tracker", "parallel.shard",
+)  # fmt: skip
+"""Options that must keep their defaults: this adapter implements no other value."""
+
+UNUSED = (
+    "run", "overwrite", "model.prefix", "model.decoding", "rollout.cache_gb", "rollout.timeout_s", "lora.alpha",
+    "lora.target_modules", "train.rollout_batch", "train.log_thoughts", "parallel.timeout_s", "method.min_entropy",
+    "method.proxy", "method.prediction_length", "method.end", "method.unclosed_penalty", "evaluate.", "questions.",
+)  # fmt: skip
+"""How the names of options begin that do not matter here: TRL samples and logs in its own way, and what they belong to
+is excluded or another command's."""
 
 
 def parts(config: Config, folder: str | Path, **more: Any) -> dict[str, Any]:
@@ -65,10 +77,11 @@ def parts(config: Config, folder: str | Path, **more: Any) -> dict[str, Any]:
 
 def check(config: Config, form: ThoughtFormat) -> None:
     """Raise UserError for options that TRL's GRPO does not implement."""
-    method = config.method
+    method, found, default = config.method, flatten(to_dict(config)), flatten(to_dict(Config()))
     for option in FIXED:
-        if (found := getattr(method, option)) != (value := getattr(Method(), option)):
-            raise UserError(f"method.{option} = {found!r}: must be {value!r} with TRL; use forethought train")
+        if found[option] != default[option]:
+            says = f"{option} = {found[option]!r}: must be {default[option]!r} with TRL"
+            raise UserError(f"{says}; use forethought train")
     if method.reward_name != "information_gain":
         raise UserError(f"method.reward = {method.reward!r}: must be 'information_gain' with TRL")
     if entry("position_policy", method.policy).proxy:
@@ -301,6 +314,6 @@ def common_arguments(config: Config, folder: str | Path) -> dict[str, Any]:
         "use_cpu": on_cpu,
         "dataloader_pin_memory": not on_cpu,
         "bf16": config.model.precision == "bf16",
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": config.update.checkpointing,
         "report_to": [],
     }
