@@ -52,8 +52,8 @@ def test_a_ratio_to_what_may_be_nothing_is_left_out(bottom: list[float]):
 def test_resamples_without_a_denominator_do_not_count():
     bottom = np.array([1.0] * 4 + [0.0] * 8)  # (8/12)^12 of all resamples have none
     one = estimate([(bottom / 2, bottom)], resample(list(range(12))))
-    assert one is not None and np.isnan(one.draws).any()
-    assert one.interval() == (0.5, 0.5)
+    assert one is not None and one.value == 0.5
+    assert set(one.draws[np.isfinite(one.draws)]) == {0.5} and np.isnan(one.draws).any()
 
 
 def test_one_seed_pooled_is_the_plain_summary():
@@ -212,6 +212,15 @@ def test_few_documents_have_no_interval(documents: int):
     assert figures["all/documents"] == documents
     assert "all/ce_think" in heldout.paired([{"all": noisy(documents)}], [{"all": noisy(documents)}])
     assert not any(name.endswith(("/low", "/high")) for name in figures)
+
+
+def test_documents_that_a_ratio_does_not_depend_on_do_not_count():
+    """4 of 12 documents have something to be a share of; 12 of 16 are enough."""
+    for known, documents, enough in ((4, 12, False), (12, 16, True)):
+        bottom = np.array([1.0] * known + [0.0] * (documents - known))
+        one = estimate([(bottom / 2, bottom)], resample(list(range(documents))))
+        assert one is not None and one.clusters == known
+        assert (one.interval() is not None) == enough
 
 
 def test_a_share_at_its_boundary_has_wilsons_bound():

@@ -226,6 +226,15 @@ def test_a_pad_token_without_an_embedding_is_replaced(start: Config, tmp_path: P
     assert thought_format(tokenizer, Method()).pad < size
 
 
+def test_an_end_token_without_an_embedding_is_refused_though_it_pads(start: Config, tmp_path: Path):
+    folder = saved(start, tmp_path / "end")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"eos_token": "<other end>", "pad_token": "<other end>"})
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match="none for '<other end>'"):
+        load_tokenizer(Model(path=str(folder)))
+
+
 def test_weights_that_are_not_finite_and_adapters_are_refused(start: Config, tmp_path: Path):
     model = load_model(start.model, 0)
     with torch.no_grad():

@@ -60,6 +60,7 @@ def test_log_probabilities_are_float32_whatever_the_logits():
 def test_mask_token_takes_one_token_away_and_leaves_the_argument():
     logits = torch.zeros(2, 3)
     assert mask_tokens(logits, torch.tensor([1])).softmax(-1).tolist() == [[0.5, 0.0, 0.5]] * 2
+    assert mask_tokens(logits, torch.tensor([0, 1, 3])).softmax(-1).tolist() == [[0.0, 0.0, 1.0]] * 2  # 3: no such
     assert mask_tokens(logits, torch.tensor([1]), torch.tensor([False, True])).softmax(-1)[1].tolist() == [
         0.5,
         0.0,

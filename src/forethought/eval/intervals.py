@@ -42,7 +42,7 @@ class Estimate:
 
     value: float
     draws: np.ndarray
-    clusters: int  # documents
+    clusters: int  # documents that it depends on
     limits: Limits = None  # of a share: 0 and 1
 
     def __sub__(self, other: "Estimate") -> "Estimate":
@@ -95,17 +95,18 @@ def estimate(ratios: Sequence[Ratio], drawn: Resamples, limits: Limits = None) -
 
     None where a denominator is not surely above zero (its 95 % interval reaches 0): there is nothing to be a share of.
     """
-    values, draws = [], []
+    values, draws, counted = [], [], np.zeros(drawn.documents.shape[1], dtype=bool)
     for top, bottom in ratios:
         above, below = (np.bincount(drawn.owner, weights=part) for part in (top, bottom))
         totals = drawn.documents @ below
         if below.sum() <= 0 or np.quantile(totals, 0.025) <= 0:
             return None
+        counted |= (above != 0) | (below != 0)
         values.append(above.sum() / below.sum())
         nothing = np.full(RESAMPLES, np.nan)
         draws.append(np.divide(drawn.documents @ above, totals, out=nothing, where=totals > 0))
     together = (drawn.seeds * np.array(draws).T).sum(axis=1)
-    return Estimate(value=float(np.mean(values)), draws=together, clusters=drawn.documents.shape[1], limits=limits)
+    return Estimate(value=float(np.mean(values)), draws=together, clusters=int(counted.sum()), limits=limits)
 
 
 def _counts(picks: np.ndarray) -> np.ndarray:

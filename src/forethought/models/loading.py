@@ -185,7 +185,8 @@ def _hub_is_reachable(source: str) -> bool:
 def _check_vocabulary(tokenizer: Any, embeddings: int, options: Model) -> None:
     """Refuse tokens without an embedding. A pad token without one is replaced, since no model reads it."""
     outside = {token: name for name, token in tokenizer.get_vocab().items() if token >= embeddings}
-    if outside.pop(tokenizer.pad_token_id, None) is not None:
+    read = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
+    if tokenizer.pad_token_id not in read and outside.pop(tokenizer.pad_token_id, None) is not None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     if outside:
         number, name = min(outside.items())

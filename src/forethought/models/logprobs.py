@@ -37,13 +37,16 @@ def log_probabilities(
 def mask_tokens(
     logits: Float[Tensor, "*rows vocab"], tokens: Int[Tensor, " masked"], where: Bool[Tensor, "*rows"] | None = None
 ) -> Float[Tensor, "*rows vocab"]:
-    """Logits with tokens masked out, in all rows or those of `where`: a thought may not close before it began."""
+    """Logits with tokens masked out, in all rows or those of `where`: a thought may not close before it began.
+
+    Tokens that the output head does not have are ignored.
+    """
     if where is None:
         where = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
     rows = where.nonzero()
     if not len(rows):
         return logits
-    columns = tokens.to(logits.device)
+    columns = tokens[tokens < logits.shape[-1]].to(logits.device)
     return logits.index_put((*rows.T[..., None], columns), logits.new_tensor(float("-inf")))
 
 

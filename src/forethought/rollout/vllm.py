@@ -207,6 +207,7 @@ class VLLMEngine:
         size, head = policy.get_input_embeddings().num_embeddings, policy.get_output_embeddings().weight.shape[0]
         # tokens without a text, which the trainer's log-probabilities leave out; -100 is the lowest that vLLM takes
         self.never = dict.fromkeys(range(form.vocabulary or head, head), -100.0) or None
+        self.head = head
         self.probe = [i % size for i in range(7, 7 + min(_PROBE, options["max_model_len"] - 1))]
         self.bound = _BOUND[options["dtype"]]
         self.answers: tuple[Tensor, Tensor] | None = None  # of the policy and of vLLM to the last probe
@@ -262,7 +263,7 @@ class VLLMEngine:
             temperature=self.config.method.temperature,
             max_tokens=request.limit,
             min_tokens=0 if request.may_stop_first else 1,
-            stop_token_ids=request.stops,
+            stop_token_ids=[token for token in request.stops if token < self.head],
             logit_bias=self.never,
             ignore_eos=True,
             logprobs=0,
