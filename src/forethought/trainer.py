@@ -331,7 +331,7 @@ class Trainer:
         if self.shape is not None:
             figures["cost/flops"] = float(self.cost.total - spent.total)
             figures["cost/flops_total"] = float(self.cost.total)
-        corpus_metrics = ("documents", "skipped", "tokens", "epoch")
+        corpus_metrics = ("documents", "skipped", "bad_rows", "tokens", "epoch")
         return figures | {f"corpus/{name}": getattr(self.stream, name) for name in corpus_metrics}
 
     def _evaluate(
@@ -446,6 +446,7 @@ class Trainer:
             "documents": self.stream.documents,
             "tokens": read,
             "skipped": self.stream.skipped,
+            "bad_rows": self.stream.bad_rows,
             "t_flop_tokens": t_flop(thoughts, method.thought_length, self.config.train.batch, self.step, read),
         }
         if self.shape is not None:

@@ -16,7 +16,7 @@ OPTIONS = """
 seed run overwrite
 model.path model.tokenizer model.init model.precision model.device model.prefix model.decoding
 corpus.path corpus.field corpus.domain_field corpus.language_field corpus.split corpus.window corpus.min_tokens
-corpus.shuffle
+corpus.shuffle corpus.skip_bad_rows
 method.name method.group method.thought_length method.positions method.position_policy method.marked_share
 method.min_entropy method.proxy method.prediction_length method.end
 method.horizon method.discount method.temperature method.top_p method.reward method.baseline method.scale

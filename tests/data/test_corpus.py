@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from forethought.config import Corpus, UserError
-from forethought.data.corpus import Windows, check_corpus, spread_windows
+from forethought.data.corpus import Windows, check_corpus, labels, spread_windows
 from forethought.data.worlds import WORLDS, load_world
 from helpers.tokenizers import byte_level
 from helpers.worlds import first_windows
@@ -60,7 +60,7 @@ def write_texts(path: Path, texts: list[str]) -> Path:
 
 
 def ids(windows: list) -> list[str]:
-    return [window.document for window in windows]
+    return labels(windows)
 
 
 def epochs(windows: Windows, count: int) -> list[list]:
@@ -74,6 +74,187 @@ def epochs(windows: Windows, count: int) -> list[list]:
 
 
 # sources
+
+
+def pack_zst(data: bytes) -> bytes:
+    """One zstd frame, as `zstd FILE` writes it."""
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as file:
+        file.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+PACKED = {"": bytes, ".gz": gzip.compress, ".zst": pack_zst}
+
+
+def content(extension: str, rows: list[dict[str, Any]]) -> bytes:
+    """Rows, or for .txt and .md their first text, as a file of this kind."""
+    if extension in (".txt", ".md"):
+        return rows[0]["text"].encode()
+    if extension == ".parquet":
+        sink = pyarrow.BufferOutputStream()
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
+        return sink.getvalue().to_pybytes()
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+@pytest.mark.parametrize("packed", PACKED)
+@pytest.mark.parametrize("extension", [".txt", ".md", ".jsonl", ".ndjson", ".json", ".parquet"])
+def test_a_folder_reads_every_kind_plain_and_compressed(tmp_path: Path, extension: str, packed: str):
+    (tmp_path / f"part{extension}{packed}").write_bytes(PACKED[packed](content(extension, ROWS)))
+    windows = first_windows(options(tmp_path), TOKENIZER, 0, 10)
+    known = ROWS[:1] if extension in (".txt", ".md") else ROWS
+    assert [window.tokens for window in windows] == [TOKENIZER(row["text"])["input_ids"] for row in known]
+    stream = Windows(options(tmp_path), TOKENIZER, 0)
+    next(stream)
+    cursor, wanted = stream.cursor(), next(stream)
+    again = Windows(options(tmp_path), TOKENIZER, 0)
+    again.seek(cursor)
+    assert next(again) == wanted
+
+
+ROWS = [{"text": sentence(3 * i)} for i in range(3)]
+
+
+@pytest.mark.parametrize("packed", PACKED)
+@pytest.mark.parametrize(
+    "text", [json.dumps(ROWS), "\ufeff \n" + json.dumps(ROWS, indent=2), "\n".join(map(json.dumps, ROWS))]
+)
+def test_a_json_file_is_an_array_or_lines(tmp_path: Path, text: str, packed: str):
+    path = tmp_path / f"a.json{packed}"
+    path.write_bytes(PACKED[packed](text.encode()))
+    windows = first_windows(options(path), TOKENIZER, 0, 10)
+    assert ids(windows)[0].startswith(f"{path}:")
+    assert [window.tokens for window in windows] == [TOKENIZER(row["text"])["input_ids"] for row in ROWS]
+    path.write_bytes(PACKED[packed](json.dumps(ROWS[0], indent=1).encode()))
+    assert ids(first_windows(options(path), TOKENIZER, 0, 10)) == [f"{path}:1"]
+    path.write_bytes(PACKED[packed](b'[{"text": "w0 w1"}, null]'))
+    assert late_refusal(options(path)) == f"{path}:2: a row must be an object, got None"
+
+
+def test_what_a_folder_leaves_out_is_counted_and_named(tmp_path: Path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    for name in ("README", "a.csv", ".gitattributes"):
+        (folder / name).write_text("hello")
+    write_texts(folder / "a.jsonl", ["w0 w1"])
+    with pytest.warns(UserWarning) as found:
+        check_corpus(options(folder))
+    assert [str(one.message) for one in found] == [
+        f"corpus.path = '{folder}': left out, as no kind of file that is read: 3 (README, a.csv, linked)"
+    ]
+
+
+@pytest.mark.parametrize("end", [b"", b"\n"])
+@pytest.mark.parametrize("rest", [b"\r\n", b"\n", b"-----END", b"\0" * 512])
+def test_bytes_after_an_intact_gzip_are_a_warning(tmp_path: Path, rest: bytes, end: bytes):
+    path = tmp_path / "a.jsonl.gz"
+    lines = b"\n".join(json.dumps({"text": sentence(i)}).encode() for i in range(5000)) + end
+    path.write_bytes(gzip.compress(lines[:1000]) + gzip.compress(lines[1000:]) + rest)
+    padding = not rest.strip(b"\0")  # as tape drives write it; gzip reads it in silence
+    with contextlib.nullcontext() if padding else pytest.warns(UserWarning, match="bytes after the end of the gzip"):
+        assert len(first_windows(options(path), TOKENIZER, 0, 9999)) == 5000
+
+
+def test_broken_zstd_is_named(tmp_path: Path):
+    path, whole = tmp_path / "a.jsonl.zst", pack_zst(b'{"text": "w0 w1"}\n' * 3)
+    for data in (whole[:-3], whole[:4] + b"\xff" * 50, b"plain"):
+        path.write_bytes(data)
+        assert f"{path}:" in late_refusal(options(path)) and "broken or truncated zstd (" in late_refusal(options(path))
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress(b"w0 w1")[:-3])
+    assert refusal(options(path)).startswith(f"{path}: broken or truncated gzip (")
+
+
+BAD = [{"text": None}, {"text": {"en": "w0"}}, {"text": ["w0"]}, {"text": 3}, {"body": "w0"}, None, ["w0"]]
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_rows_are_skipped_and_counted_if_asked(tmp_path: Path, bad: Any):
+    path = write_rows(tmp_path / "a.jsonl", [*ROWS, bad, *ROWS, bad])
+    assert f"{path}:4: " in late_refusal(options(path))
+    stream = Windows(options(path, skip_bad_rows=True), TOKENIZER, 0)
+    with pytest.warns(UserWarning, match=r"skips bad rows, the first is .*a\.jsonl:4: "):
+        (windows,) = epochs(stream, 1)
+    assert ids(windows) == [f"{path}:{n}" for n in (1, 2, 3, 5, 6, 7)]
+    assert (stream.documents, stream.bad_rows) == (7, 2)  # the next pass has begun
+
+
+def test_malformed_lines_and_rows_of_parquet_are_skipped_too(tmp_path: Path):
+    lines, table = tmp_path / "a.jsonl", tmp_path / "a.parquet"
+    lines.write_bytes(b'{"text": "w0 w1"}\n{oops}\n{"text": "caf\xe9"}\n{"text": "w2 w3"}\n')
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["w0 w1", None, None, "w2 w3"]}), table)
+    for path in (lines, table):
+        with pytest.warns(UserWarning, match=":2: "):
+            windows = first_windows(options(path, skip_bad_rows=True), TOKENIZER, 0, 10)
+        assert ids(windows) == [f"{path}:1", f"{path}:4"]
+
+
+def test_a_corpus_of_bad_rows_says_what_is_wrong_with_them(tmp_path: Path):
+    path = write_rows(tmp_path / "a.jsonl", [{"doc": {"text": "w0 w1"}}] * 3)
+    with pytest.warns(UserWarning), pytest.raises(UserError, match=r"bad rows: 3, the first is .*:1: no field corpus"):
+        next(Windows(options(path, skip_bad_rows=True), TOKENIZER, 0))
+
+
+@pytest.mark.filterwarnings("ignore:.*skips bad rows")
+@pytest.mark.parametrize("shuffle", [0, 1, 4])
+def test_every_cursor_resumes_among_bad_rows(tmp_path: Path, shuffle: int):
+    path = write_rows(tmp_path / "a.jsonl", [row for i in range(12) for row in ({"text": sentence(i)}, *BAD[: i % 3])])
+    corpus = options(path, shuffle=shuffle, skip_bad_rows=True)
+    stream = Windows(corpus, TOKENIZER, 0)
+    for _ in range(30):
+        cursor = stream.cursor()
+        again = Windows(corpus, TOKENIZER, 0)
+        again.seek(cursor)
+        assert next(again) == next(stream)
+        assert again.cursor() == stream.cursor()
+
+
+def test_lone_surrogates_are_named_by_file_and_row(tmp_path: Path):
+    for name in ("text", "id", "source", "lang"):
+        row = {"text": "w0 w1", "id": 1, "source": "a", "lang": "pl"}
+        path = write_rows(tmp_path / "a.jsonl", [row, row | {name: "w \ud800"}])
+        corpus = options(path, domain_field="source", language_field="lang")
+        assert late_refusal(corpus) == f"{path}:2: field {name!r} contains a lone surrogate"
+
+
+@pytest.mark.parametrize("name", ["all", "questions", "cost", "minus", "math/answer", "", " ", "domain:x", "post:all",
+                                  "<b>x</b>", "a\nb", "\ud800", "../x"])  # fmt: skip
+def test_marks_that_other_figures_are_named_after_are_refused(tmp_path: Path, name: str):
+    path = write_rows(tmp_path / "a.jsonl", [{"text": "w0 w1", "marks": {name: [3]}}])
+    assert refusal(options(path)).startswith(f"{path}:1: marks {name!r}: a name must ")
+    assert "\n" not in refusal(options(path))
+
+
+def test_marks_may_be_words_of_any_language(tmp_path: Path):
+    for name in ("answer", "final answer", "odpowiedź", "v1.2_x-y+z", "All"):
+        path = write_rows(tmp_path / "a.jsonl", [{"text": "w0 w1", "marks": {name: [3]}}])
+        assert first_windows(options(path), TOKENIZER, 0, 1)[0].marks == {name: (1,)}
+
+
+def test_documents_with_the_same_id_are_different_documents(tmp_path: Path):
+    for number, name in enumerate(("books", "code")):
+        write_rows(tmp_path / f"{name}.jsonl", [{"id": i, "text": sentence(20 * i + number, 16)} for i in range(10)])
+    windows = spread_windows(options(tmp_path), TOKENIZER, 0, 20)
+    assert len({window.document for window in windows}) == 20
+    assert Counter(window.domain for window in windows) == {"books": 10, "code": 10}
+    assert len({window.tokens[0] for window in windows}) > 10
+    assert ids(windows)[0] == f"0 ({tmp_path}/books.jsonl:1)" and windows[0].id == "0"
+
+
+def test_one_id_for_all_rows_does_not_pick_the_same_window_of_each(tmp_path: Path):
+    path = write_rows(tmp_path / "a.jsonl", [{"id": "wiki", "text": sentence(i, 64)} for i in range(40)])
+    windows = spread_windows(options(path), TOKENIZER, 0, 40)
+    assert len({window.document for window in windows}) == 40
+    assert len({window.start for window in windows}) > 3
+
+
+def test_given_ids_draw_the_same_windows_as_before(tmp_path: Path):
+    rows = [{"id": f"d{i}", "text": sentence(i, 64)} for i in range(6)]
+    windows = spread_windows(options(write_rows(tmp_path / "a.jsonl", rows)), TOKENIZER, 0, 6)
+    assert [window.start for window in windows] == [40, 24, 40, 32, 32, 48]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.md", "A.TXT"])
@@ -181,7 +362,8 @@ def test_a_folder_is_read_deep_and_sorted_without_what_is_hidden_or_unknown(tmp_
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         write_texts(path, ["w0 w1"])
-    names = ids(first_windows(options(tmp_path), TOKENIZER, 0, 10))
+    with pytest.warns(UserWarning, match=r"left out, .*: 1 \(notes\.pdf\)$"):
+        names = ids(first_windows(options(tmp_path), TOKENIZER, 0, 10))
     assert names == [f"{tmp_path}/a.jsonl:1", f"{tmp_path}/b/x.txt", f"{tmp_path}/c.md"]
 
 
@@ -277,7 +459,7 @@ def late_refusal(corpus: Corpus) -> str:
     return message.split(": ", 1)[1]
 
 
-KNOWN = ".txt, .md, .jsonl, .jsonl.gz, .parquet"
+KNOWN = ".txt, .md, .jsonl, .ndjson, .json, .parquet, each also .gz or .zst"
 
 
 def test_paths_that_lead_nowhere(tmp_path: Path):
@@ -520,10 +702,10 @@ def test_marks_fall_into_the_window_that_holds_their_token(tmp_path: Path):
 
 def test_special_tokens_on_either_side_take_no_mark(tmp_path: Path):
     texts = [sentence(100, length) for length in range(1, 10)]
-    rows = [{"text": text, "marks": {"all": [5 * word for word in range(len(text.split()))]}} for text in texts]
+    rows = [{"text": text, "marks": {"every": [5 * word for word in range(len(text.split()))]}} for text in texts]
     path = write_rows(tmp_path / "a.jsonl", rows)
     windows = first_windows(options(path, window=64), word_level("<s> $A <s>"), 0, 99)
-    assert [window.marks["all"] for window in windows] == [tuple(range(1, length + 1)) for length in range(1, 10)]
+    assert [window.marks["every"] for window in windows] == [tuple(range(1, length + 1)) for length in range(1, 10)]
 
 
 @pytest.mark.parametrize("trim", [True, False])
@@ -573,7 +755,7 @@ def test_a_tokenizer_without_offsets_serves_documents_without_marks(tmp_path: Pa
     path = write_rows(tmp_path / "a.jsonl", rows)
     assert first_windows(options(path), SlowTokenizer(), 0, 1)[0].tokens == [1, 2]
     with pytest.raises(
-        UserError, match=r"model\.tokenizer: the marks of marked need a fast tokenizer, got SlowTokenizer"
+        UserError, match=r"model\.tokenizer: the marks of .*a\.jsonl:2 need a fast tokenizer, got SlowTokenizer"
     ):
         first_windows(options(path), SlowTokenizer(), 0, 2)
 

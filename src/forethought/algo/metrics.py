@@ -115,7 +115,8 @@ class ThoughtRecord:
         window = positions.windows[int(positions.window[i])]
         return {
             "number": self.shard.global_indices[i],
-            "document": window.document,
+            "document": window.document if window.id is None else window.id,
+            "row": window.document,
             "position": int(positions.at[i]) + window.start,
             "context": decode(positions.contexts()[i][-200:]),
             "target": decode(positions.targets()[i].tolist()),

@@ -67,9 +67,10 @@ class Corpus:
     """The text and how it is cut into windows."""
 
     path: Name = "world:cups/train"
-    """File, folder or glob (.txt .md .jsonl .jsonl.gz .parquet), `hub:ID`, or an embedded world `world:NAME/SPLIT`."""
+    """File, folder or glob (.txt .md .jsonl .ndjson .json .parquet, each also .gz or .zst), `hub:ID`, or an embedded
+    world `world:NAME/SPLIT`."""
     field: Name = "text"
-    """Name of the text field in .jsonl, .parquet and hub rows."""
+    """Name of the text field in the rows of JSON, .parquet and hub data."""
     domain_field: str = ""
     """Field that names a row's domain, each a group of the evaluation; empty: of several files each is a domain."""
     language_field: str = ""
@@ -82,6 +83,8 @@ class Corpus:
     """Windows shorter than this many tokens are skipped and counted."""
     shuffle: Count = 1024
     """Size of the shuffle buffer, in documents (files are shuffled too); 0 keeps the order of the corpus."""
+    skip_bad_rows: bool = False
+    """Skip and count rows that are null, nested, malformed or no text, instead of stopping at the first one."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

@@ -157,6 +157,7 @@ _METRICS = (
     Metric("corpus/documents", "documents", "count", "documents begun since the start"),
     Metric("corpus/tokens", "text tokens", "tokens", "tokens of all windows since the start"),
     Metric("corpus/skipped", "skipped windows", "count", "windows shorter than corpus.min_tokens"),
+    Metric("corpus/bad_rows", "bad rows", "count", "rows skipped by corpus.skip_bad_rows"),
     Metric("corpus/epoch", "epoch", "count", "finished passes over the corpus"),
     Metric("cost/flops", "FLOPs of the step", "FLOPs", "all phases of the step at their real lengths"),
     Metric("cost/flops_total", "FLOPs", "FLOPs", "all steps since the start"),
@@ -195,6 +196,7 @@ _METRICS = (
     ),
     Metric("positions", "positions", "count", "positions in the group"),
     Metric("documents", "documents", "count", "documents that they are of"),
+    Metric("windows", "windows", "count", "windows of a single document, which its intervals are over"),
     # benchmark questions
     Metric("pass_at_1", "pass@1", "share", "correct answers among the sampled ones", 1),
     Metric("greedy", "greedy", "share", "questions with a correct greedy answer", 1),

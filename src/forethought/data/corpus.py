@@ -7,25 +7,27 @@ position in the stream is a few integers: the cursor.
 import functools
 import itertools
 import random
+import warnings
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from forethought.config import Corpus, UserError
-from forethought.data.readers import Document, find_source
+from forethought.data.readers import Document, Record, find_source
 
 _MAX_SHORT = 1000  # documents of an endless stream that may be too short before any is long enough
-_CURSOR = ("documents", "skipped", "tokens", "epoch", "block", "part", "record", "done", "given", "found")
+_CURSOR = ("documents", "skipped", "bad_rows", "tokens", "epoch", "block", "part", "record", "done", "given", "found")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Window:
     """Consecutive tokens of one document.
 
-    `document` is its id, and token i of the window is token `start` + i of the document, except that a BOS token is
-    repeated at the beginning of every window. `marks` maps a name to sorted indices into `tokens`, without names that
-    have none here. Domain and language are those of the document.
+    `document` is its file and row, which no other document has; `id` is the label that the corpus gives it, which
+    others may have too (None: it gives none). Token i of the window is token `start` + i of the document, except that a
+    BOS token is repeated at the beginning of every window. `marks` maps a name to sorted indices into `tokens`, without
+    names that have none here. Domain and language are the document's.
     """
 
     document: str
@@ -34,6 +36,17 @@ class Window:
     marks: dict[str, tuple[int, ...]]
     domain: str | None = None
     language: str | None = None
+    id: str | None = None
+
+
+def labels(windows: Sequence[Window]) -> list[str]:
+    """Each window's label, followed by its file and row where another document has the same label."""
+    owners: dict[str, set[str]] = {}
+    names = [window.document if window.id is None else window.id for window in windows]
+    for name, window in zip(names, windows, strict=True):
+        owners.setdefault(name, set()).add(window.document)
+    pairs = zip(names, windows, strict=True)
+    return [name if len(owners[name]) == 1 else f"{name} ({window.document})" for name, window in pairs]
 
 
 def check_corpus(options: Corpus, option: str = "corpus.path") -> None:
@@ -60,8 +73,8 @@ def spread_windows(options: Corpus, tokenizer: Any, seed: int, count: int, optio
         if len(found) == count and window.document not in found:
             break
         found.setdefault(window.document, []).append(window)
-    for document, its_windows in found.items():
-        random.Random(f"spread {seed} {document}").shuffle(its_windows)
+    for its_windows, label in zip(found.values(), labels([some[0] for some in found.values()]), strict=True):
+        random.Random(f"spread {seed} {label}").shuffle(its_windows)
     rounds = itertools.chain.from_iterable(itertools.zip_longest(*found.values()))
     return list(itertools.islice((window for window in rounds if window is not None), count))
 
@@ -70,7 +83,7 @@ class Windows:
     """Endless iterator over the windows of a corpus, epoch after epoch. At most one block is in memory.
 
     Counters, which the cursor includes: `documents` started, `skipped` windows and documents below corpus.min_tokens,
-    `tokens` returned, and the `epoch` (from 0) of the last window.
+    `bad_rows` that corpus.skip_bad_rows left out, `tokens` returned, and the `epoch` (from 0) of the last window.
 
     Raises UserError while reading: a malformed record (with file and line), or a whole pass without a window.
     """
@@ -80,7 +93,8 @@ class Windows:
         self._source = find_source(options, seed, option)
         self._files = functools.cache(self._source.fingerprints)
         self._size = 1 if self._source.endless else max(1, options.shuffle)
-        self.epoch = self.documents = self.skipped = self.tokens = self.found = 0
+        self.epoch = self.documents = self.skipped = self.bad_rows = self.tokens = self.found = 0
+        self._first_bad: UserError | None = None
         # The block's number and start, how many of its documents are done, and the windows returned of the next one.
         self.block = self.part = self.record = self.done = self.given = 0
         self._windows = self._run()
@@ -110,13 +124,13 @@ class Windows:
         if (now := len(self._source.parts)) != cursor["parts"]:
             raise UserError(f"{self._source.label}: {now} files, but {cursor['parts']} when the run was saved")
         for name in _CURSOR:
-            setattr(self, name, cursor[name])
+            setattr(self, name, cursor.get(name, 0))  # cursors of 0.1 count no bad rows
         self._windows = self._run()
 
     def _run(self) -> Iterator[Window]:
         """The windows from the current position on. At every `yield` the state is the position after that window."""
         while True:
-            stream = self._documents()
+            stream = self._records()
             while block := list(itertools.islice(stream, self._size)):
                 after = block[-1][0]
                 if self._options.shuffle:
@@ -130,26 +144,35 @@ class Windows:
                     break
             if not self.found:
                 least = self._options.min_tokens
-                raise UserError(f"{self._source.label}: no document has corpus.min_tokens = {least} tokens or more")
+                bad = f"; bad rows: {self.bad_rows}, the first is {self._first_bad}" if self._first_bad else ""
+                raise UserError(
+                    f"{self._source.label}: no document has corpus.min_tokens = {least} tokens or more{bad}"
+                )
             self.epoch += 1
             self.block = self.part = self.record = self.found = 0
 
-    def _documents(self) -> Iterator[tuple[tuple[int, int], Document]]:
-        """The documents from the start of the block to the end of the pass, each with the (part, record) after it."""
+    def _records(self) -> Iterator[tuple[tuple[int, int], Record]]:
+        """The records from the start of the block to the end of the pass, each with the (part, record) after it."""
         order = list(self._source.parts)
         if self._options.shuffle:
             random.Random(f"files {self._seed} {self.epoch}").shuffle(order)
         skip = self.record
         for index, part in enumerate(order[self.part :], self.part):
-            for record, document in enumerate(self._source.read(part, skip), skip + 1):
-                yield (index, record), document
+            for record, one in enumerate(self._source.read(part, skip), skip + 1):
+                yield (index, record), one
             skip = 0
 
-    def _windows_of(self, document: Document) -> Iterator[Window]:
+    def _windows_of(self, document: Record) -> Iterator[Window]:
         """The windows of a document that have not been returned yet. An empty document counts as one that is short.
 
         Each begins with the BOS token if the document does: some models (Gemma) predict badly without it.
         """
+        if isinstance(document, UserError):
+            self.bad_rows += 1
+            if self._first_bad is None:
+                self._first_bad = document
+                warnings.warn(f"{self._source.label}: skips bad rows, the first is {document}", stacklevel=2)
+            return
         tokens, marks = _tokenize(document, self._tokenizer) if document.text.strip() else ([], {})
         bos = tokens[:1] if tokens[:1] == [self._tokenizer.bos_token_id] else []
         text, size, least = tokens[len(bos) :], self._options.window - len(bos), self._options.min_tokens - len(bos)
@@ -163,7 +186,8 @@ class Windows:
             inside = range(start + len(bos), start + len(bos) + size)
             shifted = {name: tuple(i - start for i in at if i in inside) for name, at in marks.items()}
             window = Window(
-                document=document.id,
+                document=document.row,
+                id=None if document.id == document.row else document.id,
                 start=start,
                 tokens=[*bos, *text[start : start + size]],
                 marks={name: at for name, at in shifted.items() if at},
@@ -180,7 +204,7 @@ def _tokenize(document: Document, tokenizer: Any) -> tuple[list[int], dict[str, 
     marked = bool(document.marks)
     if marked and not getattr(tokenizer, "is_fast", False):
         kind = type(tokenizer).__name__
-        raise UserError(f"model.tokenizer: the marks of {document.id} need a fast tokenizer, got {kind}")
+        raise UserError(f"model.tokenizer: the marks of {document.row} need a fast tokenizer, got {kind}")
     encoded = tokenizer(document.text, truncation=False, verbose=False, return_offsets_mapping=marked)
     # Special tokens have empty spans. A mark on white space that is in no token goes to the next token.
     offsets = enumerate(encoded["offset_mapping"] if marked else [])

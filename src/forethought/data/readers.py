@@ -6,11 +6,13 @@ resume.
 """
 
 import glob
+import io
 import itertools
 import os
 import random
 import re
 import reprlib
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,22 +22,28 @@ from typing import Any
 
 from forethought.config import Corpus, UserError
 from forethought.data.worlds import WORLDS, load_world
-from forethought.run.folder import decode_text, read_jsonl
+from forethought.run.folder import decode_text, numbered_lines, parse_json, read_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
     """One text of a corpus.
 
-    `id` is the row's own or `file:line`. `marks` maps a name to the character offsets of words worth a thought.
+    `row` is `file:row` (in JSON Lines, the line) and no other document's. `id` is the row's own label, by default
+    `row`; several documents may have the same. `marks` maps a name to the character offsets of words worth a thought.
     `domain` (by default from the file name) and `language` come from the row; None where unknown.
     """
 
+    row: str
     id: str
     text: str
     marks: dict[str, list[int]]
     domain: str | None = None
     language: str | None = None
+
+
+Record = Document | UserError
+"""A row as a document or, with corpus.skip_bad_rows, what is wrong with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +52,11 @@ class Source:
 
     label: str
     parts: list[str]
-    reader: Callable[[str, int], Iterator[Document]]
+    reader: Callable[[str, int], Iterator[Record]]
     endless: bool = False
 
-    def read(self, part: str, skip: int) -> Iterator[Document]:
-        """The documents of a part after its first `skip`. Raises UserError, prefixed with the label."""
+    def read(self, part: str, skip: int) -> Iterator[Record]:
+        """The records of a part after its first `skip`. Raises UserError, prefixed with the label."""
         empty = skip == 0
         with _prefixed_errors(self.label):
             for document in self.reader(part, skip):
@@ -93,7 +101,12 @@ def find_source(options: Corpus, seed: int, option: str) -> Source:
             return Source(label, [options.path], _world(rest, seed), endless=True)
         if kind == "hub" and rest:
             return Source(label, [options.path], lambda part, skip: _read_hub(part, skip, options))
-        files = _files(os.path.expanduser(options.path))  # noqa: PTH111
+        files, left_out = _files(os.path.expanduser(options.path))  # noqa: PTH111
+        if left_out:
+            named = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
+            warnings.warn(
+                f"{label}: left out, as no kind of file that is read: {len(left_out)} ({named})", stacklevel=2
+            )
         return Source(label, files, lambda name, skip: _read_file(name, skip, options, alone=len(files) == 1))
 
 
@@ -105,77 +118,95 @@ def _world(name: str, seed: int) -> Callable[[str, int], Iterator[Document]]:
     row = load_world(name).row
     row(split, 0, 0)  # raises ValueError for an unknown split
     first = 0 if split == "heldout" else random.Random(f"world {seed}").randrange(2**40)
-    return lambda _, skip: (Document(**row(split, index, 0)) for index in itertools.count(first + skip))
+    part = f"world:{name}/{split}"
+    return lambda _, skip: (Document(row=f"{part}:{n}", **row(split, n, 0)) for n in itertools.count(first + skip))
 
 
-def _files(path: str) -> list[str]:
-    """The file itself, the known files of a folder (neither hidden nor behind links), or the matches of a glob."""
-    folder = Path(path).is_dir()
+def _files(path: str) -> tuple[list[str], list[str]]:
+    """The files to read, and what is left out of a folder.
+
+    A path is a file, a folder (of which hidden names are ignored, and linked folders left out), or a glob.
+    """
+    folder, left_out = Path(path).is_dir(), []
     if folder:
-        files = sorted(_walk(path))
+        names = sorted(_walk(path))
+        files = [name for name in names if name.lower().endswith(_EXTENSIONS) and not Path(name).is_dir()]
+        left_out = [os.path.relpath(name, path) for name in names if name not in set(files)]
     elif Path(path).exists():
         files = [path]
     else:
         files = sorted(name for name in glob.glob(path, recursive=True) if Path(name).is_file())  # noqa: PTH207
     if not files:
         nothing = "the glob matches no file" if glob.has_magic(path) else "no such file or folder"
-        raise UserError(f"{'no file to read in the folder' if folder else nothing} ({', '.join(_READERS)})")
+        raise UserError(f"{'no file to read in the folder' if folder else nothing} ({_KNOWN})")
     for name in files:
         _reader(name)
-    return files
+    return files, left_out
 
 
 def _walk(folder: str) -> Iterator[str]:
     def refuse(error: OSError) -> None:
         raise error
 
-    known = tuple(_READERS)
     for root, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if name[0] != "."]
-        yield from (str(Path(root, name)) for name in names if name[0] != "." and name.lower().endswith(known))
+        linked = [name for name in folders if Path(root, name).is_symlink()]
+        yield from (str(Path(root, name)) for name in (*names, *linked) if name[0] != ".")
 
 
-def _read_file(name: str, skip: int, options: Corpus, alone: bool) -> Iterator[Document]:
-    """The documents of a file. With several files each is a domain, unless rows name theirs."""
-    documents = _reader(name)(name, skip, options)
+def _read_file(name: str, skip: int, options: Corpus, alone: bool) -> Iterator[Record]:
+    """The records of a file. With several files each is a domain, unless rows name theirs."""
+    records = _reader(name)(name, skip, options)
     if alone or options.domain_field:
-        return documents
-    return (replace(document, domain=_domain(name)) for document in documents)
+        return records
+    return (replace(one, domain=_domain(name)) if isinstance(one, Document) else one for one in records)
 
 
 def _domain(name: str) -> str:
     """`books` for books.heldout.jsonl.gz and books-00000-of-00007.parquet; the folder for a file with one text."""
     path = Path(name)
-    if path.name.lower().endswith(tuple(_WHOLE)):
+    if _reader(name) is _read_text:
         return path.absolute().parent.name
     return re.sub(r"-\d+-of-\d+$", "", path.name.split(".")[0]) or path.name
 
 
-def _reader(name: str) -> Callable[[str, int, Corpus], Iterator[Document]]:
+def _reader(name: str) -> Callable[[str, int, Corpus], Iterator[Record]]:
     """The reader for the extension of a file."""
     for extension, reader in _READERS.items():
-        if name.lower().endswith(extension):
+        if name.lower().endswith(tuple(extension + packed for packed in _PACKED)):
             return reader
-    raise UserError(f"{name}: unknown extension, must be one of {', '.join(_READERS)}")
+    raise UserError(f"{name}: unknown extension, must be one of {_KNOWN}")
 
 
-def _read_text(name: str, skip: int, _: Corpus) -> Iterator[Document]:
-    data = b"" if skip else Path(name).read_bytes()
+def _read_text(name: str, skip: int, _: Corpus) -> Iterator[Record]:
+    data = b"" if skip else read_bytes(name)
     if data:
-        yield Document(id=name, text=decode_text(data, name, 1), marks={})
+        yield Document(row=name, id=name, text=decode_text(data, name, 1), marks={})
 
 
-def _read_rows(name: str, skip: int, options: Corpus) -> Iterator[Document]:
-    for number, row in read_jsonl(name, skip=skip):
-        yield _document(row, options, f"{name}:{number}")
+def _read_lines(name: str, skip: int, options: Corpus) -> Iterator[Record]:
+    for number, line in itertools.islice(numbered_lines(name), skip, None):
+        yield _record(line, options, name, number)
 
 
-def _read_parquet(name: str, skip: int, options: Corpus) -> Iterator[Document]:
+def _read_json(name: str, skip: int, options: Corpus) -> Iterator[Record]:
+    """JSON Lines (as C4 names them), one array of rows, or one row over several lines."""
+    first = next(numbered_lines(name), (1, b""))[1].strip().removeprefix(b"\xef\xbb\xbf")
+    if first != b"{" and not first.startswith(b"["):
+        yield from _read_lines(name, skip, options)
+        return
+    rows = parse_json(read_bytes(name), name, 1)
+    for number, row in enumerate(rows if isinstance(rows, list) else [rows], start=1):
+        if number > skip:
+            yield _record(row, options, name, number)
+
+
+def _read_parquet(name: str, skip: int, options: Corpus) -> Iterator[Record]:
     from pyarrow import ArrowException, parquet
 
     first = 0
     try:
-        with parquet.ParquetFile(name) as table:
+        with parquet.ParquetFile(io.BytesIO(read_bytes(name)) if name.lower().endswith(_PACKED[1:]) else name) as table:
             columns = table.schema_arrow.names
             fields = _fields(options)
             for option, field in fields.items():
@@ -183,28 +214,34 @@ def _read_parquet(name: str, skip: int, options: Corpus) -> Iterator[Document]:
             wanted = [column for column in columns if column in (*fields.values(), "id", "marks")]
             for batch in table.iter_batches(batch_size=64, columns=wanted):
                 rows = enumerate(batch.to_pylist(), start=first + 1)
-                yield from (_document(row, options, f"{name}:{number}") for number, row in rows if number > skip)
+                yield from (_record(row, options, name, number) for number, row in rows if number > skip)
                 first += batch.num_rows
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{name}: cannot be read as parquet ({' '.join(str(error).split())})") from None
 
 
-def _read_hub(part: str, skip: int, options: Corpus) -> Iterator[Document]:
+def _read_hub(part: str, skip: int, options: Corpus) -> Iterator[Record]:
     import datasets
 
     try:
         stream = datasets.load_dataset(part.removeprefix("hub:"), split=options.split, streaming=True)
         for number, row in enumerate(stream.skip(skip), start=skip + 1):
-            yield _document(row, options, f"{part}:{number}")
+            yield _record(row, options, part, number)
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"{type(error).__name__}: {' '.join(str(error).split())}") from None
 
 
-_WHOLE = {".txt": _read_text, ".md": _read_text}
-_ROWS = {".jsonl": _read_rows, ".jsonl.gz": _read_rows, ".parquet": _read_parquet}
-_READERS = _WHOLE | _ROWS
+_READERS = {
+    **dict.fromkeys((".txt", ".md"), _read_text),
+    **dict.fromkeys((".jsonl", ".ndjson"), _read_lines),
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+}
+_PACKED = ("", ".gz", ".zst")
+_EXTENSIONS = tuple(extension + packed for extension in _READERS for packed in _PACKED)
+_KNOWN = f"{', '.join(_READERS)}, each also .gz or .zst"
 
 
 def _fields(options: Corpus) -> dict[str, str]:
@@ -219,18 +256,38 @@ def _require_field(option: str, field: str, names: Iterable[str], where: str) ->
         raise UserError(f"{where}: no field corpus.{option} = {field!r}, the fields are {known}")
 
 
-def _document(row: dict[str, Any], options: Corpus, where: str) -> Document:
+def _record(row: Any, options: Corpus, name: str, number: int) -> Record:
+    """A row (a line of bytes: its JSON) as a document. A bad one is a UserError, raised or, if skipped, returned."""
+    try:
+        row = parse_json(row, name, number) if isinstance(row, bytes) else row
+        return _document(row, options, f"{name}:{number}")
+    except UserError as error:
+        if not options.skip_bad_rows:
+            raise
+        return error
+
+
+def _document(row: Any, options: Corpus, where: str) -> Document:
     """A row as a document; `where` names it in errors and is its default id."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: a row must be an object, got {reprlib.repr(row)}")
     field = options.field
     for option, name in _fields(options).items():
         _require_field(option, name, row, where)
     text = row[field]
     if not isinstance(text, str):
         raise UserError(f"{where}: field {field!r} must be text, got {reprlib.repr(text)}")
-    if re.search("[\ud800-\udfff]", text):
-        raise UserError(f"{where}: field {field!r} contains a lone surrogate")
     name = row.get("id")
+    labels = {
+        field: text,
+        "id": name,
+        **{used: row[used] for used in (options.domain_field, options.language_field) if used},
+    }
+    for used, value in labels.items():
+        if re.search("[\ud800-\udfff]", str(value)):
+            raise UserError(f"{where}: field {used!r} contains a lone surrogate")
     return Document(
+        row=where,
         id=where if name is None else str(name),
         text=text,
         marks=_marks(row.get("marks"), text, where),
@@ -245,12 +302,22 @@ def _label(row: dict[str, Any], field: str) -> str | None:
     return None if value is None else str(value).strip() or None
 
 
+_MARK = r"\w[\w .+-]*"
+_FIGURES = ("all", "questions", "cost", "minus")
+"""A mark's name is part of GROUP/METRIC, beside these and groups such as `domain:books` and `post:sft`."""
+
+
 def _marks(marks: Any, text: str, where: str) -> dict[str, list[int]]:
     """The marks of a row, without names that have no offsets."""
     if not isinstance(marks, dict | None):
         raise UserError(f"{where}: marks must map names to lists of offsets, got {reprlib.repr(marks)}")
     marks = {name: offsets for name, offsets in (marks or {}).items() if offsets is not None}
     for name, at in marks.items():
+        if not re.fullmatch(_MARK, name) or name in _FIGURES:
+            raise UserError(
+                f"{where}: marks {reprlib.repr(name)}: a name must begin with a letter or digit, hold only letters, "
+                f"digits, spaces and . _ + -, and be none of {', '.join(_FIGURES)}; rename it"
+            )
         if not isinstance(at, list) or any(type(o) is not int or not 0 <= o < len(text) for o in at):
             raise UserError(f"{where}: marks {name!r} must list offsets 0 to {len(text) - 1}, got {reprlib.repr(at)}")
     return {name: offsets for name, offsets in marks.items() if offsets}

@@ -50,6 +50,7 @@ class Records:
 
     document: list[int]  # index of the held-out document
     at: list[int]  # index of the true token in it
+    window: list[int] | None = None  # index of the window; version 0.1 kept none
     nothink: list[float]  # log p without a thought
     nothink_hit: list[bool]  # whether the true token was the argmax
     think: list[float]  # log p after a thought of the model's own, mean over the sampled thoughts
@@ -111,7 +112,7 @@ def sample_groups(subject: Subject, windows: Sequence[Window], progress: Progres
         owners = positions.window.tolist()
         at = [windows[owner].start + t for owner, t in zip(owners, positions.at.tolist(), strict=True)]
         columns = {field: [value for part in parts for value in part[field]] for field in parts[0]}
-        records = Records(document=[numbers[owner] for owner in owners], at=at, **columns)
+        records = Records(document=[numbers[owner] for owner in owners], at=at, window=owners, **columns)
         result[name] = Measured(positions=positions, thoughts=thoughts, records=records)
     return result
 
@@ -127,9 +128,18 @@ def with_domains(records: dict[str, Records], windows: Sequence[Window]) -> dict
         known = sorted({name for name in names.values() if name is not None})
         for name in known if len(known) > 1 else []:
             picks = [i for i, number in enumerate(whole.document) if names[number] == name]
+            group = f"{kind}:{name.replace('/', '-')}"
+            while group in result:  # a/b beside a-b
+                group += "-"
             if picks:
-                result[f"{kind}:{name.replace('/', '-')}"] = _pick(whole, picks)
+                result[group] = _pick(whole, picks)
     return result
+
+
+def clusters(records: Records) -> list[int]:
+    """What the bootstrap draws: documents. Where there is only one, such as a book, its windows stand in."""
+    single = len(set(records.document)) == 1
+    return records.window if single and records.window is not None else records.document
 
 
 def _pick(records: Records, picks: list[int]) -> Records:
@@ -233,6 +243,8 @@ def pooled(seeds: Sequence[dict[str, Records]], bases: Sequence[dict[str, Record
         estimates = _estimates([one[name] for one in seeds], [one[name] for one in bases])
         figures |= _flat(name, estimates)
         figures[f"{name}/positions"], figures[f"{name}/documents"] = len(first.at), len(set(first.document))
+        if (windows := clusters(first)) != first.document:
+            figures[f"{name}/windows"] = len(set(windows))
     return figures
 
 
@@ -276,7 +288,7 @@ def differences(mine: Mapping[str, Drawn], theirs: Mapping[str, Drawn]) -> dict[
 def _estimates(mine: Sequence[Records], bases: Sequence[Records] | None) -> dict[str, Estimate]:
     """Every metric that all seeds have."""
     _check_same(mine[0], [*mine, *(bases or [])])
-    drawn = resample(mine[0].document, len(mine))
+    drawn = resample(clusters(mine[0]), len(mine))
     tables = [_ratios(one, base) for one, base in zip(mine, bases or [None] * len(mine), strict=True)]
     shared = [metric for metric in tables[0] if all(metric in table for table in tables)]
     found = {

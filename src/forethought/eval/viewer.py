@@ -10,7 +10,7 @@ from torch import Tensor
 from forethought.algo.metrics import decode_thoughts, thought_tokens
 from forethought.algo.objective import group_advantages
 from forethought.algo.rewards import discounted
-from forethought.data.corpus import Window
+from forethought.data.corpus import Window, labels
 from forethought.data.positions import Positions, at_positions, make_generator
 from forethought.eval.controls import Progress
 from forethought.eval.heldout import Subject
@@ -33,14 +33,14 @@ def documents(
     chosen = windows[: subject.config.evaluate.view]
     horizon = subject.config.method.horizon
     total, done, shown = sum(len(window.tokens) - horizon for window in chosen), 0, []
-    for window in chosen:
+    for window, label in zip(chosen, labels(chosen), strict=True):
         pieces = token_texts(subject.tokenizer, window.tokens)
         positions = []
         for chunk in _chunks(subject, window):
-            positions += _positions(subject, reference, chunk, pieces)
+            positions += _positions(subject, reference, chunk, pieces, label)
             done += len(chunk)
             progress("documents", done, total)
-        shown.append({"document": window.document, "domain": window.domain, "tokens": pieces, "positions": positions})
+        shown.append({"document": label, "domain": window.domain, "tokens": pieces, "positions": positions})
     return {"version": VERSION, "model": name, "documents": shown}
 
 
@@ -78,11 +78,13 @@ def _chunks(subject: Subject, window: Window) -> list[Positions]:
 
 
 @torch.no_grad()
-def _positions(subject: Subject, reference: Any, chunk: Positions, pieces: list[str]) -> list[dict[str, Any]]:
+def _positions(
+    subject: Subject, reference: Any, chunk: Positions, pieces: list[str], label: str
+) -> list[dict[str, Any]]:
     config, form, window = subject.config, subject.form, chunk.windows[0]
     at = chunk.at.tolist()
     shape = (config.evaluate.view_thoughts, config.method.thought_length)
-    noise = draw_noise(shape, [make_generator(0, "view", window.document, window.start + t) for t in at])
+    noise = draw_noise(shape, [make_generator(0, "view", label, window.start + t) for t in at])
     thoughts = subject.engine.sample(chunk, noise)
     tokens = thought_tokens(thoughts, form)
     tokens_at_once = chunk_tokens(reference, config.update.tokens_per_chunk)

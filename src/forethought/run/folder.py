@@ -16,6 +16,7 @@ JSON has no NaN and no infinity: non-finite values are left out of their line (n
 import errno
 import fcntl
 import gzip
+import io
 import itertools
 import json
 import math
@@ -210,28 +211,35 @@ def numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def read_jsonl(
     path: str | Path, *, skip: int = 0, allow_truncated: bool = False
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers (from 1) and rows of a JSON Lines file (.gz too); blank lines are ignored.
+    """Line numbers (from 1) and rows of a JSON Lines file (.gz and .zst too); blank lines are ignored.
 
     Args:
         skip: pass over this many rows without parsing them.
         allow_truncated: ignore a last line that does not parse and has no newline, as a killed process leaves it.
 
     Raises:
-        UserError: a malformed line or gzip stream, with file and line.
+        UserError: a malformed line or compressed stream, with file and line.
         OSError: the file cannot be opened.
     """
-    for number, line in itertools.islice(_numbered_lines(str(path)), skip, None):
+    for number, line in itertools.islice(numbered_lines(str(path)), skip, None):
         try:
-            row = json.loads(decode_text(line, str(path), number))
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line, str(path), number)
+        except UserError:
             if allow_truncated and not line.endswith(b"\n"):
                 return
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{path}:{number}: malformed JSON ({error})") from None
+            raise
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number}: a row must be an object, got {reprlib.repr(row)}")
         yield number, row
+
+
+def parse_json(data: bytes, path: str, line: int) -> Any:
+    """The JSON value that begins at a line of a file. Raises UserError with file and line."""
+    text = decode_text(data, path, line)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}:{line}: malformed JSON ({error})") from None
 
 
 def decode_text(data: bytes, path: str, line: int) -> str:
@@ -246,16 +254,69 @@ def decode_text(data: bytes, path: str, line: int) -> str:
         raise UserError(f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x})") from None
 
 
-def _numbered_lines(path: str) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, with their numbers."""
+def numbered_lines(path: str) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file that are not blank, with their numbers. Raises UserError for a broken compressed stream."""
     number = 0
     try:
-        with (gzip.open if path.lower().endswith(".gz") else open)(path, "rb") as lines:
+        with _open(path) as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield number, line
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}:{number + 1}: broken or truncated gzip ({error})") from None
+    except (EOFError, zlib.error, OSError) as error:
+        raise _broken(f"{path}:{number + 1}", error) from None
+
+
+def read_bytes(path: str) -> bytes:
+    """A whole file, decompressed. Raises UserError for a broken compressed stream."""
+    try:
+        with _open(path) as file:
+            return file.read()
+    except (EOFError, zlib.error, OSError) as error:
+        raise _broken(path, error) from None
+
+
+def _broken(where: str, error: Exception) -> Exception:
+    """A broken compressed stream as UserError; an error of the system, which has a number, as it is."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    return UserError(f"{where}: broken or truncated {'zstd' if '.zst' in where.lower() else 'gzip'} ({error})")
+
+
+def _open(path: str) -> io.BufferedReader:
+    packed = path.lower().endswith((".gz", ".zst"))
+    return io.BufferedReader(_Decompressed(path)) if packed else Path(path).open("rb")
+
+
+class _Decompressed(io.RawIOBase):
+    """The content of a .gz or .zst file. Bytes after an intact gzip stream, as some mirrors append, are a warning."""
+
+    def __init__(self, path: str):
+        self._path, self._started, self._ended = path, False, False
+        if path.lower().endswith(".gz"):
+            self._file: Any = gzip.GzipFile(path)
+        else:
+            import pyarrow
+
+            self._file = pyarrow.CompressedInputStream(Path(path).open("rb"), "zstd")  # noqa: SIM115
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            data = b"" if self._ended else self._file.read1(len(buffer))
+        except gzip.BadGzipFile as error:
+            if not (self._started and str(error).startswith("Not a gzipped file")):
+                raise
+            warnings.warn(f"{self._path}: bytes after the end of the gzip stream are ignored", stacklevel=2)
+            data = b""
+        self._started, self._ended = True, not data
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def checkpoints(run: Path) -> dict[int, Path]:

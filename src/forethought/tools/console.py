@@ -130,8 +130,10 @@ class ProgressBar(Callbacks):
 
 def table(figures: dict[str, Any], columns: Sequence[str], out: Console, metrics: Sequence[str] = FIGURES) -> None:
     """Figures by group of positions, one column for each of `columns`, intervals in brackets."""
+    from forethought.tools.report.tables import measured, windows_note
+
     first = f"{columns[0]}/"
-    groups = sorted({name.split("/")[1] for name in figures if name.startswith(first) and name.count("/") == 2})
+    groups = sorted(group for group, _ in measured(figures, columns[:1]))
     if not groups:
         return
     shown = Table(box=SIMPLE_HEAD, pad_edge=False)
@@ -140,7 +142,9 @@ def table(figures: dict[str, Any], columns: Sequence[str], out: Console, metrics
         shown.add_column(column, justify="right", no_wrap=True)
     for group in groups:
         count = figures[f"{first}{group}/positions"]
-        shown.add_row(Text(f"{printable(group)}: {count} positions", style="bold"))
+        note = windows_note([figures.get(f"{first}{group}/windows")])
+        title = f"{printable(group)}: {count} positions" + (f"; {note}" if note else "")
+        shown.add_row(Text(title, style="bold"))
         for metric in (METRICS[name] for name in metrics):
             names = [f"{column}/{group}/{metric.name}" for column in columns]
             if any(name in figures for name in names):

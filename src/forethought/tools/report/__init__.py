@@ -18,7 +18,16 @@ from forethought.config.registry import METHODS
 from forethought.tools.report import comparison, plots, viewer
 from forethought.tools.report import runs as run_folders
 from forethought.tools.report.runs import Position, Run, number
-from forethought.tools.report.tables import capitalized, duration, evaluations, figure, metric, signed, visible
+from forethought.tools.report.tables import (
+    capitalized,
+    duration,
+    evaluations,
+    figure,
+    metric,
+    signed,
+    visible,
+    windows_note,
+)
 
 SIZES = {"positions_shown": 4, "thoughts_shown": 8, "context_shown": 400, "thought_shown": 600}
 """Positions of a step, thoughts of a position, characters of a context and of a thought that are not collapsed."""
@@ -128,7 +137,7 @@ def _content(runs: list[Run], drawn: dict[plots.Plot, str], folder: str) -> dict
         "warnings": [run for run in runs if run.warnings],
         "viewer": viewer.collect(runs),
         "unfinished": [run for run in runs if not run.summary],
-        "groups": evaluations(runs),
+        "groups": [(*group, _windows(runs, group[0])) for group in evaluations(runs)],
         "drawings": [(plot, _inline(plot, svg, runs)) for plot, svg in drawn.items()],
         "thoughts": [
             (run, [(step, list(group)) for step, group in groupby(run.positions, key=lambda one: one.step)])
@@ -162,6 +171,10 @@ def _facts(run: Run) -> dict[str, Any]:
         "Seed": run.option("seed", run.summary.get("seed", "not recorded")),
         "Wall time": "not recorded" if seconds is None else duration(seconds),
     }
+
+
+def _windows(runs: list[Run], group: str) -> str:
+    return windows_note(run.summary.get(f"{when}/{group}/windows") for run in runs for when in ("before", "after"))
 
 
 def _overview(runs: list[Run]) -> list[tuple[Any, list[tuple[float, float] | None]]]:

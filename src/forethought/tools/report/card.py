@@ -14,7 +14,17 @@ from forethought.config.registry import REWARDS, label
 from forethought.run import __version__
 from forethought.run.folder import RunLog
 from forethought.tools.report.runs import number
-from forethought.tools.report.tables import NBSP, capitalized, duration, figure, interval, measured, metric, visible
+from forethought.tools.report.tables import (
+    NBSP,
+    capitalized,
+    duration,
+    figure,
+    interval,
+    measured,
+    metric,
+    visible,
+    windows_note,
+)
 
 _CONTROLS = ("gain_self", "gain_empty", "gain_random", "gain_shuffled", "kept_shuffled", "drift", "leakage", "truth")
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -172,7 +182,9 @@ def _table(figures: Figures, phases: tuple[str, ...], metrics: tuple[str, ...] =
             capitalized(one.label): " | ".join(_cell(figures, f"{phase}/{group}/{one.name}") for phase in phases)
             for one in shown
         }
-        tables.append(_rows(rows, _cell_text(group) + (f": {count:,.0f} positions" if count else ""), phases))
+        note = windows_note([figures.get(f"{phases[-1]}/{group}/windows")])
+        title = _cell_text(group) + (f": {count:,.0f} positions" if count else "") + (f"; {note}" if note else "")
+        tables.append(_rows(rows, title, phases))
     return "\n\n".join(tables)
 
 

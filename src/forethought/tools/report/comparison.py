@@ -17,7 +17,16 @@ from forethought.config.registry import METRICS, Metric
 from forethought.tools.report import plots
 from forethought.tools.report.plots import Point
 from forethought.tools.report.runs import read_checked
-from forethought.tools.report.tables import capitalized, duration, figure, interval, metric, signed
+from forethought.tools.report.tables import (
+    COUNTS,
+    capitalized,
+    duration,
+    figure,
+    interval,
+    metric,
+    signed,
+    windows_note,
+)
 
 BASE, ALL, QUESTIONS = "base", "all", "questions"
 MAIN = (
@@ -108,6 +117,7 @@ class Table:
     caption: str
     columns: list[tuple[str, str]]  # (label, explanation)
     rows: list[tuple[str, list[tuple[str, str]]]]
+    note: str = ""
 
 
 class Figures:
@@ -118,8 +128,8 @@ class Figures:
         self.described = described
         self.arms = [BASE, *described.arms]
         names = dict.fromkeys(row.metric for row in rows if not row.metric.startswith(_OTHERS))
-        self.groups = sorted({name.partition("/")[0] for name in names}, key=lambda group: (group == ALL, group))
-        self._metrics = [name.partition("/")[2] for name in names]
+        self.groups = sorted({name.rpartition("/")[0] for name in names}, key=lambda group: (group == ALL, group))
+        self._metrics = [name.rpartition("/")[2] for name in names]
         answered = [row.metric.split("/") for row in rows if row.metric.startswith(f"{QUESTIONS}/")]
         self.asked = list(dict.fromkeys(parts[2] for parts in answered))  # tasks, and averages of them
 
@@ -131,7 +141,7 @@ class Figures:
         """The measured metrics of a group, the main ones first."""
         known = dict.fromkeys([*MAIN, *METRICS, *self._metrics])
         measured = [name for name in known if any(self.row(arm, f"{group}/{name}") for arm in self.arms)]
-        return [name for name in measured if name not in ("positions", "documents")]
+        return [name for name in measured if name not in COUNTS]
 
     def cell(self, arm: str, metric: str, unit: str, seed: int | str = ALL, plus: bool = False) -> tuple[str, str]:
         """A value and its interval as text; an en dash if it was not measured."""
@@ -172,7 +182,9 @@ def content(figures: Figures) -> dict[str, Any]:
             (title, [figures.cell(arm, f"{group}/{one.name}", one.unit, seed) for one in known])
             for title, arm, seed in rows
         ]
-        return Table(caption=group, columns=_columns(known), rows=cells)
+        found = (figures.row(arm, f"{group}/windows") for arm in figures.arms)
+        note = windows_note(one.value for one in found if one)
+        return Table(caption=group, columns=_columns(known), rows=cells, note=note)
 
     return {
         "experiment": described,

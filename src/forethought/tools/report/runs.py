@@ -60,6 +60,7 @@ class Position:
 
     step: int
     document: Text = "?"
+    row: Text = ""  # file and row, which tell documents with the same label apart
     position: Text = "?"
     context: Text
     target: Text
@@ -198,5 +199,5 @@ def _landmarks(path: Path) -> list[Position]:
         return []
     wanted, read = {steps[0], steps[(len(steps) - 1) // 2], steps[-1]}, TypeAdapter(Position).validate_python
     found = _rows(path, lambda row: read(row) if int(row["step"]) in wanted else None)
-    latest = {(one.step, one.document, one.position): one for one in found if one is not None}
+    latest = {(one.step, one.document, one.row, one.position): one for one in found if one is not None}
     return sorted(latest.values(), key=lambda one: one.step)

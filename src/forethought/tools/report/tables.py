@@ -10,7 +10,7 @@ from forethought.tools.report.runs import Run, number
 
 MINUS, NBSP = "\u2212", "\u00a0"
 _JOINERS = "\u200c\u200d"
-_COUNTS = ("positions", "documents")
+COUNTS = ("positions", "documents", "windows")
 
 
 def metric(name: str) -> Metric:
@@ -100,16 +100,22 @@ def measured(names: Iterable[str], phases: Sequence[str] = ("before", "after")) 
 
     Metrics are in the order of the registry; unknown ones follow in alphabetical order.
     """
-    keys = [name.split("/") for name in names if name.count("/") == 2]
     groups: dict[str, set[str]] = {}
-    for phase, group, name in keys:
-        if phase in phases:
+    for phase, _, rest in (name.partition("/") for name in names):
+        group, _, name = rest.rpartition("/")  # groups of 0.1 may contain a slash
+        if phase in phases and group and name not in ("low", "high"):
             groups.setdefault(group, set()).add(name)
-    order = [name for name in METRICS if name not in _COUNTS]
+    order = [name for name in METRICS if name not in COUNTS]
     return [
         (group, [metric(name) for name in (*order, *sorted(found - METRICS.keys())) if name in found])
         for group, found in sorted(groups.items(), key=lambda one: (one[0] != "all", one[0]))
     ]
+
+
+def windows_note(counts: Iterable[Any]) -> str:
+    """What a table says about a group whose intervals are over the windows of its only document."""
+    known = [count for value in counts if (count := number(value)) is not None]
+    return f"1 document: intervals over its {known[0]:.0f} windows" if known else ""
 
 
 def _cell(run: Run, group: str, metric: Metric) -> Cell:
