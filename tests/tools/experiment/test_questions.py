@@ -166,6 +166,18 @@ def test_means_over_seeds_and_their_errors_by_hand():
     assert over["think/math/greedy"] == over["think/gsm8k/greedy"]
 
 
+def test_few_questions_have_no_interval_and_none_right_has_wilsons_bound():
+    def ends(right: list[float]) -> tuple[float | None, float | None]:
+        found = questions.with_intervals(questions.pooled([{("think", "gsm8k"): {"greedy": np.array(right)}}]))
+        return found.get("think/gsm8k/greedy/low"), found.get("think/gsm8k/greedy/high")
+
+    assert ends([1.0, 0.0] * 4) == (None, None)
+    bound = 1.96**2 / (18 + 1.96**2)
+    assert ends([0.0] * 18) == pytest.approx((-bound, bound))
+    low, high = ends([1.0, 0.0] * 9)
+    assert (low, high) == pytest.approx((0.5 - 1.96 * 0.5 / np.sqrt(17), 0.5 + 1.96 * 0.5 / np.sqrt(17)))
+
+
 def test_a_meter_adds_up(tmp_path: Path):
     meter = arms.Meter()
     sum(n * n for n in range(300_000))

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from forethought.config import Config
+from forethought.eval.intervals import MIN_CLUSTERS
 from forethought.run.folder import RunLog
 from forethought.run.trackers import Callbacks
 from forethought.tools import benchmarks
@@ -109,9 +110,19 @@ def over(seeds: Sequence[Columns], base: Columns) -> Figures:
 
 
 def with_intervals(figures: Figures) -> Figures:
-    """Each figure that has an error with the 95 % interval that it means, as /low and /high."""
+    """Each figure that has an error with the 95 % interval that it means, as /low and /high.
+
+    Fewer than 10 questions give none. Where all questions are answered alike, such as 0 of 18, it is Wilson's bound.
+    """
     ends: Figures = {}
     for name in [name for name in figures if f"{name}/se" in figures]:
-        reach = NORMAL * figures[f"{name}/se"]
-        ends |= {f"{name}/low": figures[name] - reach, f"{name}/high": figures[name] + reach}
+        group, _, metric = name.rpartition("/")
+        asked, error = figures.get(f"{group}/questions"), figures[f"{name}/se"]
+        if asked is not None and asked < MIN_CLUSTERS:
+            continue
+        reach = NORMAL * error
+        if error == 0 and asked is not None and metric in benchmarks.ACCURACIES:
+            reach = NORMAL**2 / (asked + NORMAL**2)
+        if reach:
+            ends |= {f"{name}/low": figures[name] - reach, f"{name}/high": figures[name] + reach}
     return {**figures, **ends}

@@ -63,7 +63,7 @@ def _verdict(said: str, found: Sequence[Row | None], holds: Callable[..., bool],
     if len(known) < len(found):
         return _unknown(said)
     if any(row.low is None or row.high is None for row in known):
-        few = f"undecided: fewer than {MIN_CLUSTERS} documents give no interval"
+        few = f"undecided: a figure has no interval, as of fewer than {MIN_CLUSTERS} documents or questions"
         return Verdict(claim=said, holds=None, evidence=few)
     shown = [f"{row.value:.4g} [{row.low:.4g}, {row.high:.4g}]" for row in known]
     return Verdict(claim=said, holds=holds(*known), evidence=evidence.format(*shown))
