@@ -86,9 +86,8 @@ def test_rows_hold_answers_of_tasks_and_averages_with_errors(finished: Any):
             for group in ("gsm8k", "mmlu", "math", "science", "overall"):
                 for metric in ("greedy", "pass_at_1"):
                     row = found[arm, seed, f"questions/{mode}/{group}/{metric}"]
-                    error = found[arm, seed, f"questions/{mode}/{group}/{metric}/se"]["value"]
-                    assert row["low"] == pytest.approx(row["value"] - 1.96 * error)
-                    assert row["high"] == pytest.approx(row["value"] + 1.96 * error)
+                    assert found[arm, seed, f"questions/{mode}/{group}/{metric}/se"]["value"] >= 0
+                    assert row["low"] is row["high"] is None  # of three questions, and of two
             assert 0 <= found[arm, seed, f"questions/{mode}/gsm8k/extracted"]["value"] <= 1
     overall = [found["rlp", "all", f"questions/think/{group}/greedy"]["value"] for group in ("math", "science")]
     assert found["rlp", "all", "questions/think/overall/greedy"]["value"] == pytest.approx(sum(overall) / 2)
@@ -97,7 +96,7 @@ def test_rows_hold_answers_of_tasks_and_averages_with_errors(finished: Any):
     assert difference == pytest.approx(both[0] - both[1])
     assert ("rlp", "all", "minus/base/questions/think/gsm8k/extracted") not in found
     assert [one.claim for one in verdicts] == ["rlp above base in questions/think/overall/greedy, intervals apart"]
-    assert verdicts[0].holds is False
+    assert verdicts[0].holds is None
 
 
 def test_the_page_shows_every_arm_beside_the_base(finished: Any):

@@ -112,17 +112,16 @@ def over(seeds: Sequence[Columns], base: Columns) -> Figures:
 def with_intervals(figures: Figures) -> Figures:
     """Each figure that has an error with the 95 % interval that it means, as /low and /high.
 
-    Fewer than 10 questions give none. Where all questions are answered alike, such as 0 of 18, it is Wilson's bound.
+    Fewer than 10 questions (of an average: in any task) give none. Where all questions are answered alike, such as 0 of
+    18, it is Wilson's bound.
     """
     ends: Figures = {}
     for name in [name for name in figures if f"{name}/se" in figures]:
         group, _, metric = name.rpartition("/")
-        asked, error = figures.get(f"{group}/questions"), figures[f"{name}/se"]
-        if asked is not None and asked < MIN_CLUSTERS:
-            continue
-        reach = NORMAL * error
-        if error == 0 and asked is not None and metric in benchmarks.ACCURACIES:
+        tasks = [count for key, count in figures.items() if key.endswith("/questions")]
+        asked, reach = figures.get(f"{group}/questions", min(tasks)), NORMAL * figures[f"{name}/se"]
+        if not reach and metric in benchmarks.ACCURACIES:
             reach = NORMAL**2 / (asked + NORMAL**2)
-        if reach:
+        if asked >= MIN_CLUSTERS:
             ends |= {f"{name}/low": figures[name] - reach, f"{name}/high": figures[name] + reach}
     return {**figures, **ends}
