@@ -1,5 +1,7 @@
 """Settings of every test: one thread, every warning every time, the same examples each run."""
 
+import signal
+
 import pytest
 import torch
 from hypothesis import settings
@@ -10,6 +12,7 @@ __all__ = ["processes"]
 
 settings.register_profile("forethought", deadline=None, derandomize=True)
 settings.load_profile("forethought")
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, also in the processes that tests start
 
 
 @pytest.fixture(scope="session", autouse=True)

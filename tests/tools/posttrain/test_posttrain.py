@@ -239,7 +239,7 @@ post = ["{sft}", "{rlvr}"]
 model.device = "cpu"
 method = {{ group = 2, thought_length = 6, positions = 1 }}
 train = {{ steps = 1, batch = 4 }}
-evaluate = {{ documents = 4, positions = 1, view = 0 }}
+evaluate = {{ documents = 10, positions = 1, view = 0 }}
 
 [arms.rlp]
 [arms.mixed-sft]
