@@ -82,12 +82,14 @@ def compare(old: Path, new: Path) -> list[str]:
             renamed = {RENAMED.get(name, name): value for name, value in before.items()}
             found += [
                 f"{file} step {renamed['step']}: {name} {renamed.get(name)!r} != {after.get(name)!r}"
-                for name in sorted({*renamed, *after})
-                if not name.startswith("time/") and renamed.get(name) != after.get(name)
+                for name in sorted(renamed)  # a metric that only the new one logs is no difference
+                if not name.startswith("time/") and renamed[name] != after.get(name)
             ]
     for name in ("evaluation-before.json", "evaluation-after.json"):
-        if (old / name).exists() and (old / name).read_bytes() != (new / name).read_bytes():
-            found.append(f"{name} differs")
+        if (old / name).exists():
+            before, after = (json.loads((run / name).read_bytes()) for run in (old, new))
+            for group, columns in before.items():
+                found += [f"{name} {group}/{key}" for key in columns if columns[key] != after[group].get(key)]
     weights = sorted(path.relative_to(old) for path in (old / "policy").rglob("*.safetensors"))
     for name in weights:
         with safe_open(old / name, "pt") as one, safe_open(new / name, "pt") as other:
