@@ -274,11 +274,8 @@ class Trainer:
 
     def _warn(self, log: RunLog, callbacks: Callbacks, found: list[Diagnosis]) -> None:
         """Log and report new warnings; a run that was killed after its evaluation finds the same ones again."""
-        known = read_lines(log.path / "warnings.jsonl") if found else []
-        new = [one for one in found if one.row() not in known]
-        log.append("warnings", [one.row() for one in new])
-        for one in new:
-            callbacks.warning(one)
+        for row in log.warn([one.row() for one in found]):
+            callbacks.warning(Diagnosis(**row))
 
     def _windows_per_step(self) -> int:
         """Windows that hold train.batch positions, or (cpt) train.batch windows."""

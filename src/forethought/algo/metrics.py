@@ -115,7 +115,7 @@ class ThoughtRecord:
         window = positions.windows[int(positions.window[i])]
         return {
             "number": self.shard.global_indices[i],
-            "document": window.document if window.id is None else window.id,
+            "document": window.label,
             "row": window.document,
             "position": int(positions.at[i]) + window.start,
             "context": decode(positions.contexts()[i][-200:]),

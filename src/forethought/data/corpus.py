@@ -38,15 +38,18 @@ class Window:
     language: str | None = None
     id: str | None = None
 
+    @property
+    def label(self) -> str:
+        """What to call the document: its id, by default its file and row."""
+        return self.document if self.id is None else self.id
+
 
 def labels(windows: Sequence[Window]) -> list[str]:
     """Each window's label, followed by its file and row where another document has the same label."""
     owners: dict[str, set[str]] = {}
-    names = [window.document if window.id is None else window.id for window in windows]
-    for name, window in zip(names, windows, strict=True):
-        owners.setdefault(name, set()).add(window.document)
-    pairs = zip(names, windows, strict=True)
-    return [name if len(owners[name]) == 1 else f"{name} ({window.document})" for name, window in pairs]
+    for window in windows:
+        owners.setdefault(window.label, set()).add(window.document)
+    return [one.label if len(owners[one.label]) == 1 else f"{one.label} ({one.document})" for one in windows]
 
 
 def check_corpus(options: Corpus, option: str = "corpus.path") -> None:

@@ -51,11 +51,9 @@ def evaluate(
     figures["seconds"] = round(time.perf_counter() - began, 2)
     rows = read_lines(log.path / "metrics.jsonl")
     step = rows[-1]["step"] if rows else 0
-    found = [
-        one.row() for one in diagnose_evaluation({f"after/{name}": value for name, value in figures.items()}, step)
-    ]
-    known = read_lines(log.path / "warnings.jsonl") if found else []
-    log.append("warnings", [row for row in found if row not in known])
+    after = {f"after/{name}": value for name, value in figures.items()}
+    found = [one.row() for one in diagnose_evaluation(after, step)]
+    log.warn(found)
     figures |= {"warnings": found} if found else {}
     log.write_json("documents.json", shown)
     log.write_json("evaluate.json", figures)

@@ -103,6 +103,13 @@ class RunLog:
             with disk_errors(self.path, path), path.open("a", encoding="utf-8") as file:
                 file.write("".join(_dump(row) for row in rows))
 
+    def warn(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Append the rows that warnings.jsonl does not hold yet, and return them. Raises RunError (disk)."""
+        known = read_lines(self.path / "warnings.jsonl") if rows else []
+        new = [row for row in rows if row not in known]
+        self.append("warnings", new)
+        return new
+
     def rewind(self, step: int) -> None:
         """Drop the lines of steps after `step` and a truncated last line, so that a resumed run logs no step twice.
 

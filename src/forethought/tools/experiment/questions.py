@@ -116,10 +116,10 @@ def with_intervals(figures: Figures) -> Figures:
     18, it is Wilson's bound.
     """
     ends: Figures = {}
+    fewest = min((count for key, count in figures.items() if key.endswith("/questions")), default=0)
     for name in [name for name in figures if f"{name}/se" in figures]:
         group, _, metric = name.rpartition("/")
-        tasks = [count for key, count in figures.items() if key.endswith("/questions")]
-        asked, reach = figures.get(f"{group}/questions", min(tasks)), NORMAL * figures[f"{name}/se"]
+        asked, reach = figures.get(f"{group}/questions", fewest), NORMAL * figures[f"{name}/se"]
         if not reach and metric in benchmarks.ACCURACIES:
             reach = NORMAL**2 / (asked + NORMAL**2)
         if asked >= MIN_CLUSTERS:
