@@ -122,7 +122,8 @@ def test_a_loss_that_is_no_number_stops_the_run_at_the_last_good_state(tmp_path:
     config = from_dict(options(tmp_path, "run", optim={"learning_rate": 1e30, "warmup": 0}))
     with pytest.raises(
         RunError,
-        match=r"^step 2: the loss is .* nan; its batch began with documents world:cups/.*last good state is that of step 1$",
+        match=r"^step 2: the loss is .* nan; its batch began with documents world:cups/"
+        r".*last good state is that of step 1$",
     ):
         train(config)
     state = last_state(tmp_path / "run")
