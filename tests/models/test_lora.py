@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from multiprocessing.context import ForkServerContext
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
@@ -292,6 +293,31 @@ def test_a_run_is_measured_with_its_teacher(run: Path):
     for name in ("all/gain_over_base", "all/gain_over_teacher", "all/ce_nothink", "all/ce_think"):
         assert figures[name] == pytest.approx(summary[f"after/{name}"], abs=1e-5), name
     assert figures["all/gain_over_teacher"] != figures["all/gain_over_base"]
+
+
+def test_in_bf16_a_run_is_measured_with_adapters_beside_the_weights(tmp_path: Path):
+    """As in training: merged and rounded, the weights would be those of another model."""
+    changes = {"model": {"precision": "bf16"}, "train": {"steps": 2}, "optim": {"learning_rate": 1e-2}}
+    train(from_dict(options(tmp_path, "run", **HIT, **changes)))
+    figures, _ = evaluate(tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    for name in ("all/gain_over_base", "all/gain_over_teacher", "all/ce_nothink", "all/ce_think", "all/drift"):
+        assert figures[name] == pytest.approx(summary[f"after/{name}"], abs=1e-6), name
+    assert figures["all/drift"] != 0
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "other"])
+def test_an_adapter_that_is_not_the_runs_is_a_line(run: Path, tmp_path: Path, damage: str):
+    file = shutil.copytree(run, tmp_path / "run") / "policy" / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    if damage == "missing":
+        file.unlink()
+    elif damage == "truncated":
+        file.write_bytes(file.read_bytes()[:100])
+    else:
+        save_file({name: one[:1] for name, one in tensors.items()}, file)
+    with pytest.raises(UserError, match="is not the adapter of this run"):
+        evaluate(tmp_path / "run")
 
 
 @pytest.mark.distributed

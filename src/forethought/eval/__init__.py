@@ -86,26 +86,34 @@ def trained(config: Config, run: Path) -> Config:
 
 
 def trained_subject(config: Config, run: Path) -> heldout.Subject:
-    """The run's trained model, with the teacher of its last checkpoint where that is still there."""
-    last, subject = checkpoint.latest(run), subject_of(trained(config, run))
+    """The run's trained model, with the teacher of its last checkpoint where that is still there.
+
+    Adapters stay beside the weights, as in training: merged into bf16 weights, most of what they add is rounded away.
+    """
+    last, exported = checkpoint.latest(run), trained(config, run)
+    policy = lora.load_exported(config, run / "policy") if config.lora.r else None
+    subject = subject_of(exported, policy and policy.model)
     saved = checkpoint.Saved(last, only="teacher") if last else None
     if saved is None or not saved.names:
         return subject
-    if config.lora.r:
+    if policy is not None:
         network = lora.load_with_adapters(config)
         sharding.load_weights(saved, {"teacher": network.weights})
         network.sync()
         return dataclasses.replace(subject, teacher=network.model)
-    teacher = load_model(subject.config.model, config.seed)
+    teacher = load_model(exported.model, config.seed)
     sharding.load_weights(saved, {"teacher": teacher})
     return dataclasses.replace(subject, teacher=compute_copy(teacher, config.model.precision))
 
 
-def subject_of(config: Config) -> heldout.Subject:
-    """Load all that a measurement takes, so that what is wrong with it is known before a folder is made."""
+def subject_of(config: Config, model: Any = None) -> heldout.Subject:
+    """Load all that a measurement takes, so that what is wrong with it is known before a folder is made.
+
+    `model` takes the place of the config's, which has its tokenizer and its context window.
+    """
     tokenizer = load_tokenizer(config.model)
     form = thought_format(tokenizer, config.method)
     check_context_length(config, form)
-    model = compute_copy(load_model(config.model, config.seed), config.model.precision)
+    model = model or compute_copy(load_model(config.model, config.seed), config.model.precision)
     engine = rollout.engine(model, form, config)
     return heldout.Subject(model=model, engine=engine, form=form, tokenizer=tokenizer, config=config)

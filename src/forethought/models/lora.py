@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -41,6 +42,20 @@ def load_with_adapters(config: Config) -> Network:
     """The model of a config, loaded on the CPU, with adapters. Raises UserError."""
     import_peft()
     return add_adapters(load_model(dataclasses.replace(config.model, device="cpu"), config.seed), config)
+
+
+def load_exported(config: Config, folder: Path) -> Network:
+    """The network that a run trained, with its adapters beside the weights: what `export` saved. Raises UserError."""
+    network, file = load_with_adapters(config), folder / "adapter" / "adapter_model.safetensors"
+    try:
+        saved = load_file(file)
+        names = [name for name, _ in network.weights.named_parameters()]
+        network.weights.load_state_dict({name: saved[_peft_name(name.replace("/", "."))] for name in names})
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        raise UserError(f"{str(file)!r} is not the adapter of this run: {text[:300]}") from error
+    network.sync()
+    return network
 
 
 def add_adapters(model: Any, config: Config) -> Network:
@@ -150,5 +165,10 @@ def export(model: Any, folder: Path, network: Network, options: Lora) -> None:
     settings = copy.copy(network.model.peft_config[ADAPTER])
     settings.target_modules, settings.inference_mode = sorted(settings.target_modules), True
     settings.save_pretrained(folder / "adapter")
-    named = {f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": factor.cpu() for name, factor in factors.items()}
+    named = {_peft_name(name): factor.cpu() for name, factor in factors.items()}
     save_file(named, folder / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _peft_name(name: str) -> str:
+    """The name of a factor in an adapter's file."""
+    return f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}"
