@@ -17,7 +17,7 @@ from trl import GRPOTrainer
 import forethought
 from forethought.algo.metrics import PositionShard
 from forethought.algo.objective import group_advantages
-from forethought.config import Config, Corpus, Method, Model, Update, UserError, option_names
+from forethought.config import Config, Corpus, Method, Model, UserError, from_dict, merge, option_names, to_dict
 from forethought.data.corpus import Windows
 from forethought.data.positions import draw_positions, make_generator
 from forethought.rollout import Thoughts
@@ -212,7 +212,8 @@ HONORED = (
     "method.group", "method.thought_length", "method.positions", "method.position_policy", "method.marked_share",
     "method.horizon", "method.discount", "method.temperature", "method.top_p", "method.reward", "method.clip_low",
     "method.clip_high", "method.ema", "method.freeze_teacher", "method.open", "method.close", "method.prompt", "optim.",
-    "train.steps", "train.batch", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "update.",
+    "train.steps", "train.batch", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints",
+    "update.tokens_per_chunk", "update.checkpointing",
 )  # fmt: skip
 """Options that the prompts, the reward, the teacher or TRL's arguments follow; values that they cannot are refused."""
 OTHERS = {
@@ -235,10 +236,53 @@ def test_every_option_is_honored_refused_or_of_something_else(option: str):
             trl.check(dataclasses.replace(Config(), **{section: changed}), FORM)
 
 
-def test_checkpointing_is_trls(settings: Config, tmp_path: Path):
-    for asked in (True, False):
-        config = dataclasses.replace(settings, update=Update(checkpointing=asked))
-        assert trl.arguments(config, tmp_path).gradient_checkpointing == asked
+def with_option(config: Config, option: str, value: Any) -> Config:
+    section, _, name = option.rpartition(".")
+    return from_dict(merge(to_dict(config), {section: {name: value}} if section else {name: value}))
+
+
+ARGUMENTS = {
+    "seed": ("seed", 5), "model.precision": ("bf16", "bf16"), "method.group": ("num_generations", 8),
+    "method.thought_length": ("max_completion_length", 7), "method.temperature": ("temperature", 0.9),
+    "method.top_p": ("top_p", 0.8), "method.clip_low": ("epsilon", 0.1), "method.clip_high": ("epsilon_high", 0.4),
+    "optim.learning_rate": ("learning_rate", 0.1), "optim.schedule": ("lr_scheduler_type", "cosine"),
+    "optim.warmup": ("warmup_steps", 3), "optim.weight_decay": ("weight_decay", 0.2),
+    "optim.beta1": ("adam_beta1", 0.8),
+    "optim.beta2": ("adam_beta2", 0.9), "optim.gradient_clip": ("max_grad_norm", 2.0), "train.steps": ("max_steps", 7),
+    "train.batch": ("per_device_train_batch_size", 8), "train.log_every": ("logging_steps", 3),
+    "train.checkpoint_every": ("save_steps", 5), "train.keep_checkpoints": ("save_total_limit", 4),
+    "update.checkpointing": ("gradient_checkpointing", True),
+}  # fmt: skip
+"""The honored options that TRL's own arguments carry: the argument, and another value than that of `settings`."""
+CARRIED = {"model.precision": True, "train.batch": 32}
+"""What the argument is where it is not the option's value."""
+
+
+@pytest.mark.parametrize("option", ARGUMENTS)
+def test_every_option_of_trls_arguments_arrives_there(settings: Config, tmp_path: Path, option: str):
+    argument, value = ARGUMENTS[option]
+    changed, plain = (trl.arguments(one, tmp_path) for one in (with_option(settings, option, value), settings))
+    assert getattr(changed, argument) == CARRIED.get(option, value) != getattr(plain, argument)
+
+
+def test_no_option_of_the_optimizer_is_left_out():
+    assert {name for name in option_names() if name.startswith("optim.")} <= ARGUMENTS.keys()
+
+
+PROMPTS = {
+    "seed": 5, "corpus.field": "other", "corpus.min_tokens": 8, "corpus.window": 5, "corpus.shuffle": 2,
+    "method.positions": 2, "method.horizon": 3, "method.position_policy": "marked",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("option", PROMPTS)
+def test_every_option_of_the_positions_changes_the_prompts(settings: Config, tmp_path: Path, option: str):
+    rows = [json.loads(line) for line in (tmp_path / "text.jsonl").read_text().splitlines()]
+    rows = [{**row, "other": row["text"][::-1], "marks": {"answer": [4]}} for row in rows]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changed = with_option(settings, option, PROMPTS[option])
+    drawn, plain = (trl.prompts(one, word_tokenizer()).to_list() for one in (changed, settings))
+    assert drawn != plain
 
 
 def test_arguments_that_make_another_method_are_refused(settings, tmp_path):
