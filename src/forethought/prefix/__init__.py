@@ -4,6 +4,8 @@ What a cache layer's `update` returns is passed to the attention function unchan
 `PrefixSuffixKV`, which the attention registered here handles. Mamba layers keep a state for each continued position.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -64,13 +66,31 @@ def enable(model: Any) -> None:
     before = model.config._attn_implementation
     model.set_attn_implementation(ATTENTION)
     try:
-        _probe(model)
+        with _short_windows(model):
+            _probe(model)
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, TypeError, KeyError, IndexError, RuntimeError, ValueError) as error:
         model.set_attn_implementation(before)
         known = isinstance(error, ValueError)
         raise ValueError(str(error) if known else f"a shared prefix cannot be read: {error}") from error
+
+
+@contextlib.contextmanager
+def _short_windows(model: Any, width: int = 5) -> Iterator[None]:
+    """Shorten every sliding window, so that a probe sees whether a family's mask and its attention have the same one.
+
+    Some pass a window that their mask does not have (OLMoE), or have one that they do not pass (Qwen2-MoE, PhiMoE).
+    """
+    found = [(one, getattr(one, "sliding_window", None)) for one in (model.config.get_text_config(), *model.modules())]
+    windows = [(one, window) for one, window in found if isinstance(window, int) and window > width]
+    try:
+        for one, _ in windows:
+            one.sliding_window = width
+        yield
+    finally:
+        for one, window in windows:
+            one.sliding_window = window
 
 
 @torch.no_grad()
