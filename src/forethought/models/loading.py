@@ -140,11 +140,22 @@ def require_context(architecture: Any, tokens: int, what: str, advice: str) -> N
     """Raise UserError if `what` takes more tokens than the context window of a transformers config."""
     limit = context_window(architecture)
     if tokens > limit:
-        raise UserError(f"{what} takes {tokens} tokens, but the model's context window has {limit}; {advice}")
+        why = "" if limit == _max_positions(architecture) else " before LongRoPE changes its frequencies"
+        raise UserError(f"{what} takes {tokens} tokens, but the model's context window has {limit}{why}; {advice}")
 
 
 def context_window(architecture: Any) -> int:
-    """The number of tokens that a model (of this transformers config) can read; sys.maxsize if it has no limit."""
+    """The number of tokens that a model (of this transformers config) can read; sys.maxsize if it has no limit.
+
+    With LongRoPE those up to which its frequencies stay: beyond, the longest row of a batch would set those of all, and
+    a document and the thoughts that continue it would have different ones.
+    """
+    rope = getattr(architecture.get_text_config(), "rope_parameters", None) or {}
+    parts = [one for one in (rope, *rope.values()) if isinstance(one, dict) and one.get("rope_type") == "longrope"]
+    return min([_max_positions(architecture), *(one["original_max_position_embeddings"] for one in parts)])
+
+
+def _max_positions(architecture: Any) -> int:
     limit = getattr(architecture.get_text_config(), "max_position_embeddings", None)
     return sys.maxsize if limit is None else limit
 
