@@ -105,7 +105,7 @@ def test_rows_must_fit_before_longrope_changes_its_frequencies(start: Config, tm
     """Beyond, the longest row of a batch would set the frequencies of all of them."""
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 48}
     rope |= {"long_factor": [4.0] * 48}
-    sizes = {"max_position_embeddings": 256, "original_max_position_embeddings": 64}
+    sizes: dict[str, Any] = {"max_position_embeddings": 256, "original_max_position_embeddings": 64}
     Phi3Config(**sizes, rope_parameters=rope, pad_token_id=0).save_pretrained(tmp_path / "phi3")
     path = {"path": str(tmp_path / "phi3"), "init": "random"}
 
@@ -113,7 +113,7 @@ def test_rows_must_fit_before_longrope_changes_its_frequencies(start: Config, tm
         return from_dict(options(Path(start.run).parent, "x", corpus={"window": window}, model=path))
 
     check_context_length(config(56), form(4))
-    with pytest.raises(UserError, match=r"takes 65 tokens, .* window has 64 before LongRoPE changes its frequencies;"):
+    with pytest.raises(UserError, match=r"takes 65 tokens, .* window has 64;"):
         check_context_length(config(57), form(4))
 
 

@@ -78,19 +78,14 @@ def enable(model: Any) -> None:
 
 @contextlib.contextmanager
 def _short_windows(model: Any, width: int = 5) -> Iterator[None]:
-    """Shorten every sliding window, so that a probe sees whether a family's mask and its attention have the same one.
-
-    Some pass a window that their mask does not have (OLMoE), or have one that they do not pass (Qwen2-MoE, PhiMoE).
-    """
-    found = [(one, getattr(one, "sliding_window", None)) for one in (model.config.get_text_config(), *model.modules())]
-    windows = [(one, window) for one, window in found if isinstance(window, int) and window > width]
+    """Sliding windows that a probe reaches: OLMoE passes one that its mask lacks, Qwen2-MoE and PhiMoE the reverse."""
+    found = [(one, vars(one).get("sliding_window")) for one in (model.config.get_text_config(), *model.modules())]
+    found = [(one, window) for one, window in found if isinstance(window, int)]
     try:
-        for one, _ in windows:
-            one.sliding_window = width
+        _ = [setattr(one, "sliding_window", min(window, width)) for one, window in found]
         yield
     finally:
-        for one, window in windows:
-            one.sliding_window = window
+        _ = [setattr(one, "sliding_window", window) for one, window in found]
 
 
 @torch.no_grad()
