@@ -8,7 +8,7 @@ import gguf
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, Mamba2Config
+from transformers import AutoTokenizer, Mamba2Config, Phi3Config
 
 from forethought.config import Config, Method, Model, UserError, from_dict
 from forethought.data.positions import ThoughtFormat, thought_format
@@ -99,6 +99,22 @@ def test_rows_that_fit_exactly_are_let_through_and_one_token_more_is_not(start: 
     check_context_length(config(256, name="cpt"), form(4))
     with pytest.raises(UserError, match=r"^corpus.window = 257 takes 257 tokens"):
         check_context_length(config(257, name="cpt"), form(4))
+
+
+def test_rows_must_fit_before_longrope_changes_its_frequencies(start: Config, tmp_path: Path):
+    """Beyond, the longest row of a batch would set the frequencies of all of them."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 48}
+    rope |= {"long_factor": [4.0] * 48}
+    sizes: dict[str, Any] = {"max_position_embeddings": 256, "original_max_position_embeddings": 64}
+    Phi3Config(**sizes, rope_parameters=rope, pad_token_id=0).save_pretrained(tmp_path / "phi3")
+    path = {"path": str(tmp_path / "phi3"), "init": "random"}
+
+    def config(window: int) -> Config:
+        return from_dict(options(Path(start.run).parent, "x", corpus={"window": window}, model=path))
+
+    check_context_length(config(56), form(4))
+    with pytest.raises(UserError, match=r"takes 65 tokens, .* window has 64;"):
+        check_context_length(config(57), form(4))
 
 
 def write_gguf(file: Path, width: int = 32, heads: int = 2) -> dict[str, torch.Tensor]:

@@ -35,6 +35,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **DENSE, "lru_width": 32, "attention_window_size": 16, "block_types": ["recurrent", "attention"],
     },
 }  # fmt: skip
+EXPERTS = {**DENSE, "num_experts_per_tok": 2, "sliding_window": 20}
+WINDOWED: dict[str, dict[str, Any]] = {
+    "qwen2_moe": {
+        **EXPERTS, "num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+        "use_sliding_window": True, "max_window_layers": 1,
+    },
+    "phimoe": {**EXPERTS, "num_local_experts": 4},
+    "olmoe": {**EXPERTS, "num_experts": 4},
+}  # fmt: skip
 BOTH = [(name, prefix) for name in ("opt", "gemma3", "zamba2") for prefix in ("shared", "replicated")]
 
 
@@ -42,7 +51,11 @@ def family(name: str) -> Any:
     """Weights that are large enough for attention to matter."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **FAMILIES[name])).float().eval()
+        model = (
+            AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**FAMILIES, **WINDOWED}[name]))
+            .float()
+            .eval()
+        )
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(3.0)
@@ -108,3 +121,20 @@ def test_a_model_that_would_compute_something_else_is_refused(name: str, prefix:
     with pytest.raises(UserError) as refused:
         check_prefixes(family(name), options(prefix))
     assert str(refused.value).startswith(message)
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_a_window_that_the_mask_or_the_attention_alone_has_is_refused(name: str):
+    """The probe is shorter than the window."""
+    model = family(name)
+    with pytest.raises(UserError, match=r"logits differ by .* when rows share a prefix\); set model.prefix to 'repl"):
+        check_prefixes(model, options("shared"))
+    assert model.config.sliding_window == 20
+    check_prefixes(model, options("replicated"))
+
+
+def test_a_window_that_both_have_is_shared_and_left_as_it_was():
+    architecture = AutoConfig.for_model("mistral", **DENSE, sliding_window=20)
+    model = AutoModelForCausalLM.from_config(architecture).float().eval()
+    enable(model)
+    assert model.config.sliding_window == 20

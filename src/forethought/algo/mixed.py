@@ -121,12 +121,9 @@ def best(
     """True at the thought with the largest gain in each window, among those that closed and gain over 0 and `least`."""
     fit = gains.masked_fill(~closed | (gains <= 0) | (gains < least), -torch.inf)
     kept = torch.zeros_like(closed)
-    for window in range(len(positions.windows)):
+    for window in positions.window.unique():
         members = (positions.window == window).nonzero().squeeze(-1)
-        if not len(members):
-            continue
-        some = fit[members]
-        top = int(some.argmax())
+        top = int((some := fit[members]).argmax())
         if some.flatten()[top] > 0:
             kept[int(members[top // fit.shape[1]]), top % fit.shape[1]] = True
     return kept

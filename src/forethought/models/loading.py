@@ -120,9 +120,8 @@ def device(options: Model) -> torch.device:
     """The device of model.device. Raises UserError if it is not available."""
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("model.device = 'cuda': no CUDA device is available here")
-    if options.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(options.device)
+    automatic = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(automatic if options.device == "auto" else options.device)
 
 
 def check_context_length(config: Config, form: ThoughtFormat) -> None:
@@ -144,9 +143,15 @@ def require_context(architecture: Any, tokens: int, what: str, advice: str) -> N
 
 
 def context_window(architecture: Any) -> int:
-    """The number of tokens that a model (of this transformers config) can read; sys.maxsize if it has no limit."""
-    limit = getattr(architecture.get_text_config(), "max_position_embeddings", None)
-    return sys.maxsize if limit is None else limit
+    """The number of tokens that a model (of this transformers config) can read; sys.maxsize if it has no limit.
+
+    With LongRoPE those before its frequencies change: beyond, the longest row of a batch sets them for all of its rows.
+    """
+    options = architecture.get_text_config()
+    rope = getattr(options, "rope_parameters", None) or {}
+    parts = [one for one in (rope, *rope.values()) if isinstance(one, dict) and one.get("rope_type") == "longrope"]
+    limit = getattr(options, "max_position_embeddings", None)
+    return min([limit or sys.maxsize, *(one["original_max_position_embeddings"] for one in parts)])
 
 
 def _locate(source: str) -> tuple[Path, dict[str, Any]]:

@@ -4,6 +4,8 @@ What a cache layer's `update` returns is passed to the attention function unchan
 `PrefixSuffixKV`, which the attention registered here handles. Mamba layers keep a state for each continued position.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -64,13 +66,26 @@ def enable(model: Any) -> None:
     before = model.config._attn_implementation
     model.set_attn_implementation(ATTENTION)
     try:
-        _probe(model)
+        with _short_windows(model):
+            _probe(model)
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, TypeError, KeyError, IndexError, RuntimeError, ValueError) as error:
         model.set_attn_implementation(before)
         known = isinstance(error, ValueError)
         raise ValueError(str(error) if known else f"a shared prefix cannot be read: {error}") from error
+
+
+@contextlib.contextmanager
+def _short_windows(model: Any, width: int = 5) -> Iterator[None]:
+    """Sliding windows that a probe reaches: OLMoE passes one that its mask lacks, Qwen2-MoE and PhiMoE the reverse."""
+    found = [(one, vars(one).get("sliding_window")) for one in (model.config.get_text_config(), *model.modules())]
+    found = [(one, window) for one, window in found if isinstance(window, int)]
+    try:
+        _ = [setattr(one, "sliding_window", min(window, width)) for one, window in found]
+        yield
+    finally:
+        _ = [setattr(one, "sliding_window", window) for one, window in found]
 
 
 @torch.no_grad()
