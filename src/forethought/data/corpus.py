@@ -7,6 +7,8 @@ position in the stream is a few integers: the cursor.
 import functools
 import itertools
 import random
+import re
+import reprlib
 import warnings
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -200,6 +202,20 @@ class Windows:
             self.given += 1
             self.tokens += len(window.tokens)
             yield window
+
+
+def context_tokens(tokenizer: Any, text: str, special: bool = True) -> list[int]:
+    """Tokens of a text that may go on: those of a document, without special tokens that end one (EOS, [SEP]).
+
+    Raises UserError for text that UTF-8 cannot encode.
+    """
+    if re.search("[\ud800-\udfff]", text):
+        raise UserError(f"text = {reprlib.repr(text)}: contains a lone surrogate")
+    whole, plain = (tokenizer("a", add_special_tokens=also)["input_ids"] for also in (special, False))
+    before = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+    after = len(whole) - before - len(plain) if plain else 0
+    tokens = tokenizer(text, add_special_tokens=special, truncation=False, verbose=False)["input_ids"]
+    return list(tokens[: len(tokens) - after])
 
 
 def _tokenize(document: Document, tokenizer: Any) -> tuple[list[int], dict[str, list[int]]]:
