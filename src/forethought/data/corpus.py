@@ -17,6 +17,7 @@ from typing import Any
 
 from forethought.config import Corpus, UserError
 from forethought.data.readers import Document, Record, find_source
+from forethought.data.token_bytes import SPACE
 
 _MAX_SHORT = 1000  # documents of an endless stream that may be too short before any is long enough
 _CURSOR = ("documents", "skipped", "bad_rows", "tokens", "epoch", "block", "part", "record", "done", "given", "found")
@@ -225,9 +226,14 @@ def _tokenize(document: Document, tokenizer: Any) -> tuple[list[int], dict[str, 
         kind = type(tokenizer).__name__
         raise UserError(f"model.tokenizer: the marks of {document.row} need a fast tokenizer, got {kind}")
     encoded = tokenizer(document.text, truncation=False, verbose=False, return_offsets_mapping=marked)
-    # Special tokens have empty spans. A mark on white space that is in no token goes to the next token.
-    offsets = enumerate(encoded["offset_mapping"] if marked else [])
-    spans = [(end, index) for index, (start, end) in offsets if start < end]
+    # Special tokens have empty spans; a space that SentencePiece puts before a text has that of its first character.
+    # A mark on white space that is in no token goes to the next token.
+    offsets = zip(encoded["offset_mapping"], encoded.tokens(), strict=True) if marked else []
+    spans = [
+        (end, index)
+        for index, ((start, end), token) in enumerate(offsets)
+        if start < end and not (token == SPACE and document.text[start:end].strip().strip(SPACE))
+    ]
     ends, marks = [end for end, _ in spans], {}
     for name, offsets in document.marks.items():
         found = {bisect_right(ends, offset) for offset in offsets}
