@@ -149,11 +149,9 @@ class Windows:
                 if self._source.endless and self.block >= _MAX_SHORT and not self.found:
                     break
             if not self.found:
-                least = self._options.min_tokens
                 bad = f"; bad rows: {self.bad_rows}, the first is {self._first_bad}" if self._first_bad else ""
-                raise UserError(
-                    f"{self._source.label}: no document has corpus.min_tokens = {least} tokens or more{bad}"
-                )
+                least = f"corpus.min_tokens = {self._options.min_tokens} tokens or more"
+                raise UserError(f"{self._source.label}: no document has {least}{bad}")
             self.epoch += 1
             self.block = self.part = self.record = self.found = 0
 
@@ -206,17 +204,13 @@ class Windows:
 
 
 def context_tokens(tokenizer: Any, text: str, special: bool = True) -> list[int]:
-    """Tokens of a text that may go on: those of a document, without special tokens that end one (EOS, [SEP]).
-
-    Raises UserError for text that UTF-8 cannot encode.
-    """
+    """Tokens of a text that may go on: without the special tokens that end a document. Raises UserError."""
     if re.search("[\ud800-\udfff]", text):
         raise UserError(f"text = {reprlib.repr(text)}: contains a lone surrogate")
     whole, plain = (tokenizer("a", add_special_tokens=also)["input_ids"] for also in (special, False))
-    before = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
-    after = len(whole) - before - len(plain) if plain else 0
+    before = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0) if plain else len(whole)
     tokens = tokenizer(text, add_special_tokens=special, truncation=False, verbose=False)["input_ids"]
-    return list(tokens[: len(tokens) - after])
+    return list(tokens[: len(tokens) + before + len(plain) - len(whole)])
 
 
 def _tokenize(document: Document, tokenizer: Any) -> tuple[list[int], dict[str, list[int]]]:
@@ -228,12 +222,9 @@ def _tokenize(document: Document, tokenizer: Any) -> tuple[list[int], dict[str, 
     encoded = tokenizer(document.text, truncation=False, verbose=False, return_offsets_mapping=marked)
     # Special tokens have empty spans; a space that SentencePiece puts before a text has that of its first character.
     # A mark on white space that is in no token goes to the next token.
-    offsets = zip(encoded["offset_mapping"], encoded.tokens(), strict=True) if marked else []
-    spans = [
-        (end, index)
-        for index, ((start, end), token) in enumerate(offsets)
-        if start < end and not (token == SPACE and document.text[start:end].strip().strip(SPACE))
-    ]
+    named = enumerate(zip(encoded["offset_mapping"], encoded.tokens(), strict=True)) if marked else []
+    real = ((i, span) for i, (span, name) in named if name != SPACE or document.text[span[0] : span[1]].isspace())
+    spans = [(end, index) for index, (start, end) in real if start < end]
     ends, marks = [end for end, _ in spans], {}
     for name, offsets in document.marks.items():
         found = {bisect_right(ends, offset) for offset in offsets}
