@@ -14,7 +14,7 @@ from forethought.data.positions import at_positions, make_generator, thought_for
 from forethought.inference import Prediction, ScoredToken, mixture
 from forethought.rollout import draw_noise
 from helpers.models import FORM, LONG, MODELS, WORDS, config, plain_logits, plain_targets, qwen3, window, word_tokenizer
-from helpers.tokenizers import byte_level
+from helpers.tokenizers import byte_level, ending_tokenizer
 
 TEXT = "a b c d e"
 TOKENS = [5, 6, 7, 8, 9]
@@ -212,6 +212,18 @@ def test_a_template_and_long_delimiters():
     assert logp == pytest.approx(mean_of_sequences(one.model, prompts, [6]), abs=1e-5)
 
 
+def test_a_text_does_not_end_where_the_tokenizer_ends_documents():
+    one = thinker(tokenizer=ending_tokenizer())
+    assert one.tokenizer(TEXT)["input_ids"] == [2, *TOKENS, 11]
+    assert one.encode(TEXT) == [2, *TOKENS]
+    assert one.encode("") == [2]
+    assert one.encode("a g") == [2, 5, 11]  # g is the EOS token here, and written
+    found = one.next_token(TEXT, thoughts=0)
+    assert torch.allclose(found.logp, plain_logits(one.model, [2, *TOKENS])[-1].log_softmax(-1), atol=1e-5)
+    [written] = one.generate(TEXT, max_tokens=1, thoughts=0, temperature=0.0)
+    assert (written.at, written.token) == (6, int(found.logp.argmax()))
+
+
 def test_mixture_worked_by_hand():
     logp = torch.tensor([[0.5, 0.1], [0.25, 0.3]]).log()
     assert mixture(logp).exp().tolist() == pytest.approx([0.375, 0.2])
@@ -228,6 +240,9 @@ def test_mixture_worked_by_hand():
         (lambda one: one.generate(TEXT, max_tokens=0), "max_tokens and think_every"),
         (lambda one: one.generate(TEXT, think_every=0), "max_tokens and think_every"),
         (lambda one: one.score([([5], [])]), "at least one token each"),
+        (lambda one: one.next_token("a \ud800"), "contains a lone surrogate"),
+        (lambda one: one.gains([5, 12]), "token 12 is none of the model's, which are 0 to 11"),
+        (lambda one: one.log_likelihood([5, -1]), "token -1 is none"),
     ],
 )
 def test_what_cannot_be_is_refused(call: Any, message: str):

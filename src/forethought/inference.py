@@ -18,7 +18,7 @@ from torch import Tensor
 
 from forethought.algo.metrics import decode_thoughts, thought_tokens
 from forethought.config import Config, UserError, from_dict, merge
-from forethought.data.corpus import Window
+from forethought.data.corpus import Window, context_tokens
 from forethought.data.positions import Positions, at_positions, make_generator, thought_format
 from forethought.eval.viewer import token_texts
 from forethought.models.compute_copy import compute_copy
@@ -123,11 +123,13 @@ class ThinkingModel:
         return cls(model, load_tokenizer(config.model), config)
 
     def encode(self, text: Text) -> list[int]:
-        """Tokens of a text with the tokenizer's special tokens, as in training. Tokens are returned unchanged."""
-        encoded = self.tokenizer(text, truncation=False, verbose=False)["input_ids"] if isinstance(text, str) else text
-        tokens = [int(token) for token in encoded]
+        """Tokens of a text with the special tokens that begin a document. Tokens are returned unchanged."""
+        tokens = context_tokens(self.tokenizer, text) if isinstance(text, str) else [int(token) for token in text]
         if not tokens:
             raise UserError("text = '': must have at least one token, since a thought is about what follows")
+        size = self.model.get_input_embeddings().weight.shape[0]
+        if wrong := [token for token in tokens if not 0 <= token < size]:
+            raise UserError(f"text: token {wrong[0]} is none of the model's, which are 0 to {size - 1}")
         return tokens
 
     @torch.no_grad()

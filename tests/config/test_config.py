@@ -62,6 +62,8 @@ def test_the_options_are_these():
         ("--model.prefix copied", "'shared' or 'replicated'"),
         ("--corpus.window 1", "greater than or equal to 2"),
         ("--corpus.shuffle -1", "greater than or equal to 0"),
+        ("--corpus.shuffle 1000000000000000000000", "less than 9223372036854775808"),
+        ("--evaluate.documents 1000000000000000000000", "less than 9223372036854775808"),
         ("--rollout.engine sglang", "must be native, vllm or module:attribute"),
         ("--rollout.cache_gb 0", "greater than 0"),
         ("--rollout.timeout_s inf", "finite number"),

@@ -17,11 +17,12 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from forethought.config import Corpus, UserError
 from forethought.data.corpus import Windows, check_corpus, labels, spread_windows
+from forethought.data.readers import find_source
 from forethought.data.worlds import WORLDS, load_world
 from helpers.tokenizers import byte_level
 from helpers.worlds import first_windows
@@ -381,6 +382,16 @@ def test_a_glob_picks_files_and_a_file_of_that_very_name_comes_first(tmp_path: P
     assert [window.tokens for window in first_windows(options(tmp_path / "a[1].txt"), TOKENIZER, 0, 9)] == [[7, 8]]
 
 
+@pytest.mark.parametrize("pattern", ["**/*.txt", "**/**/*.txt"])
+def test_a_file_that_a_glob_finds_by_several_names_is_read_once(tmp_path: Path, pattern: str):
+    for name in ("a.txt", "deep/b.txt", "deep/er/c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("w0 w1")
+    (tmp_path / "deep" / "loop").symlink_to("..")
+    found = find_source(options(tmp_path / pattern), 0, "corpus.path").parts
+    assert sorted(Path(name).name for name in found) == ["a.txt", "b.txt", "c.txt"]
+
+
 def test_a_path_may_start_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.txt").write_text("w0 w1")
@@ -727,6 +738,21 @@ def test_marks_land_on_the_token_that_holds_the_character_in_byte_level_bpe(tmp_
         assert before <= start < after
         several += after < end
     assert several > 0
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_the_space_that_sentencepiece_puts_before_a_text_takes_no_mark(tmp_path: Path, legacy: bool):
+    letters = "\u2581(wz"
+    plain = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    if legacy:
+        plain.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    else:
+        plain.pre_tokenizer = pre_tokenizers.Metaspace()
+    rows = [{"text": "(w z", "marks": {"first": [0], "space": [2], "last": [3]}}]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    [window] = first_windows(options(path), PreTrainedTokenizerFast(tokenizer_object=plain), 0, 1)
+    assert window.tokens == [0, 1, 2, 0, 3]
+    assert window.marks == {"first": (1,), "space": (3,), "last": (4,)}
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerFast, token: int) -> int:

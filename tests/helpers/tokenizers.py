@@ -3,6 +3,8 @@
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from helpers.models import word_tokenizer
+
 
 def byte_level(texts: list[str], trim: bool) -> PreTrainedTokenizerFast:
     """Byte-level BPE whose tokens carry the space before a word; `trim` leaves it out of the offsets."""
@@ -14,3 +16,11 @@ def byte_level(texts: list[str], trim: bool) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def ending_tokenizer() -> PreTrainedTokenizerFast:
+    """Words; documents begin with <bos> and end with `g`, which stands in for EOS."""
+    tokenizer = word_tokenizer(bos=True)
+    ends = [("<bos>", 2), ("g", 11)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A g", special_tokens=ends)
+    return tokenizer

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.models import plain_targets
+from helpers.models import config, plain_targets, qwen3
+from helpers.tokenizers import ending_tokenizer
 
 lm_eval = pytest.importorskip("lm_eval", reason="make test-lm-eval installs the harness")
 pytestmark = pytest.mark.filterwarnings("default")
@@ -203,6 +204,13 @@ def test_tokens_begin_with_bos_once(one: ForethoughtLM):
     assert one.tok_encode("<s> ball .").count(one.prefix_token_id) == 1
     [(empty, _)] = one.loglikelihood([asked("", "ball under")])
     assert math.isfinite(empty)
+
+
+def test_a_context_does_not_end_where_the_tokenizer_ends_documents():
+    one = ForethoughtLM(ThinkingModel(qwen3(), ending_tokenizer(), config(thought_length=4)), thinking=False)
+    assert one._encode_pair("a b", " c d") == ([2, 5, 6], [7, 8])
+    [(logp, _)] = one.loglikelihood([asked("a b", " c d")])
+    assert logp == pytest.approx(float(plain_targets(one.thinker.model, [2, 5, 6], [7, 8]).detach().sum()), abs=1e-4)
 
 
 @pytest.mark.parametrize(

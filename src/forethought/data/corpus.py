@@ -7,6 +7,8 @@ position in the stream is a few integers: the cursor.
 import functools
 import itertools
 import random
+import re
+import reprlib
 import warnings
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -15,6 +17,7 @@ from typing import Any
 
 from forethought.config import Corpus, UserError
 from forethought.data.readers import Document, Record, find_source
+from forethought.data.token_bytes import SPACE
 
 _MAX_SHORT = 1000  # documents of an endless stream that may be too short before any is long enough
 _CURSOR = ("documents", "skipped", "bad_rows", "tokens", "epoch", "block", "part", "record", "done", "given", "found")
@@ -146,11 +149,9 @@ class Windows:
                 if self._source.endless and self.block >= _MAX_SHORT and not self.found:
                     break
             if not self.found:
-                least = self._options.min_tokens
                 bad = f"; bad rows: {self.bad_rows}, the first is {self._first_bad}" if self._first_bad else ""
-                raise UserError(
-                    f"{self._source.label}: no document has corpus.min_tokens = {least} tokens or more{bad}"
-                )
+                least = f"corpus.min_tokens = {self._options.min_tokens} tokens or more"
+                raise UserError(f"{self._source.label}: no document has {least}{bad}")
             self.epoch += 1
             self.block = self.part = self.record = self.found = 0
 
@@ -202,6 +203,16 @@ class Windows:
             yield window
 
 
+def context_tokens(tokenizer: Any, text: str, special: bool = True) -> list[int]:
+    """Tokens of a text that may go on: without the special tokens that end a document. Raises UserError."""
+    if re.search("[\ud800-\udfff]", text):
+        raise UserError(f"text = {reprlib.repr(text)}: contains a lone surrogate")
+    whole, plain = (tokenizer("a", add_special_tokens=also)["input_ids"] for also in (special, False))
+    before = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0) if plain else len(whole)
+    tokens = tokenizer(text, add_special_tokens=special, truncation=False, verbose=False)["input_ids"]
+    return list(tokens[: len(tokens) + before + len(plain) - len(whole)])
+
+
 def _tokenize(document: Document, tokenizer: Any) -> tuple[list[int], dict[str, list[int]]]:
     """Tokens of the text, including the tokenizer's special tokens, and the sorted indices of the marked ones."""
     marked = bool(document.marks)
@@ -209,9 +220,11 @@ def _tokenize(document: Document, tokenizer: Any) -> tuple[list[int], dict[str, 
         kind = type(tokenizer).__name__
         raise UserError(f"model.tokenizer: the marks of {document.row} need a fast tokenizer, got {kind}")
     encoded = tokenizer(document.text, truncation=False, verbose=False, return_offsets_mapping=marked)
-    # Special tokens have empty spans. A mark on white space that is in no token goes to the next token.
-    offsets = enumerate(encoded["offset_mapping"] if marked else [])
-    spans = [(end, index) for index, (start, end) in offsets if start < end]
+    # Special tokens have empty spans; a space that SentencePiece puts before a text has that of its first character.
+    # A mark on white space that is in no token goes to the next token.
+    named = enumerate(zip(encoded["offset_mapping"], encoded.tokens(), strict=True)) if marked else []
+    real = ((i, span) for i, (span, name) in named if name != SPACE or document.text[span[0] : span[1]].isspace())
+    spans = [(end, index) for index, (start, end) in real if start < end]
     ends, marks = [end for end, _ in spans], {}
     for name, offsets in document.marks.items():
         found = {bisect_right(ends, offset) for offset in offsets}

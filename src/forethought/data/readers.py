@@ -135,7 +135,8 @@ def _files(path: str) -> tuple[list[str], list[str]]:
     elif Path(path).exists():
         files = [path]
     else:
-        files = sorted(name for name in glob.glob(path, recursive=True) if Path(name).is_file())  # noqa: PTH207
+        names = sorted(glob.glob(path, recursive=True), key=lambda name: (-len(name), name))  # noqa: PTH207
+        files = sorted({os.path.realpath(name): name for name in names if Path(name).is_file()}.values())  # each once
     if not files:
         nothing = "the glob matches no file" if glob.has_magic(path) else "no such file or folder"
         raise UserError(f"{'no file to read in the folder' if folder else nothing} ({_KNOWN})")

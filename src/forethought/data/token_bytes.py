@@ -13,7 +13,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from forethought.config import UserError
 
-_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece vocabularies write a space
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece vocabularies write a space
 
 
 class TokenBytes:
@@ -35,7 +35,7 @@ class TokenBytes:
         decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"], ensure_ascii=False)
         byte_letters = {letter: bytes([byte]) for byte, letter in bytes_to_unicode().items()}
         self._letters = byte_letters if '"ByteLevel"' in decoder else None
-        self._pieces = _SPACE in decoder or '"Metaspace"' in decoder
+        self._pieces = SPACE in decoder or '"Metaspace"' in decoder
 
     def token(self, token: int) -> bytes:
         """The bytes of a token."""
@@ -57,7 +57,7 @@ class TokenBytes:
         if self._pieces:
             if len(written) == 6 and written.startswith("<0x"):
                 return bytes([int(written[3:5], 16)])
-            return written.replace(_SPACE, " ").encode()
+            return written.replace(SPACE, " ").encode()
         return written[2:].encode() if written.startswith("##") else f" {written}".encode()
 
 

@@ -23,6 +23,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from forethought.config import UserError, read_overrides
+from forethought.data.corpus import context_tokens
 from forethought.inference import Answer, Pair, Sampling, ThinkingModel
 
 TASKS = Path(__file__).parent / "tasks"  # the task files of tools/benchmarks.py
@@ -110,10 +111,10 @@ class ForethoughtLM(TemplateLM):
         return found[0]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Tokens, by default with the special ones of training documents, but never a second BOS."""
+        """Tokens, by default with the special ones that begin training documents, but never a second BOS."""
         begins = self.tokenizer.bos_token is not None and string.startswith(self.tokenizer.bos_token)
         special = not begins if add_special_tokens is None else add_special_tokens
-        return list(self.tokenizer(string, add_special_tokens=special, truncation=False, verbose=False)["input_ids"])
+        return context_tokens(self.tokenizer, string, special)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any

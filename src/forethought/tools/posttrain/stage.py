@@ -39,7 +39,7 @@ from forethought.config import (
     read_toml,
     to_dict,
 )
-from forethought.data.corpus import Windows, check_corpus
+from forethought.data.corpus import Windows, check_corpus, context_tokens
 from forethought.data.positions import ThoughtFormat
 from forethought.run.folder import read_jsonl
 from forethought.tools.benchmarks import grade, require_extra
@@ -180,7 +180,7 @@ def _question_examples(stage: Stage, config: Config, tokenizer: Any, form: Thoug
     while True:
         rng.shuffle(rows)
         for question, solution, answer in rows:
-            context = tokenizer(f"Question: {question}\nAnswer:")["input_ids"]
+            context = context_tokens(tokenizer, f"Question: {question}\nAnswer:")
             worked = encode(f" {solution}") if solution else []
             final = [*encode(f" The answer is {answer}."), *ends]
             if stage.think:
