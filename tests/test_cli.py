@@ -6,9 +6,12 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from forethought.cli import COMMANDS, main
 from forethought.config import Config, from_dict, option_names
 from forethought.config.registry import TABLES
 from forethought.models.loading import load_model, load_tokenizer
-from forethought.run.folder import RunLog
+from forethought.run.folder import RunLog, read_lines
 from forethought.tools.console import printable
 from helpers.cli import complaint
 from helpers.runs import options, words
@@ -249,6 +252,9 @@ def test_what_cannot_be_resumed_is_one_line(finished: Path, tmp_path: Path, caps
     line = complaint(capsys, [*resume, "--method.group", "8"])
     assert line == "method.group = 8: the run to resume has 3; resuming cannot change this option"
     assert complaint(capsys, [*resume, "--seed", "4"]).startswith("seed = 4: the run to resume has 0")
+    for option, value in (("run", "other"), ("overwrite", "True")):
+        line = complaint(capsys, [*resume, f"--{option}", value])
+        assert line == f"--{option}: --resume goes on in the folder of the run itself, {finished}"
     log = RunLog.create(Config(run=str(tmp_path / "run")))
     with log.lock():
         assert "in use by process" in complaint(capsys, ["train", "--resume", str(log.path)])
@@ -328,6 +334,15 @@ def test_a_run_outlives_the_reader_of_its_output(code: int, tmp_path: Path, monk
     assert (tmp_path / "run" / "summary.json").is_file()
     assert out.getvalue().count("\n") == err.getvalue().count("\n") == 1
     assert main(["--help"]) == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_run_needs_no_output_at_all(closed: str, tmp_path: Path):
+    command = shlex.join([sys.executable, "-m", "forethought", *words(options(tmp_path, "run"))])
+    done = subprocess.run(f"{command} {closed}", shell=True, capture_output=True, text=True, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+    assert (tmp_path / "run" / "policy").is_dir()
+    assert all(row["step"] for row in read_lines(tmp_path / "run" / "metrics.jsonl"))
 
 
 def test_an_output_without_the_letters_of_a_name_shows_escapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -45,6 +45,9 @@ class Command:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit status: 2 for a user's error, 1 for a run that failed, 128 + n for signal n."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in this order, so that no file of a run
+        if getattr(sys, name) is None:  # gets the descriptor of one that was closed
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
     streams = Stream(sys.stdout), Stream(sys.stderr)
     out, err = (Console(file=cast(TextIO, stream), highlight=False) for stream in streams)
     words = list(sys.argv[1:] if words is None else words)
@@ -149,6 +152,8 @@ def _saved_config(run: str, name: str | None, words: list[str]) -> Config:
     from forethought.run.folder import RunLog
 
     saved = RunLog.open(run).config()
+    for option in read_overrides(words).keys() & {"run", "overwrite"}:
+        raise UserError(f"--{option}: --resume goes on in the folder of the run itself, {run}")
     wanted = load(name, words) if name else from_dict(merge(to_dict(saved), read_overrides(words)))
     changed_on_resume(saved, wanted)
     return wanted

@@ -12,7 +12,7 @@ from forethought import load, train
 from forethought.algo.mixed import Mixed, best
 from forethought.algo.rlp import RLP
 from forethought.config import UserError, from_dict
-from forethought.data.positions import at_positions
+from forethought.data.positions import ThoughtFormat, at_positions
 from forethought.flops import Shape, cpt_step, rlp_step
 from forethought.models.compute_copy import Network
 from forethought.run.folder import read_lines
@@ -35,8 +35,8 @@ from helpers.models import (
 SETTINGS = config(group=4, thought_length=9)
 
 
-def mixed(model: Any, settings: Any = SETTINGS) -> Mixed:
-    return Mixed(Network(model, "fp32"), engine(model, settings), FORM, word_tokenizer(), settings)
+def mixed(model: Any, settings: Any = SETTINGS, form: ThoughtFormat = FORM) -> Mixed:
+    return Mixed(Network(model, "fp32"), engine(model, settings, form), form, word_tokenizer(), settings)
 
 
 def rows_of(method: Mixed, step: int = 1) -> list[list[int]]:
@@ -96,6 +96,27 @@ def test_the_gradient_is_that_of_next_token_prediction_on_all_rows():
         total = total - plain_targets(model, row[:1], row[1:])[learned].sum()
         count += int(learned.sum())
     assert_close(update(method, pieces), gradients(model, total / count))
+
+
+@pytest.mark.parametrize("bos", [None, 5], ids=["no-bos", "bos"])
+def test_the_template_is_read_and_not_learned(bos: int | None):
+    """Even where its tokens are those of the text: what is inserted is known by its place."""
+    form = ThoughtFormat(before=(6, 7), after=(8,), open=(OPEN,), close=(CLOSE,), bos=bos, pad=0)
+    windows = [dataclasses.replace(window, tokens=[5, *window.tokens]) for window in WINDOWS]
+    batch = collected(mixed(qwen3(scale=0.2, seed=3), form=form), windows, 1)
+    seen = 0
+    for piece in batch.microbatches:
+        for row, mask, learned in zip(piece.tokens, piece.mask, piece.learned, strict=True):
+            tokens = row[mask].tolist()
+            wanted = [token != OPEN for token in tokens]
+            if OPEN in tokens:
+                at, head, seen = tokens.index(OPEN), int(bos is not None), seen + 1
+                assert tokens[head : head + 2] == [6, 7] and tokens[at - 1] == 8
+                for place in (head, head + 1, at - 1):
+                    wanted[place] = False
+            assert learned[: len(tokens) - 1].tolist() == wanted[1:] and not learned[len(tokens) - 1 :].any()
+    assert seen > 0
+    assert sum(int(piece.learned.sum()) for piece in batch.microbatches) == round(1 / batch.microbatches[0].scale)
 
 
 def test_its_flops_are_those_of_the_thoughts_and_of_the_rows():

@@ -72,6 +72,8 @@ def test_the_options_are_these():
         ("--method.group 1", "at least 2"),
         ("--method.group 2.5", "integer"),
         ("--method.group eight", "integer"),
+        (f"--method.group {'1' * 5000}", "method.group = "),
+        (f"--method.group {'[' * 3000}", "integer"),
         ("--method.thought_length 0", "greater than or equal to 1"),
         ("--method.positions 0", "greater than or equal to 1"),
         ("--method.ema 0", "greater than 0"),

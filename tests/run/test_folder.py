@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forethought.config import Config, Method, RunError, UserError
-from forethought.run.folder import RunLog, checkpoints, disk_errors, read_lines, sync
+from forethought.config import Config, Method, RunError, UserError, from_dict
+from forethought.run.folder import RunLog, checkpoints, read_lines, sync
 
 HOLD = """
 import sys
@@ -276,9 +277,26 @@ except RunError as error:
     assert names(tmp_path) == {"config.json", ".lock", "summary.json"}
 
 
-def test_other_errors_of_the_system_pass(tmp_path: Path):
-    with pytest.raises(FileNotFoundError), disk_errors(tmp_path, tmp_path):
-        (tmp_path / "none").read_text()
+@pytest.mark.parametrize("option", ["model.path", "model.tokenizer", "corpus.path", "evaluate.path"])
+def test_what_a_run_reads_is_not_emptied(tmp_path: Path, option: str):
+    section, _, name = option.partition(".")
+    old = make(tmp_path / "run")
+    (old.path / "policy").mkdir()
+    config = from_dict({"run": str(old.path), "overwrite": True, section: {name: str(old.path / "policy")}})
+    with pytest.raises(UserError, match=f"{option} = .*policy' is in this folder, which would be emptied"):
+        RunLog.create(config)
+    assert (old.path / "policy").is_dir()
+
+
+@pytest.mark.parametrize("damage", ["removed", "replaced"])
+def test_a_folder_that_is_gone_is_a_line(tmp_path: Path, damage: str):
+    run = make(tmp_path / "run")
+    shutil.rmtree(run.path)
+    if damage == "replaced":
+        run.path.write_text("a file")
+    for write in (lambda: run.append("metrics", [{"step": 1}]), lambda: run.write_json("summary.json", {})):
+        with pytest.raises(RunError, match=r"cannot be written: .*; no checkpoint had been written$"):
+            write()
 
 
 def test_checkpoints_are_sorted_by_step_and_whole(tmp_path: Path):

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from forethought.algo.metrics import Sums
 from forethought.algo.objective import next_token_loss
@@ -17,6 +18,9 @@ from forethought.models.logprobs import chunk_tokens, forward, log_probabilities
 from forethought.prefix import activation_checkpointing
 from forethought.rollout import Engine
 from forethought.run import distributed
+
+INSERTED = "<inserted>"
+"""The mark of tokens that are no text; no corpus can have a mark of this name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +56,8 @@ class TextMicrobatch:
 class CPT:
     """Continued next-token pretraining (eq. 1): the baseline, and how the embedded base models are made.
 
-    An opening delimiter in the text is never a target: it is inserted to request a thought, not predicted.
+    An opening delimiter in the text is never a target, nor are the tokens that a window marks as `INSERTED`: they are
+    there to request a thought, not to be predicted.
     """
 
     def __init__(self, network: Network, engine: Engine, form: ThoughtFormat, tokenizer: Any, config: Config):
@@ -60,7 +65,7 @@ class CPT:
 
     def collect(self, windows: list[Window], step: int) -> TextRecord:
         """This rank's share of the windows."""
-        count = sum(int((~self._opens(torch.tensor([window.tokens]))[:, 1:]).sum()) for window in windows)
+        count = sum(int(self._is_text(window)[1:].sum()) for window in windows)
         mine = [windows[i] for i in distributed.shard_indices([len(window.tokens) for window in windows])]
         return TextRecord(windows=mine, global_count=count)
 
@@ -70,9 +75,9 @@ class CPT:
         longest = max(len(window.tokens) for window in windows)
         size = max(1, chunk_tokens(self.policy, self.config.update.tokens_per_chunk) // longest)
         for start in range(0, len(windows), size):
-            rows = [window.tokens for window in windows[start : start + size]]
-            tokens, mask = pad_rows(rows, self.form.pad, left=False)
-            learned = mask[:, 1:] & ~self._opens(tokens)[:, 1:]
+            some = windows[start : start + size]
+            tokens, mask = pad_rows([window.tokens for window in some], self.form.pad, left=False)
+            learned = pad_sequence([self._is_text(window) for window in some], batch_first=True)[:, 1:]
             found.append(
                 TextMicrobatch(
                     tokens=tokens.to(device),
@@ -100,12 +105,13 @@ class CPT:
         """No further networks."""
         return {}
 
-    def _opens(self, tokens: Int[Tensor, "row token"]) -> Bool[Tensor, "row token"]:
-        """True at every token of an opening delimiter."""
-        pattern = torch.tensor(self.form.open)
-        found = torch.zeros_like(tokens, dtype=torch.bool)
-        if tokens.shape[1] >= len(pattern):
-            starts = (tokens.unfold(1, len(pattern), 1) == pattern).all(dim=-1)
+    def _is_text(self, window: Window) -> Bool[Tensor, " token"]:
+        """False at every token of an opening delimiter and at those that are marked as inserted."""
+        tokens, pattern = torch.tensor(window.tokens), torch.tensor(self.form.open)
+        text = torch.ones_like(tokens, dtype=torch.bool)
+        if len(tokens) >= len(pattern):
+            starts = (tokens.unfold(0, len(pattern), 1) == pattern).all(dim=-1)
             for offset in range(len(pattern)):
-                found[:, offset : offset + starts.shape[1]] |= starts
-        return found
+                text[offset : offset + len(starts)] &= ~starts
+        text[list(window.marks.get(INSERTED, ()))] = False
+        return text

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from forethought import rollout
-from forethought.algo.cpt import CPT, TextRecord
+from forethought.algo.cpt import CPT, INSERTED, TextRecord
 from forethought.algo.metrics import PositionShard, Sums, ThoughtRecord, thought_tokens
 from forethought.algo.position_sampler import PositionSampler
 from forethought.algo.rewards import Predictions
@@ -104,14 +104,23 @@ class Mixed(RLP):
     def _with_thoughts(
         self, positions: Positions, thoughts: Thoughts, kept: Bool[Tensor, "batch group"]
     ) -> list[Window]:
-        """Each window that has a kept thought, with it: `before x_<t after open c close x_t ...`."""
-        tokens, contexts = thought_tokens(thoughts, self.form), positions.contexts()
+        """Each window that has a kept thought, with it: `before x_<t after open c close x_t ...`.
+
+        What the template adds is marked as inserted.
+        """
+        tokens, contexts, form = thought_tokens(thoughts, self.form), positions.contexts(), self.form
         found = []
         for i, member in kept.nonzero().tolist():
             window = positions.windows[int(positions.window[i])]
             rest = window.tokens[int(positions.at[i]) :]
-            row = [*self.form.prompt_tokens(contexts[i]), *tokens[i][member], *self.form.close, *rest]
-            found.append(replace(window, tokens=row, marks={}))
+            prompt = form.prompt_tokens(contexts[i])
+            head = int(contexts[i][:1] == [form.bos])  # the template comes after a leading BOS
+            inserted = (
+                *range(head, head + len(form.before)),
+                *range(len(prompt) - len(form.after) - len(form.open), len(prompt)),
+            )
+            row = [*prompt, *tokens[i][member], *form.close, *rest]
+            found.append(replace(window, tokens=row, marks={INSERTED: inserted}))
         return found
 
 

@@ -166,7 +166,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     """What a TOML file holds. Raises UserError where it cannot be read."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"config {str(path)!r} is not valid TOML: {error}") from None
     except OSError as error:
         raise UserError(f"config {str(path)!r} cannot be read: {error.strerror}") from None
@@ -205,7 +205,7 @@ def _literal(option: str, text: str) -> Any:
         return text == "True"
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # of TOML, of a number of thousands of digits, of as many brackets
         return text
 
 

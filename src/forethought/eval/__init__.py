@@ -42,6 +42,7 @@ def evaluate(
         subject, start = trained_subject(config, log.path), subject_of(config)
     windows = heldout.held_out(config, subject.tokenizer)
     log = log or RunLog.create(config)
+    log.append("warnings", [])  # a folder that cannot be written is known before the work
     records = base = controls.measure(subject, windows, progress)
     if subject is not start:
         base = heldout.measure(start, windows, lambda done, total: progress("evaluating the base", done, total))

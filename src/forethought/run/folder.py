@@ -30,6 +30,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -54,20 +55,22 @@ class RunLog:
 
         Raises:
             UserError: the path is a file, not writable, in use by another process, or a folder that is not empty.
-                With `config.overwrite` a folder with a Forethought run is emptied first.
+                With `config.overwrite` a folder with a Forethought run is emptied first, unless what the new run reads
+                is in it.
             RunError: the disk is full.
         """
         run = cls(Path(config.run))
         try:
             check_free(run.path, config.overwrite)
-            with disk_errors(run.path, run.path):
-                run.path.mkdir(parents=True, exist_ok=True)
+            run.path.mkdir(parents=True, exist_ok=True)
             with run.lock():
                 check_free(run.path, config.overwrite)  # again: another process may have got here first
+                _check_outside(run.path, config)
                 _empty(run.path)
                 run.write_config(config)
         except OSError as error:
-            raise UserError(f"run = {config.run!r}: cannot be made or written: {error.strerror}") from None
+            kind = RunError if error.errno in _DISK else UserError
+            raise kind(f"run = {config.run!r}: cannot be made or written: {error.strerror}") from None
         return run
 
     @classmethod
@@ -171,10 +174,10 @@ class RunLog:
         """
         path = self.path / ".lock"
         try:
-            with disk_errors(self.path, path):
-                file = path.open("ab+", buffering=0)
+            file = path.open("ab+", buffering=0)
         except OSError as error:
-            raise UserError(f"run = {str(self.path)!r}: cannot be written: {error.strerror}") from None
+            kind = RunError if error.errno in _DISK else UserError
+            raise kind(f"run = {str(self.path)!r}: cannot be written: {error.strerror}") from None
         with file:
             self._acquire(file)
             with disk_errors(self.path, path):
@@ -341,15 +344,13 @@ def checkpoints(run: Path) -> dict[int, Path]:
 
 @contextmanager
 def disk_errors(run: Path, path: Path) -> Iterator[None]:
-    """Turn the OSError of a full or failing disk into a RunError that says which checkpoint is intact."""
+    """Turn an OSError (a full disk, a folder that was removed) into a RunError that says which checkpoint is intact."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _DISK:
-            raise
         steps = list(checkpoints(run))
         safe = f"the checkpoint of step {steps[-1]} is intact" if steps else "no checkpoint had been written"
-        raise RunError(f"{path}: cannot be written: {os.strerror(error.errno)}; {safe}") from error
+        raise RunError(f"{path}: cannot be written: {error.strerror or error}; {safe}") from error
 
 
 def sync(path: Path) -> None:
@@ -379,6 +380,13 @@ def check_free(path: Path, overwrite: bool) -> None:
         RunLog.open(path)
     except UserError as error:
         raise UserError(f"run = {str(path)!r}: overwrite replaces only a Forethought run ({error})") from None
+
+
+def _check_outside(path: Path, config: Config) -> None:
+    for option in ("model.path", "model.tokenizer", "corpus.path", "evaluate.path"):
+        source = attrgetter(option)(config)
+        if source and Path(source).exists() and Path(source).resolve().is_relative_to(path.resolve()):
+            raise UserError(f"run = {str(path)!r}: {option} = {source!r} is in this folder, which would be emptied")
 
 
 def _contents(path: Path) -> list[Path]:

@@ -145,6 +145,16 @@ def test_malformed_questions_are_named(tmp_path):
             made(dataclasses.replace(SFT, data=str(tmp_path / "q.jsonl")))
 
 
+@pytest.mark.parametrize("option", ["--overwrite no", "--seed abc", "--seed 1.7"])
+def test_options_of_the_folder_are_checked_like_those_of_a_run(tmp_path, capsys, option, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s.toml").write_text('stage = "sft"\ndata = "world:cups/worked"')
+    name, value = option.removeprefix("--").split()
+    assert main(["posttrain", "s.toml", "--start", "embedded", *option.split()]) == 2
+    said = capsys.readouterr().err
+    assert f"{name} = " in said and value in said and said.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from forethought.config import Config, UserError
+from forethought.config import Config, UserError, from_dict
 from forethought.data.positions import ThoughtFormat, thought_format
 from forethought.eval import started, trained
 from forethought.models.loading import load_model, load_tokenizer, require_context
@@ -53,12 +53,12 @@ def posttrain(
     stage = read(path, overrides)
     log, config = started(start, {}, "posttrain")
     config = config if log is None else trained(config, log.path)
-    folder = Path(str(folder_options.get("run", f"runs/{Path(start).name}-{Path(path).stem}")))
-    if not folder_options.get("overwrite"):
-        check_free(folder, overwrite=False)
-    seed = int(folder_options.get("seed", config.seed))
-    run_stage(stage, stage_config(stage, config, folder, seed), callbacks or Callbacks())
-    return folder
+    named = {"run": f"runs/{Path(start).name}-{Path(path).stem}", "seed": config.seed}
+    chosen = from_dict(named | folder_options)
+    if not chosen.overwrite:
+        check_free(Path(chosen.run), overwrite=False)
+    run_stage(stage, stage_config(stage, config, Path(chosen.run), chosen.seed), callbacks or Callbacks())
+    return Path(chosen.run)
 
 
 def chain(stages: Sequence[Stage], start: Config, folder: Path, callbacks: Callbacks) -> Path:
