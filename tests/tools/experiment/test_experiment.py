@@ -276,6 +276,8 @@ def test_a_process_takes_several_jobs_and_one_that_is_killed_is_replaced(
         ('arm = "rlp"\noption', 'arm = "x"\noption', r"sweeps.group.arm = 'x': there is no such arm"),
         ("values = [2, 3]", "values = [1, 2]", r"arms.group=1: method.group = 1"),
         ('above = ["base"]', 'above = ["x"]', r"claims.0: there is no arm 'x'"),
+        ('above = ["base"]', "at_most = nan", r"claims.0.at_most = nan: .*finite number"),
+        ('above = ["base"]', 'not_above = ["base"]\nmargin = inf', r"claims.0.margin = inf: .*finite number"),
         ('above = ["base"]', "", r"claims.0: takes one of above, not_above, equals, at_most"),
         ('equals = ["rlp", "cpt-tokens"]', 'equals = ["base"]', r"claims.1: the base was not trained"),
         ("seeds = [0, 1]", "seeds = [0, 0]", r"seeds = \[0, 0\]: names a seed twice"),

@@ -218,6 +218,7 @@ def test_step_logged_again_after_a_resume_counts_once(tmp_path):
     [
         ({"metrics": '{"step": 1}\n{"step": 2, "rew\n{"step": 3}\n'}, r"metrics\.jsonl:2: malformed JSON"),
         ({"metrics": '{"step": 1}\n{"reward/gain": 2}\n'}, r"metrics\.jsonl:2: unexpected content: KeyError 'step'"),
+        ({"metrics": '{"step": Infinity}\n'}, r"metrics\.jsonl:1: unexpected content: OverflowError"),
         ({"metrics": "[1]\n"}, r"metrics\.jsonl:1: a row must be an object"),
         (
             {"thoughts": '{"step": 1, "context": "a", "target": "b", "thoughts": 5}'},

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from forethought.config import Config, UserError, find, from_dict, load, merge, read_toml, to_dict
@@ -59,10 +59,10 @@ class Claim:
     """The other arms' metric in `above`, if different: such as accuracy without thoughts, for plain training."""
     not_above: list[_ArmName] = Field(default_factory=list)
     """The interval of the paired difference to these arms ends at or below `margin`."""
-    margin: float = 0.0
+    margin: FiniteFloat = 0.0
     equals: list[_ArmName] = Field(default_factory=list)
     """The arm's trained weights are identical to those of these arms, with every seed."""
-    at_most: float | None = None  # the arm's interval ends at or below this
+    at_most: FiniteFloat | None = None  # the arm's interval ends at or below this
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

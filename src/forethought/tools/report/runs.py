@@ -182,7 +182,7 @@ def _rows(path: Path, parse: Callable[[dict[str, Any]], T]) -> Iterator[T]:
     for count, row in read_jsonl(path, allow_truncated=True) if path.is_file() else ():
         try:
             value = parse(row)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             what = _explain(error) if isinstance(error, ValidationError) else f"{type(error).__name__} {error}"
             raise UserError(f"{path}:{count}: unexpected content: {what}") from None
         yield value
