@@ -45,8 +45,9 @@ class Command:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit status: 2 for a user's error, 1 for a run that failed, 128 + n for signal n."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in this order, so that no file of a run
-        if getattr(sys, name) is None:  # gets the descriptor of one that was closed
+    # Python sets a stream that was closed at the start to None. In this order each gets its own descriptor back.
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
     streams = Stream(sys.stdout), Stream(sys.stderr)
     out, err = (Console(file=cast(TextIO, stream), highlight=False) for stream in streams)

@@ -132,7 +132,8 @@ def best(
     kept = torch.zeros_like(closed)
     for window in positions.window.unique():
         members = (positions.window == window).nonzero().squeeze(-1)
-        top = int((some := fit[members]).argmax())
+        some = fit[members]
+        top = int(some.argmax())
         if some.flatten()[top] > 0:
             kept[int(members[top // fit.shape[1]]), top % fit.shape[1]] = True
     return kept

@@ -205,7 +205,7 @@ def _literal(option: str, text: str) -> Any:
         return text == "True"
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):  # of TOML, of a number of thousands of digits, of as many brackets
+    except (ValueError, RecursionError):  # not TOML, an integer of thousands of digits, or as many brackets
         return text
 
 

@@ -120,8 +120,9 @@ def device(options: Model) -> torch.device:
     """The device of model.device. Raises UserError if it is not available."""
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("model.device = 'cuda': no CUDA device is available here")
-    automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(automatic if options.device == "auto" else options.device)
+    if options.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(options.device)
 
 
 def check_context_length(config: Config, form: ThoughtFormat) -> None:

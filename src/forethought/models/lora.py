@@ -49,8 +49,8 @@ def load_exported(config: Config, folder: Path) -> Network:
     network, file = load_with_adapters(config), folder / "adapter" / "adapter_model.safetensors"
     try:
         saved = load_file(file)
-        names = [name for name, _ in network.weights.named_parameters()]
-        network.weights.load_state_dict({name: saved[_peft_name(name.replace("/", "."))] for name in names})
+        factors = {name: saved[_peft_name(name.replace("/", "."))] for name in network.weights.state_dict()}
+        network.weights.load_state_dict(factors)
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:
         text = " ".join(str(error).split())
         raise UserError(f"{str(file)!r} is not the adapter of this run: {text[:300]}") from error

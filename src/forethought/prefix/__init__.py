@@ -79,13 +79,16 @@ def enable(model: Any) -> None:
 @contextlib.contextmanager
 def _short_windows(model: Any, width: int = 5) -> Iterator[None]:
     """Sliding windows that a probe reaches: OLMoE passes one that its mask lacks, Qwen2-MoE and PhiMoE the reverse."""
-    found = [(one, vars(one).get("sliding_window")) for one in (model.config.get_text_config(), *model.modules())]
-    found = [(one, window) for one, window in found if isinstance(window, int)]
+    owners = (model.config.get_text_config(), *model.modules())
+    found = [(owner, vars(owner).get("sliding_window")) for owner in owners]
+    windows = [(owner, window) for owner, window in found if isinstance(window, int)]
     try:
-        _ = [setattr(one, "sliding_window", min(window, width)) for one, window in found]
+        for owner, window in windows:
+            owner.sliding_window = min(window, width)
         yield
     finally:
-        _ = [setattr(one, "sliding_window", window) for one, window in found]
+        for owner, window in windows:
+            owner.sliding_window = window
 
 
 @torch.no_grad()
