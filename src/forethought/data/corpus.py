@@ -17,8 +17,8 @@ from typing import Any
 
 from forethought.config import Corpus, UserError
 from forethought.data.readers import Document, Record, find_source
-from forethought.data.token_bytes import SPACE
 
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece vocabularies write a space
 _MAX_SHORT = 1000  # documents of an endless stream that may be too short before any is long enough
 _CURSOR = ("documents", "skipped", "bad_rows", "tokens", "epoch", "block", "part", "record", "done", "given", "found")
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from forethought.config import UserError
-
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece vocabularies write a space
+from forethought.data.corpus import SPACE
 
 
 class TokenBytes:
