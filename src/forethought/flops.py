@@ -425,6 +425,7 @@ class Work:
     teacher: bool = True  # whether the teacher was queried
     kl: bool = False  # whether a KL reference was
     inner_steps: int = 1
+    predicts: bool = False  # whether the targets after thoughts are trained
     written: tuple[tuple[int, ...], ...] = ()  # of each thought: tokens of its prediction, trained too (RPT)
     proxy: int = 0  # FLOPs of the proxy, which has its own shape
     supervised: tuple[int, ...] = ()  # lengths of rows for next-token training (Mixed, with inner_steps 0)
@@ -494,11 +495,14 @@ def rlp_step(shape: Shape, work: Work, causal: bool = True) -> Flops:
     }[work.sharing]
     written = [n for position in work.written for n in position] or [0] * len(thoughts)
     responses = [(n + more, at) for (n, at), more in zip(thoughts, written, strict=True)]
+    scored = sum(n for n, _ in responses)
+    if work.predicts:  # in the same pass
+        responses = [(n + tail, at) for (n, at), tail in zip(responses, tails, strict=True)]
+        scored += work.horizon * len(responses)
     learned = [(n + at, 0) for n, at in responses]
     if work.sharing == "document":
         learned = shared + [(n + work.opening, at - work.opening) for n, at in responses]
     first = len(contexts) if work.sharing == "rollout" else len(thoughts)
-    scored = sum(n for n, _ in responses)
     once = forward_flops(shape, learned, scored, causal)
     passes = work.kl + (work.inner_steps > 1)
     teacher = forward_flops(shape, [(n, 0) for n in work.windows], work.horizon * len(contexts), causal)

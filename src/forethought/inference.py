@@ -344,7 +344,7 @@ class ThinkingModel:
             limit=self.config.method.thought_length,
             temperature=temperature,
             rows=self.config.train.rollout_batch,
-            not_first=closing.first,
+            not_first=closing.never_first,
             vocabulary=self.form.vocabulary,
         )
         generators, ending = [one for one in generators for _ in range(thoughts)], set(closing.ending.tolist())

@@ -58,16 +58,17 @@ def clipped_surrogate(
     mask: Bool[Tensor, "*rows thought"],
     clip: tuple[float, float],
     weight: Float[Tensor, "*rows thought"] | None = None,
+    length_norm: str = "thought",
 ) -> Float[Tensor, "*rows"]:
     """Loss of each thought (eq. 8): -(1/|c|) sum_u min(rho_u A, clip(rho_u, 1-eps_l, 1+eps_h) A), in nats.
 
     `mask` is True at the tokens that the policy sampled; |c| counts them, at least 1. `clip` is (eps_l, eps_h).
-    `weight` multiplies the tokens' terms, see `importance_weight`; None: 1.
+    `weight` multiplies the tokens' terms, see `importance_weight`; None: 1. Without 1/|c| if `length_norm` is "none".
     """
     low, high = clip
     credit = advantages.unsqueeze(-1)
     surrogate = torch.minimum(ratio * credit, ratio.clamp(1 - low, 1 + high) * credit)
-    return -mean_over_thought(surrogate if weight is None else surrogate * weight, mask)
+    return -over_thought(surrogate if weight is None else surrogate * weight, mask, length_norm)
 
 
 def importance_weight(
@@ -96,17 +97,19 @@ def kl_to_reference(
     logp: Float[Tensor, "*rows thought"],
     logp_reference: Float[Tensor, "*rows thought"],
     mask: Bool[Tensor, "*rows thought"],
+    length_norm: str = "thought",
 ) -> Float[Tensor, "*rows"]:
     """Token-level KL(policy || reference) of each thought by the k3 estimator: e^d - d - 1, d = logp_ref - logp."""
     difference = (logp_reference - logp).masked_fill(~mask, 0)
-    return mean_over_thought(torch.expm1(difference) - difference, mask)
+    return over_thought(torch.expm1(difference) - difference, mask, length_norm)
 
 
-def mean_over_thought(
-    values: Float[Tensor, "*rows thought"], mask: Bool[Tensor, "*rows thought"]
+def over_thought(
+    values: Float[Tensor, "*rows thought"], mask: Bool[Tensor, "*rows thought"], length_norm: str = "thought"
 ) -> Float[Tensor, "*rows"]:
-    """Mean over the sampled tokens of each thought: 1/|c| inside each thought, never over the whole batch."""
-    return values.masked_fill(~mask, 0).sum(dim=-1) / mask.sum(dim=-1).clamp(min=1)
+    """Mean over the sampled tokens of each thought (1/|c|, never over the whole batch), or the sum for "none"."""
+    total = values.masked_fill(~mask, 0).sum(dim=-1)
+    return total if length_norm == "none" else total / mask.sum(dim=-1).clamp(min=1)
 
 
 def next_token_loss(logp: Float[Tensor, "row token"], mask: Bool[Tensor, "row token"]) -> Float[Tensor, ""]:

@@ -1,4 +1,8 @@
-"""The policy gradient that RLP and RPT share: advantages (eq. 7), microbatches, the clipped surrogate (eq. 8)."""
+"""The update that RLP and RPT share: advantages (eq. 7), the clipped surrogate (eq. 8), the prediction term.
+
+With method.prediction_weight w the loss of a thought is that of eq. 8 plus -w sum_k gamma^k log p(x_t+k | x_<t, c, ...),
+with a gradient: what the model predicts after a thought is trained beside the choice of the thought. Not in the paper.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -7,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from forethought.algo.metrics import PositionShard, Sums, add_sums
+from forethought.algo.metrics import Sums, ThoughtRecord, add_sums, thought_tokens
 from forethought.algo.objective import (
     batch_advantages,
     clipped_share,
@@ -17,12 +21,11 @@ from forethought.algo.objective import (
     kl_to_reference,
     scale_by_std,
 )
-from forethought.algo.rewards import Rewards
+from forethought.algo.rewards import Rewards, discounted
 from forethought.config import Config
 from forethought.data.positions import ThoughtFormat
 from forethought.models.compute_copy import Network
 from forethought.models.logprobs import ScoringOptions, ThoughtBatch, chunk_tokens, forward_backward, thought_logp
-from forethought.rollout import Thoughts
 from forethought.run import distributed
 
 
@@ -36,6 +39,16 @@ class Microbatch:
     logp_reference: Float[Tensor, "row thought"] | None  # the frozen start's, where there is a KL to it
     advantage: Float[Tensor, " row"]  # nats
     scale: float  # 1 / thoughts of the whole step: losses of all microbatches add up to the mean
+    prediction_weight: Float[Tensor, " row"] | None = None  # of the prediction term; None: there is none
+
+    def terms(self) -> "dict[str, Microbatch]":
+        """The microbatch with one term of the loss each; nothing where there is only one."""
+        if self.prediction_weight is None:
+            return {}
+        return {
+            "policy": replace(self, prediction_weight=None),
+            "prediction": replace(self, advantage=torch.zeros_like(self.advantage), logp_reference=None),
+        }
 
 
 def compute_advantages(
@@ -75,23 +88,26 @@ class PolicyGradient:
             checkpointing=config.update.checkpointing,
         )
 
-    def microbatches(
-        self, shard: PositionShard, sampled: Thoughts, advantages: Float[Tensor, "batch group"]
-    ) -> list[Microbatch]:
+    def microbatches(self, record: ThoughtRecord) -> list[Microbatch]:
         """Whole documents with their thoughts, as many at a time as update.tokens_per_chunk allows."""
-        group, positions = advantages.shape[1], shard.positions
+        positions, sampled, advantages = record.shard.positions, record.sampled, record.advantages
+        weight, group = self.config.method.prediction_weight, advantages.shape[1]
+        contents = thought_tokens(record.thoughts, self.form) if weight else None
         longest = max(len(window.tokens) for window in positions.windows)
         found, start = [], 0
         for chunk in positions.chunks(max(1, self.config.method.positions * (self.scoring.tokens // longest))):
             rows = slice(start, start + len(chunk))
-            batch = ThoughtBatch.from_positions(self.form, chunk, sampled.tokens[rows], sampled.mask[rows])
+            batch = ThoughtBatch.from_positions(
+                self.form, chunk, sampled.tokens[rows], sampled.mask[rows], contents[rows] if contents else None
+            )
             microbatch = Microbatch(
                 batch=batch,
                 logp_sampler=sampled.logp[rows].flatten(0, 1),
                 logp_old=None,
                 logp_reference=None,
                 advantage=advantages[rows].flatten(),
-                scale=1 / (shard.global_count * group),
+                scale=1 / (record.shard.global_count * group),
+                prediction_weight=weight * record.kept[rows].flatten().float() if weight else None,
             )
             if self.config.method.inner_steps > 1:
                 microbatch = replace(microbatch, logp_old=thought_logp(self.policy, self.form, batch, self.scoring))
@@ -107,9 +123,16 @@ class PolicyGradient:
         """Add the microbatch's gradients. Returns its part of the loss and its metrics."""
         total, sums = 0.0, Sums()
 
-        def loss(logp: Float[Tensor, "row thought"], rows: Int[Tensor, " row"]) -> Float[Tensor, ""]:
+        def loss(
+            logp: Float[Tensor, "row thought"], evidence: Float[Tensor, "row horizon"], rows: Int[Tensor, " row"]
+        ) -> Float[Tensor, ""]:
             nonlocal total
-            value, more = self._surrogate(microbatch, logp, rows)
+            losses, more = self._surrogate(microbatch, logp, rows)
+            if microbatch.prediction_weight is not None:
+                weight, surprise = microbatch.prediction_weight[rows], -discounted(evidence, self.config.method.discount)
+                losses = losses + weight * surprise
+                more["objective/prediction_loss"] = (float(surprise.detach().sum()), len(surprise))
+            value = losses.sum() * microbatch.scale
             total += float(value.detach())
             add_sums(sums, more)
             return value
@@ -117,8 +140,8 @@ class PolicyGradient:
         forward_backward(self.policy, self.form, microbatch.batch, self.scoring, loss)
         return total, sums
 
-    def _surrogate(self, microbatch: Microbatch, logp: Tensor, rows: Tensor) -> tuple[Float[Tensor, ""], Sums]:
-        """The loss of some thoughts of a microbatch, from their log-probabilities under the policy."""
+    def _surrogate(self, microbatch: Microbatch, logp: Tensor, rows: Tensor) -> tuple[Float[Tensor, " row"], Sums]:
+        """The policy term of some thoughts of a microbatch, from their log-probabilities under the policy."""
         options, width = self.config.method, logp.shape[1]
         mask, advantage = microbatch.batch.mask[rows, :width], microbatch.advantage[rows]
         sampler = microbatch.logp_sampler[rows, :width]
@@ -131,9 +154,9 @@ class PolicyGradient:
         if cap := self.config.rollout.importance_cap:
             weight = importance_weight(old, sampler, cap)
             sums["objective/importance_weight"] = (float(weight[mask].sum()), tokens)
-        losses = clipped_surrogate(ratio, advantage, mask, clip, weight)
+        losses = clipped_surrogate(ratio, advantage, mask, clip, weight, options.length_norm)
         if microbatch.logp_reference is not None:
-            kl = kl_to_reference(logp, microbatch.logp_reference[rows, :width], mask)
+            kl = kl_to_reference(logp, microbatch.logp_reference[rows, :width], mask, options.length_norm)
             losses = losses + options.kl_weight * kl
             sums["objective/kl"] = (float(kl.detach().sum()), len(kl))
         with torch.no_grad():
@@ -144,4 +167,4 @@ class PolicyGradient:
                 "objective/clip_fraction": (float(clipped.sum()), tokens),
                 "objective/mismatch": (float(mismatch[mask].sum()), tokens),
             }
-        return losses.sum() * microbatch.scale, sums
+        return losses, sums

@@ -38,6 +38,8 @@ class RLP:
         plain = self.teacher_logp(shard.positions, step)  # log p_phi(x_t | x_<t) (eq. 4)
         rewards = self.rewards(shard, thoughts, plain, predictions, step)  # r(c) (eq. 5)
         advantages, kept = compute_advantages(rewards, thoughts.closed, self.config)  # A(c) (eq. 7)
+        if self.warms_up(step):
+            advantages = torch.zeros_like(advantages)
         return ThoughtRecord(
             shard=shard,
             thoughts=thoughts,
@@ -51,10 +53,11 @@ class RLP:
 
     def microbatches(self, record: ThoughtRecord) -> list[Microbatch]:
         """The record in pieces that fit into memory."""
-        return self.policy_gradient.microbatches(record.shard, record.sampled, record.advantages)
+        return self.policy_gradient.microbatches(record)
 
     def forward_backward(self, microbatch: Microbatch) -> tuple[float, Sums]:
-        """The clipped surrogate on the sampled tokens (eq. 8) and its gradients: loss and metrics of a microbatch."""
+        """The clipped surrogate on the sampled tokens (eq. 8), and the prediction term where method.prediction_weight is
+        set: gradients, loss and metrics of a microbatch."""
         return self.policy_gradient.forward_backward(microbatch)
 
     def after_step(self) -> None:
@@ -71,6 +74,10 @@ class RLP:
     def uses_teacher(config: Config) -> bool:
         """Whether the reward is measured against an EMA teacher."""
         return config.method.teacher_every > 0
+
+    def warms_up(self, step: int) -> bool:
+        """Whether a step trains only the prediction term."""
+        return step <= self.config.method.warmup_steps
 
     def sample(self, shard: PositionShard, step: int) -> tuple[Thoughts, Thoughts, Predictions | None]:
         """The thoughts, the tokens that are trained on, and the predictions after the thoughts, which RLP has not."""
@@ -113,3 +120,14 @@ class RLP:
         )
         rewards = as_rewards(self.reward(inputs), inputs, self.config.method.reward)
         return apply_unclosed_penalty(rewards, thoughts.closed, self.config.method)
+
+
+class Warmup(RLP):
+    """The warm start of RLP (after arXiv:2602.03979, section 3.4): only the prediction term, at every step.
+
+    Thoughts are the policy's own and stay as they are; the text after them is learned, over method.horizon tokens.
+    """
+
+    def warms_up(self, step: int) -> bool:
+        """Always."""
+        return True

@@ -270,6 +270,8 @@ def _conflicts_of_rewards(config: Config) -> Iterator[str]:
             f"method.teacher_every = {method.teacher_every}: must be 1 with a baseline, clamp or filter that is not "
             "shift-invariant, because the teacher then shapes the update"
         )
+    if method.warmup_steps and not method.prediction_weight:
+        yield f"method.warmup_steps = {method.warmup_steps}: needs a method.prediction_weight above 0, which it trains"
     if not method.min_gain < math.inf:
         yield f"method.min_gain = {method.min_gain}: must be below infinity"
 

@@ -141,6 +141,15 @@ class Method:
     """Score the teacher (so log the gain) on the first and every n-th step; 0: never. The update stays the same."""
     freeze_teacher: bool = False
     """Keep the start as teacher instead of the EMA (a control: the update must not change)."""
+    prediction_weight: NonNegative = 0.0
+    """Weight of the prediction term: the gradient of log p of the targets after each thought. 0: the paper; 1: the
+    whole gradient of the expected reward, with length_norm none."""
+    warmup_steps: Count = 0
+    """Train only the prediction term in the first steps, not the choice of thoughts."""
+    length_norm: Literal["thought", "none"] = "thought"
+    """Mean over the sampled tokens of a thought (1/|c|, the paper), or their sum."""
+    allow_empty: bool = False
+    """Allow thoughts that close at once; otherwise their first token never closes them."""
     kl_weight: NonNegative = 0.0
     """Weight (beta) of a token-level KL to the frozen start on thought tokens; above 0 keeps one more copy."""
     unclosed: Literal["score", "drop", "penalize"] = "score"

@@ -76,19 +76,28 @@ METHODS = _table(
         paper="2510.01265", help="thoughts are rewarded by how much they help to predict the next token",
     ),
     Entry(
+        name="warmup", target="forethought.algo.rlp:Warmup", label="warm start for RLP", paper="2602.03979",
+        help="the text after sampled thoughts is learned, the thoughts are not",
+        required=("method.prediction_weight",),
+    ),
+    Entry(
         name="rpt", target="forethought.algo.rpt:RPT", label="RPT, reinforcement pre-training", paper="2506.08007",
         help="a prediction is sampled after each thought, and is right or wrong", writes=True, teacher=False,
         defaults={"method.reward": "prefix_match", "method.position_policy": "entropy"},
-        excluded={"method.clamp_gain": "has no gain to clamp", "method.min_gain": "has no gain to filter by"},
+        excluded={
+            "method.clamp_gain": "has no gain to clamp", "method.min_gain": "has no gain to filter by",
+            "method.prediction_weight": "samples its predictions, so that eq. 8 is the whole gradient",
+        },
     ),
     Entry(
         name="cpt", target="forethought.algo.cpt:CPT", label="CPT, continued pretraining", samples_thoughts=False,
         help="next-token prediction without thoughts", teacher=False,
+        excluded={"method.prediction_weight": "trains on all text"},
     ),
     Entry(
         name="mixed", target="forethought.algo.mixed:Mixed", label="mixed supervised training", paper="2608.23256",
         help="next-token prediction with and without thoughts of the start", rewards=("information_gain",),
-        teacher=False,
+        teacher=False, excluded={"method.prediction_weight": "trains on all text"},
     ),
 )  # fmt: skip
 REWARDS = _table(
@@ -144,6 +153,7 @@ _METRICS = (
     Metric("rollout/kept", "trained thoughts", "share", "thoughts that were trained on"),
     Metric("rollout/tokens", "thought tokens", "tokens", "tokens of all thoughts of the step"),
     Metric("objective/loss", "loss", "nats", "the loss (eq. 8); for cpt and mixed the next-token loss (eq. 1)"),
+    Metric("objective/prediction_loss", "prediction loss", "nats", "mean -log p of the targets, as it is trained", -1),
     Metric("objective/ratio", "importance ratio", "", "mean pi_theta / pi_theta_old of thought tokens"),
     Metric("objective/clip_fraction", "clipped tokens", "share", "thought tokens whose gradient the clip removed"),
     Metric("objective/mismatch", "sampler mismatch", "nats", "mean |log p by trainer - log p by sampler|", -1),
@@ -153,6 +163,8 @@ _METRICS = (
     Metric("objective/kl", "KL to the start", "nats", "k3 estimate of KL(policy || start) on thought tokens"),
     Metric("objective/accuracy", "next-token accuracy", "share", "tokens that were the most likely ones", 1),
     Metric("optim/gradient_norm", "gradient norm", "", "global L2 norm before clipping"),
+    Metric("optim/gradient_norm_policy", "gradient norm, policy", "", "the same of the policy term alone"),
+    Metric("optim/gradient_norm_prediction", "gradient norm, prediction", "", "the same of the prediction term alone"),
     Metric("optim/learning_rate", "learning rate", "", "learning rate of the step"),
     Metric("corpus/documents", "documents", "count", "documents begun since the start"),
     Metric("corpus/tokens", "text tokens", "tokens", "tokens of all windows since the start"),

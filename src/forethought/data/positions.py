@@ -141,6 +141,7 @@ def thought_format(tokenizer: Any, options: Method) -> ThoughtFormat:
 
     before, _, after = options.prompt.partition("{context}")
     vocabulary, close = max(tokenizer.get_vocab().values()) + 1, encode("close", options.close)
+    closing = Closing.of_text(tokenizer, options.close, close)
     pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return ThoughtFormat(
         open=encode("open", options.open),
@@ -151,7 +152,7 @@ def thought_format(tokenizer: Any, options: Method) -> ThoughtFormat:
         bos=tokenizer.bos_token_id,
         pad=next(token for token in pads if token is not None and token < vocabulary),
         vocabulary=vocabulary,
-        closing=Closing.of_text(tokenizer, options.close, close),
+        closing=closing.with_empty() if options.allow_empty else closing,
     )
 
 

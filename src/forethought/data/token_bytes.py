@@ -68,12 +68,14 @@ class Closing:
 
     Attributes:
         table: the state after reading a token in a state. The last column is for every token beyond.
-        first: tokens that no thought begins with, since it would end before it has begun.
+        first: tokens with which an empty thought closes, or begins to.
+        never_first: those of them that no thought begins with: all, unless it may be empty.
         ending: tokens that close a thought in some state.
     """
 
     table: Int[Tensor, "state token"]
     first: Int[Tensor, " first"]
+    never_first: Int[Tensor, " first"]
     ending: Int[Tensor, " ending"]
     _copies: dict[torch.device, "Closing"]
 
@@ -88,6 +90,7 @@ class Closing:
         ends = torch.from_numpy(table[:, :-1] == self.done)
         self.table = torch.from_numpy(np.vstack([table, np.full_like(table[:1], self.done)]))
         self.first = (ends[0] | (torch.arange(ends.shape[1]) == close[0])).nonzero().squeeze(-1)
+        self.never_first = self.first
         self.ending = (ends.any(0) | (torch.arange(ends.shape[1]) == close[-1])).nonzero().squeeze(-1)
 
     @classmethod
@@ -110,6 +113,12 @@ class Closing:
             return cls.of_tokens(close)
         return cls([*(one.decode("latin-1") for one in spelled), ""], wanted.decode("latin-1"), close)
 
+    def with_empty(self) -> "Closing":
+        """The same for thoughts that may be empty."""
+        found = copy.copy(self)
+        found.never_first, found._copies = self.first[:0], {}
+        return found
+
     def step(self, state: Int[Tensor, " row"], token: Int[Tensor, " row"]) -> Int[Tensor, " row"]:
         """The state of each row after it has read a token; a thought is closed in state `done`."""
         return self.table[state, token.clamp(max=self.table.shape[1] - 1)].to(state.dtype)
@@ -120,7 +129,8 @@ class Closing:
             return self
         if device not in self._copies:
             moved = self._copies[device] = copy.copy(self)
-            moved.table, moved.first = self.table.to(device), self.first.to(device)
+            for name in ("table", "first", "never_first"):
+                setattr(moved, name, getattr(self, name).to(device))
         return self._copies[device]
 
     def length(self, tokens: Sequence[int]) -> int | None:

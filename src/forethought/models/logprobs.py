@@ -6,7 +6,7 @@ Three questions are answered here: how likely sampled tokens are, with or withou
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -78,6 +78,8 @@ class ThoughtBatch:
     position_index: Int[Tensor, " row"]  # the row's position, counted over all documents
     tokens: Int[Tensor, "row thought"]  # padded on the right
     mask: Bool[Tensor, "row thought"]  # True at tokens that the policy sampled, at least one in each row
+    read: tuple[Int[Tensor, "row read"], Bool[Tensor, "row read"]] | None = None  # what is read instead, and its mask
+    horizon: int = 0  # targets at the end of what is read
 
     @classmethod
     def from_positions(
@@ -86,20 +88,39 @@ class ThoughtBatch:
         positions: Positions,
         tokens: Int[Tensor, "batch group thought"],
         mask: Bool[Tensor, "batch group thought"],
+        contents: Sequence[Sequence[Sequence[int]]] | None = None,
     ) -> "ThoughtBatch":
-        """The thoughts sampled at some positions."""
+        """The thoughts sampled at some positions.
+
+        With their `contents` (the tokens without those of a closing delimiter) each is read through the delimiter and
+        the targets. All sampled tokens but the last are among what is read, so that one row scores both: sampled
+        `so` `>\\n`, read `so` `>` `x_t`.
+        """
         documents, prefix_lengths = form.documents_and_prefix_lengths(positions)
-        return cls(
+        batch = cls(
             documents=documents,
             prefix_lengths=prefix_lengths,
             position_index=torch.arange(len(tokens), device=tokens.device).repeat_interleave(tokens.shape[1]),
             tokens=tokens.flatten(0, 1),
             mask=mask.flatten(0, 1),
         )
+        if contents is None:
+            return batch
+        targets = positions.targets().tolist()
+        rows = [
+            [*one, *form.close, *true] for group, true in zip(contents, targets, strict=True) for one in group
+        ]
+        read, real = (some.to(tokens.device) for some in pad_rows(rows, form.pad, left=False))
+        return replace(batch, read=(read, real), horizon=positions.horizon)
+
+    @property
+    def reading(self) -> tuple[Int[Tensor, "row read"], Bool[Tensor, "row read"]]:
+        """What is read after the opening delimiter, padded on the right, and its mask: by default what was sampled."""
+        return (self.tokens, self.mask) if self.read is None else self.read
 
     def chunks(self, tokens: int, ahead: int) -> Iterator[tuple[Int[Tensor, " row"], int]]:
-        """Rows of similar length, at most `tokens` at once with `ahead` more per row; and their longest thought."""
-        lengths, positions = self.mask.sum(dim=-1).tolist(), self.position_index.tolist()
+        """Rows of similar length, at most `tokens` at once with `ahead` more per row; and the longest that is read."""
+        lengths, positions = self.reading[1].sum(dim=-1).tolist(), self.position_index.tolist()
         order = sorted(range(len(lengths)), key=lambda i: (lengths[i] // _BUCKET, positions[i]))
         start = 0
         while start < len(order):
@@ -120,7 +141,8 @@ class ThoughtBatch:
         ]
 
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # log-probabilities (row, thought) and which rows they are of -> a scalar
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""log p of sampled tokens (row, thought), of targets (row, horizon), and which rows they are of -> a scalar."""
 
 
 def chunk_tokens(model: Any, asked: int) -> int:
@@ -163,7 +185,8 @@ def forward_backward(model: Any, form: ThoughtFormat, rows: ThoughtBatch, option
         size = max(1, MAX_LOGITS[model.device.type] // (width * model.get_output_embeddings().weight.shape[0]))
         for part, piece in zip(chunk.split(size), leaf.split(size), strict=True):
             logp = _logp(model, form, rows, (part, piece), options.temperature)
-            loss(logp, part).backward()
+            evidence = _target_logits(model, rows, (part, piece), rows.horizon) if rows.horizon else None
+            loss(logp, logp[:, :0] if evidence is None else log_probabilities(*evidence), part).backward()
         hidden.backward(leaf.grad)
     if prefix is not None and leaves is not None:
         prefix.backward(leaves)
@@ -179,12 +202,12 @@ def _hidden(
 ) -> Float[Tensor, "row thought hidden"]:
     """Hidden states that predict each thought token of a chunk: over its prefix, or over copies where there is none."""
     some, width = chunk
-    thought = rows.tokens[some, :width]
+    thought, real = (tensor[some, :width] for tensor in rows.reading)
     if prefix is None:
         prompts = rows.prompts(form)
         lead, mask = pad_rows([prompts[i] for i in rows.position_index[some].tolist()], form.pad, left=True)
         tokens = torch.cat([lead.to(thought.device), thought], dim=1)
-        mask = torch.cat([mask.to(thought.device), rows.mask[some, :width]], dim=1)
+        mask = torch.cat([mask.to(thought.device), real], dim=1)
         hidden = decoder_of(model)(
             input_ids=tokens, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False
         ).last_hidden_state
@@ -203,11 +226,22 @@ def _logp(
     some, hidden = chunk
     width = hidden.shape[1]
     mask, tokens = rows.mask[some, :width], rows.tokens[some, :width]
-    logits = lm_head(model, hidden[mask])[..., : form.vocabulary]
+    logits = lm_head(model, hidden[:, : mask.shape[1]][mask])[..., : form.vocabulary]
     first = torch.zeros_like(mask)
     first[:, 0] = True
-    found = log_probabilities(mask_tokens(logits, form.closing.first, first[mask]), tokens[mask], temperature)
+    found = log_probabilities(mask_tokens(logits, form.closing.never_first, first[mask]), tokens[mask], temperature)
     return torch.zeros(mask.shape, device=found.device).masked_scatter(mask, found)
+
+
+def _target_logits(
+    model: Any, rows: ThoughtBatch, chunk: tuple[Tensor, Tensor], horizon: int
+) -> tuple[Float[Tensor, "row horizon vocab"], Int[Tensor, "row horizon"]]:
+    """Logits that predict the last `horizon` tokens that each row reads, and these tokens."""
+    some, hidden = chunk
+    tokens, mask = rows.reading
+    columns = mask[some].sum(dim=-1)[:, None] + torch.arange(-horizon, 0, device=some.device)
+    logits = lm_head(model, hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1])))
+    return logits, tokens[some].gather(1, columns)
 
 
 def no_think_logp(
@@ -319,10 +353,7 @@ def target_logp(
     prefix = read(model, rows.documents, rows.prefix_lengths) if options.shared else None
     for chunk, width in _chunks(rows, form, options):
         hidden = _hidden(model, form, rows, (chunk, width), prefix)
-        last = torch.arange(-horizon, 0, device=chunk.device)
-        columns = rows.mask[chunk].sum(dim=-1)[:, None] + last  # (row, horizon)
-        logits = lm_head(model, hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1])))
-        targets = rows.tokens[chunk].gather(1, columns)
+        logits, targets = _target_logits(model, rows, (chunk, hidden), horizon)
         evidence[chunk] = log_probabilities(logits, targets)
         hit[chunk] = logits.argmax(dim=-1) == targets
     return evidence, hit

@@ -128,7 +128,7 @@ class CUDAGraphDecoder:
         self.close, self.closing = torch.tensor(form.close, device=model.device), form.closing.to(model.device)
         head = model.get_output_embeddings().weight.shape[0]
         words = torch.arange(min(head, form.vocabulary or head), device=model.device)
-        self.never_first = torch.isin(words, self.closing.first)
+        self.never_first = torch.isin(words, self.closing.never_first)
         self.capacity: CacheCapacity | None = None
         self.shape = (0, 0, 0)  # thought, forced tokens and horizon of the buffers
         self.cache: StaticCache | None = None

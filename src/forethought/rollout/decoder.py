@@ -407,7 +407,7 @@ class _ActiveRows:
         state, limit = self.state, self.state.tokens.shape[1]
         at, logits = state.length[rows], logits[:, : self.vocabulary]
         if self.fresh:
-            logits, self.fresh = mask_tokens(logits, self.closing.first, at == 0), False
+            logits, self.fresh = mask_tokens(logits, self.closing.never_first, at == 0), False
         token, logp = self.backend.draw(logits, state.noise[rows, at], self.options)
         state.tokens[rows, at] = token
         state.logp[rows, at] = logp
@@ -431,5 +431,6 @@ def matching_prefix(
     begun = torch.zeros_like(at)
     for k in range(1, len(close)):
         columns = at[:, None] + torch.arange(-k, 0, device=at.device)
-        begun = torch.where((tokens.gather(1, columns.clamp(min=0)) == close[:k]).all(dim=-1), k, begun)
+        same = (tokens.gather(1, columns.clamp(min=0)) == close[:k]) & (columns >= 0)
+        begun = torch.where(same.all(dim=-1), k, begun)
     return begun

@@ -83,7 +83,7 @@ def think(
             samples=group,
             limit=limit,
             stops=closing.first.tolist(),
-            may_stop_first=False,
+            may_stop_first=not len(closing.never_first),
             seed=seed(own),
         )
         for prompt, own in zip(prompts, noise, strict=True)
