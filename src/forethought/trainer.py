@@ -376,6 +376,9 @@ class Trainer:
         """
         path = distributed.all_gather(checkpoint.latest(log.path))[0]
         if path is None:
+            if moved:
+                what = "corpus.path: without a checkpoint nothing shows that it is the same corpus; begin the run again"
+                raise distributed.rank0_error(UserError(f"{what} (--overwrite True), or resume with the old path"))
             distributed.run_on_rank0(lambda: log.rewind(0))
             return []
         saved = distributed.run_on_all_ranks(lambda: checkpoint.Saved(path, check=distributed.is_rank0()))

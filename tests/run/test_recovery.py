@@ -157,6 +157,20 @@ def test_a_corpus_may_move_but_not_become_another(tmp_path: Path, capsys: pytest
     assert line == "corpus.path = 'world:cups/train': 1 files, but 2 when the run was saved"
 
 
+def test_a_corpus_may_not_move_before_the_first_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """There is nothing to compare it with."""
+    for name, rows in (("one", ROWS[:20]), ("other", ROWS[20:])):
+        write(tmp_path / "data" / f"{name}.jsonl", rows)
+    RunLog.create(from_dict(options(tmp_path, "run", corpus={"path": str(tmp_path / "data" / "one.jsonl")})))
+    before, other = (tmp_path / "run" / "config.json").read_bytes(), str(tmp_path / "data" / "other.jsonl")
+    line = complaint(capsys, ["train", "--resume", str(tmp_path / "run"), "--corpus.path", other])
+    assert line == (
+        "corpus.path: without a checkpoint nothing shows that it is the same corpus; begin the run again "
+        "(--overwrite True), or resume with the old path"
+    )
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+
+
 def test_a_single_file_may_have_another_name(tmp_path: Path):
     corpus = write(tmp_path / "corpus.jsonl", ROWS)
     values = options(tmp_path, "run", corpus={"path": str(corpus)}, **KEPT)
