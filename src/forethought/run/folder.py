@@ -40,6 +40,8 @@ from forethought.run import __version__
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 _NO_SYNC = {errno.EINVAL, errno.EOPNOTSUPP}  # network file systems that cannot sync a folder
+_HELD: dict[Path, BinaryIO] = {}
+"""The lock files that this process has open, by run folder."""
 _STEP = re.compile(r"(?:\.replaced-)?step-(\d+)")
 
 
@@ -183,7 +185,11 @@ class RunLog:
             with disk_errors(self.path, path):
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-            yield
+            _HELD[self.path] = file
+            try:
+                yield
+            finally:
+                del _HELD[self.path]
 
     def _acquire(self, file: BinaryIO) -> None:
         try:
@@ -346,11 +352,22 @@ def checkpoints(run: Path) -> dict[int, Path]:
 def disk_errors(run: Path, path: Path) -> Iterator[None]:
     """Turn an OSError (a full disk, a folder that was removed) into a RunError that says which checkpoint is intact."""
     try:
+        _check_held(run)
         yield
     except OSError as error:
         steps = list(checkpoints(run))
         safe = f"the checkpoint of step {steps[-1]} is intact" if steps else "no checkpoint had been written"
         raise RunError(f"{path}: cannot be written: {error.strerror or error}; {safe}") from error
+
+
+def _check_held(run: Path) -> None:
+    """Raise OSError if another folder has taken the place of the one that is locked, perhaps with another run."""
+    file, lock = _HELD.get(run), run / ".lock"
+    if file is None:
+        return
+    same = os.path.samestat(os.fstat(file.fileno()), lock.stat()) if lock.exists() else (run / "config.json").exists()
+    if not same:
+        raise OSError(errno.ESTALE, "the folder was removed or replaced")
 
 
 def sync(path: Path) -> None:
