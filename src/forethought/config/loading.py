@@ -105,7 +105,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def difference(saved: Config, wanted: Config) -> tuple[str, Any, Any] | None:
     """The first option on which two configs disagree and that can change results: its name and both values."""
-    found = ((option, *values) for option, values in _changes(saved, wanted).items())
+    found = ((option, *values) for option, values in changes(saved, wanted).items())
     return next((one for one in found if not one[0].startswith(_SAME_RESULTS)), None)
 
 
@@ -115,7 +115,7 @@ def changed_on_resume(saved: Config, wanted: Config) -> dict[str, tuple[Any, Any
     They leave the results as they are, raise a budget, or name the new path of the same corpus (which is not checked
     here). Raises UserError for all others.
     """
-    changed = _changes(saved, wanted)
+    changed = changes(saved, wanted)
     for option, (before, now) in changed.items():
         says = f"{option} = {now!r}: the run to resume has {before!r}; resuming"
         if option in BUDGET and (now or math.inf) < (before or math.inf):
@@ -125,7 +125,8 @@ def changed_on_resume(saved: Config, wanted: Config) -> dict[str, tuple[Any, Any
     return changed
 
 
-def _changes(saved: Config, wanted: Config) -> dict[str, tuple[Any, Any]]:
+def changes(saved: Config, wanted: Config) -> dict[str, tuple[Any, Any]]:
+    """The options on which two configs disagree, each with both values; but for the run folder."""
     old, new = _resolved(saved), _resolved(wanted)
     return {
         option: (old[option], value)
