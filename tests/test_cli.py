@@ -86,6 +86,9 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, changes: dict[st
         (["report", "x", "--fast"], "unknown option --fast"),
         (["report", "x", "--out"], "option --out needs a value"),
         (["train", "\x1b[31m[red]x[/red]\n"], r"config '\x1b[31m[red]x[/red]\n' is no file"),
+        (["train", "quickstart", "--run", "b\udcff"], r"run = 'b\udcff': is not UTF-8 text"),
+        (["compare", "compare-quickstart", "--run", "b\udcff"], r"run = 'b\udcff': is not UTF-8 text"),
+        (["posttrain", "sft-cups", "--start", "embedded", "--run", "b\udcff"], r"run = 'b\udcff': is not UTF-8 text"),
         (["\x1b[31m[bold]"], r"unknown command '\x1b[31m[bold]'"),
     ],
 )

@@ -3,6 +3,7 @@
 from forethought.config.loading import (
     BUDGET,
     RenamedWarning,
+    as_json,
     changed_on_resume,
     changes,
     difference,
@@ -40,6 +41,6 @@ from forethought.config.registry import RunError, UserError
 __all__ = [
     "BUDGET", "Above0", "Config", "Corpus", "Evaluate", "Lora", "Method", "Model", "Name", "Optim", "Parallel",
     "Positive", "Questions", "RenamedWarning", "Rollout", "RunError", "Train", "Update", "UserError",
-    "changed_on_resume", "changes", "difference", "find", "flatten", "from_dict", "from_saved", "load", "merge",
-    "option_names", "read_overrides", "read_toml", "shipped", "to_dict",
+    "as_json", "changed_on_resume", "changes", "difference", "find", "flatten", "from_dict", "from_saved", "load",
+    "merge", "option_names", "read_overrides", "read_toml", "shipped", "to_dict",
 ]  # fmt: skip

@@ -71,11 +71,21 @@ def merge(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
 def from_dict(values: dict[str, Any]) -> Config:
     """Check a nested dict and make it a Config. Raises UserError."""
     try:
-        config = TypeAdapter(Config).validate_json(json.dumps(_new_values(_new_names(values)), default=str))
+        config = TypeAdapter(Config).validate_json(as_json(_new_values(_new_names(values))))
     except ValidationError as error:
         raise UserError(_explain(error)) from None
     _check_together(config)
     return config
+
+
+def as_json(values: dict[str, Any]) -> str:
+    """Nested options as JSON, to be checked. Raises UserError for a value whose bytes were no UTF-8 text."""
+    for option, value in flatten(values).items():
+        try:
+            json.dumps([option, value], ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{option} = {value!r}: is not UTF-8 text") from None
+    return json.dumps(values, default=str)
 
 
 def from_saved(values: dict[str, Any], where: str) -> Config:
