@@ -5,6 +5,7 @@ import dataclasses
 import math
 import shutil
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ from forethought.run.signals import SignalArrived, SignalGuard, Stopped
 from forethought.run.trackers import Callbacks, Tracker, check_tracker
 
 LESS_MEMORY = "a smaller update.tokens_per_chunk or train.rollout_batch, update.checkpointing True and model.device cpu"
+
+_HELD_OUT = "held-out/crc32"
+"""The checksum of the held-out text, beside the groups in evaluation-before.json; no group has a slash in its name."""
 
 
 def train(config: Config, callbacks: Callbacks | None = None) -> dict[str, Any]:
@@ -338,8 +342,13 @@ class Trainer:
         if not self.config.evaluate.path:
             return None
         name = f"evaluation-{when}.json"
+        text = zlib.crc32(str([window.tokens for window in self.held_out]).encode())
         if distributed.all_gather((log.path / name).is_file())[0]:
-            return {group: heldout.Records(**fields) for group, fields in log.read_json(name).items()}
+            saved = log.read_json(name)
+            if saved.pop(_HELD_OUT, text) != text:
+                what = f"evaluate.path = {self.config.evaluate.path!r}: is not the held-out text of {log.path / name}"
+                raise distributed.rank0_error(UserError(f"{what}; put that text back to go on"))
+            return {group: heldout.Records(**fields) for group, fields in saved.items()}
         subject = heldout.Subject(
             model=self.network.model, engine=self.engine, form=self.form, tokenizer=self.tokenizer, config=self.config
         )
@@ -351,7 +360,7 @@ class Trainer:
                 subject, self.held_out, lambda done, total: callbacks.phase(f"evaluating {when} training", done, total)
             )
         rows = {group: dataclasses.asdict(fields) for group, fields in records.items()}
-        distributed.run_on_rank0(lambda: log.write_json(name, rows))
+        distributed.run_on_rank0(lambda: log.write_json(name, {_HELD_OUT: text, **rows}))
         return records
 
     def _save(self, log: RunLog) -> None:

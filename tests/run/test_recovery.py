@@ -193,6 +193,22 @@ def test_a_corpus_that_changed_is_said_and_not_refused(tmp_path: Path, capsys: p
     )
 
 
+@pytest.mark.parametrize("rows", [ROWS[1:], ROWS[:10]], ids=["as long", "shorter"])
+def test_a_held_out_text_that_changed_is_not_compared_with_the_old_one(
+    tmp_path: Path, rows: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+):
+    text = write(tmp_path / "heldout.jsonl", ROWS)
+    train(from_dict(options(tmp_path, "run", evaluate={"path": str(text), "documents": 12}, **KEPT)))
+    run = cut(tmp_path / "run", "changed", 3)
+    write(text, rows)
+    line = complaint(capsys, ["train", "--resume", str(run)])
+    what = f"evaluate.path = '{text}': is not the held-out text of {run}/evaluation-before.json"
+    assert line == f"{what}; put that text back to go on"
+    write(text, ROWS)
+    assert main(["train", "--resume", str(run)]) == 0
+    assert_same_run(run, tmp_path / "run")
+
+
 def out_of_memory() -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1 GiB")
 
