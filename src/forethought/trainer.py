@@ -348,7 +348,13 @@ class Trainer:
             if saved.pop(_HELD_OUT, text) != text:
                 what = f"evaluate.path = {self.config.evaluate.path!r}: is not the held-out text of {log.path / name}"
                 raise distributed.rank0_error(UserError(f"{what}; put that text back to go on"))
-            return {group: heldout.Records(**fields) for group, fields in saved.items()}
+            try:
+                return {group: heldout.Records(**fields) for group, fields in saved.items()}
+            except TypeError as error:
+                raise distributed.rank0_error(UserError(f"{log.path / name}: unexpected content: {error}")) from None
+        if when == "before" and self.step:
+            what = f"{log.path / name}: is missing, and after step {self.step} the start cannot be measured here"
+            raise distributed.rank0_error(UserError(f"{what}; put the file back to go on"))
         subject = heldout.Subject(
             model=self.network.model, engine=self.engine, form=self.form, tokenizer=self.tokenizer, config=self.config
         )

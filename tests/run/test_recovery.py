@@ -209,6 +209,26 @@ def test_a_held_out_text_that_changed_is_not_compared_with_the_old_one(
     assert_same_run(run, tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is missing, and after step 3 the start cannot be measured here; put the file back to go on"),
+        ('{"all": 3}', "unexpected content: "),
+        ('{"all": {"odd": 3}}', "unexpected content: "),
+    ],
+)
+def test_the_evaluation_before_training_is_that_of_the_start_or_none(
+    tmp_path: Path, content: str | None, message: str, capsys: pytest.CaptureFixture[str]
+):
+    values = {"path": "world:cups/heldout", "documents": 2}
+    train(from_dict(options(tmp_path, "run", evaluate=values, **KEPT)))
+    run = cut(tmp_path / "run", "cut", 3)
+    file = run / "evaluation-before.json"
+    file.unlink() if content is None else file.write_text(content)
+    assert complaint(capsys, ["train", "--resume", str(run)]).startswith(f"{file}: {message}")
+    assert list(checkpoints(run))[-1] == 3
+
+
 def out_of_memory() -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1 GiB")
 

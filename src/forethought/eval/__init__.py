@@ -51,7 +51,7 @@ def evaluate(
     figures: dict[str, Any] = {"seed": config.seed, **overridden(log, config), **heldout.summarize(records, base)}
     figures["seconds"] = round(time.perf_counter() - began, 2)
     rows = read_lines(log.path / "metrics.jsonl")
-    step = rows[-1]["step"] if rows else 0
+    step = rows[-1].get("step", 0) if rows else 0
     after = {f"after/{name}": value for name, value in figures.items()}
     found = [one.row() for one in diagnose_evaluation(after, step)]
     earlier = read_lines(log.path / "warnings.jsonl")
