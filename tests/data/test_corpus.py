@@ -832,6 +832,52 @@ def test_a_block_is_all_that_is_shuffled_and_each_has_its_own_order(tmp_path: Pa
     assert len(permutations | {tuple(range(8))}) == 2 * 2 * 3 + 1
 
 
+@pytest.mark.parametrize("shuffle", [0, 16])
+def test_held_out_text_is_spread_over_files(tmp_path: Path, shuffle: int):
+    for number, (name, count) in enumerate({"books": 30, "code": 3, "short": 4, "web": 30}.items()):
+        length = 1 if name == "short" else 12
+        write_texts(tmp_path / f"{name}.jsonl", [sentence(40 * number + i, length) for i in range(count)])
+    windows = spread_windows(options(tmp_path, shuffle=shuffle), TOKENIZER, 0, 21)
+    assert Counter(window.domain for window in windows) == {"books": 9, "code": 3, "web": 9}
+    assert windows == spread_windows(options(tmp_path, shuffle=shuffle), TOKENIZER, 0, 21)
+    assert len(spread_windows(options(tmp_path, shuffle=shuffle), TOKENIZER, 0, 999)) == 2 * 63
+    with pytest.raises(UserError, match=r"no document has corpus\.min_tokens = 8 tokens or more"):
+        spread_windows(options(tmp_path / "s*.jsonl", shuffle=shuffle, min_tokens=8), TOKENIZER, 0, 21)
+
+
+@pytest.mark.parametrize("shuffle", [0, 16])
+def test_of_many_files_held_out_text_is_not_the_first_ones(tmp_path: Path, shuffle: int):
+    for number in range(60):
+        (tmp_path / f"{number // 30}").mkdir(exist_ok=True)
+        (tmp_path / f"{number // 30}" / f"{number}.txt").write_text(sentence(number, 4))
+    windows = spread_windows(options(tmp_path, shuffle=shuffle), TOKENIZER, 0, 20)
+    assert len(windows) == 20
+    assert min(Counter(window.domain for window in windows).values()) > 5
+
+
+def test_a_shuffled_stream_reads_files_in_turn(tmp_path: Path):
+    for number, name in enumerate(("books", "code", "web")):
+        write_texts(tmp_path / f"{name}.jsonl", [sentence(50 * number + i, 4) for i in range(40)])
+    windows = first_windows(options(tmp_path, shuffle=9), TOKENIZER, 0, 36)
+    for start in range(0, 36, 9):
+        block = Counter(window.domain for window in windows[start : start + 9])
+        assert block == {"books": 3, "code": 3, "web": 3}
+
+
+def test_a_run_that_read_one_file_after_the_other_goes_on_so(folder: Path):
+    """Cursors of earlier versions name the one file that is open and the records read of it."""
+    stream = Windows(options(folder, shuffle=5), TOKENIZER, 0)
+    stream.at_once = 1
+    cursors, windows = zip(*((stream.cursor(), next(stream)) for _ in range(60)), strict=True)
+    for place in range(60):
+        old = {name: value for name, value in cursors[place].items() if name not in ("open", "at_once")}
+        again = Windows(options(folder, shuffle=5), TOKENIZER, 0)
+        file = cursors[place]["open"][0] if cursors[place]["open"] else [0, 0]
+        again.seek(old | {"part": file[0], "record": file[1]})
+        again.seek(json.loads(json.dumps(again.cursor())))
+        assert list(itertools.islice(again, 60 - place)) == list(windows[place:])
+
+
 # resuming
 
 
