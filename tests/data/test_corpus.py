@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from forethought.config import Corpus, UserError
+from forethought.config import Corpus, Notice, UserError
 from forethought.data.corpus import Windows, check_corpus, labels, spread_windows
 from forethought.data.readers import find_source
 from forethought.data.worlds import WORLDS, load_world
@@ -159,6 +159,16 @@ def test_bytes_after_an_intact_gzip_are_a_warning(tmp_path: Path, rest: bytes, e
         assert len(first_windows(options(path), TOKENIZER, 0, 9999)) == 5000
 
 
+@pytest.mark.parametrize("size", [5, 5000])
+@pytest.mark.parametrize("rest", [b"\n", b"-----END OF FILE", b"\0" * 512])
+def test_bytes_after_an_intact_zstd_are_a_warning(tmp_path: Path, rest: bytes, size: int):
+    path = tmp_path / "a.jsonl.zst"
+    lines = b"\n".join(json.dumps({"text": sentence(i)}).encode() for i in range(size))
+    path.write_bytes(pack_zst(lines[:99]) + pack_zst(lines[99:]) + rest)
+    with pytest.warns(Notice, match="bytes after the end of the zstd stream are ignored"):
+        assert len(first_windows(options(path), TOKENIZER, 0, 9999)) == size
+
+
 def test_broken_zstd_is_named(tmp_path: Path):
     path, whole = tmp_path / "a.jsonl.zst", pack_zst(b'{"text": "w0 w1"}\n' * 3)
     for data in (whole[:-3], whole[:4] + b"\xff" * 50, b"plain"):
@@ -168,6 +178,47 @@ def test_broken_zstd_is_named(tmp_path: Path):
     path = tmp_path / "a.txt.gz"
     path.write_bytes(gzip.compress(b"w0 w1")[:-3])
     assert refusal(options(path)).startswith(f"{path}: broken or truncated gzip (")
+
+
+def test_an_empty_file_of_a_folder_is_skipped(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text("\n")
+    (tmp_path / "c.txt").write_bytes(b"")
+    with pytest.raises(UserError, match=r"a\.jsonl: empty, must hold at least one document"):
+        check_corpus(options(tmp_path))
+    write_texts(tmp_path / "b.jsonl", ["w0 w1", "w2 w3"])
+    for read in (first_windows, spread_windows):
+        with pytest.warns(Notice, match=r": 2 files are empty, .*a\.jsonl among them$"):
+            check_corpus(options(tmp_path))
+            assert len(read(options(tmp_path), TOKENIZER, 0, 2)) == 2
+
+
+@pytest.mark.parametrize("rows", [ROWS[:1], ROWS])
+def test_a_json_file_over_several_lines_may_begin_anyhow(tmp_path: Path, rows: list[Any]):
+    path, text = tmp_path / "a.json", json.dumps(rows[0] if len(rows) == 1 else rows, indent=1)
+    path.write_text(text.replace("{\n ", "{").replace("[\n ", "["))
+    assert "\n" in path.read_text() or len(rows) == 1
+    if len(rows) == 1:
+        path.write_text(path.read_text().replace("}", ',\n "id": "x"}'))
+    assert len(first_windows(options(path), TOKENIZER, 0, len(rows))) == len(rows)
+    path.write_bytes(b'{"text": oops}\n{"text": "w0 w1"}\n')
+    assert refusal(options(path)).startswith(f"{path}:1: malformed JSON")
+    with pytest.warns(Notice):
+        assert ids(first_windows(options(path, skip_bad_rows=True), TOKENIZER, 0, 1)) == [f"{path}:2"]
+
+
+@pytest.mark.parametrize("field", ["id", "source", "lang"])
+def test_a_label_is_one_line_of_text(tmp_path: Path, field: str):
+    labelled = {"domain_field": "source", "language_field": "lang"}
+    row = {"text": "w0 w1", "source": "a", "lang": "b"}
+    for value in ({"name": "x"}, ["x"]):
+        path = write_rows(tmp_path / "a.jsonl", [row | {field: value}])
+        message = f"{path}:1: field {field!r} must be text or a number, got {value!r}"
+        assert refusal(options(path, **labelled)) == message
+    known = {"a\n b\x1b[31m": "a b [31m", 3: "3", 2.5: "2.5", " x ": "x", float("nan"): None, "\n": None}
+    for value, wanted in known.items():
+        path = write_rows(tmp_path / "a.jsonl", [row | {field: value}])
+        (window,) = first_windows(options(path, **labelled), TOKENIZER, 0, 1)
+        assert {"id": window.id, "source": window.domain, "lang": window.language}[field] == wanted
 
 
 BAD = [{"text": None}, {"text": {"en": "w0"}}, {"text": ["w0"]}, {"text": 3}, {"body": "w0"}, None, ["w0"]]

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from forethought.config import Corpus, UserError
+from forethought.config import Corpus, Notice, UserError
 from forethought.data.readers import Document, Record, Source, find_source
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece vocabularies write a space
@@ -60,13 +60,16 @@ def labels(windows: Sequence[Window]) -> list[str]:
 
 
 def check_corpus(options: Corpus, option: str = "corpus.path") -> None:
-    """Fail early: every part must open, and its first record must be a document. Nothing is tokenized.
+    """Fail early: every part must open, and its first record, if any, must be a document. Nothing is tokenized.
 
     `option` is the name of the path in error messages. Raises UserError.
     """
     source = find_source(options, seed=0, option=option)
-    for part in source.parts:
-        next(source.read(part, 0))
+    empty = [part for part in source.parts if next(source.read(part, 0), None) is None]
+    if len(empty) == len(source.parts):
+        raise UserError(f"{source.label}: {empty[0]}: empty, must hold at least one document")
+    if empty:
+        warnings.warn(f"{source.label}: {len(empty)} files are empty, {empty[0]} among them", Notice, stacklevel=2)
 
 
 def spread_windows(options: Corpus, tokenizer: Any, seed: int, count: int, option: str = "corpus.path") -> list[Window]:
@@ -232,7 +235,8 @@ class Windows:
             self.bad_rows += 1
             if self._first_bad is None:
                 self._first_bad = document
-                warnings.warn(f"{self._source.label}: skips bad rows, the first is {document}", stacklevel=2)
+                text = f"{self._source.label}: skips bad rows, the first is {document}"
+                warnings.warn(text, Notice, stacklevel=2)
             return
         tokens, marks = _tokenize(document, self._tokenizer) if document.text.strip() else ([], {})
         bos = tokens[:1] if tokens[:1] == [self._tokenizer.bos_token_id] else []

@@ -8,6 +8,8 @@ resume.
 import glob
 import io
 import itertools
+import json
+import math
 import os
 import random
 import re
@@ -20,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from forethought.config import Corpus, UserError
+from forethought.config import Corpus, Notice, UserError
 from forethought.data.worlds import WORLDS, load_world
 from forethought.run.folder import decode_text, numbered_lines, parse_json, read_bytes
 
@@ -57,13 +59,8 @@ class Source:
 
     def read(self, part: str, skip: int) -> Iterator[Record]:
         """The records of a part after its first `skip`. Raises UserError, prefixed with the label."""
-        empty = skip == 0
         with _prefixed_errors(self.label):
-            for document in self.reader(part, skip):
-                empty = False
-                yield document
-            if empty:
-                raise UserError(f"{part}: empty, must hold at least one document")
+            yield from self.reader(part, skip)
 
     def fingerprints(self) -> list[list[Any]]:
         """Of each file: its name below the folder that holds all, its size and a checksum of its start, for JSON.
@@ -105,7 +102,7 @@ def find_source(options: Corpus, seed: int, option: str) -> Source:
         if left_out:
             named = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
             warnings.warn(
-                f"{label}: left out, as no kind of file that is read: {len(left_out)} ({named})", stacklevel=2
+                f"{label}: left out, as no kind of file that is read: {len(left_out)} ({named})", Notice, stacklevel=2
             )
         return Source(label, files, lambda name, skip: _read_file(name, skip, options, alone=len(files) == 1))
 
@@ -193,13 +190,27 @@ def _read_lines(name: str, skip: int, options: Corpus) -> Iterator[Record]:
 def _read_json(name: str, skip: int, options: Corpus) -> Iterator[Record]:
     """JSON Lines (as C4 names them), one array of rows, or one row over several lines."""
     first = next(numbered_lines(name), (1, b""))[1].strip().removeprefix(b"\xef\xbb\xbf")
-    if first != b"{" and not first.startswith(b"["):
+    rows = None
+    if first.startswith(b"[") or not _is_json(first):
+        try:
+            rows = parse_json(read_bytes(name), name, 1)
+        except UserError:
+            if first.startswith(b"[") or first == b"{":
+                raise
+    if rows is None:  # also lines of which the first one is malformed
         yield from _read_lines(name, skip, options)
         return
-    rows = parse_json(read_bytes(name), name, 1)
     for number, row in enumerate(rows if isinstance(rows, list) else [rows], start=1):
         if number > skip:
             yield _record(row, options, name, number)
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line or b"{}")
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _read_parquet(name: str, skip: int, options: Corpus) -> Iterator[Record]:
@@ -278,29 +289,28 @@ def _document(row: Any, options: Corpus, where: str) -> Document:
     text = row[field]
     if not isinstance(text, str):
         raise UserError(f"{where}: field {field!r} must be text, got {reprlib.repr(text)}")
-    name = row.get("id")
-    labels = {
-        field: text,
-        "id": name,
-        **{used: row[used] for used in (options.domain_field, options.language_field) if used},
-    }
-    for used, value in labels.items():
-        if re.search("[\ud800-\udfff]", str(value)):
-            raise UserError(f"{where}: field {used!r} contains a lone surrogate")
+    if re.search("[\ud800-\udfff]", text):
+        raise UserError(f"{where}: field {field!r} contains a lone surrogate")
     return Document(
         row=where,
-        id=where if name is None else str(name),
+        id=_label(row, "id", where) or where,
         text=text,
         marks=_marks(row.get("marks"), text, where),
-        domain=_label(row, options.domain_field),
-        language=_label(row, options.language_field),
+        domain=_label(row, options.domain_field, where),
+        language=_label(row, options.language_field, where),
     )
 
 
-def _label(row: dict[str, Any], field: str) -> str | None:
-    """The domain or language of a row; None where the option is empty or the field blank."""
-    value = row[field] if field else None
-    return None if value is None else str(value).strip() or None
+def _label(row: dict[str, Any], field: str, where: str) -> str | None:
+    """The id, domain or language of a row in one line; None where the option is empty or the field blank or NaN."""
+    value = row.get(field) if field else None
+    if isinstance(value, dict | list | bytes):
+        raise UserError(f"{where}: field {field!r} must be text or a number, got {reprlib.repr(value)}")
+    if value is None or (isinstance(value, float) and math.isnan(value)):  # pandas writes NaN where there is none
+        return None
+    if re.search("[\ud800-\udfff]", text := str(value)):
+        raise UserError(f"{where}: field {field!r} contains a lone surrogate")
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split()) or None
 
 
 _MARK = r"\w[\w .+-]*"
