@@ -66,6 +66,8 @@ def test_what_a_corpus_leaves_out_is_one_line_each(tmp_path: Path, capsys: pytes
     corpus = {"path": str(folder), "skip_bad_rows": True, "min_tokens": 8, "shuffle": 0}
     run = options(tmp_path, "run", corpus=corpus, train={"steps": 2}, evaluate={"path": str(folder), "documents": 3})
     assert main(words(run)) == 0
+    [warning] = read_lines(tmp_path / "run" / "warnings.jsonl")
+    assert warning["name"] == "held-out-trained-on" and "share 4 files" in warning["evidence"]
     lines = [line for line in capsys.readouterr().err.splitlines() if str(folder) in line and "step" not in line]
     for path in ("corpus.path", "evaluate.path"):
         said = [line for line in lines if line.startswith(f"forethought: {path} = ")]

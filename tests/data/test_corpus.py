@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from forethought.config import Corpus, Notice, UserError
-from forethought.data.corpus import Windows, check_corpus, labels, spread_windows
+from forethought.data.corpus import Windows, check_corpus, labels, spread_windows, trained_on
 from forethought.data.readers import find_source
 from forethought.data.worlds import WORLDS, load_world
 from helpers.tokenizers import byte_level
@@ -1001,6 +1001,33 @@ def test_a_cursor_of_another_number_of_files_is_refused(folder: Path):
     (folder / "new.txt").write_text("w0 w1")
     with pytest.raises(UserError, match="7 files, but 6 when the run was saved"):
         Windows(options(folder), TOKENIZER, 0).seek(cursor)
+
+
+@pytest.mark.parametrize("place", [0, 70_000, 150_000, -3])
+def test_an_edit_of_the_same_size_is_noticed(tmp_path: Path, place: int):
+    path = write_texts(tmp_path / "a.jsonl", [sentence(i, 20) for i in range(2000)])
+    write_texts(tmp_path / "b.jsonl", [sentence(0, 20)])
+    cursor = Windows(options(tmp_path), TOKENIZER, 0).cursor()
+    data = bytearray(path.read_bytes())
+    assert len(data) > 180_000
+    data[place] ^= 1
+    path.write_bytes(data)
+    assert Windows(options(tmp_path), TOKENIZER, 0).changed(cursor) == [str(path)]
+    earlier = cursor | {"files": [file[:3] for file in cursor["files"]]}
+    assert Windows(options(tmp_path), TOKENIZER, 0).changed(earlier) == ([] if place else [str(path)])
+
+
+def test_held_out_files_of_the_corpus_are_found(tmp_path: Path):
+    for name in ("train/a.jsonl", "train/b.jsonl", "other/c.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_texts(tmp_path / name, ["w0 w1"])
+    (tmp_path / "linked.jsonl").symlink_to(tmp_path / "train" / "b.jsonl")
+    corpus = options(tmp_path / "train")
+    assert trained_on(corpus, str(tmp_path / "other")) == []
+    assert trained_on(corpus, str(tmp_path / "linked.jsonl")) == [str(tmp_path / "linked.jsonl")]
+    assert trained_on(corpus, str(tmp_path / "train" / "*a*")) == [str(tmp_path / "train" / "a.jsonl")]
+    assert trained_on(options("world:cups/train"), "world:cups/train") == ["world:cups/train"]
+    assert trained_on(options("world:cups/train"), "world:cups/heldout") == []
 
 
 def test_resuming_tokenizes_only_from_the_present_document_on(tmp_path: Path):

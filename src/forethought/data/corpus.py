@@ -6,6 +6,7 @@ Documents are read in blocks of `corpus.shuffle`, from several files in turn. A 
 
 import functools
 import itertools
+import os
 import random
 import re
 import reprlib
@@ -70,6 +71,14 @@ def check_corpus(options: Corpus, option: str = "corpus.path") -> None:
         raise UserError(f"{source.label}: {empty[0]}: empty, must hold at least one document")
     if empty:
         warnings.warn(f"{source.label}: {len(empty)} files are empty, {empty[0]} among them", Notice, stacklevel=2)
+
+
+def trained_on(options: Corpus, held_out: str) -> list[str]:
+    """The files (or the stream) of held-out text that the corpus has too, by whatever names."""
+    both = (options, "corpus.path"), (replace(options, path=held_out), "evaluate.path")
+    ours, theirs = (find_source(some, seed=0, option=option).parts for some, option in both)
+    known = set(map(os.path.realpath, ours))
+    return [part for part in theirs if os.path.realpath(part) in known]
 
 
 def spread_windows(options: Corpus, tokenizer: Any, seed: int, count: int, option: str = "corpus.path") -> list[Window]:
@@ -164,9 +173,10 @@ class Windows:
         return {"parts": len(files), "files": files, **{name: getattr(self, name) for name in _CURSOR}}
 
     def changed(self, cursor: dict[str, Any]) -> list[str]:
-        """The files that differ, by names, sizes and starts, from those of a cursor; all if it does not know (0.1)."""
-        before = cursor.get("files") or [None] * len(self._files())
-        return [part for part, now, old in zip(self._source.parts, self._files(), before, strict=True) if now != old]
+        """The files that differ, by names, sizes and samples, from those of a cursor; all if it does not know (0.1)."""
+        before = cursor.get("files") or [[None]] * len(self._files())
+        pairs = zip(self._source.parts, self._files(), before, strict=True)
+        return [part for part, now, old in pairs if now[: len(old)] != old]  # earlier versions sampled the start alone
 
     def seek(self, cursor: dict[str, Any]) -> None:
         """Continue from a cursor that was taken with the same options and seed.

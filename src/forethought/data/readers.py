@@ -44,6 +44,7 @@ class Document:
     language: str | None = None
 
 
+_SAMPLE = 1 << 14  # bytes
 Record = Document | UserError
 """A row as a document or, with corpus.skip_bad_rows, what is wrong with it."""
 
@@ -63,18 +64,25 @@ class Source:
             yield from self.reader(part, skip)
 
     def fingerprints(self) -> list[list[Any]]:
-        """Of each file: its name below the folder that holds all, its size and a checksum of its start, for JSON.
+        """Of each file: its name below the folder that holds all, its size and checksums of its start and of samples.
+
+        Samples are spread evenly over the files: they cover all of a corpus of less than 64 MiB, and never much more.
 
         A part that is no file is known by its name alone. Raises UserError.
         """
-        found, root = [], os.path.commonpath(self.parts)
+        found, root, samples = [], os.path.commonpath(self.parts), max(2, 4096 // len(self.parts))
         with _prefixed_errors(self.label):
             for path in map(Path, self.parts):
                 if not path.is_file():
                     found.append([str(path)])
                     continue
+                size, sampled = path.stat().st_size, 0
                 with path.open("rb") as file:
-                    found.append([str(path.relative_to(root)), path.stat().st_size, zlib.crc32(file.read(1 << 16))])
+                    start = zlib.crc32(file.read(1 << 16))
+                    for at in (*range(0, size, max(_SAMPLE, size // samples)), max(0, size - _SAMPLE)):
+                        file.seek(at)
+                        sampled = zlib.crc32(file.read(_SAMPLE), sampled)
+                found.append([str(path.relative_to(root)), size, start, sampled])
         return found
 
 
