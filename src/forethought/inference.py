@@ -308,7 +308,9 @@ class ThinkingModel:
         return int(sample(logp[None], noise, temperature, 1.0))
 
     def check_length(self, tokens: int, thoughts: int) -> None:
-        """Raise UserError for a text that, with a thought in it, exceeds the context window."""
+        """Raise UserError for a text that, with a thought in it, exceeds the context window, or thoughts below 0."""
+        if thoughts < 0:
+            raise UserError(f"thoughts = {thoughts}: must be at least 0")
         thought = self._overhead(thoughts)
         what = f"a text of {tokens} tokens" + (f" with {thought} for a thought" if thought else "")
         require_context(self.model.config, tokens + thought, what, "shorten the text or method.thought_length")
@@ -370,6 +372,8 @@ class ThinkingModel:
     ) -> Iterator[tuple[Positions, Thoughts | None]]:
         """Positions from `first` on, `horizon` tokens apart, with their thoughts. The text is padded at its end."""
         first, horizon = lengths
+        if first < 1 or horizon < 1:
+            raise UserError(f"given = {first}, think_every = {horizon}: must be at least 1")
         self.check_length(len(tokens) + horizon - 1, thoughts)
         window, indices = _window([*tokens, *[self.form.pad] * (horizon - 1)]), range(first, len(tokens), horizon)
         size = max(1, self.config.train.rollout_batch // max(1, thoughts))

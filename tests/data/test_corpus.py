@@ -155,7 +155,7 @@ def test_bytes_after_an_intact_gzip_are_a_warning(tmp_path: Path, rest: bytes, e
     lines = b"\n".join(json.dumps({"text": sentence(i)}).encode() for i in range(5000)) + end
     path.write_bytes(gzip.compress(lines[:1000]) + gzip.compress(lines[1000:]) + rest)
     padding = not rest.strip(b"\0")  # as tape drives write it; gzip reads it in silence
-    with contextlib.nullcontext() if padding else pytest.warns(UserWarning, match="bytes after the end of the gzip"):
+    with contextlib.nullcontext() if padding else pytest.warns(UserWarning, match="bytes after the end of the packed"):
         assert len(first_windows(options(path), TOKENIZER, 0, 9999)) == 5000
 
 
@@ -165,7 +165,7 @@ def test_bytes_after_an_intact_zstd_are_a_warning(tmp_path: Path, rest: bytes, s
     path = tmp_path / "a.jsonl.zst"
     lines = b"\n".join(json.dumps({"text": sentence(i)}).encode() for i in range(size))
     path.write_bytes(pack_zst(lines[:99]) + pack_zst(lines[99:]) + rest)
-    with pytest.warns(Notice, match="bytes after the end of the zstd stream are ignored"):
+    with pytest.warns(Notice, match="bytes after the end of the packed stream are ignored"):
         assert len(first_windows(options(path), TOKENIZER, 0, 9999)) == size
 
 

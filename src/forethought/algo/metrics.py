@@ -179,8 +179,7 @@ def decode_thoughts(tokenizer: Any, tokens: list[list[list[int]]]) -> list[list[
 def leakage(tokenizer: Any, targets: Sequence[int], texts: list[list[str]]) -> list[float | None]:
     """Share of each position's thoughts whose text contains the target's text, without spaces around it.
 
-    None where the target is white space or an incomplete character, so that there is no text to look for. The `##` of
-    WordPiece, which only a token at the beginning is decoded with, is no text.
+    None where the target is white space or an incomplete character: no text to look for. WordPiece's `##` is none.
     """
     shares: list[float | None] = []
     decoded = tokenizer.batch_decode([[token] for token in targets])

@@ -13,7 +13,7 @@ import reprlib
 import warnings
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,9 +23,8 @@ from forethought.data.readers import Document, Record, Source, find_source
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece vocabularies write a space
 _MAX_SHORT = 1000  # documents of an endless stream that may be too short before any is long enough
 _OPEN, _OPEN_HELD_OUT = 8, 128  # files that are read in turn, in training and for held-out text
-_CURSOR = (
-    "documents", "skipped", "bad_rows", "tokens", "epoch", "block", "part", "open", "at_once", "done", "given", "found",
-)  # fmt: skip
+_CURSOR = ("documents", "skipped", "bad_rows", "tokens", "epoch", "block", "part", "open", "at_once",
+           "done", "given", "found")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,9 +75,8 @@ def check_corpus(options: Corpus, option: str = "corpus.path") -> None:
 def trained_on(options: Corpus, held_out: str) -> list[str]:
     """The files (or the stream) of held-out text that the corpus has too, by whatever names."""
     both = (options, "corpus.path"), (replace(options, path=held_out), "evaluate.path")
-    ours, theirs = (find_source(some, seed=0, option=option).parts for some, option in both)
-    known = set(map(os.path.realpath, ours))
-    return [part for part in theirs if os.path.realpath(part) in known]
+    ours, theirs = ({os.path.realpath(part): part for part in find_source(some, 0, name).parts} for some, name in both)
+    return [part for real, part in theirs.items() if real in ours]
 
 
 def spread_windows(options: Corpus, tokenizer: Any, seed: int, count: int, option: str = "corpus.path") -> list[Window]:
@@ -99,8 +97,8 @@ def spread_windows(options: Corpus, tokenizer: Any, seed: int, count: int, optio
     def documents(file: str) -> Iterator[list[Window]]:
         windows = Windows(options, tokenizer, seed, source=replace(source, parts=[file]))
         try:
-            for _, some in itertools.groupby(itertools.takewhile(lambda _: windows.epoch == 0, windows), _document):
-                yield list(some)
+            epoch = itertools.takewhile(lambda _: windows.epoch == 0, windows)
+            yield from (list(some) for _, some in itertools.groupby(epoch, lambda one: one.document))
         except NoWindow as error:
             short.append(error)
 
@@ -113,22 +111,16 @@ def spread_windows(options: Corpus, tokenizer: Any, seed: int, count: int, optio
     return list(itertools.islice((window for window in rounds if window is not None), count))
 
 
-def _document(window: Window) -> str:
-    return window.document
-
-
-def _in_turn(iterators: Iterable[Iterator[Any]], at_once: int) -> Iterator[Any]:
+def _in_turn(waiting: Iterator[Iterator[Any]], at_once: int) -> Iterator[Any]:
     """An item of each of `at_once` iterators in turn; where one ends, the next one joins them."""
-    waiting = iter(iterators)
-    open_ones = deque(itertools.islice(waiting, at_once))
-    while open_ones:
-        one = open_ones.popleft()
-        try:
-            yield next(one)
-        except StopIteration:
-            open_ones.extend(itertools.islice(waiting, 1))
+    turns = deque(itertools.islice(waiting, at_once))
+    while turns:
+        one = turns.popleft()
+        if (item := next(one, None)) is None:
+            turns.extend(itertools.islice(waiting, 1))
         else:
-            open_ones.append(one)
+            turns.append(one)
+            yield item
 
 
 class NoWindow(UserError):
@@ -144,17 +136,15 @@ class Windows:
     Raises UserError while reading: a malformed record (with file and line), or a whole pass without a window.
     """
 
-    def __init__(
-        self, options: Corpus, tokenizer: Any, seed: int, *, option: str = "corpus.path", source: Source | None = None
-    ):
+    def __init__(self, options: Corpus, tokenizer: Any, seed: int, *, option: str = "corpus.path", source: Any = None):
         self._options, self._tokenizer, self._seed = options, tokenizer, seed
-        self._source = source or find_source(options, seed, option)
+        self._source: Source = source or find_source(options, seed, option)
         self._files = functools.cache(self._source.fingerprints)
         self._size = 1 if self._source.endless else max(1, options.shuffle)
         self.epoch = self.documents = self.skipped = self.bad_rows = self.tokens = self.found = 0
         self._first_bad: UserError | None = None
         # The block's number, how many of its documents are done, and the windows returned of the next one. Where the
-        # block starts: the next file to be opened, and those that are open (up to `at_once`) with the records read.
+        # block starts: the next file to open, and those that are open (up to `at_once`) with the records read of each.
         self.block = self.done = self.given = self.part = 0
         self.open: list[list[int]] = []
         self.at_once = _OPEN if options.shuffle else 1

@@ -8,7 +8,6 @@ resume.
 import glob
 import io
 import itertools
-import json
 import math
 import os
 import random
@@ -109,9 +108,8 @@ def find_source(options: Corpus, seed: int, option: str) -> Source:
         files, left_out = _files(os.path.expanduser(options.path))  # noqa: PTH111
         if left_out:
             named = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
-            warnings.warn(
-                f"{label}: left out, as no kind of file that is read: {len(left_out)} ({named})", Notice, stacklevel=2
-            )
+            text = f"{label}: left out, as no kind of file that is read: {len(left_out)} ({named})"
+            warnings.warn(text, Notice, stacklevel=2)
         return Source(label, files, lambda name, skip: _read_file(name, skip, options, alone=len(files) == 1))
 
 
@@ -198,27 +196,22 @@ def _read_lines(name: str, skip: int, options: Corpus) -> Iterator[Record]:
 def _read_json(name: str, skip: int, options: Corpus) -> Iterator[Record]:
     """JSON Lines (as C4 names them), one array of rows, or one row over several lines."""
     first = next(numbered_lines(name), (1, b""))[1].strip().removeprefix(b"\xef\xbb\xbf")
-    rows = None
-    if first.startswith(b"[") or not _is_json(first):
-        try:
-            rows = parse_json(read_bytes(name), name, 1)
-        except UserError:
-            if first.startswith(b"[") or first == b"{":
-                raise
-    if rows is None:  # also lines of which the first one is malformed
+    try:
+        whole = isinstance(parse_json(first or b"{}", name, 1), list)
+    except UserError:
+        whole = True
+    try:
+        rows = parse_json(read_bytes(name), name, 1) if whole else None
+    except UserError:
+        if first.startswith(b"[") or first == b"{":
+            raise
+        rows = None  # lines, of which the first one is malformed
+    if rows is None:
         yield from _read_lines(name, skip, options)
         return
     for number, row in enumerate(rows if isinstance(rows, list) else [rows], start=1):
         if number > skip:
             yield _record(row, options, name, number)
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        json.loads(line or b"{}")
-    except (ValueError, RecursionError):
-        return False
-    return True
 
 
 def _read_parquet(name: str, skip: int, options: Corpus) -> Iterator[Record]:

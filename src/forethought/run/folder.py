@@ -195,11 +195,8 @@ class RunLog:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-            warnings.warn(
-                f"{self.path}: this file system has no locks; do not train in it twice at the same time",
-                Notice,
-                stacklevel=4,
-            )
+            text = f"{self.path}: this file system has no locks; do not train in it twice at the same time"
+            warnings.warn(text, Notice, stacklevel=4)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -323,8 +320,7 @@ class _Decompressed(io.RawIOBase):
             data = self._rest() if "Unknown frame descriptor" in str(error) else b""
             if not (self._given + len(data) and re.search("Not a gzipped file|Unknown frame descriptor", str(error))):
                 raise
-            what = "zstd" if self._path.lower().endswith(".zst") else "gzip"
-            warnings.warn(f"{self._path}: bytes after the end of the {what} stream are ignored", Notice, stacklevel=2)
+            warnings.warn(f"{self._path}: bytes after the end of the packed stream are ignored", Notice, stacklevel=2)
             self._ended = True
         self._given, self._ended = self._given + len(data), self._ended or not data
         buffer[: len(data)] = data

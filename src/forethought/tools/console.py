@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from forethought.config import Notice, RenamedWarning
+from forethought.config import Notice
 from forethought.config.registry import METRICS, Metric
 from forethought.run.diagnostics import Diagnosis
 from forethought.run.trackers import Callbacks
@@ -214,13 +214,12 @@ def notices(err: Console, first: bool) -> Iterator[None]:
 
         def show(message: Any, category: type[Warning], *where: Any) -> None:
             key = str(message).partition(", the first is ")[0]
-            if not issubclass(category, RenamedWarning | Notice):
+            if not issubclass(category, Notice):
                 others(message, category, *where)
             elif first and key not in seen:
                 seen.add(key)
                 line(err, f"forethought: {message}")
 
-        for category in (RenamedWarning, Notice):
-            warnings.simplefilter("always", category)
+        warnings.simplefilter("always", Notice)
         warnings.showwarning = show
         yield
