@@ -186,6 +186,7 @@ class Trainer:
         guard, train = SignalGuard(deferred=distributed.world_size() > 1), self.config.train
         with Tracker(self.config, log.path) as tracker, guard.installed():
             try:
+                distributed.run_on_rank0(lambda: self._warn(log, callbacks, self._trained_on()))
                 before = self._evaluate(log, callbacks, guard, "before")
                 while not self.over:
                     self._step(log, callbacks, guard, tracker)
@@ -280,6 +281,15 @@ class Trainer:
         """Log and report new warnings; a run that was killed after its evaluation finds the same ones again."""
         for row in log.warn([one.row() for one in found]):
             callbacks.warning(Diagnosis(**row))
+
+    def _trained_on(self) -> list[Diagnosis]:
+        """A warning where text that is held out is trained on."""
+        held_out = self.config.evaluate.path
+        if not held_out or not (shared := corpus.trained_on(self.config.corpus, held_out)):
+            return []
+        what = f"evaluate.path and corpus.path share {len(shared)} files, {shared[0]} among them"
+        advice = "hold out text that the run does not read: figures of text that it is trained on are too good"
+        return [Diagnosis(step=0, name="held-out-trained-on", evidence=what, advice=advice)]
 
     def _windows_per_step(self) -> int:
         """Windows that hold train.batch positions, or (cpt) train.batch windows."""

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from forethought.config import registry
 from forethought.config.options import Config
-from forethought.config.registry import UserError
+from forethought.config.registry import Notice, UserError
 
 _RENAMED = {"rollout.patience_s": "rollout.timeout_s"}
 """Options of version 0.1 by their names then."""
@@ -41,7 +41,7 @@ _SAME_RESULTS = (
 BUDGET = ("train.steps", "train.tokens", "train.flops")
 
 
-class RenamedWarning(FutureWarning):
+class RenamedWarning(Notice, FutureWarning):
     """An option or a run folder of version 0.1 was read under its new names; the next version will not."""
 
 

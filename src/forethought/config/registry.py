@@ -31,6 +31,10 @@ class UserError(ValueError):
     """A user's mistake, in one line that names the option or file, the value and what is allowed; exit status 2."""
 
 
+class Notice(UserWarning):
+    """What a user should know and no one has to act on, in one line; the command line says it once."""
+
+
 class RunError(RuntimeError):
     """A run that cannot continue (full disk, non-finite loss), in one line that says what is safe; exit status 1."""
 

@@ -203,7 +203,7 @@ def _logp(
     some, hidden = chunk
     width = hidden.shape[1]
     mask, tokens = rows.mask[some, :width], rows.tokens[some, :width]
-    logits = lm_head(model, hidden[mask])[..., : form.vocabulary]
+    logits = form.decodable(lm_head(model, hidden[mask]))
     first = torch.zeros_like(mask)
     first[:, 0] = True
     found = log_probabilities(mask_tokens(logits, form.closing.first, first[mask]), tokens[mask], temperature)
