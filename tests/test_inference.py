@@ -12,7 +12,8 @@ from forethought.algo.metrics import thought_tokens
 from forethought.config import Method
 from forethought.data.positions import at_positions, make_generator, thought_format
 from forethought.inference import Prediction, ScoredToken, mixture
-from forethought.rollout import draw_noise
+from forethought.rollout import check_prefixes, draw_noise
+from helpers import architectures
 from helpers.models import FORM, LONG, MODELS, WORDS, config, plain_logits, plain_targets, qwen3, window, word_tokenizer
 from helpers.tokenizers import byte_level, ending_tokenizer
 
@@ -32,6 +33,15 @@ def rows(one: ThinkingModel, context: list[int], place: ScoredToken | Prediction
 def mean_of_sequences(model: Any, prompts: list[list[int]], targets: list[int]) -> float:
     """log 1/k sum_i p(targets | prompt i), each by one plain forward."""
     return math.log(sum(math.exp(float(plain_targets(model, one, targets).sum())) for one in prompts) / len(prompts))
+
+
+def test_mamba_layers_whose_bias_reaches_padding_are_refused():
+    """The bias is 0 in new weights: outputs agree then, gradients do not."""
+    model = architectures.model("granitemoehybrid-experts")
+    with pytest.raises(UserError, match=r"cannot generate with thoughts \(its Mamba layers have in_proj.bias"):
+        thinker(model)
+    with pytest.raises(UserError, match=r"model.prefix = 'replicated'.*in_proj.bias"):
+        check_prefixes(model, config(prefix="replicated"))
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))

@@ -31,7 +31,7 @@ from forethought.models.loading import (
 )
 from forethought.models.logprobs import chunk_tokens, mask_tokens, no_think_logp, suffix_logits
 from forethought.rollout import Thoughts, draw_noise, engine
-from forethought.rollout.decoder import COMPACT, ReplicatedBatch, sample
+from forethought.rollout.decoder import COMPACT, ReplicatedBatch, probe_copies, sample
 
 _TAIL = 8  # tokens decoded to find the text that the last one adds; a character has at most 4
 _MAX_LOGITS = 2**26  # logits in memory at once
@@ -108,6 +108,10 @@ class ThinkingModel:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.form = thought_format(tokenizer, config.method)
         self.engine = engine(model, self.form, config, "native")
+        try:
+            probe_copies(model)  # rows of one context are padded, whatever model.prefix is
+        except ValueError as error:
+            raise UserError(f"model.path: {type(model).__name__} cannot generate with thoughts ({error})") from error
         self.ends = _end_tokens(model, tokenizer)
 
     @classmethod
