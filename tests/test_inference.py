@@ -35,6 +35,18 @@ def mean_of_sequences(model: Any, prompts: list[list[int]], targets: list[int]) 
     return math.log(sum(math.exp(float(plain_targets(model, one, targets).sum())) for one in prompts) / len(prompts))
 
 
+@pytest.mark.parametrize("wrong", [{"given": 0}, {"given": -1}, {"given": 6}, {"think_every": 0}])
+def test_a_likelihood_given_no_token_or_more_than_the_text_has_is_refused(wrong: dict[str, int]):
+    with pytest.raises(UserError, match="given 1 to 5"):
+        thinker().log_likelihood(TOKENS, **wrong)
+
+
+def test_thinking_less_often_than_the_text_is_long_is_thinking_once():
+    one = thinker()
+    assert one.log_likelihood(TOKENS, think_every=10_000) == one.log_likelihood(TOKENS, think_every=4)
+    assert one.log_likelihood(TOKENS, given=5) == 0
+
+
 def test_mamba_layers_whose_bias_reaches_padding_are_refused():
     """The bias is 0 in new weights: outputs agree then, gradients do not."""
     model = architectures.model("granitemoehybrid-experts")

@@ -171,7 +171,9 @@ class ThinkingModel:
     ) -> float:
         """log p of a text given its first `given` tokens, in nats, with new thoughts every `think_every` tokens."""
         tokens = self.encode(text)
-        total = 0.0
+        if think_every < 1 or not 1 <= given <= len(tokens):
+            raise UserError(f"think_every must be at least 1, given 1 to {len(tokens)} (the tokens of the text)")
+        think_every, total = min(think_every, max(1, len(tokens) - given)), 0.0
         for positions, found in self._chunks(tokens, (given, think_every), thoughts, seed):
             evidence = self._no_think_logp(positions)[:, None] if found is None else found.evidence
             inside = positions.at[:, None] + torch.arange(positions.horizon) < len(tokens)
