@@ -18,7 +18,7 @@ def lines(modules: list[Path]) -> int:
 
 def test_the_package_has_few_modules_and_few_lines():
     assert len(MODULES) <= 85
-    assert lines(MODULES) <= 17_700
+    assert lines(MODULES) <= 17_850
 
 
 def test_the_core_reads_in_an_evening():

@@ -31,7 +31,7 @@ from forethought.models.loading import (
 )
 from forethought.models.logprobs import chunk_tokens, mask_tokens, no_think_logp, suffix_logits
 from forethought.rollout import Thoughts, draw_noise, engine
-from forethought.rollout.decoder import COMPACT, ReplicatedBatch, sample
+from forethought.rollout.decoder import COMPACT, ReplicatedBatch, probe_copies, sample
 
 _TAIL = 8  # tokens decoded to find the text that the last one adds; a character has at most 4
 _MAX_LOGITS = 2**26  # logits in memory at once
@@ -108,6 +108,10 @@ class ThinkingModel:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.form = thought_format(tokenizer, config.method)
         self.engine = engine(model, self.form, config, "native")
+        try:
+            probe_copies(model)  # rows of one context are padded, whatever model.prefix is
+        except ValueError as error:
+            raise UserError(f"model.path: {type(model).__name__} cannot generate with thoughts ({error})") from error
         self.ends = _end_tokens(model, tokenizer)
 
     @classmethod
@@ -167,7 +171,9 @@ class ThinkingModel:
     ) -> float:
         """log p of a text given its first `given` tokens, in nats, with new thoughts every `think_every` tokens."""
         tokens = self.encode(text)
-        total = 0.0
+        if think_every < 1 or not 1 <= given <= len(tokens):
+            raise UserError(f"think_every must be at least 1, given 1 to {len(tokens)} (the tokens of the text)")
+        think_every, total = min(think_every, max(1, len(tokens) - given)), 0.0
         for positions, found in self._chunks(tokens, (given, think_every), thoughts, seed):
             evidence = self._no_think_logp(positions)[:, None] if found is None else found.evidence
             inside = positions.at[:, None] + torch.arange(positions.horizon) < len(tokens)

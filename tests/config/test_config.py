@@ -113,7 +113,7 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(overrides: str, allo
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
-        ("--method.group 1 --method.scale std --method.baseline batch", "method.group = 1"),
+        ("--method.scale std --method.baseline batch", "method.baseline = 'batch'"),
         ("--method.teacher_every 0 --method.clamp_gain True", "method.teacher_every = 0"),
         ("--method.teacher_every 2 --method.baseline none", "method.teacher_every = 2"),
         ("--method.teacher_every 2 --method.min_gain 0", "method.teacher_every = 2"),

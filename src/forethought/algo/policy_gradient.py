@@ -18,7 +18,7 @@ from forethought.algo.objective import (
     scale_by_std,
 )
 from forethought.algo.rewards import Rewards
-from forethought.config import Config
+from forethought.config import Config, UserError
 from forethought.data.positions import ThoughtFormat
 from forethought.models.compute_copy import Network
 from forethought.models.logprobs import ScoringOptions, ThoughtBatch, chunk_tokens, forward_backward, thought_logp
@@ -48,18 +48,19 @@ def compute_advantages(
     options = config.method
     kept = closed if options.unclosed == "drop" else torch.ones_like(rewards.value, dtype=torch.bool)
     compared = rewards.value if config.shift_invariant else rewards.total
-    assert compared is not None
+    if compared is None:
+        raise UserError(f"method.reward = {options.reward!r}: returned no shift, which these method options need")
     if options.clamp_gain:
         compared = compared.clamp(min=0)
     if not config.shift_invariant:
-        kept = kept & (compared.amax(dim=1, keepdim=True) >= options.min_gain)
+        kept = kept & ~(compared.amax(dim=1, keepdim=True) < options.min_gain)  # NaN stays, and stops the run
     if options.baseline == "group":
         advantages = group_advantages(compared, None if bool(kept.all()) else kept)
     elif options.baseline == "batch":
         advantages = batch_advantages(compared, kept, lambda value: sum(distributed.all_gather(value)))
     else:
         advantages = compared.masked_fill(~kept, 0)
-    return scale_by_std(advantages, compared) if options.scale == "std" else advantages, kept
+    return scale_by_std(advantages, compared, kept) if options.scale == "std" else advantages, kept
 
 
 class PolicyGradient:

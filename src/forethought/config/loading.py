@@ -274,8 +274,8 @@ def _conflicts_of_rewards(config: Config) -> Iterator[str]:
         yield "method.unclosed = 'penalize': cannot be combined with method.clamp_gain, which would undo the penalty"
     if method.samples_thoughts and method.group < 2 and method.baseline == "group":
         yield f"method.group = {method.group}: comparing thoughts takes at least 2 (or another method.baseline)"
-    if method.group < 2 and method.scale == "std":
-        yield f"method.group = {method.group}: method.scale std takes a group of at least 2"
+    if method.baseline != "group" and method.scale == "std":
+        yield f"method.baseline = {method.baseline!r}: method.scale std divides by a group's deviation, which may be 0"
     if method.teacher_every != 1 and not config.shift_invariant:
         yield (
             f"method.teacher_every = {method.teacher_every}: must be 1 with a baseline, clamp or filter that is not "

@@ -269,6 +269,9 @@ def probe_copies(model: Any) -> None:
 
     Raises ValueError for a model that computes something else in one of these ways, or cannot be read so.
     """
+    mixers = (module for module in model.modules() if hasattr(module, "conv1d"))
+    if any(getattr(getattr(one, "in_proj", None), "bias", None) is not None for one in mixers):
+        raise ValueError("its Mamba layers have in_proj.bias, which the convolution also reads at padding")
     size = model.get_input_embeddings().num_embeddings
     long, short, tail = ([i % size for i in some] for some in (range(105, 114), range(107, 111), range(117, 120)))
     try:
