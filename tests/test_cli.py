@@ -55,6 +55,29 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, changes: dict[st
     return line
 
 
+def test_what_a_corpus_leaves_out_is_one_line_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for number in range(3):
+        rows = [{"text": f"ball under red swap now {n} " * 9} for n in range(8)]
+        (folder / f"{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [None, *rows]))
+    (folder / "README").write_text("text")
+    (folder / "empty.jsonl").write_text("")
+    corpus = {"path": str(folder), "skip_bad_rows": True, "min_tokens": 8, "shuffle": 0}
+    run = options(tmp_path, "run", corpus=corpus, train={"steps": 2}, evaluate={"path": str(folder), "documents": 3})
+    assert main(words(run)) == 0
+    [warning] = read_lines(tmp_path / "run" / "warnings.jsonl")
+    assert warning["name"] == "held-out-trained-on" and "share 4 files" in warning["evidence"]
+    lines = [line for line in capsys.readouterr().err.splitlines() if str(folder) in line and "step" not in line]
+    for path in ("corpus.path", "evaluate.path"):
+        said = [line for line in lines if line.startswith(f"forethought: {path} = ")]
+        assert len(said) == 3
+        assert {line.split(": ")[2].split(",")[0] for line in said} == {
+            "1 files are empty", "left out", "skips bad rows",
+        }  # fmt: skip
+    assert len(lines) == 6
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
@@ -86,6 +109,9 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, changes: dict[st
         (["report", "x", "--fast"], "unknown option --fast"),
         (["report", "x", "--out"], "option --out needs a value"),
         (["train", "\x1b[31m[red]x[/red]\n"], r"config '\x1b[31m[red]x[/red]\n' is no file"),
+        (["train", "quickstart", "--run", "b\udcff"], r"run = 'b\udcff': is not UTF-8 text"),
+        (["compare", "compare-quickstart", "--run", "b\udcff"], r"run = 'b\udcff': is not UTF-8 text"),
+        (["posttrain", "sft-cups", "--start", "embedded", "--run", "b\udcff"], r"run = 'b\udcff': is not UTF-8 text"),
         (["\x1b[31m[bold]"], r"unknown command '\x1b[31m[bold]'"),
     ],
 )

@@ -256,10 +256,11 @@ def test_a_real_step_equals_torchs_count(name: str):
     assert counted(update) == expected.training
 
 
-def test_a_real_step_with_everything_on_equals_torchs_count():
+@pytest.mark.parametrize("more", [{}, {"prediction_weight": 0.1}], ids=["paper", "prediction"])
+def test_a_real_step_with_everything_on_equals_torchs_count(more: dict[str, Any]):
     policy = MODELS["qwen3"]()
     shape = Shape.of(policy.config)
-    work, rollout, update = run_step(policy, LONG, horizon=2, kl_weight=0.1, inner_steps=2)
+    work, rollout, update = run_step(policy, LONG, horizon=2, kl_weight=0.1, inner_steps=2, **more)
     expected = rlp_step(shape, work, causal=False)
     assert counted(rollout) + counted(update) == expected.total
     assert expected.reference > 0

@@ -12,7 +12,8 @@ from forethought.algo.metrics import thought_tokens
 from forethought.config import Method
 from forethought.data.positions import at_positions, make_generator, thought_format
 from forethought.inference import Prediction, ScoredToken, mixture
-from forethought.rollout import draw_noise
+from forethought.rollout import check_prefixes, draw_noise
+from helpers import architectures
 from helpers.models import FORM, LONG, MODELS, WORDS, config, plain_logits, plain_targets, qwen3, window, word_tokenizer
 from helpers.tokenizers import byte_level, ending_tokenizer
 
@@ -32,6 +33,27 @@ def rows(one: ThinkingModel, context: list[int], place: ScoredToken | Prediction
 def mean_of_sequences(model: Any, prompts: list[list[int]], targets: list[int]) -> float:
     """log 1/k sum_i p(targets | prompt i), each by one plain forward."""
     return math.log(sum(math.exp(float(plain_targets(model, one, targets).sum())) for one in prompts) / len(prompts))
+
+
+@pytest.mark.parametrize("wrong", [{"given": 0}, {"given": -1}, {"given": 6}, {"think_every": 0}])
+def test_a_likelihood_given_no_token_or_more_than_the_text_has_is_refused(wrong: dict[str, int]):
+    with pytest.raises(UserError, match="given 1 to 5"):
+        thinker().log_likelihood(TOKENS, **wrong)
+
+
+def test_thinking_less_often_than_the_text_is_long_is_thinking_once():
+    one = thinker()
+    assert one.log_likelihood(TOKENS, think_every=10_000) == one.log_likelihood(TOKENS, think_every=4)
+    assert one.log_likelihood(TOKENS, given=5) == 0
+
+
+def test_mamba_layers_whose_bias_reaches_padding_are_refused():
+    """The bias is 0 in new weights: outputs agree then, gradients do not."""
+    model = architectures.model("granitemoehybrid-experts")
+    with pytest.raises(UserError, match=r"cannot generate with thoughts \(its Mamba layers have in_proj.bias"):
+        thinker(model)
+    with pytest.raises(UserError, match=r"model.prefix = 'replicated'.*in_proj.bias"):
+        check_prefixes(model, config(prefix="replicated"))
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
@@ -243,6 +265,8 @@ def test_mixture_worked_by_hand():
         (lambda one: one.next_token("a \ud800"), "contains a lone surrogate"),
         (lambda one: one.gains([5, 12]), "token 12 is none of the model's, which are 0 to 11"),
         (lambda one: one.log_likelihood([5, -1]), "token -1 is none"),
+        (lambda one: one.gains(TEXT, thoughts=-1), "thoughts = -1: must be at least 0"),
+        (lambda one: one.next_token(TEXT, thoughts=-1), "thoughts = -1: must be at least 0"),
     ],
 )
 def test_what_cannot_be_is_refused(call: Any, message: str):

@@ -28,7 +28,7 @@ from forethought.config.registry import OPTION, TABLES
 from forethought.run.diagnostics import Diagnosis
 from forethought.run.distributed import RemoteRankError, launcher_rank_and_size, require_single_process
 from forethought.run.signals import Stopped
-from forethought.tools.console import CONTROLS, FIGURES, ProgressBar, Stream, answer_table, line, renamed_options, table
+from forethought.tools.console import CONTROLS, FIGURES, ProgressBar, Stream, answer_table, line, notices, table
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ def main(words: Sequence[str] | None = None) -> int:
     rank = os.environ.get("RANK", "0")
     speaker = "forethought" if rank == "0" else f"forethought process {rank}"
     try:
-        with renamed_options(err, launcher_rank_and_size()[0] == 0):
+        with notices(err, launcher_rank_and_size()[0] == 0):
             _command(words, out, err)
         lasting = words and words[0] in COMMANDS and COMMANDS[words[0]].lasting
         return 128 + signal.SIGPIPE if streams[0].gone and not lasting else 0

@@ -19,7 +19,7 @@ from torch import Tensor
 from forethought.algo.metrics import decode_thoughts, thought_tokens
 from forethought.config import Config, UserError, from_dict, merge
 from forethought.data.corpus import Window, context_tokens
-from forethought.data.positions import Positions, at_positions, make_generator, thought_format
+from forethought.data.positions import Positions, ThoughtFormat, at_positions, make_generator, thought_format
 from forethought.eval.viewer import token_texts
 from forethought.models.compute_copy import compute_copy
 from forethought.models.loading import (
@@ -31,7 +31,7 @@ from forethought.models.loading import (
 )
 from forethought.models.logprobs import chunk_tokens, mask_tokens, no_think_logp, suffix_logits
 from forethought.rollout import Thoughts, draw_noise, engine
-from forethought.rollout.decoder import COMPACT, ReplicatedBatch, sample
+from forethought.rollout.decoder import COMPACT, ReplicatedBatch, probe_copies, sample
 
 _TAIL = 8  # tokens decoded to find the text that the last one adds; a character has at most 4
 _MAX_LOGITS = 2**26  # logits in memory at once
@@ -49,7 +49,7 @@ class Sampling:
     top_p: float = 1.0
     rows: int = 64  # changes speed and memory, not the result
     not_first: Int[Tensor, " masked"] | None = None  # tokens that no text begins with
-    vocabulary: int | None = None  # token ids from here on are never drawn
+    form: ThoughtFormat | None = None  # of whose tokenizer; ids that it cannot decode are never drawn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +108,10 @@ class ThinkingModel:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.form = thought_format(tokenizer, config.method)
         self.engine = engine(model, self.form, config, "native")
+        try:
+            probe_copies(model)  # rows of one context are padded, whatever model.prefix is
+        except ValueError as error:
+            raise UserError(f"model.path: {type(model).__name__} cannot generate with thoughts ({error})") from error
         self.ends = _end_tokens(model, tokenizer)
 
     @classmethod
@@ -167,7 +171,9 @@ class ThinkingModel:
     ) -> float:
         """log p of a text given its first `given` tokens, in nats, with new thoughts every `think_every` tokens."""
         tokens = self.encode(text)
-        total = 0.0
+        if think_every < 1 or not 1 <= given <= len(tokens):
+            raise UserError(f"think_every must be at least 1, given 1 to {len(tokens)} (the tokens of the text)")
+        think_every, total = min(think_every, max(1, len(tokens) - given)), 0.0
         for positions, found in self._chunks(tokens, (given, think_every), thoughts, seed):
             evidence = self._no_think_logp(positions)[:, None] if found is None else found.evidence
             inside = positions.at[:, None] + torch.arange(positions.horizon) < len(tokens)
@@ -247,7 +253,7 @@ class ThinkingModel:
         self.check_length(max(map(len, contexts)) + sampling.limit, thoughts)
         generators = [make_generator(seed, "answer", context) for seed, context in zip(seeds, contexts, strict=True)]
         sampled = self._think(contexts, min(thoughts, 1), seeds, thought_temperature)
-        sampling = replace(sampling, vocabulary=self.form.vocabulary)
+        sampling = replace(sampling, form=self.form)
         prompts = [(self._rows(context, some) or [context])[0] for context, some in zip(contexts, sampled, strict=True)]
         stop = _stop_at(self.tokenizer, until, self.ends)
         found = generate(self.model, prompts, sampling, stop, generators)
@@ -301,14 +307,16 @@ class ThinkingModel:
         return sampled, *ReplicatedBatch.read(self.model, rows, self.form.pad)
 
     def _sample_token(self, logp: Float[Tensor, " vocab"], before: list[int], temperature: float, seed: int) -> int:
-        logp = logp[: self.form.vocabulary]
+        logp = self.form.decodable(logp)
         if temperature == 0:
             return int(logp.argmax())
         noise = torch.rand(1, generator=make_generator(seed, "write", before)).to(logp.device)
         return int(sample(logp[None], noise, temperature, 1.0))
 
     def check_length(self, tokens: int, thoughts: int) -> None:
-        """Raise UserError for a text that, with a thought in it, exceeds the context window."""
+        """Raise UserError for a text that, with a thought in it, exceeds the context window, or thoughts below 0."""
+        if thoughts < 0:
+            raise UserError(f"thoughts = {thoughts}: must be at least 0")
         thought = self._overhead(thoughts)
         what = f"a text of {tokens} tokens" + (f" with {thought} for a thought" if thought else "")
         require_context(self.model.config, tokens + thought, what, "shorten the text or method.thought_length")
@@ -345,7 +353,7 @@ class ThinkingModel:
             temperature=temperature,
             rows=self.config.train.rollout_batch,
             not_first=closing.never_first,
-            vocabulary=self.form.vocabulary,
+            form=self.form,
         )
         generators, ending = [one for one in generators for _ in range(thoughts)], set(closing.ending.tolist())
 
@@ -370,6 +378,8 @@ class ThinkingModel:
     ) -> Iterator[tuple[Positions, Thoughts | None]]:
         """Positions from `first` on, `horizon` tokens apart, with their thoughts. The text is padded at its end."""
         first, horizon = lengths
+        if first < 1 or horizon < 1:
+            raise UserError(f"given = {first}, think_every = {horizon}: must be at least 1")
         self.check_length(len(tokens) + horizon - 1, thoughts)
         window, indices = _window([*tokens, *[self.form.pad] * (horizon - 1)]), range(first, len(tokens), horizon)
         size = max(1, self.config.train.rollout_batch // max(1, thoughts))
@@ -532,7 +542,7 @@ def _generate_batch(
 
 
 def _draw(logits: Float[Tensor, "row vocab"], noise: Float[Tensor, " row"], sampling: Sampling) -> Int[Tensor, " row"]:
-    logits = logits[:, : sampling.vocabulary]
+    logits = logits if sampling.form is None else sampling.form.decodable(logits)
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
     return sample(logits, noise, sampling.temperature, sampling.top_p)

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import shutil
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from forethought.algo import Method, Record
 from forethought.algo.metrics import Sums, add_sums, means
+from forethought.algo.policy_gradient import Microbatch
 from forethought.config import BUDGET, Config, RunError, UserError, changed_on_resume, registry
 from forethought.data import corpus
 from forethought.data.positions import Positions, thought_format
@@ -27,7 +29,12 @@ from forethought.run.folder import RunLog, check_free, disk_errors, read_lines
 from forethought.run.signals import SignalArrived, SignalGuard, Stopped
 from forethought.run.trackers import Callbacks, Tracker, check_tracker
 
+TERM_NORMS_EVERY = 20
+"""Steps between measurements of the gradient norm of each term, which take a backward pass each."""
 LESS_MEMORY = "a smaller update.tokens_per_chunk or train.rollout_batch, update.checkpointing True and model.device cpu"
+
+_HELD_OUT = "held-out/crc32"
+"""The checksum of the held-out text, beside the groups in evaluation-before.json; no group has a slash in its name."""
 
 
 def train(config: Config, callbacks: Callbacks | None = None) -> dict[str, Any]:
@@ -182,6 +189,7 @@ class Trainer:
         guard, train = SignalGuard(deferred=distributed.world_size() > 1), self.config.train
         with Tracker(self.config, log.path) as tracker, guard.installed():
             try:
+                distributed.run_on_rank0(lambda: self._warn(log, callbacks, self._trained_on()))
                 before = self._evaluate(log, callbacks, guard, "before")
                 while not self.over:
                     self._step(log, callbacks, guard, tracker)
@@ -220,12 +228,13 @@ class Trainer:
             with guard.interruptible():
                 windows = self._read()
                 record, microbatches, sums = self._collect(windows, number)
+                norms = self._term_norms(microbatches, number)
                 metrics, more = self._backward(microbatches, windows, number)
         except BaseException:
             self.stream.seek(cursor)
             raise
         self.consistent = False
-        metrics |= self._update()
+        metrics |= norms | self._update()
         first = {name: more[name] for name in ("objective/mismatch",) if name in more}  # before any update
         for _ in range(1, self.config.method.inner_steps):
             metrics, more = self._backward(microbatches, windows, number)
@@ -277,6 +286,15 @@ class Trainer:
         for row in log.warn([one.row() for one in found]):
             callbacks.warning(Diagnosis(**row))
 
+    def _trained_on(self) -> list[Diagnosis]:
+        """A warning where text that is held out is trained on."""
+        held_out = self.config.evaluate.path
+        if not held_out or not (shared := corpus.trained_on(self.config.corpus, held_out)):
+            return []
+        what = f"evaluate.path and corpus.path share {len(shared)} files, {shared[0]} among them"
+        advice = "hold out text that the run does not read: figures of text that it is trained on are too good"
+        return [Diagnosis(step=0, name="held-out-trained-on", evidence=what, advice=advice)]
+
     def _windows_per_step(self) -> int:
         """Windows that hold train.batch positions, or (cpt) train.batch windows."""
         method = self.config.method
@@ -306,6 +324,17 @@ class Trainer:
             )
             raise distributed.rank0_error(RunError(what))
         return {"objective/loss": total, "optim/gradient_norm": norm}, sums
+
+    def _term_norms(self, microbatches: Sequence[Any], number: int) -> dict[str, float]:
+        """On the first and every 20th step after it, the gradient norm of each term of a loss that has several."""
+        terms = [one.terms() for one in microbatches if isinstance(one, Microbatch)]
+        norms = {}
+        for name in terms[0] if terms and number % TERM_NORMS_EVERY == 1 else ():
+            self.optimizer.zero_grad(set_to_none=True)
+            for microbatch in terms:
+                self.method.forward_backward(microbatch[name])
+            norms[f"optim/gradient_norm_{name}"] = self.network.reduce_gradients(math.inf)
+        return norms
 
     def _update(self) -> dict[str, float]:
         self.optimizer.step()
@@ -338,8 +367,19 @@ class Trainer:
         if not self.config.evaluate.path:
             return None
         name = f"evaluation-{when}.json"
+        text = zlib.crc32(str([window.tokens for window in self.held_out]).encode())
         if distributed.all_gather((log.path / name).is_file())[0]:
-            return {group: heldout.Records(**fields) for group, fields in log.read_json(name).items()}
+            saved = log.read_json(name)
+            if saved.pop(_HELD_OUT, text) != text:
+                what = f"evaluate.path = {self.config.evaluate.path!r}: is not the held-out text of {log.path / name}"
+                raise distributed.rank0_error(UserError(f"{what}; put that text back to go on"))
+            try:
+                return {group: heldout.Records(**fields) for group, fields in saved.items()}
+            except TypeError as error:
+                raise distributed.rank0_error(UserError(f"{log.path / name}: unexpected content: {error}")) from None
+        if when == "before" and self.step:
+            what = f"{log.path / name}: is missing, and after step {self.step} the start cannot be measured here"
+            raise distributed.rank0_error(UserError(f"{what}; put the file back to go on"))
         subject = heldout.Subject(
             model=self.network.model, engine=self.engine, form=self.form, tokenizer=self.tokenizer, config=self.config
         )
@@ -351,7 +391,7 @@ class Trainer:
                 subject, self.held_out, lambda done, total: callbacks.phase(f"evaluating {when} training", done, total)
             )
         rows = {group: dataclasses.asdict(fields) for group, fields in records.items()}
-        distributed.run_on_rank0(lambda: log.write_json(name, rows))
+        distributed.run_on_rank0(lambda: log.write_json(name, {_HELD_OUT: text, **rows}))
         return records
 
     def _save(self, log: RunLog) -> None:
@@ -376,6 +416,9 @@ class Trainer:
         """
         path = distributed.all_gather(checkpoint.latest(log.path))[0]
         if path is None:
+            if moved:
+                what = "corpus.path: without a checkpoint nothing shows that it is the same corpus; begin the run again"
+                raise distributed.rank0_error(UserError(f"{what} (--overwrite True), or resume with the old path"))
             distributed.run_on_rank0(lambda: log.rewind(0))
             return []
         saved = distributed.run_on_all_ranks(lambda: checkpoint.Saved(path, check=distributed.is_rank0()))

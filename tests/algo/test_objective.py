@@ -12,8 +12,8 @@ from forethought.algo.objective import (
     group_advantages,
     importance_weight,
     kl_to_reference,
-    mean_over_thought,
     next_token_loss,
+    over_thought,
     scale_by_std,
 )
 
@@ -117,10 +117,10 @@ def test_clipped_surrogate_is_a_mean_inside_each_thought():
     assert clipped_share(ratio, torch.tensor([1.0, 1.0]), mask, CLIP).tolist() == [[False] * 3, [False] * 3]
 
 
-def test_mean_over_thought_ignores_masked_numbers_that_are_not_finite():
+def test_over_thought_ignores_masked_numbers_that_are_not_finite():
     values = torch.tensor([[1.0, 3.0, math.nan], [math.inf, math.nan, 1.0]])
     mask = torch.tensor([[True, True, False], [False, False, False]])
-    assert mean_over_thought(values, mask).tolist() == [2.0, 0.0]
+    assert over_thought(values, mask).tolist() == [2.0, 0.0]
 
 
 def test_kl_by_hand():

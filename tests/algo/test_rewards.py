@@ -7,11 +7,12 @@ from forethought.algo.policy_gradient import compute_advantages
 from forethought.algo.rewards import (
     Rewards,
     apply_unclosed_penalty,
+    as_rewards,
     discounted,
     information_gain,
     random_reward,
 )
-from forethought.config import Method
+from forethought.config import Method, UserError
 from forethought.rollout import Thoughts
 from helpers.models import WINDOWS, assert_close, collected, config, qwen3, rlp, update
 from helpers.rewards import inputs
@@ -121,6 +122,45 @@ def test_dropped_thoughts_are_no_ones_sibling():
 def test_scale_divides_by_the_standard_deviation_of_the_group():
     scaled = compare(VALUE, SHIFT, scale="std")[0]
     assert scaled[0] == pytest.approx([4.5 / 3.0001, 0.0, -4.5 / 3.0001])
+
+
+def test_scale_leaves_out_dropped_thoughts():
+    closed = [[True, False, True], [True, False, False]]
+    scaled = compare(VALUE, SHIFT, closed, unclosed="drop", scale="std")[0]
+    assert scaled[0] == pytest.approx([6 / (math.sqrt(18) + 1e-4), 0.0, -6 / (math.sqrt(18) + 1e-4)])
+    assert scaled[1] == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("option", [{"baseline": "batch"}, {"baseline": "none"}, {"min_gain": 0.0}])
+def test_nan_is_not_filtered_out(option):
+    advantages, _ = compare([[1.0, math.nan], [1.0, 2.0]], [0.0, 0.0], **option)
+    assert any(map(math.isnan, advantages[0]))
+
+
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        (torch.tensor([[0.0, math.nan], [math.inf, 1.0]]), "returned NaN or infinity for 2 of 4 thoughts"),
+        (Rewards(value=torch.full((2, 2), -math.inf), shift=None), "returned NaN or infinity for 4 of 4 thoughts"),
+        ([[0.0, 0.0]] * 2, "returned a list, must be a tensor"),
+        (Rewards(value=torch.zeros(2, 3), shift=None), "returned shape"),
+    ],
+)
+def test_what_a_reward_may_not_return(found, text):
+    given = inputs(thoughts([[[-1.0], [-2.0]]] * 2))
+    with pytest.raises(UserError, match=rf"^method.reward = 'mine': {text}"):
+        as_rewards(found, given, "mine")
+
+
+def test_evidence_that_is_nan_is_not_the_rewards_fault():
+    given = inputs(thoughts([[[math.nan], [-2.0]]]))
+    assert as_rewards(information_gain(given), given, "auto").value.isnan().tolist() == [[True, False]]
+
+
+def test_a_reward_without_a_shift_is_refused_where_it_is_needed():
+    rewards = Rewards(value=torch.zeros(1, 2), shift=None)
+    with pytest.raises(UserError, match="returned no shift"):
+        compute_advantages(rewards, torch.ones(1, 2, dtype=torch.bool), config(baseline="none"))
 
 
 def test_penalty_is_taken_from_unclosed_thoughts_only():

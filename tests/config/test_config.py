@@ -21,7 +21,8 @@ method.name method.group method.thought_length method.positions method.position_
 method.min_entropy method.proxy method.prediction_length method.end
 method.horizon method.discount method.temperature method.top_p method.reward method.baseline method.scale
 method.clamp_gain method.min_gain method.clip_low method.clip_high method.inner_steps method.ema
-method.teacher_every method.freeze_teacher method.kl_weight method.unclosed method.unclosed_penalty method.open
+method.teacher_every method.freeze_teacher method.prediction_weight method.warmup_steps method.length_norm
+method.allow_empty method.kl_weight method.unclosed method.unclosed_penalty method.open
 method.close method.prompt
 rollout.engine rollout.cache_gb rollout.timeout_s rollout.importance_cap
 optim.learning_rate optim.schedule optim.warmup optim.weight_decay optim.beta1 optim.beta2 optim.gradient_clip
@@ -113,7 +114,7 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(overrides: str, allo
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
-        ("--method.group 1 --method.scale std --method.baseline batch", "method.group = 1"),
+        ("--method.scale std --method.baseline batch", "method.baseline = 'batch'"),
         ("--method.teacher_every 0 --method.clamp_gain True", "method.teacher_every = 0"),
         ("--method.teacher_every 2 --method.baseline none", "method.teacher_every = 2"),
         ("--method.teacher_every 2 --method.min_gain 0", "method.teacher_every = 2"),

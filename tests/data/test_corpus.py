@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from forethought.config import Corpus, UserError
-from forethought.data.corpus import Windows, check_corpus, labels, spread_windows
+from forethought.config import Corpus, Notice, UserError
+from forethought.data.corpus import Windows, check_corpus, labels, spread_windows, trained_on
 from forethought.data.readers import find_source
 from forethought.data.worlds import WORLDS, load_world
 from helpers.tokenizers import byte_level
@@ -155,8 +155,18 @@ def test_bytes_after_an_intact_gzip_are_a_warning(tmp_path: Path, rest: bytes, e
     lines = b"\n".join(json.dumps({"text": sentence(i)}).encode() for i in range(5000)) + end
     path.write_bytes(gzip.compress(lines[:1000]) + gzip.compress(lines[1000:]) + rest)
     padding = not rest.strip(b"\0")  # as tape drives write it; gzip reads it in silence
-    with contextlib.nullcontext() if padding else pytest.warns(UserWarning, match="bytes after the end of the gzip"):
+    with contextlib.nullcontext() if padding else pytest.warns(UserWarning, match="bytes after the end of the packed"):
         assert len(first_windows(options(path), TOKENIZER, 0, 9999)) == 5000
+
+
+@pytest.mark.parametrize("size", [5, 5000])
+@pytest.mark.parametrize("rest", [b"\n", b"-----END OF FILE", b"\0" * 512])
+def test_bytes_after_an_intact_zstd_are_a_warning(tmp_path: Path, rest: bytes, size: int):
+    path = tmp_path / "a.jsonl.zst"
+    lines = b"\n".join(json.dumps({"text": sentence(i)}).encode() for i in range(size))
+    path.write_bytes(pack_zst(lines[:99]) + pack_zst(lines[99:]) + rest)
+    with pytest.warns(Notice, match="bytes after the end of the packed stream are ignored"):
+        assert len(first_windows(options(path), TOKENIZER, 0, 9999)) == size
 
 
 def test_broken_zstd_is_named(tmp_path: Path):
@@ -168,6 +178,47 @@ def test_broken_zstd_is_named(tmp_path: Path):
     path = tmp_path / "a.txt.gz"
     path.write_bytes(gzip.compress(b"w0 w1")[:-3])
     assert refusal(options(path)).startswith(f"{path}: broken or truncated gzip (")
+
+
+def test_an_empty_file_of_a_folder_is_skipped(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text("\n")
+    (tmp_path / "c.txt").write_bytes(b"")
+    with pytest.raises(UserError, match=r"a\.jsonl: empty, must hold at least one document"):
+        check_corpus(options(tmp_path))
+    write_texts(tmp_path / "b.jsonl", ["w0 w1", "w2 w3"])
+    for read in (first_windows, spread_windows):
+        with pytest.warns(Notice, match=r": 2 files are empty, .*a\.jsonl among them$"):
+            check_corpus(options(tmp_path))
+            assert len(read(options(tmp_path), TOKENIZER, 0, 2)) == 2
+
+
+@pytest.mark.parametrize("rows", [ROWS[:1], ROWS])
+def test_a_json_file_over_several_lines_may_begin_anyhow(tmp_path: Path, rows: list[Any]):
+    path, text = tmp_path / "a.json", json.dumps(rows[0] if len(rows) == 1 else rows, indent=1)
+    path.write_text(text.replace("{\n ", "{").replace("[\n ", "["))
+    assert "\n" in path.read_text() or len(rows) == 1
+    if len(rows) == 1:
+        path.write_text(path.read_text().replace("}", ',\n "id": "x"}'))
+    assert len(first_windows(options(path), TOKENIZER, 0, len(rows))) == len(rows)
+    path.write_bytes(b'{"text": oops}\n{"text": "w0 w1"}\n')
+    assert refusal(options(path)).startswith(f"{path}:1: malformed JSON")
+    with pytest.warns(Notice):
+        assert ids(first_windows(options(path, skip_bad_rows=True), TOKENIZER, 0, 1)) == [f"{path}:2"]
+
+
+@pytest.mark.parametrize("field", ["id", "source", "lang"])
+def test_a_label_is_one_line_of_text(tmp_path: Path, field: str):
+    labelled = {"domain_field": "source", "language_field": "lang"}
+    row = {"text": "w0 w1", "source": "a", "lang": "b"}
+    for value in ({"name": "x"}, ["x"]):
+        path = write_rows(tmp_path / "a.jsonl", [row | {field: value}])
+        message = f"{path}:1: field {field!r} must be text or a number, got {value!r}"
+        assert refusal(options(path, **labelled)) == message
+    known = {"a\n b\x1b[31m": "a b [31m", 3: "3", 2.5: "2.5", " x ": "x", float("nan"): None, "\n": None}
+    for value, wanted in known.items():
+        path = write_rows(tmp_path / "a.jsonl", [row | {field: value}])
+        (window,) = first_windows(options(path, **labelled), TOKENIZER, 0, 1)
+        assert {"id": window.id, "source": window.domain, "lang": window.language}[field] == wanted
 
 
 BAD = [{"text": None}, {"text": {"en": "w0"}}, {"text": ["w0"]}, {"text": 3}, {"body": "w0"}, None, ["w0"]]
@@ -832,6 +883,52 @@ def test_a_block_is_all_that_is_shuffled_and_each_has_its_own_order(tmp_path: Pa
     assert len(permutations | {tuple(range(8))}) == 2 * 2 * 3 + 1
 
 
+@pytest.mark.parametrize("shuffle", [0, 16])
+def test_held_out_text_is_spread_over_files(tmp_path: Path, shuffle: int):
+    for number, (name, count) in enumerate({"books": 30, "code": 3, "short": 4, "web": 30}.items()):
+        length = 1 if name == "short" else 12
+        write_texts(tmp_path / f"{name}.jsonl", [sentence(40 * number + i, length) for i in range(count)])
+    windows = spread_windows(options(tmp_path, shuffle=shuffle), TOKENIZER, 0, 21)
+    assert Counter(window.domain for window in windows) == {"books": 9, "code": 3, "web": 9}
+    assert windows == spread_windows(options(tmp_path, shuffle=shuffle), TOKENIZER, 0, 21)
+    assert len(spread_windows(options(tmp_path, shuffle=shuffle), TOKENIZER, 0, 999)) == 2 * 63
+    with pytest.raises(UserError, match=r"no document has corpus\.min_tokens = 8 tokens or more"):
+        spread_windows(options(tmp_path / "s*.jsonl", shuffle=shuffle, min_tokens=8), TOKENIZER, 0, 21)
+
+
+@pytest.mark.parametrize("shuffle", [0, 16])
+def test_of_many_files_held_out_text_is_not_the_first_ones(tmp_path: Path, shuffle: int):
+    for number in range(60):
+        (tmp_path / f"{number // 30}").mkdir(exist_ok=True)
+        (tmp_path / f"{number // 30}" / f"{number}.txt").write_text(sentence(number, 4))
+    windows = spread_windows(options(tmp_path, shuffle=shuffle), TOKENIZER, 0, 20)
+    assert len(windows) == 20
+    assert min(Counter(window.domain for window in windows).values()) > 5
+
+
+def test_a_shuffled_stream_reads_files_in_turn(tmp_path: Path):
+    for number, name in enumerate(("books", "code", "web")):
+        write_texts(tmp_path / f"{name}.jsonl", [sentence(50 * number + i, 4) for i in range(40)])
+    windows = first_windows(options(tmp_path, shuffle=9), TOKENIZER, 0, 36)
+    for start in range(0, 36, 9):
+        block = Counter(window.domain for window in windows[start : start + 9])
+        assert block == {"books": 3, "code": 3, "web": 3}
+
+
+def test_a_run_that_read_one_file_after_the_other_goes_on_so(folder: Path):
+    """Cursors of earlier versions name the one file that is open and the records read of it."""
+    stream = Windows(options(folder, shuffle=5), TOKENIZER, 0)
+    stream.at_once = 1
+    cursors, windows = zip(*((stream.cursor(), next(stream)) for _ in range(60)), strict=True)
+    for place in range(60):
+        old = {name: value for name, value in cursors[place].items() if name not in ("open", "at_once")}
+        again = Windows(options(folder, shuffle=5), TOKENIZER, 0)
+        file = cursors[place]["open"][0] if cursors[place]["open"] else [0, 0]
+        again.seek(old | {"part": file[0], "record": file[1]})
+        again.seek(json.loads(json.dumps(again.cursor())))
+        assert list(itertools.islice(again, 60 - place)) == list(windows[place:])
+
+
 # resuming
 
 
@@ -904,6 +1001,33 @@ def test_a_cursor_of_another_number_of_files_is_refused(folder: Path):
     (folder / "new.txt").write_text("w0 w1")
     with pytest.raises(UserError, match="7 files, but 6 when the run was saved"):
         Windows(options(folder), TOKENIZER, 0).seek(cursor)
+
+
+@pytest.mark.parametrize("place", [0, 70_000, 150_000, -3])
+def test_an_edit_of_the_same_size_is_noticed(tmp_path: Path, place: int):
+    path = write_texts(tmp_path / "a.jsonl", [sentence(i, 20) for i in range(2000)])
+    write_texts(tmp_path / "b.jsonl", [sentence(0, 20)])
+    cursor = Windows(options(tmp_path), TOKENIZER, 0).cursor()
+    data = bytearray(path.read_bytes())
+    assert len(data) > 180_000
+    data[place] ^= 1
+    path.write_bytes(data)
+    assert Windows(options(tmp_path), TOKENIZER, 0).changed(cursor) == [str(path)]
+    earlier = cursor | {"files": [file[:3] for file in cursor["files"]]}
+    assert Windows(options(tmp_path), TOKENIZER, 0).changed(earlier) == ([] if place else [str(path)])
+
+
+def test_held_out_files_of_the_corpus_are_found(tmp_path: Path):
+    for name in ("train/a.jsonl", "train/b.jsonl", "other/c.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_texts(tmp_path / name, ["w0 w1"])
+    (tmp_path / "linked.jsonl").symlink_to(tmp_path / "train" / "b.jsonl")
+    corpus = options(tmp_path / "train")
+    assert trained_on(corpus, str(tmp_path / "other")) == []
+    assert trained_on(corpus, str(tmp_path / "linked.jsonl")) == [str(tmp_path / "linked.jsonl")]
+    assert trained_on(corpus, str(tmp_path / "train" / "*a*")) == [str(tmp_path / "train" / "a.jsonl")]
+    assert trained_on(options("world:cups/train"), "world:cups/train") == ["world:cups/train"]
+    assert trained_on(options("world:cups/train"), "world:cups/heldout") == []
 
 
 def test_resuming_tokenizes_only_from_the_present_document_on(tmp_path: Path):

@@ -149,6 +149,24 @@ def test_text_that_the_tokenizer_cannot_encode_is_refused(option, make):
         thought_format(make(), Method(**texts))
 
 
+def test_ids_that_the_tokenizer_lacks_are_holes():
+    vocabulary = {"<u>": 0, "a": 1, "b": 4, "]": 6}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(vocabulary, [], unk_token="<u>")))
+    form = thought_format(tokenizer, Method(open="a", close="]", prompt="", end="b"))
+    assert (form.vocabulary, form.holes, form.pad) == (7, (2, 3, 5), 0)
+    known = form.decodable(torch.zeros(2, 9)).isfinite()
+    assert known.tolist() == [[True, True, False, False, True, False, True]] * 2
+    assert torch.equal(form.decodable(torch.ones(4)), torch.tensor([1, 1, -torch.inf, -torch.inf]))
+
+
+def test_a_template_may_hold_the_unknown_token_by_name():
+    """GPT-2 has one token for unknown text and the end of a text."""
+    tokenizer = word_tokenizer()
+    tokenizer.unk_token = tokenizer.eos_token = "g"
+    form = thought_format(tokenizer, Method(open="<think>", close="</think>", prompt="{context} g", end="g"))
+    assert form.after == form.end == (tokenizer.eos_token_id,)
+
+
 def test_blank_delimiter_is_refused():
     with pytest.raises(UserError, match=re.escape("method.close = '  '")):
         thought_format(word_tokenizer(), Method(close="  "))

@@ -9,6 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordPiece
+from transformers import PreTrainedTokenizerFast
 
 from forethought.algo.metrics import leakage, thought_tokens
 from forethought.data.positions import ThoughtFormat, at_positions, make_generator
@@ -177,6 +180,18 @@ def test_leakage_looks_for_the_text_of_the_target():
     assert tokenizer.batch_decode([[token] for token in targets]) == [" cat", "c", "\n", "\ufffd", "cat"]
     said = [["the cat", "dog"], ["a", "b"], ["any", "\n"], ["\ufffd", "x"], ["CAT", "concatenate"]]
     assert leakage(tokenizer, targets, said) == [0.5, 0.0, None, None, 0.5]
+
+
+def test_leakage_of_a_word_that_goes_on():
+    """WordPiece decodes a token at the beginning with its `##`; other tokenizers have tokens that are `##`."""
+    vocabulary = {"[UNK]": 0, "play": 1, "##ing": 2, "a": 3}
+    words = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
+    words.decoder = decoders.WordPiece()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    said = [[tokenizer.decode([1, 2]), tokenizer.decode([3])]]
+    assert said == [["playing", "a"]] and leakage(tokenizer, [2], said) == [0.5]
+    plain = byte_level(["## a ##"] * 9, trim=True)
+    assert leakage(plain, plain("##")["input_ids"], [["x ## y", "y#"]]) == [0.5]
 
 
 def test_leakage_is_measured_at_the_target_of_each_position():

@@ -17,6 +17,7 @@ from forethought.models.loading import load_model, load_tokenizer
 from forethought.rollout.native import NativeEngine
 from forethought.run.folder import RunLog, read_lines
 from forethought.trainer import train
+from helpers.cli import complaint
 from helpers.heldout import EVALUATION, records, setup
 from helpers.runs import assert_same_tensors, figures, options
 
@@ -173,6 +174,10 @@ def test_a_gain_that_shuffling_keeps_is_a_warning_of_evaluate(
         assert "80% of the gain on all remains with the thoughts of other positions" in capsys.readouterr().err
     [row] = read_lines(tmp_path / "run" / "warnings.jsonl")
     assert (row["step"], row["name"]) == (2, "content-unused")
+    RunLog(tmp_path / "run").warn([{**row, "name": "of training"}])
+    monkeypatch.setattr(heldout, "summarize", measured)
+    evaluate(tmp_path / "run")  # it is no longer so
+    assert [row["name"] for row in read_lines(tmp_path / "run" / "warnings.jsonl")] == ["of training"]
 
 
 def test_evaluating_a_model_makes_a_folder_once(
@@ -199,6 +204,16 @@ def test_evaluating_a_model_makes_a_folder_once(
     assert json.loads(Path("runs/evaluate-model/evaluate.json").read_text())["all/positions"] == 2
     assert main([*command, "--model.path", "./nothing", "--run", "other"]) == 2
     assert not Path("other").exists()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "questions"])
+def test_the_figures_of_a_run_go_nowhere_else(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = RunLog.create(from_dict(options(tmp_path, "run", evaluate=EVALUATION))).path
+    (run / "metrics.jsonl").touch()
+    for option, value in (("run", str(tmp_path / "other")), ("overwrite", "True")):
+        line = complaint(capsys, [command, str(run), f"--{option}", value])
+        assert line == f"--{option}: the figures of a run go into its own folder, {run}"
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_run_that_is_not_finished_is_not_evaluated(tmp_path: Path):

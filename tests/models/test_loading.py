@@ -113,7 +113,7 @@ def test_rows_must_fit_before_longrope_changes_its_frequencies(start: Config, tm
         return from_dict(options(Path(start.run).parent, "x", corpus={"window": window}, model=path))
 
     check_context_length(config(56), form(4))
-    with pytest.raises(UserError, match=r"takes 65 tokens, .* window has 64;"):
+    with pytest.raises(UserError, match=r"65 tokens, .* has 64 of its 256, since LongRoPE's .* there;"):
         check_context_length(config(57), form(4))
 
 

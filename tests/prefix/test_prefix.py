@@ -120,7 +120,9 @@ def test_gradients_are_those_of_plain_rows(model, tokens):
     def gradients(shared: bool, tokens: int) -> torch.Tensor:
         model.zero_grad()
         reading = ScoringOptions(temperature=0.7, tokens=tokens, shared=shared)
-        forward_backward(model, FORM, rows, reading, lambda logp, some: (logp * weight[some, : logp.shape[1]]).sum())
+        forward_backward(
+            model, FORM, rows, reading, lambda logp, targets, some: (logp * weight[some, : logp.shape[1]]).sum()
+        )
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     plain = gradients(False, 10**6)

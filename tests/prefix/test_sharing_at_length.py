@@ -126,7 +126,7 @@ def updated(model: Any, group: int, chunk: int) -> tuple[list[int], int]:
     try:
         with saved_tensors_hooks(saved.pack, lambda kept: kept.tensor):
             reading = ScoringOptions(temperature=1.0, tokens=chunk, shared=True)
-            forward_backward(model, FORM, rows, reading, lambda logp, some: logp.sum())
+            forward_backward(model, FORM, rows, reading, lambda logp, targets, some: logp.sum())
     finally:
         hook.remove()
         model.zero_grad()

@@ -271,11 +271,13 @@ def test_positions_and_members_and_steps_think_with_noise_of_their_own():
 @pytest.mark.parametrize("temperature", [0.7, 3.0])
 def test_tokens_without_a_text_are_never_sampled(temperature: float, way: tuple[int, bool]):
     """Where the head has more rows than the tokenizer has tokens; sampler and trainer leave them out alike."""
-    form, model = dataclasses.replace(FORM, vocabulary=9), biased({9: 5.0, 10: 5.0, 11: 5.0})
+    holes = (5, 7)  # and where it has none for some smaller ids
+    form = dataclasses.replace(FORM, vocabulary=9, holes=holes)
+    model = biased({5: 4.0, 7: 5.0, 9: 5.0, 10: 5.0, 11: 5.0})
     positions = at_positions(WINDOWS[:2], [[1, 2], [2, 4]], 1)
     noise = draw_noise((16, 9), [make_generator(0, i) for i in range(4)])
     thoughts = NativeEngine(model, form, Method(temperature=temperature), *way).sample(positions, noise)
-    assert int(thoughts.tokens.max()) < 9
+    assert int(thoughts.tokens.max()) < 9 and not set(thoughts.tokens[thoughts.mask].tolist()) & set(holes)
     batch = ThoughtBatch.from_positions(form, positions, thoughts.tokens, thoughts.mask)
     options = ScoringOptions(temperature=temperature, tokens=500, shared=way[1])
     assert torch.allclose(thought_logp(model, form, batch, options), thoughts.logp.flatten(0, 1), atol=1e-5)

@@ -63,6 +63,10 @@ def test_processes_shards_and_resuming_on_another_count_do_not_change_the_trajec
 
 
 VARIANTS = {
+    "rlp, with a prediction term, of shards": {
+        "method": {"prediction_weight": 0.3, "horizon": 2, "length_norm": "none", "warmup_steps": 1},
+        "parallel": {"shard": "zero1"},
+    },
     "cpt": {"method": {"name": "cpt"}},
     "cpt, a bf16 copy of shards": {
         "method": {"name": "cpt"},

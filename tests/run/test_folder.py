@@ -299,6 +299,23 @@ def test_a_folder_that_is_gone_is_a_line(tmp_path: Path, damage: str):
             write()
 
 
+@pytest.mark.parametrize("by", ["an empty folder", "another run"])
+def test_a_run_does_not_go_on_in_a_folder_that_took_the_place_of_its_own(tmp_path: Path, by: str):
+    run = make(tmp_path / "run")
+    with run.lock():
+        run.append("metrics", [{"step": 1}])
+        (run.path / ".lock").unlink()  # somebody tidies: no other folder
+        run.append("metrics", [{"step": 2}])
+        shutil.rmtree(run.path)
+        run.path.mkdir() if by == "an empty folder" else make(tmp_path / "other").path.rename(run.path)
+        before = names(run.path)
+        for write in (lambda: run.append("metrics", [{"step": 3}]), lambda: run.write_json("summary.json", {})):
+            with pytest.raises(RunError, match="cannot be written: the folder was removed or replaced; no checkpoint"):
+                write()
+        assert names(run.path) == before
+    make(tmp_path / "next")
+
+
 def test_checkpoints_are_sorted_by_step_and_whole(tmp_path: Path):
     assert checkpoints(tmp_path) == {}
     folder = tmp_path / "checkpoints"

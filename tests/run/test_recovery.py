@@ -157,6 +157,20 @@ def test_a_corpus_may_move_but_not_become_another(tmp_path: Path, capsys: pytest
     assert line == "corpus.path = 'world:cups/train': 1 files, but 2 when the run was saved"
 
 
+def test_a_corpus_may_not_move_before_the_first_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """There is nothing to compare it with."""
+    for name, rows in (("one", ROWS[:20]), ("other", ROWS[20:])):
+        write(tmp_path / "data" / f"{name}.jsonl", rows)
+    RunLog.create(from_dict(options(tmp_path, "run", corpus={"path": str(tmp_path / "data" / "one.jsonl")})))
+    before, other = (tmp_path / "run" / "config.json").read_bytes(), str(tmp_path / "data" / "other.jsonl")
+    line = complaint(capsys, ["train", "--resume", str(tmp_path / "run"), "--corpus.path", other])
+    assert line == (
+        "corpus.path: without a checkpoint nothing shows that it is the same corpus; begin the run again "
+        "(--overwrite True), or resume with the old path"
+    )
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+
+
 def test_a_single_file_may_have_another_name(tmp_path: Path):
     corpus = write(tmp_path / "corpus.jsonl", ROWS)
     values = options(tmp_path, "run", corpus={"path": str(corpus)}, **KEPT)
@@ -177,6 +191,42 @@ def test_a_corpus_that_changed_is_said_and_not_refused(tmp_path: Path, capsys: p
     assert said.startswith(
         f"warning: step 3: 1 files of the corpus have changed, {corpus} among them; the run goes on "
     )
+
+
+@pytest.mark.parametrize("rows", [ROWS[1:], ROWS[:10]], ids=["as long", "shorter"])
+def test_a_held_out_text_that_changed_is_not_compared_with_the_old_one(
+    tmp_path: Path, rows: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+):
+    text = write(tmp_path / "heldout.jsonl", ROWS)
+    train(from_dict(options(tmp_path, "run", evaluate={"path": str(text), "documents": 12}, **KEPT)))
+    run = cut(tmp_path / "run", "changed", 3)
+    write(text, rows)
+    line = complaint(capsys, ["train", "--resume", str(run)])
+    what = f"evaluate.path = '{text}': is not the held-out text of {run}/evaluation-before.json"
+    assert line == f"{what}; put that text back to go on"
+    write(text, ROWS)
+    assert main(["train", "--resume", str(run)]) == 0
+    assert_same_run(run, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is missing, and after step 3 the start cannot be measured here; put the file back to go on"),
+        ('{"all": 3}', "unexpected content: "),
+        ('{"all": {"odd": 3}}', "unexpected content: "),
+    ],
+)
+def test_the_evaluation_before_training_is_that_of_the_start_or_none(
+    tmp_path: Path, content: str | None, message: str, capsys: pytest.CaptureFixture[str]
+):
+    values = {"path": "world:cups/heldout", "documents": 2}
+    train(from_dict(options(tmp_path, "run", evaluate=values, **KEPT)))
+    run = cut(tmp_path / "run", "cut", 3)
+    file = run / "evaluation-before.json"
+    file.unlink() if content is None else file.write_text(content)
+    assert complaint(capsys, ["train", "--resume", str(run)]).startswith(f"{file}: {message}")
+    assert list(checkpoints(run))[-1] == 3
 
 
 def out_of_memory() -> None:

@@ -12,7 +12,7 @@ import pytest
 from forethought.config import RunError, from_dict, merge
 from forethought.run import checkpoint
 from forethought.run.folder import RunLog, checkpoints
-from forethought.run.signals import ENDING, SignalArrived, SignalGuard, Stopped
+from forethought.run.signals import ENDING, SignalArrived, SignalGuard, Stopped, stoppable
 from forethought.run.trackers import Callbacks
 from forethought.trainer import Trainer, resume, train
 from helpers.moments import Moment
@@ -123,6 +123,17 @@ def test_the_guard_defers_a_signal_and_restores_the_handlers(number: signal.Sign
         assert caught.value.number == number
     assert reached == ["after the signal"]
     assert signal.getsignal(number) is before
+
+
+def test_a_signal_that_interrupts_nothing_goes_to_the_guard_around():
+    """As during the export of one arm of several: the next one does not begin."""
+    reached = []
+    with pytest.raises(SignalArrived) as caught, stoppable():
+        with SignalGuard().installed():
+            os.kill(os.getpid(), signal.SIGHUP)
+            reached.append("the end of this part")
+        reached.append("not here")
+    assert (caught.value.number, reached) == (signal.SIGHUP, ["the end of this part"])
 
 
 @pytest.mark.parametrize("handler", [signal.SIG_IGN, lambda *_: None], ids=["nohup", "of another library"])

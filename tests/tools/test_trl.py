@@ -40,7 +40,7 @@ def settings(tmp_path: Path) -> Config:
         small,
         corpus=Corpus(path=str(file), min_tokens=4),
         model=Model(device="cpu"),
-        train=dataclasses.replace(small.train, steps=2, checkpoint_every=1),
+        train=dataclasses.replace(small.train, steps=2, checkpoint_every=1, rollout_batch=128),
         optim=dataclasses.replace(small.optim, learning_rate=0.01, gradient_clip=0.0),
     )
 
@@ -225,7 +225,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("option", option_names())
 def test_every_option_is_honored_refused_or_of_something_else(option: str):
-    kinds = [option in trl.FIXED, option.startswith(trl.UNUSED), option.startswith(HONORED)]
+    kinds = [option in trl.FIXED, option in trl.UNUSED, option.startswith((*trl.ELSEWHERE, *HONORED))]
     assert sum(kinds) == 1
     if option in trl.FIXED:
         section, _, name = option.partition(".")
@@ -285,6 +285,14 @@ def test_every_option_of_the_positions_changes_the_prompts(settings: Config, tmp
     assert drawn != plain
 
 
+def test_options_that_trl_does_not_use_are_said_in_one_line(settings: Config, tmp_path: Path):
+    trl.arguments(settings, tmp_path)  # warnings are errors
+    changed = with_option(with_option(settings, "train.rollout_batch", 9), "model.prefix", "replicated")
+    said = "options that change nothing with TRL: model.prefix = 'replicated', train.rollout_batch = 9"
+    with pytest.warns(UserWarning, match=f"^{said}$"):
+        trl.arguments(changed, tmp_path)
+
+
 def test_arguments_that_make_another_method_are_refused(settings, tmp_path):
     for name, value in {"beta": 0.1, "loss_type": "dapo", "use_vllm": True, "gradient_accumulation_steps": 3}.items():
         with pytest.raises(UserError, match=name):
@@ -302,6 +310,7 @@ def test_weights_in_bf16_and_patched_or_other_models_are_refused(settings, tmp_p
         trainer.train()
 
 
+@pytest.mark.filterwarnings("ignore:options that change nothing with TRL. train.rollout_batch")
 def test_the_example_runs(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(

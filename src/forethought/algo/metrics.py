@@ -180,11 +180,14 @@ def decode_thoughts(tokenizer: Any, tokens: list[list[list[int]]]) -> list[list[
 def leakage(tokenizer: Any, targets: Sequence[int], texts: list[list[str]]) -> list[float | None]:
     """Share of each position's thoughts whose text contains the target's text, without spaces around it.
 
-    None where the target is white space or an incomplete character, so that there is no text to look for.
+    None where the target is white space or an incomplete character: no text to look for. WordPiece's `##` is none.
     """
     shares: list[float | None] = []
-    for target, group in zip(tokenizer.batch_decode([[token] for token in targets]), texts, strict=True):
+    decoded = tokenizer.batch_decode([[token] for token in targets])
+    for token, target, group in zip(targets, decoded, texts, strict=True):
         wanted = target.strip()
+        if wanted.startswith("##") and not tokenizer.decode([token, token]).strip().endswith(wanted):
+            wanted = wanted.removeprefix("##")
         known = wanted and "\N{REPLACEMENT CHARACTER}" not in wanted
         shares.append(sum(wanted in text for text in group) / len(group) if known else None)
     return shares

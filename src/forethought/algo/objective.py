@@ -46,10 +46,21 @@ def batch_advantages(
 
 
 def scale_by_std(
-    advantages: Float[Tensor, "batch group"], rewards: Float[Tensor, "batch group"]
+    advantages: Float[Tensor, "batch group"],
+    rewards: Float[Tensor, "batch group"],
+    kept: Bool[Tensor, "batch group"] | None = None,
 ) -> Float[Tensor, "batch group"]:
-    """Divide by the group's standard deviation, as GRPO does (the paper does not): A / (std(r) + 1e-4)."""
-    return advantages / (rewards.detach().std(dim=-1, keepdim=True) + 1e-4)
+    """Divide by the standard deviation of the group's kept thoughts, as GRPO does: A / (std(r) + 1e-4).
+
+    The paper does not. Of a single thought kept the deviation is 0.
+    """
+    rewards = rewards.detach()
+    if kept is None or bool(kept.all()):
+        return advantages / (rewards.std(dim=-1, keepdim=True) + 1e-4)
+    count = kept.sum(dim=-1, keepdim=True).clamp(min=1)
+    mean = rewards.masked_fill(~kept, 0).sum(dim=-1, keepdim=True) / count
+    squares = (rewards - mean).masked_fill(~kept, 0).square().sum(dim=-1, keepdim=True)
+    return advantages / ((squares / (count - 1).clamp(min=1)).sqrt() + 1e-4)
 
 
 def clipped_surrogate(

@@ -1,7 +1,7 @@
 """The update that RLP and RPT share: advantages (eq. 7), the clipped surrogate (eq. 8), the prediction term.
 
-With method.prediction_weight w the loss of a thought is that of eq. 8 plus -w sum_k gamma^k log p(x_t+k | x_<t, c, ...),
-with a gradient: what the model predicts after a thought is trained beside the choice of the thought. Not in the paper.
+With method.prediction_weight w the loss of a thought is that of eq. 8 minus w sum_k gamma^k log p(x_t+k | x_<t, c, ...)
+with its gradient: what is predicted after a thought is trained beside the choice of the thought. Not in the paper.
 """
 
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ from forethought.algo.objective import (
     scale_by_std,
 )
 from forethought.algo.rewards import Rewards, discounted
-from forethought.config import Config
+from forethought.config import Config, UserError
 from forethought.data.positions import ThoughtFormat
 from forethought.models.compute_copy import Network
 from forethought.models.logprobs import ScoringOptions, ThoughtBatch, chunk_tokens, forward_backward, thought_logp
@@ -61,18 +61,19 @@ def compute_advantages(
     options = config.method
     kept = closed if options.unclosed == "drop" else torch.ones_like(rewards.value, dtype=torch.bool)
     compared = rewards.value if config.shift_invariant else rewards.total
-    assert compared is not None
+    if compared is None:
+        raise UserError(f"method.reward = {options.reward!r}: returned no shift, which these method options need")
     if options.clamp_gain:
         compared = compared.clamp(min=0)
     if not config.shift_invariant:
-        kept = kept & (compared.amax(dim=1, keepdim=True) >= options.min_gain)
+        kept = kept & ~(compared.amax(dim=1, keepdim=True) < options.min_gain)  # NaN stays, and stops the run
     if options.baseline == "group":
         advantages = group_advantages(compared, None if bool(kept.all()) else kept)
     elif options.baseline == "batch":
         advantages = batch_advantages(compared, kept, lambda value: sum(distributed.all_gather(value)))
     else:
         advantages = compared.masked_fill(~kept, 0)
-    return scale_by_std(advantages, compared) if options.scale == "std" else advantages, kept
+    return scale_by_std(advantages, compared, kept) if options.scale == "std" else advantages, kept
 
 
 class PolicyGradient:
@@ -129,7 +130,10 @@ class PolicyGradient:
             nonlocal total
             losses, more = self._surrogate(microbatch, logp, rows)
             if microbatch.prediction_weight is not None:
-                weight, surprise = microbatch.prediction_weight[rows], -discounted(evidence, self.config.method.discount)
+                weight, surprise = (
+                    microbatch.prediction_weight[rows],
+                    -discounted(evidence, self.config.method.discount),
+                )
                 losses = losses + weight * surprise
                 more["objective/prediction_loss"] = (float(surprise.detach().sum()), len(surprise))
             value = losses.sum() * microbatch.scale

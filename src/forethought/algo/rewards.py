@@ -85,15 +85,21 @@ def random_reward(inputs: RewardInputs) -> Rewards:
     return Rewards(value=value, shift=torch.zeros_like(value[:, 0]))
 
 
-def as_rewards(found: Rewards | Tensor, inputs: RewardInputs, name: str) -> Rewards:
-    """What a reward function returned, a tensor as `Rewards` without a shift. Raises UserError for another shape."""
-    value, shape = found if isinstance(found, Tensor) else found.value, tuple(inputs.thoughts.closed.shape)
+def as_rewards(found: Any, inputs: RewardInputs, name: str) -> Rewards:
+    """What a reward function returned, a tensor as `Rewards` without a shift. Raises UserError for anything else.
+
+    NaN and infinity are refused, unless the evidence has them too: then the model is at fault, not the reward.
+    """
+    value, shape = found.value if isinstance(found, Rewards) else found, tuple(inputs.thoughts.closed.shape)
+    if not isinstance(value, Tensor):
+        raise UserError(f"method.reward = {name!r}: returned a {type(value).__name__}, must be a tensor {shape}")
     if tuple(value.shape) != shape:
         raise UserError(f"method.reward = {name!r}: returned shape {tuple(value.shape)}, must be {shape}")
-    if isinstance(found, Rewards):
-        return found
-    value = value.detach().float().to(inputs.thoughts.evidence.device)
-    return Rewards(value=value, shift=value.new_zeros(len(value)))
+    value, evidence = value.detach().float(), inputs.thoughts.evidence
+    if (bad := int((~value.isfinite()).sum())) and bool(evidence.isfinite().all()):
+        raise UserError(f"method.reward = {name!r}: returned NaN or infinity for {bad} of {value.numel()} thoughts")
+    value = value.to(evidence.device)
+    return Rewards(value=value, shift=found.shift if isinstance(found, Rewards) else value.new_zeros(len(value)))
 
 
 def apply_unclosed_penalty(rewards: Rewards, closed: Bool[Tensor, "batch group"], options: Method) -> Rewards:

@@ -56,8 +56,10 @@ class RLP:
         return self.policy_gradient.microbatches(record)
 
     def forward_backward(self, microbatch: Microbatch) -> tuple[float, Sums]:
-        """The clipped surrogate on the sampled tokens (eq. 8), and the prediction term where method.prediction_weight is
-        set: gradients, loss and metrics of a microbatch."""
+        """The clipped surrogate on the sampled tokens (eq. 8) and its gradients: loss and metrics of a microbatch.
+
+        With method.prediction_weight the prediction term too.
+        """
         return self.policy_gradient.forward_backward(microbatch)
 
     def after_step(self) -> None:

@@ -3,7 +3,9 @@
 from forethought.config.loading import (
     BUDGET,
     RenamedWarning,
+    as_json,
     changed_on_resume,
+    changes,
     difference,
     find,
     flatten,
@@ -34,11 +36,11 @@ from forethought.config.options import (
     Train,
     Update,
 )
-from forethought.config.registry import RunError, UserError
+from forethought.config.registry import Notice, RunError, UserError
 
 __all__ = [
-    "BUDGET", "Above0", "Config", "Corpus", "Evaluate", "Lora", "Method", "Model", "Name", "Optim", "Parallel",
-    "Positive", "Questions", "RenamedWarning", "Rollout", "RunError", "Train", "Update", "UserError",
-    "changed_on_resume", "difference", "find", "flatten", "from_dict", "from_saved", "load", "merge",
-    "option_names", "read_overrides", "read_toml", "shipped", "to_dict",
+    "BUDGET", "Above0", "Config", "Corpus", "Evaluate", "Lora", "Method", "Model", "Name", "Notice", "Optim",
+    "Parallel", "Positive", "Questions", "RenamedWarning", "Rollout", "RunError", "Train", "Update", "UserError",
+    "as_json", "changed_on_resume", "changes", "difference", "find", "flatten", "from_dict", "from_saved", "load",
+    "merge", "option_names", "read_overrides", "read_toml", "shipped", "to_dict",
 ]  # fmt: skip

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from forethought.config import registry
 from forethought.config.options import Config
-from forethought.config.registry import UserError
+from forethought.config.registry import Notice, UserError
 
 _RENAMED = {"rollout.patience_s": "rollout.timeout_s"}
 """Options of version 0.1 by their names then."""
@@ -41,7 +41,7 @@ _SAME_RESULTS = (
 BUDGET = ("train.steps", "train.tokens", "train.flops")
 
 
-class RenamedWarning(FutureWarning):
+class RenamedWarning(Notice, FutureWarning):
     """An option or a run folder of version 0.1 was read under its new names; the next version will not."""
 
 
@@ -71,11 +71,21 @@ def merge(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
 def from_dict(values: dict[str, Any]) -> Config:
     """Check a nested dict and make it a Config. Raises UserError."""
     try:
-        config = TypeAdapter(Config).validate_json(json.dumps(_new_values(_new_names(values)), default=str))
+        config = TypeAdapter(Config).validate_json(as_json(_new_values(_new_names(values))))
     except ValidationError as error:
         raise UserError(_explain(error)) from None
     _check_together(config)
     return config
+
+
+def as_json(values: dict[str, Any]) -> str:
+    """Nested options as JSON, to be checked. Raises UserError for a value whose bytes were no UTF-8 text."""
+    for option, value in flatten(values).items():
+        try:
+            json.dumps([option, value], ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{option} = {value!r}: is not UTF-8 text") from None
+    return json.dumps(values, default=str)
 
 
 def from_saved(values: dict[str, Any], where: str) -> Config:
@@ -105,7 +115,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def difference(saved: Config, wanted: Config) -> tuple[str, Any, Any] | None:
     """The first option on which two configs disagree and that can change results: its name and both values."""
-    found = ((option, *values) for option, values in _changes(saved, wanted).items())
+    found = ((option, *values) for option, values in changes(saved, wanted).items())
     return next((one for one in found if not one[0].startswith(_SAME_RESULTS)), None)
 
 
@@ -115,7 +125,7 @@ def changed_on_resume(saved: Config, wanted: Config) -> dict[str, tuple[Any, Any
     They leave the results as they are, raise a budget, or name the new path of the same corpus (which is not checked
     here). Raises UserError for all others.
     """
-    changed = _changes(saved, wanted)
+    changed = changes(saved, wanted)
     for option, (before, now) in changed.items():
         says = f"{option} = {now!r}: the run to resume has {before!r}; resuming"
         if option in BUDGET and (now or math.inf) < (before or math.inf):
@@ -125,7 +135,8 @@ def changed_on_resume(saved: Config, wanted: Config) -> dict[str, tuple[Any, Any
     return changed
 
 
-def _changes(saved: Config, wanted: Config) -> dict[str, tuple[Any, Any]]:
+def changes(saved: Config, wanted: Config) -> dict[str, tuple[Any, Any]]:
+    """The options on which two configs disagree, each with both values; but for the run folder."""
     old, new = _resolved(saved), _resolved(wanted)
     return {
         option: (old[option], value)
@@ -263,8 +274,8 @@ def _conflicts_of_rewards(config: Config) -> Iterator[str]:
         yield "method.unclosed = 'penalize': cannot be combined with method.clamp_gain, which would undo the penalty"
     if method.samples_thoughts and method.group < 2 and method.baseline == "group":
         yield f"method.group = {method.group}: comparing thoughts takes at least 2 (or another method.baseline)"
-    if method.group < 2 and method.scale == "std":
-        yield f"method.group = {method.group}: method.scale std takes a group of at least 2"
+    if method.baseline != "group" and method.scale == "std":
+        yield f"method.baseline = {method.baseline!r}: method.scale std divides by a group's deviation, which may be 0"
     if method.teacher_every != 1 and not config.shift_invariant:
         yield (
             f"method.teacher_every = {method.teacher_every}: must be 1 with a baseline, clamp or filter that is not "

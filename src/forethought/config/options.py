@@ -124,7 +124,7 @@ class Method:
     baseline: Literal["group", "batch", "none"] = "group"
     """Baseline of a reward: the mean of its group (eq. 7), the mean of all positions of the step, or none."""
     scale: Literal["none", "std"] = "none"
-    """`std` divides advantages by the group's standard deviation, as GRPO does; the paper does not."""
+    """`std` divides advantages by the group's standard deviation (baseline `group`), as GRPO does, not the paper."""
     clamp_gain: bool = False
     """Clamp negative gains to zero. Not shift-invariant: the teacher then affects the update."""
     min_gain: float = -math.inf

@@ -31,6 +31,10 @@ class UserError(ValueError):
     """A user's mistake, in one line that names the option or file, the value and what is allowed; exit status 2."""
 
 
+class Notice(UserWarning):
+    """What a user should know and no one has to act on, in one line; the command line says it once."""
+
+
 class RunError(RuntimeError):
     """A run that cannot continue (full disk, non-finite loss), in one line that says what is safe; exit status 1."""
 
@@ -102,7 +106,7 @@ METHODS = _table(
 )  # fmt: skip
 REWARDS = _table(
     Entry(
-        name="information_gain", target="forethought.algo.rewards:information_gain", methods=("rlp", "mixed"),
+        name="information_gain", target="forethought.algo.rewards:information_gain", methods=("rlp", "warmup", "mixed"),
         help="log p of the target with the thought, minus the teacher's without it (eq. 5)",
     ),
     Entry(
@@ -110,7 +114,7 @@ REWARDS = _table(
         help="1 if the text begins with the prediction and a token ends where it does, else 0",
     ),
     Entry(
-        name="random", target="forethought.algo.rewards:random_reward", methods=("rlp", "rpt"),
+        name="random", target="forethought.algo.rewards:random_reward", methods=("rlp", "warmup", "rpt"),
         help="standard normal numbers, a control",
     ),
 )  # fmt: skip

@@ -1,26 +1,30 @@
 """Documents -> windows of tokens: an endless stream that can stop anywhere and resume exactly.
 
-Documents are read in blocks of `corpus.shuffle`. A block is shuffled by a generator of (seed, epoch, block), so a
-position in the stream is a few integers: the cursor.
+Documents are read in blocks of `corpus.shuffle`, from several files in turn. A block is shuffled by a generator of
+(seed, epoch, block), so a position in the stream is a few integers: the cursor.
 """
 
 import functools
 import itertools
+import os
 import random
 import re
 import reprlib
 import warnings
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from forethought.config import Corpus, UserError
-from forethought.data.readers import Document, Record, find_source
+from forethought.config import Corpus, Notice, UserError
+from forethought.data.readers import Document, Record, Source, find_source
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece vocabularies write a space
 _MAX_SHORT = 1000  # documents of an endless stream that may be too short before any is long enough
-_CURSOR = ("documents", "skipped", "bad_rows", "tokens", "epoch", "block", "part", "record", "done", "given", "found")
+_OPEN, _OPEN_HELD_OUT = 8, 128  # files that are read in turn, in training and for held-out text
+_CURSOR = ("documents", "skipped", "bad_rows", "tokens", "epoch", "block", "part", "open", "at_once",
+           "done", "given", "found")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,33 +60,71 @@ def labels(windows: Sequence[Window]) -> list[str]:
 
 
 def check_corpus(options: Corpus, option: str = "corpus.path") -> None:
-    """Fail early: every part must open, and its first record must be a document. Nothing is tokenized.
+    """Fail early: every part must open, and its first record, if any, must be a document. Nothing is tokenized.
 
     `option` is the name of the path in error messages. Raises UserError.
     """
     source = find_source(options, seed=0, option=option)
-    for part in source.parts:
-        next(source.read(part, 0))
+    empty = [part for part in source.parts if next(source.read(part, 0), None) is None]
+    if len(empty) == len(source.parts):
+        raise UserError(f"{source.label}: {empty[0]}: empty, must hold at least one document")
+    if empty:
+        warnings.warn(f"{source.label}: {len(empty)} files are empty, {empty[0]} among them", Notice, stacklevel=2)
+
+
+def trained_on(options: Corpus, held_out: str) -> list[str]:
+    """The files (or the stream) of held-out text that the corpus has too, by whatever names."""
+    both = (options, "corpus.path"), (replace(options, path=held_out), "evaluate.path")
+    ours, theirs = ({os.path.realpath(part): part for part in find_source(some, 0, name).parts} for some, name in both)
+    return [part for real, part in theirs.items() if real in ours]
 
 
 def spread_windows(options: Corpus, tokenizer: Any, seed: int, count: int, option: str = "corpus.path") -> list[Window]:
-    """`count` windows of the first epoch from as many documents as possible, or all of them if there are fewer.
+    """`count` windows of the first epoch from as many files and documents as possible, or all if there are fewer.
 
-    One random window of each document in reading order; if there are too few documents, a second one of each, and so
-    on. The same on every call. Keeps the windows of `count` documents in memory.
+    The files give a document each in turn. One random window of each document in reading order; if there are too few
+    documents, a second one of each, and so on. The same on every call. The windows of `count` documents are kept.
 
     Raises:
         UserError: nothing to read, a malformed record, or no document of at least corpus.min_tokens tokens.
     """
-    windows, found = Windows(options, tokenizer, seed, option=option), {}
-    for window in itertools.takewhile(lambda _: windows.epoch == 0, windows):
-        if len(found) == count and window.document not in found:
-            break
-        found.setdefault(window.document, []).append(window)
-    for its_windows, label in zip(found.values(), labels([some[0] for some in found.values()]), strict=True):
+    source, short = find_source(options, seed, option), []
+    files = list(source.parts)
+    if len(files) > 1 and (options.shuffle or len(files) > count):
+        random.Random(f"files {seed} 0").shuffle(files)
+    options = replace(options, shuffle=options.shuffle and max(1, options.shuffle // len(files)))
+
+    def documents(file: str) -> Iterator[list[Window]]:
+        windows = Windows(options, tokenizer, seed, source=replace(source, parts=[file]))
+        try:
+            epoch = itertools.takewhile(lambda _: windows.epoch == 0, windows)
+            yield from (list(some) for _, some in itertools.groupby(epoch, lambda one: one.document))
+        except NoWindow as error:
+            short.append(error)
+
+    found = list(itertools.islice(_in_turn(map(documents, files), _OPEN_HELD_OUT), count))
+    if short and not found:
+        raise short[0]
+    for its_windows, label in zip(found, labels([some[0] for some in found]), strict=True):
         random.Random(f"spread {seed} {label}").shuffle(its_windows)
-    rounds = itertools.chain.from_iterable(itertools.zip_longest(*found.values()))
+    rounds = itertools.chain.from_iterable(itertools.zip_longest(*found))
     return list(itertools.islice((window for window in rounds if window is not None), count))
+
+
+def _in_turn(waiting: Iterator[Iterator[Any]], at_once: int) -> Iterator[Any]:
+    """An item of each of `at_once` iterators in turn; where one ends, the next one joins them."""
+    turns = deque(itertools.islice(waiting, at_once))
+    while turns:
+        one = turns.popleft()
+        if (item := next(one, None)) is None:
+            turns.extend(itertools.islice(waiting, 1))
+        else:
+            turns.append(one)
+            yield item
+
+
+class NoWindow(UserError):
+    """No document is long enough for a window."""
 
 
 class Windows:
@@ -94,15 +136,19 @@ class Windows:
     Raises UserError while reading: a malformed record (with file and line), or a whole pass without a window.
     """
 
-    def __init__(self, options: Corpus, tokenizer: Any, seed: int, *, option: str = "corpus.path"):
+    def __init__(self, options: Corpus, tokenizer: Any, seed: int, *, option: str = "corpus.path", source: Any = None):
         self._options, self._tokenizer, self._seed = options, tokenizer, seed
-        self._source = find_source(options, seed, option)
+        self._source: Source = source or find_source(options, seed, option)
         self._files = functools.cache(self._source.fingerprints)
         self._size = 1 if self._source.endless else max(1, options.shuffle)
         self.epoch = self.documents = self.skipped = self.bad_rows = self.tokens = self.found = 0
         self._first_bad: UserError | None = None
-        # The block's number and start, how many of its documents are done, and the windows returned of the next one.
-        self.block = self.part = self.record = self.done = self.given = 0
+        # The block's number, how many of its documents are done, and the windows returned of the next one. Where the
+        # block starts: the next file to open, and those that are open (up to `at_once`) with the records read of each.
+        self.block = self.done = self.given = self.part = 0
+        self.open: list[list[int]] = []
+        self.at_once = _OPEN if options.shuffle else 1
+        self._ahead: tuple[int, list[list[int]]] = (0, [])  # the same at the end of the block
         self._windows = self._run()
 
     def __iter__(self) -> "Windows":
@@ -117,9 +163,10 @@ class Windows:
         return {"parts": len(files), "files": files, **{name: getattr(self, name) for name in _CURSOR}}
 
     def changed(self, cursor: dict[str, Any]) -> list[str]:
-        """The files that differ, by names, sizes and starts, from those of a cursor; all if it does not know (0.1)."""
-        before = cursor.get("files") or [None] * len(self._files())
-        return [part for part, now, old in zip(self._source.parts, self._files(), before, strict=True) if now != old]
+        """The files that differ, by names, sizes and samples, from those of a cursor; all if it does not know (0.1)."""
+        before = cursor.get("files") or [[None]] * len(self._files())
+        pairs = zip(self._source.parts, self._files(), before, strict=True)
+        return [part for part, now, old in pairs if now[: len(old)] != old]  # earlier versions sampled the start alone
 
     def seek(self, cursor: dict[str, Any]) -> None:
         """Continue from a cursor that was taken with the same options and seed.
@@ -129,6 +176,8 @@ class Windows:
         """
         if (now := len(self._source.parts)) != cursor["parts"]:
             raise UserError(f"{self._source.label}: {now} files, but {cursor['parts']} when the run was saved")
+        if "open" not in cursor:  # of an earlier version: it read one file after the other, and so goes on
+            cursor = {**cursor, "open": [[cursor["part"], cursor["record"]]], "part": cursor["part"] + 1, "at_once": 1}
         for name in _CURSOR:
             setattr(self, name, cursor.get(name, 0))  # cursors of 0.1 count no bad rows
         self._windows = self._run()
@@ -138,33 +187,44 @@ class Windows:
         while True:
             stream = self._records()
             while block := list(itertools.islice(stream, self._size)):
-                after = block[-1][0]
+                part, after = self._ahead
                 if self._options.shuffle:
                     random.Random(f"block {self._seed} {self.epoch} {self.block}").shuffle(block)
                 while self.done < len(block):
-                    yield from self._windows_of(block[self.done][1])
+                    yield from self._windows_of(block[self.done])
                     self.done, self.given = self.done + 1, 0
                 block.clear()  # free this block before the next one is read
-                self.block, self.part, self.record, self.done = self.block + 1, *after, 0
+                self.block, self.part, self.open, self.done = self.block + 1, part, after, 0
                 if self._source.endless and self.block >= _MAX_SHORT and not self.found:
                     break
             if not self.found:
                 bad = f"; bad rows: {self.bad_rows}, the first is {self._first_bad}" if self._first_bad else ""
                 least = f"corpus.min_tokens = {self._options.min_tokens} tokens or more"
-                raise UserError(f"{self._source.label}: no document has {least}{bad}")
+                raise NoWindow(f"{self._source.label}: no document has {least}{bad}")
             self.epoch += 1
-            self.block = self.part = self.record = self.found = 0
+            self.block = self.part = self.found = 0
+            self.open = []
 
-    def _records(self) -> Iterator[tuple[tuple[int, int], Record]]:
-        """The records from the start of the block to the end of the pass, each with the (part, record) after it."""
+    def _records(self) -> Iterator[Record]:
+        """The records from the start of the block to the end of the pass, from the open files in turn.
+
+        After each one, `_ahead` is where the next block starts if that record ends this one.
+        """
         order = list(self._source.parts)
         if self._options.shuffle:
             random.Random(f"files {self._seed} {self.epoch}").shuffle(order)
-        skip = self.record
-        for index, part in enumerate(order[self.part :], self.part):
-            for record, one in enumerate(self._source.read(part, skip), skip + 1):
-                yield (index, record), one
-            skip = 0
+        part = self.part
+        turns = deque((index, read, self._source.read(order[index], read)) for index, read in self.open)
+        while turns or part < len(order):
+            if part < len(order) and len(turns) < self.at_once:
+                turns.append((part, 0, self._source.read(order[part], 0)))
+                part += 1
+                continue
+            index, read, records = turns.popleft()
+            if (record := next(records, None)) is not None:
+                turns.append((index, read + 1, records))
+                self._ahead = part, [[index, read] for index, read, _ in turns]
+                yield record
 
     def _windows_of(self, document: Record) -> Iterator[Window]:
         """The windows of a document that have not been returned yet. An empty document counts as one that is short.
@@ -175,7 +235,8 @@ class Windows:
             self.bad_rows += 1
             if self._first_bad is None:
                 self._first_bad = document
-                warnings.warn(f"{self._source.label}: skips bad rows, the first is {document}", stacklevel=2)
+                text = f"{self._source.label}: skips bad rows, the first is {document}"
+                warnings.warn(text, Notice, stacklevel=2)
             return
         tokens, marks = _tokenize(document, self._tokenizer) if document.text.strip() else ([], {})
         bos = tokens[:1] if tokens[:1] == [self._tokenizer.bos_token_id] else []

@@ -91,11 +91,18 @@ class ThoughtFormat:
     pad: int  # fills masked positions; never seen by the model
     end: tuple[int, ...] = ()  # after a prediction (RPT); empty: predictions have a fixed length
     vocabulary: int | None = None  # token ids from here on cannot be decoded, and are never sampled
+    holes: tuple[int, ...] = ()  # smaller token ids that cannot be decoded either
     closing: Closing = field(default=cast(Closing, None), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.closing is None:
             object.__setattr__(self, "closing", Closing.of_tokens(self.close))
+
+    def decodable(self, logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows known"]:
+        """Logits without token ids that cannot be decoded: none from `vocabulary` on, and -inf in holes."""
+        logits = logits[..., : self.vocabulary]
+        holes = torch.tensor([token for token in self.holes if token < logits.shape[-1]], device=logits.device)
+        return logits.index_fill(-1, holes, float("-inf")) if len(holes) else logits
 
     def content(self, tokens: Sequence[int], closed: bool) -> list[int]:
         """A thought's tokens without those of a closing delimiter."""
@@ -135,12 +142,14 @@ def thought_format(tokenizer: Any, options: Method) -> ThoughtFormat:
 
     def encode(option: str, text: str) -> tuple[int, ...]:
         tokens = tokenizer.encode(text, add_special_tokens=False) if text else []
-        if (text and not tokens) or (tokenizer.unk_token_id is not None and tokenizer.unk_token_id in tokens):
+        unknown = tokenizer.unk_token_id is not None and tokenizer.unk_token_id in tokens
+        if (text and not tokens) or (unknown and tokenizer.unk_token not in text):  # GPT-2's is its <|endoftext|>
             raise UserError(f"method.{option} = {text!r}: the tokenizer cannot encode it; choose text that it knows")
         return tuple(tokens)
 
     before, _, after = options.prompt.partition("{context}")
-    vocabulary, close = max(tokenizer.get_vocab().values()) + 1, encode("close", options.close)
+    known, close = set(tokenizer.get_vocab().values()), encode("close", options.close)
+    vocabulary = max(known) + 1
     closing = Closing.of_text(tokenizer, options.close, close)
     pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return ThoughtFormat(
@@ -150,8 +159,9 @@ def thought_format(tokenizer: Any, options: Method) -> ThoughtFormat:
         before=encode("prompt", before),
         after=encode("prompt", after),
         bos=tokenizer.bos_token_id,
-        pad=next(token for token in pads if token is not None and token < vocabulary),
+        pad=next(token for token in pads if token in known),
         vocabulary=vocabulary,
+        holes=tuple(sorted(set(range(vocabulary)) - known)),
         closing=closing.with_empty() if options.allow_empty else closing,
     )
 

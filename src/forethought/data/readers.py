@@ -8,6 +8,7 @@ resume.
 import glob
 import io
 import itertools
+import math
 import os
 import random
 import re
@@ -20,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from forethought.config import Corpus, UserError
+from forethought.config import Corpus, Notice, UserError
 from forethought.data.worlds import WORLDS, load_world
 from forethought.run.folder import decode_text, numbered_lines, parse_json, read_bytes
 
@@ -42,6 +43,7 @@ class Document:
     language: str | None = None
 
 
+_SAMPLE = 1 << 14  # bytes
 Record = Document | UserError
 """A row as a document or, with corpus.skip_bad_rows, what is wrong with it."""
 
@@ -57,27 +59,29 @@ class Source:
 
     def read(self, part: str, skip: int) -> Iterator[Record]:
         """The records of a part after its first `skip`. Raises UserError, prefixed with the label."""
-        empty = skip == 0
         with _prefixed_errors(self.label):
-            for document in self.reader(part, skip):
-                empty = False
-                yield document
-            if empty:
-                raise UserError(f"{part}: empty, must hold at least one document")
+            yield from self.reader(part, skip)
 
     def fingerprints(self) -> list[list[Any]]:
-        """Of each file: its name below the folder that holds all, its size and a checksum of its start, for JSON.
+        """Of each file: its name below the folder that holds all, its size and checksums of its start and of samples.
+
+        Samples are spread evenly over the files: they cover all of a corpus of less than 64 MiB, and never much more.
 
         A part that is no file is known by its name alone. Raises UserError.
         """
-        found, root = [], os.path.commonpath(self.parts)
+        found, root, samples = [], os.path.commonpath(self.parts), max(2, 4096 // len(self.parts))
         with _prefixed_errors(self.label):
             for path in map(Path, self.parts):
                 if not path.is_file():
                     found.append([str(path)])
                     continue
+                size, sampled = path.stat().st_size, 0
                 with path.open("rb") as file:
-                    found.append([str(path.relative_to(root)), path.stat().st_size, zlib.crc32(file.read(1 << 16))])
+                    start = zlib.crc32(file.read(1 << 16))
+                    for at in (*range(0, size, max(_SAMPLE, size // samples)), max(0, size - _SAMPLE)):
+                        file.seek(at)
+                        sampled = zlib.crc32(file.read(_SAMPLE), sampled)
+                found.append([str(path.relative_to(root)), size, start, sampled])
         return found
 
 
@@ -104,9 +108,8 @@ def find_source(options: Corpus, seed: int, option: str) -> Source:
         files, left_out = _files(os.path.expanduser(options.path))  # noqa: PTH111
         if left_out:
             named = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
-            warnings.warn(
-                f"{label}: left out, as no kind of file that is read: {len(left_out)} ({named})", stacklevel=2
-            )
+            text = f"{label}: left out, as no kind of file that is read: {len(left_out)} ({named})"
+            warnings.warn(text, Notice, stacklevel=2)
         return Source(label, files, lambda name, skip: _read_file(name, skip, options, alone=len(files) == 1))
 
 
@@ -193,10 +196,19 @@ def _read_lines(name: str, skip: int, options: Corpus) -> Iterator[Record]:
 def _read_json(name: str, skip: int, options: Corpus) -> Iterator[Record]:
     """JSON Lines (as C4 names them), one array of rows, or one row over several lines."""
     first = next(numbered_lines(name), (1, b""))[1].strip().removeprefix(b"\xef\xbb\xbf")
-    if first != b"{" and not first.startswith(b"["):
+    try:
+        whole = isinstance(parse_json(first or b"{}", name, 1), list)
+    except UserError:
+        whole = True
+    try:
+        rows = parse_json(read_bytes(name), name, 1) if whole else None
+    except UserError:
+        if first.startswith(b"[") or first == b"{":
+            raise
+        rows = None  # lines, of which the first one is malformed
+    if rows is None:
         yield from _read_lines(name, skip, options)
         return
-    rows = parse_json(read_bytes(name), name, 1)
     for number, row in enumerate(rows if isinstance(rows, list) else [rows], start=1):
         if number > skip:
             yield _record(row, options, name, number)
@@ -278,29 +290,28 @@ def _document(row: Any, options: Corpus, where: str) -> Document:
     text = row[field]
     if not isinstance(text, str):
         raise UserError(f"{where}: field {field!r} must be text, got {reprlib.repr(text)}")
-    name = row.get("id")
-    labels = {
-        field: text,
-        "id": name,
-        **{used: row[used] for used in (options.domain_field, options.language_field) if used},
-    }
-    for used, value in labels.items():
-        if re.search("[\ud800-\udfff]", str(value)):
-            raise UserError(f"{where}: field {used!r} contains a lone surrogate")
+    if re.search("[\ud800-\udfff]", text):
+        raise UserError(f"{where}: field {field!r} contains a lone surrogate")
     return Document(
         row=where,
-        id=where if name is None else str(name),
+        id=_label(row, "id", where) or where,
         text=text,
         marks=_marks(row.get("marks"), text, where),
-        domain=_label(row, options.domain_field),
-        language=_label(row, options.language_field),
+        domain=_label(row, options.domain_field, where),
+        language=_label(row, options.language_field, where),
     )
 
 
-def _label(row: dict[str, Any], field: str) -> str | None:
-    """The domain or language of a row; None where the option is empty or the field blank."""
-    value = row[field] if field else None
-    return None if value is None else str(value).strip() or None
+def _label(row: dict[str, Any], field: str, where: str) -> str | None:
+    """The id, domain or language of a row in one line; None where the option is empty or the field blank or NaN."""
+    value = row.get(field) if field else None
+    if isinstance(value, dict | list | bytes):
+        raise UserError(f"{where}: field {field!r} must be text or a number, got {reprlib.repr(value)}")
+    if value is None or (isinstance(value, float) and math.isnan(value)):  # pandas writes NaN where there is none
+        return None
+    if re.search("[\ud800-\udfff]", text := str(value)):
+        raise UserError(f"{where}: field {field!r} contains a lone surrogate")
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split()) or None
 
 
 _MARK = r"\w[\w .+-]*"

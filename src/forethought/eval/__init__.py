@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from forethought import rollout
-from forethought.config import Config, UserError, from_dict, load, merge, to_dict
+from forethought.config import Config, UserError, changes, from_dict, load, merge, to_dict
 from forethought.data import corpus
 from forethought.data.positions import thought_format
 from forethought.eval import controls, heldout, viewer
@@ -14,7 +14,7 @@ from forethought.models import lora, sharding
 from forethought.models.compute_copy import compute_copy
 from forethought.models.loading import check_context_length, load_model, load_thinking_options, load_tokenizer
 from forethought.run import checkpoint
-from forethought.run.diagnostics import diagnose_evaluation
+from forethought.run.diagnostics import CONTENT_UNUSED, diagnose_evaluation
 from forethought.run.folder import RunLog, check_free, read_lines
 
 
@@ -26,8 +26,8 @@ def evaluate(
     `overrides` is a nested dict of options. A run's figures go to RUN/evaluate.json, and its base is the model that
     the run began with; a model's go to evaluate.json in a new folder, `run`, and it is its own base. Beside it goes
     documents.json, a few documents thought at every position. `progress` is told the phase, what is done of it and
-    how much there is. Returns the figures (flat keys, docs/metrics.md; `warnings` of the diagnostics, where there are
-    any, which also go to warnings.jsonl) and the file. Raises UserError.
+    how much there is. Returns the figures (flat keys, docs/metrics.md; `options` that differ from the run's, and
+    `warnings` of the diagnostics, which also go to warnings.jsonl, where there are any) and the file. Raises UserError.
     """
     began, progress = time.perf_counter(), progress or (lambda name, done, total: None)
     log, config = started(target, overrides or {}, "evaluate")
@@ -48,13 +48,16 @@ def evaluate(
         base = heldout.measure(start, windows, lambda done, total: progress("evaluating the base", done, total))
     reference = start.model if subject.teacher is None else subject.teacher
     shown = viewer.documents(subject, reference, windows, str(target), progress)
-    figures: dict[str, Any] = {"seed": config.seed, **heldout.summarize(records, base)}
+    figures: dict[str, Any] = {"seed": config.seed, **overridden(log, config), **heldout.summarize(records, base)}
     figures["seconds"] = round(time.perf_counter() - began, 2)
     rows = read_lines(log.path / "metrics.jsonl")
-    step = rows[-1]["step"] if rows else 0
+    step = rows[-1].get("step", 0) if rows else 0
     after = {f"after/{name}": value for name, value in figures.items()}
     found = [one.row() for one in diagnose_evaluation(after, step)]
-    log.warn(found)
+    earlier = read_lines(log.path / "warnings.jsonl")
+    kept = [row for row in earlier if row.get("name") != CONTENT_UNUSED]  # without those of an earlier evaluation
+    if earlier or found:
+        log.write_lines("warnings.jsonl", [*kept, *found])
     figures |= {"warnings": found} if found else {}
     log.write_json("documents.json", shown)
     log.write_json("evaluate.json", figures)
@@ -65,8 +68,16 @@ def started(target: str | Path, overrides: dict[str, Any], command: str) -> tupl
     """What a command is to measure: a run with its own options, or a model (no log yet) with the defaults."""
     is_run = any((Path(target) / name).exists() for name in (".lock", "metrics.jsonl", "checkpoints"))
     log = RunLog.open(target) if is_run else None
+    for option in overrides.keys() & {"run", "overwrite"} if log else ():
+        raise UserError(f"--{option}: the figures of a run go into its own folder, {target}")
     start = to_dict(log.config()) if log else _model_options(str(target), command)
     return log, from_dict(merge(start, overrides))
+
+
+def overridden(log: RunLog, config: Config) -> dict[str, dict[str, Any]]:
+    """The options with which a run is measured, where they are not its own: {"options": {name: value}}, or nothing."""
+    found = {option: now for option, (_, now) in changes(log.config(), config).items()}
+    return {"options": found} if found else {}
 
 
 def _model_options(model: str, command: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from forethought.algo.metrics import decode_thoughts, leakage, thought_tokens
-from forethought.config import Config
+from forethought.config import Config, UserError
 from forethought.data.corpus import Window, spread_windows
 from forethought.data.positions import Positions, ThoughtFormat, at_positions, make_generator, uniform
 from forethought.data.worlds import load_world
@@ -253,7 +253,7 @@ def paired(ours: Sequence[dict[str, Records]], theirs: Sequence[dict[str, Record
 
     Means over seeds: the n-th of ours against the n-th of theirs. The same documents are drawn for both, so what makes
     a document hard for both does not widen the interval. Metrics relative to the base are left out: their differences
-    are those of `ce_think` and `ce_nothink`. Raises ValueError for models that were measured at different positions.
+    are those of `ce_think` and `ce_nothink`. Raises UserError for models that were measured at different positions.
     """
     return differences(drawn_together(ours), drawn_together(theirs))
 
@@ -275,7 +275,7 @@ def drawn_together(seeds: Sequence[dict[str, Records]]) -> dict[str, Drawn]:
 
 
 def differences(mine: Mapping[str, Drawn], theirs: Mapping[str, Drawn]) -> dict[str, float]:
-    """Figures of the groups and metrics that both sides have. Raises ValueError where their positions differ."""
+    """Figures of the groups and metrics that both sides have. Raises UserError where their positions differ."""
     figures: dict[str, float] = {}
     for name in [name for name in mine if name in theirs]:
         left, right = mine[name], theirs[name]
@@ -300,7 +300,7 @@ def _estimates(mine: Sequence[Records], bases: Sequence[Records] | None) -> dict
 
 def _check_same(first: Records, others: Sequence[Records]) -> None:
     if any((one.document, one.at) != (first.document, first.at) for one in others):
-        raise ValueError("records must be of the same positions; these were measured with other evaluate options")
+        raise UserError("records must be of the same positions; the held-out text or options of evaluate have changed")
 
 
 def _flat(name: str, estimates: Mapping[str, Estimate]) -> dict[str, float]:

@@ -140,7 +140,9 @@ def require_context(architecture: Any, tokens: int, what: str, advice: str) -> N
     """Raise UserError if `what` takes more tokens than the context window of a transformers config."""
     limit = context_window(architecture)
     if tokens > limit:
-        raise UserError(f"{what} takes {tokens} tokens, but the model's context window has {limit}; {advice}")
+        whole = getattr(architecture.get_text_config(), "max_position_embeddings", None) or limit
+        why = f" of its {whole}, since LongRoPE's frequencies change there" if whole > limit else ""
+        raise UserError(f"{what} takes {tokens} tokens, but the model's context window has {limit}{why}; {advice}")
 
 
 def context_window(architecture: Any) -> int:

@@ -107,9 +107,7 @@ class ThoughtBatch:
         if contents is None:
             return batch
         targets = positions.targets().tolist()
-        rows = [
-            [*one, *form.close, *true] for group, true in zip(contents, targets, strict=True) for one in group
-        ]
+        rows = [[*one, *form.close, *true] for group, true in zip(contents, targets, strict=True) for one in group]
         read, real = (some.to(tokens.device) for some in pad_rows(rows, form.pad, left=False))
         return replace(batch, read=(read, real), horizon=positions.horizon)
 
@@ -226,7 +224,7 @@ def _logp(
     some, hidden = chunk
     width = hidden.shape[1]
     mask, tokens = rows.mask[some, :width], rows.tokens[some, :width]
-    logits = lm_head(model, hidden[:, : mask.shape[1]][mask])[..., : form.vocabulary]
+    logits = form.decodable(lm_head(model, hidden[:, : mask.shape[1]][mask]))
     first = torch.zeros_like(mask)
     first[:, 0] = True
     found = log_probabilities(mask_tokens(logits, form.closing.never_first, first[mask]), tokens[mask], temperature)

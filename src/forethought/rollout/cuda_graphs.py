@@ -71,6 +71,7 @@ def advance(
     close: Int[Tensor, " closing"],
     closing: Closing,
     never_first: Bool[Tensor, " vocab"],
+    never: Bool[Tensor, " vocab"],
     options: Method,
 ) -> None:
     """Sample or score with each row's logits, and set the token that it reads next: decoder.py's with masks."""
@@ -81,7 +82,7 @@ def advance(
     index = _score(state, logits, forced, size)
     at = state.length.clamp(max=limit - 1)[:, None]
     masked = (thinking & (state.length == 0))[:, None]
-    logits = torch.where(masked & never_first, float("-inf"), logits[:, : len(never_first)])
+    logits = torch.where(masked & never_first | never, float("-inf"), logits[:, : len(never_first)])
     temperature = options.temperature
     scaled = logits if temperature == 1 else logits / temperature
     noise = state.noise.gather(1, at).squeeze(1)
@@ -129,6 +130,7 @@ class CUDAGraphDecoder:
         head = model.get_output_embeddings().weight.shape[0]
         words = torch.arange(min(head, form.vocabulary or head), device=model.device)
         self.never_first = torch.isin(words, self.closing.never_first)
+        self.never = torch.isin(words, torch.tensor(form.holes, device=model.device))
         self.capacity: CacheCapacity | None = None
         self.shape = (0, 0, 0)  # thought, forced tokens and horizon of the buffers
         self.cache: StaticCache | None = None
@@ -253,7 +255,7 @@ class CUDAGraphDecoder:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
         def step() -> None:
-            choose(state, self.close, self.closing, self.never_first, options)
+            choose(state, self.close, self.closing, self.never_first, self.never, options)
             at = (cache.table.prefix_lengths + column)[:, None]
             output = model(
                 input_ids=state.next[:, None], position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=1

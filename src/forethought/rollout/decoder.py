@@ -269,6 +269,9 @@ def probe_copies(model: Any) -> None:
 
     Raises ValueError for a model that computes something else in one of these ways, or cannot be read so.
     """
+    mixers = (module for module in model.modules() if hasattr(module, "conv1d"))
+    if any(getattr(getattr(one, "in_proj", None), "bias", None) is not None for one in mixers):
+        raise ValueError("its Mamba layers have in_proj.bias, which the convolution also reads at padding")
     size = model.get_input_embeddings().num_embeddings
     long, short, tail = ([i % size for i in some] for some in (range(105, 114), range(107, 111), range(117, 120)))
     try:
@@ -354,7 +357,7 @@ class _ActiveRows:
         device = state.length.device
         self.state, self.backend, self.options = state, backend, options
         self.close, self.closing = torch.tensor(form.close, device=device), form.closing.to(device)
-        self.vocabulary = form.vocabulary
+        self.form = form
         self.rows = torch.zeros(0, dtype=torch.long, device=device)
         self.fresh = False  # whether some of them have not sampled a token yet
 
@@ -394,7 +397,7 @@ class _ActiveRows:
             state.evidence[rows, column] = log_probabilities(here, forced[scored])
             state.hit[rows, column] = (here.argmax(dim=-1) == forced[scored]).long()
             if state.response_noise is not None and state.response_logp is not None:
-                here = here[:, : self.vocabulary]
+                here = self.form.decodable(here)
                 token = sample(here, state.response_noise[rows, column], options.temperature, options.top_p)
                 state.forced_tokens[rows, index[scored]] = token
                 state.response_logp[rows, column] = log_probabilities(here, token, options.temperature)
@@ -405,7 +408,7 @@ class _ActiveRows:
     ) -> Int[Tensor, " thinking"]:
         """Sample the next token of rows that think; returns what they read, which differs where a thought closes."""
         state, limit = self.state, self.state.tokens.shape[1]
-        at, logits = state.length[rows], logits[:, : self.vocabulary]
+        at, logits = state.length[rows], self.form.decodable(logits)
         if self.fresh:
             logits, self.fresh = mask_tokens(logits, self.closing.never_first, at == 0), False
         token, logp = self.backend.draw(logits, state.noise[rows, at], self.options)

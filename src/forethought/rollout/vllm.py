@@ -206,7 +206,7 @@ class VLLMEngine:
         )
         size, head = policy.get_input_embeddings().num_embeddings, policy.get_output_embeddings().weight.shape[0]
         # tokens without a text, which the trainer's log-probabilities leave out; -100 is the lowest that vLLM takes
-        self.never = dict.fromkeys(range(form.vocabulary or head, head), -100.0) or None
+        self.never = dict.fromkeys([*form.holes, *range(form.vocabulary or head, head)], -100.0) or None
         self.head = head
         self.probe = [i % size for i in range(7, 7 + min(_PROBE, options["max_model_len"] - 1))]
         self.bound = _BOUND[options["dtype"]]

@@ -17,6 +17,7 @@ WINDOW = 10
 """Logged steps in a mean."""
 KEPT_SHUFFLED = 0.5
 """Share of a gain that may remain when thoughts are shuffled between positions."""
+CONTENT_UNUSED = "content-unused"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +168,7 @@ def diagnose_evaluation(figures: Mapping[str, Any], step: int) -> list[Diagnosis
             found.append(
                 Diagnosis(
                     step=step,
-                    name="content-unused",
+                    name=CONTENT_UNUSED,
                     evidence=f"{share:.0%} of the gain on {group} remains with the thoughts of other positions",
                     advice="do not take the gain for reasoning: that there is a thought helps, hardly its content",
                 )

@@ -34,12 +34,14 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from forethought.config import Config, RunError, UserError, from_saved, to_dict
+from forethought.config import Config, Notice, RunError, UserError, from_saved, to_dict
 from forethought.run import __version__
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 _NO_SYNC = {errno.EINVAL, errno.EOPNOTSUPP}  # network file systems that cannot sync a folder
+_HELD: dict[Path, BinaryIO] = {}
+"""The lock files that this process has open, by run folder."""
 _STEP = re.compile(r"(?:\.replaced-)?step-(\d+)")
 
 
@@ -183,7 +185,11 @@ class RunLog:
             with disk_errors(self.path, path):
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-            yield
+            _HELD[self.path] = file
+            try:
+                yield
+            finally:
+                del _HELD[self.path]
 
     def _acquire(self, file: BinaryIO) -> None:
         try:
@@ -195,9 +201,8 @@ class RunLog:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-            warnings.warn(
-                f"{self.path}: this file system has no locks; do not train in it twice at the same time", stacklevel=4
-            )
+            text = f"{self.path}: this file system has no locks; do not train in it twice at the same time"
+            warnings.warn(text, Notice, stacklevel=4)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -298,16 +303,18 @@ def _open(path: str) -> io.BufferedReader:
 
 
 class _Decompressed(io.RawIOBase):
-    """The content of a .gz or .zst file. Bytes after an intact gzip stream, as some mirrors append, are a warning."""
+    """The content of a .gz or .zst file. Bytes after an intact stream, as some mirrors append, are a warning."""
 
     def __init__(self, path: str):
-        self._path, self._started, self._ended = path, False, False
-        if path.lower().endswith(".gz"):
-            self._file: Any = gzip.GzipFile(path)
-        else:
-            import pyarrow
+        self._path, self._given, self._ended = path, 0, False
+        self._file = self._opened()
 
-            self._file = pyarrow.CompressedInputStream(Path(path).open("rb"), "zstd")  # noqa: SIM115
+    def _opened(self) -> Any:
+        if self._path.lower().endswith(".gz"):
+            return gzip.GzipFile(self._path)
+        import pyarrow
+
+        return pyarrow.CompressedInputStream(Path(self._path).open("rb"), "zstd")
 
     def readable(self) -> bool:
         return True
@@ -315,14 +322,25 @@ class _Decompressed(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         try:
             data = b"" if self._ended else self._file.read1(len(buffer))
-        except gzip.BadGzipFile as error:
-            if not (self._started and str(error).startswith("Not a gzipped file")):
+        except OSError as error:
+            data = self._rest() if "Unknown frame descriptor" in str(error) else b""
+            if not (self._given + len(data) and re.search("Not a gzipped file|Unknown frame descriptor", str(error))):
                 raise
-            warnings.warn(f"{self._path}: bytes after the end of the gzip stream are ignored", stacklevel=2)
-            data = b""
-        self._started, self._ended = True, not data
+            warnings.warn(f"{self._path}: bytes after the end of the packed stream are ignored", Notice, stacklevel=2)
+            self._ended = True
+        self._given, self._ended = self._given + len(data), self._ended or not data
         buffer[: len(data)] = data
         return len(data)
+
+    def _rest(self) -> bytes:
+        """What is left of an intact zstd stream: a read that reaches beyond its end loses all that it has read."""
+        self._file, skip, found = self._opened(), self._given, bytearray()
+        while skip:
+            skip -= len(self._file.read(min(skip, 1 << 20)))
+        with suppress(OSError):
+            while byte := self._file.read(1):
+                found += byte
+        return bytes(found)
 
     def close(self) -> None:
         self._file.close()
@@ -346,11 +364,22 @@ def checkpoints(run: Path) -> dict[int, Path]:
 def disk_errors(run: Path, path: Path) -> Iterator[None]:
     """Turn an OSError (a full disk, a folder that was removed) into a RunError that says which checkpoint is intact."""
     try:
+        _check_held(run)
         yield
     except OSError as error:
         steps = list(checkpoints(run))
         safe = f"the checkpoint of step {steps[-1]} is intact" if steps else "no checkpoint had been written"
         raise RunError(f"{path}: cannot be written: {error.strerror or error}; {safe}") from error
+
+
+def _check_held(run: Path) -> None:
+    """Raise OSError if another folder has taken the place of the one that is locked, perhaps with another run."""
+    file, lock = _HELD.get(run), run / ".lock"
+    if file is None:
+        return
+    same = os.path.samestat(os.fstat(file.fileno()), lock.stat()) if lock.exists() else (run / "config.json").exists()
+    if not same:
+        raise OSError(errno.ESTALE, "the folder was removed or replaced")
 
 
 def sync(path: Path) -> None:

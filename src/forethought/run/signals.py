@@ -4,6 +4,7 @@ import contextlib
 import signal
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 """Ctrl-C, and what shells and schedulers send before the end: Slurm, LSF, SGE (SIGUSR1, SIGUSR2), limits (SIGXCPU)."""
@@ -49,18 +50,23 @@ class SignalGuard:
     def installed(self) -> Iterator[None]:
         """Handle the signals of `ENDING`; outside the main thread, where Python does not allow that, do nothing.
 
+        A signal that still waits at the end goes to the guard around this one, if there is one.
+
         What ignores SIGHUP (nohup) or handles one of the others than SIGINT and SIGTERM keeps doing so.
         """
-        always, before = (signal.SIGINT, signal.SIGTERM), {}
+        always, before = (signal.SIGINT, signal.SIGTERM), dict[int, Any]()
         with contextlib.suppress(ValueError):
             for number in ENDING:
-                if number in always or signal.getsignal(number) is signal.SIG_DFL:
+                found = signal.getsignal(number)
+                if number in always or found is signal.SIG_DFL or isinstance(found, SignalGuard):
                     before[number] = signal.signal(number, self)
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+        if isinstance(outer := before.get(self._pending), SignalGuard):  # nothing was left to interrupt here
+            outer(self._pending, None)
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -72,3 +78,11 @@ class SignalGuard:
             yield
         finally:
             self._interruptible = False
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Code that a signal ends at any point, with SignalArrived."""
+    guard = SignalGuard()
+    with guard.installed(), guard.interruptible():
+        yield

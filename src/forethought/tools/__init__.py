@@ -47,5 +47,5 @@ def evaluate(
     from forethought.tools.report import card
 
     figures, file = held_out.evaluate(target, overrides, progress)
-    card.write(file.parent, (overrides or {}).get("evaluate", {}).get("path", ""))
+    card.write(file.parent)
     return figures, file

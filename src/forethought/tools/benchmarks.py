@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from forethought.config import Config, Questions, UserError
-from forethought.eval import started, trained
+from forethought.eval import overridden, started, trained
 from forethought.inference import ThinkingModel
 from forethought.models.compute_copy import compute_copy
 from forethought.models.loading import load_model, load_tokenizer
@@ -83,7 +83,7 @@ def run_benchmarks(
     tables = {who: columns(some) for who, some in rows.items()}
     if "base" in tables:
         tables["over_base"] = difference(tables["model"], tables["base"])
-    figures: dict[str, Any] = {"seed": config.seed, "checker": checker()}
+    figures: dict[str, Any] = {"seed": config.seed, **overridden(log, config), "checker": checker()}
     figures |= {f"version/{task.name}": task.version for task in tasks}
     for who, table in tables.items():
         figures |= {f"{who}/{name}": value for name, value in summarize(table).items()}

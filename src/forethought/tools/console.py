@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from forethought.config import RenamedWarning
+from forethought.config import Notice
 from forethought.config.registry import METRICS, Metric
 from forethought.run.diagnostics import Diagnosis
 from forethought.run.trackers import Callbacks
@@ -207,18 +207,19 @@ def line(console: Console, text: str) -> None:
 
 
 @contextlib.contextmanager
-def renamed_options(err: Console, first: bool) -> Iterator[None]:
-    """Print each use of an old name as one line; of several processes only the first one does."""
+def notices(err: Console, first: bool) -> Iterator[None]:
+    """Print each notice and old name as one line, once; of several processes only the first one does."""
     with warnings.catch_warnings():
         others, seen = warnings.showwarning, set()
 
         def show(message: Any, category: type[Warning], *where: Any) -> None:
-            if not issubclass(category, RenamedWarning):
+            key = str(message).partition(", the first is ")[0]
+            if not issubclass(category, Notice):
                 others(message, category, *where)
-            elif first and str(message) not in seen:
-                seen.add(str(message))
+            elif first and key not in seen:
+                seen.add(key)
                 line(err, f"forethought: {message}")
 
-        warnings.simplefilter("always", RenamedWarning)
+        warnings.simplefilter("always", Notice)
         warnings.showwarning = show
         yield

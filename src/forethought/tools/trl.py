@@ -7,6 +7,7 @@ ids, A_i = G/(G-1) (r_i - mean r), and TRL's clipped surrogate averaged over the
 """
 
 import copy
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,18 +39,20 @@ MAX_DRAWN_PER_PROMPT = 20
 
 FIXED = (
     "method.name", "method.baseline", "method.scale", "method.clamp_gain", "method.min_gain", "method.kl_weight",
+    "method.prediction_weight", "method.warmup_steps", "method.length_norm", "method.allow_empty",
     "method.inner_steps", "method.unclosed", "method.teacher_every", "rollout.engine", "rollout.importance_cap",
     "lora.r", "train.tokens", "train.flops", "train.tracker", "parallel.shard",
 )  # fmt: skip
 """Options that must keep their defaults: this adapter implements no other value."""
 
 UNUSED = (
-    "run", "overwrite", "model.prefix", "model.decoding", "rollout.cache_gb", "rollout.timeout_s", "lora.alpha",
-    "lora.target_modules", "train.rollout_batch", "train.log_thoughts", "parallel.timeout_s", "method.min_entropy",
-    "method.proxy", "method.prediction_length", "method.end", "method.unclosed_penalty", "evaluate.", "questions.",
+    "model.prefix", "model.decoding", "rollout.cache_gb", "rollout.timeout_s", "lora.alpha", "lora.target_modules",
+    "train.rollout_batch", "train.log_thoughts", "parallel.timeout_s", "method.min_entropy", "method.proxy",
+    "method.prediction_length", "method.end", "method.unclosed_penalty",
 )  # fmt: skip
-"""How the names of options begin that do not matter here: TRL samples and logs in its own way, and what they belong to
-is excluded or another command's."""
+"""Options that change nothing here: TRL samples and logs in its own way, or what they belong to is excluded."""
+ELSEWHERE = ("run", "overwrite", "evaluate.", "questions.")
+"""How the names of options begin that are another command's."""
 
 
 def parts(config: Config, folder: str | Path, **more: Any) -> dict[str, Any]:
@@ -195,8 +198,12 @@ def arguments(config: Config, folder: str | Path, **more: Any) -> GRPOConfig:
     """The `GRPOConfig` of these options: the paper's objective, one optimizer step per batch, no dropout, fp32 weights.
 
     `more` overrides arguments that do not define the method. With `gradient_accumulation_steps`, a batch is still
-    train.batch positions per process. Raises UserError for an argument that would change the method.
+    train.batch positions per process. Raises UserError for an argument that would change the method; warns of options
+    that TRL does not use.
     """
+    found, default = flatten(to_dict(config)), flatten(to_dict(Config()))
+    if unused := [f"{option} = {found[option]!r}" for option in UNUSED if found[option] != default[option]]:
+        warnings.warn(f"options that change nothing with TRL: {', '.join(unused)}", stacklevel=2)
     method, train = config.method, config.train
     fixed: dict[str, Any] = {
         "loss_type": "grpo",  # mean over the tokens of each thought, then over thoughts

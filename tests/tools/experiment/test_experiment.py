@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -16,7 +17,9 @@ from rich.console import Console
 
 from forethought.cli import main
 from forethought.config import RunError, UserError
+from forethought.run.signals import Stopped
 from forethought.run.trackers import Callbacks
+from forethought.tools import train
 from forethought.tools.console import ProgressBar
 from forethought.tools.experiment import arms, compare, table
 from forethought.tools.experiment.design import Claim, Experiment, read
@@ -209,6 +212,36 @@ def test_a_stopped_experiment_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     whole = tmp_path / "whole"
     assert main([*["whole" if word == "run" else word for word in words], "--processes", "1"]) == 0
     assert arms.weights(run) == arms.weights(whole / "rlp" / "seed-0") == arms.weights(whole / "twin" / "seed-0")
+
+
+@pytest.mark.parametrize(
+    ("part", "phase", "table"), [("base", "evaluating", False), ("twin", "evaluating", True), ("rlp", "loading", True)]
+)
+def test_a_signal_outside_training_leaves_the_table_and_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, phase: str, table: bool
+):
+    text = SMALL[: SMALL.index("[arms.cpt-tokens]")] + "[arms.twin]\noptions = { method.freeze_teacher = true }\n"
+    (tmp_path / "small.toml").write_text(text)
+    current, sent, begin = [""], [], train
+
+    def send(name: str) -> None:
+        if name.startswith(phase) and current[0].startswith(part) and not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+
+    def load(*words: Any) -> Any:
+        send("loading")
+        return begin(*words)
+
+    monkeypatch.setattr(arms, "train", load)
+    observer = Callbacks()
+    observer.part = lambda name: current.__setitem__(0, name)  # type: ignore[method-assign]
+    observer.phase = lambda name, done, total: send(name)  # type: ignore[method-assign]
+    run = tmp_path / "run"
+    with pytest.raises(Stopped, match=r"finished arms are kept in .*run; resume with the same command"):
+        compare(tmp_path / "small.toml", {"run": str(run), "seeds": 0}, observer)
+    assert (run / "compare.html").is_file() == table
+    if table:
+        assert {arm for arm, _, _ in rows(run)} == {"base", *(["rlp"] if part == "twin" else [])}
 
 
 def test_an_arm_that_fails_does_not_stop_the_others(tmp_path: Path):

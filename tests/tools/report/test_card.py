@@ -55,7 +55,7 @@ def test_a_card_says_what_was_done_and_what_came_of_it():
 
 
 def test_a_card_takes_up_the_controls():
-    shown = text(from_dict(HELD_OUT), SUMMARY, ("world:cups/heldout", MEASURED)).replace("\N{NO-BREAK SPACE}", " ")
+    shown = text(from_dict(HELD_OUT), SUMMARY, MEASURED).replace("\N{NO-BREAK SPACE}", " ")
     controls = shown[shown.index("## Controls") :]
     assert "Not measured yet" not in controls
     for line in (
@@ -147,13 +147,17 @@ def test_an_evaluation_writes_the_controls_into_the_card(tmp_path: Path):
     card = tmp_path / "run" / "policy" / "README.md"
     assert "Not measured yet" in card.read_text()
     held_out = {"path": "world:cups/heldout", "documents": 5, "positions": 2, "view": 0}
-    figures, _ = evaluate(tmp_path / "run", {"evaluate": held_out})
+    figures, file = evaluate(tmp_path / "run", {"evaluate": held_out, "method": {"thought_length": 3}})
+    changed = {f"evaluate.{name}": value for name, value in held_out.items()} | {"method.thought_length": 3}
+    assert figures["options"] == json.loads(file.read_text())["options"] == changed
+    said = "On `world:cups/heldout` with `method.thought_length = 3`, `evaluate.documents = 5`, "
+    assert said in card.read_text()
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert card.read_text() == text(from_dict(values), summary, ("world:cups/heldout", figures))
+    assert card.read_text() == text(from_dict(values), summary, figures)
     assert "Gain of another's thought" in card.read_text()
     written = card.read_text()
     card.unlink()
-    write(tmp_path / "run", "world:cups/heldout")
+    write(tmp_path / "run")
     assert card.read_text() == written
     (tmp_path / "run" / "summary.json").unlink()
     card.unlink()

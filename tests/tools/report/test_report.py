@@ -3,6 +3,7 @@ import math
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -321,3 +322,19 @@ def test_invisible_characters_become_signs():
     assert visible("a\nb", kept="\n") == "a\nb"
     assert report.passage("<\n") == '&lt;<span class="sign">↵</span>\n'
     assert report.token(" a\n") == "␣a↵"
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda points: plots.intervals(points, "gain", "nats"),
+        lambda points: plots.costs(points, "gain", "nats", "FLOPs"),
+        lambda points: plots.sweep(points, "gain", "nats", "method.group"),
+    ],
+    ids=["intervals", "costs", "sweep"],
+)
+def test_a_point_without_an_interval_is_hollow(draw: Callable[[list[plots.Point]], str]):
+    exact = plots.Point(name="one", value=1.0, low=0.5, high=1.5)
+    few = plots.Point(name="two", value=1.0, low=None, high=None)
+    hollow = [draw(points).count("fill-opacity: 0;") for points in ([exact, exact], [exact, few], [few, few])]
+    assert 0 == hollow[0] < hollow[1] < hollow[2]

@@ -8,7 +8,7 @@ from typing import Any
 
 from forethought.config import RunError
 from forethought.run.folder import RunLog
-from forethought.run.signals import SignalArrived, Stopped
+from forethought.run.signals import SignalArrived, Stopped, stoppable
 from forethought.run.trackers import Callbacks
 from forethought.tools import report
 from forethought.tools.experiment import arms, questions, table
@@ -32,21 +32,25 @@ def compare(
     Raises:
         UserError: a mistake in the experiment, or an arm that was trained with other options.
         RunError: some arms failed; the others were finished first.
-        Stopped: SIGINT or SIGTERM; the same call resumes.
+        Stopped: SIGINT, SIGTERM or another of `signals.ENDING`; the same call resumes.
     """
     began, meter = time.perf_counter(), arms.Meter()
     experiment, observer = read(path, overrides or {}), observer or Callbacks()
     todo = [job for job in experiment.jobs if not arms.finished(experiment, job)]
     questions.check(experiment)
-    arms.measure_base(experiment, observer, meter)
     failed: dict[str, str] = {}
+    measured = False
     try:
-        if experiment.processes == 1:
-            failed = _one_by_one(experiment, todo, observer, meter)
-        else:
-            failed = WorkerPool(experiment, todo).run(observer)
+        with stoppable():
+            arms.measure_base(experiment, observer, meter)
+            measured = True
+            if experiment.processes == 1:
+                failed = _one_by_one(experiment, todo, observer, meter)
+            else:
+                failed = WorkerPool(experiment, todo).run(observer)
     except (SignalArrived, Stopped) as stopped:
-        _publish(experiment, failed, began)
+        if measured:
+            _publish(experiment, failed, began)
         kept = f"finished arms are kept in {experiment.run}; resume with the same command"
         raise Stopped(stopped.number, kept) from None
     verdicts, page = _publish(experiment, failed, began)

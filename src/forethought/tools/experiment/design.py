@@ -5,14 +5,13 @@ are measured again, as the groups `post:all`, `post:answer`, ...
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from forethought.config import Config, UserError, find, from_dict, load, merge, read_toml, to_dict
+from forethought.config import Config, UserError, as_json, find, from_dict, load, merge, read_toml, to_dict
 from forethought.tools.posttrain.stage import Stage
 from forethought.tools.posttrain.stage import read as read_stage
 from forethought.tools.report.comparison import BASE, Published
@@ -138,7 +137,7 @@ def read(path: str | Path, overrides: dict[str, Any]) -> Experiment:
         own["seeds"] = _as_list(own["seeds"])
     rest = {name: value for name, value in overrides.items() if name not in own}
     try:
-        given = TypeAdapter(_File).validate_json(json.dumps(values | own, default=str))
+        given = TypeAdapter(_File).validate_json(as_json(values | own))
     except ValidationError as error:
         raise UserError(f"{where}: {_explain(error)}") from None
     options = merge(given.options, rest)

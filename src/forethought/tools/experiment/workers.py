@@ -17,7 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from forethought.config import RunError, UserError
-from forethought.run.signals import SignalArrived, SignalGuard, Stopped
+from forethought.run.signals import SignalArrived, SignalGuard, Stopped, stoppable
 from forethought.run.trackers import Callbacks
 from forethought.tools.experiment import arms
 from forethought.tools.experiment.design import Experiment, Job
@@ -137,11 +137,12 @@ def _run(experiment: Experiment, job: Job, log: Path) -> None:
         for descriptor in (1, 2):  # also what libraries write
             os.dup2(file.fileno(), descriptor)
     try:
-        arms.run_job(experiment, job, Callbacks(), _meter())
+        with stoppable():
+            arms.run_job(experiment, job, Callbacks(), _meter())
     except (UserError, RunError) as error:
         print(error, file=sys.stderr, flush=True)
         raise
-    except Stopped as stopped:
+    except (SignalArrived, Stopped) as stopped:
         raise RunError(str(stopped)) from None  # Stopped itself cannot be pickled
     except Exception:
         traceback.print_exc()

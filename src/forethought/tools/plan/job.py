@@ -274,6 +274,7 @@ class Job:
             teacher=self.teacher,
             kl=method.kl_weight > 0,
             inner_steps=method.inner_steps,
+            predicts=method.prediction_weight > 0,
             written=((self.prediction,) * method.group,) * positions if self.prediction else (),
         )
 

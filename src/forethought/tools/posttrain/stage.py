@@ -13,7 +13,6 @@ batch = 16
 """
 
 import dataclasses
-import json
 import random
 import re
 import reprlib
@@ -33,6 +32,7 @@ from forethought.config import (
     Optim,
     Positive,
     UserError,
+    as_json,
     find,
     from_dict,
     merge,
@@ -84,7 +84,7 @@ def read(path: str | Path, overrides: dict[str, Any] | None = None) -> Stage:
 def stage_from_dict(values: dict[str, Any], path: str | Path) -> Stage:
     """Validate the options of a stage; `path` is for error messages. Raises UserError."""
     try:
-        return TypeAdapter(Stage).validate_json(json.dumps(values, default=str))
+        return TypeAdapter(Stage).validate_json(as_json(values))
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"] if part != "[key]")

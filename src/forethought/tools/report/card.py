@@ -32,27 +32,24 @@ _ID = re.compile(r"[\w.-]+/[\w.-]+")
 Figures = Mapping[str, Any]
 
 
-def write(run: Path, held_out: str = "") -> None:
+def write(run: Path) -> None:
     """(Re)write RUN/policy/README.md from the run folder, with the controls of evaluate.json if there is one.
 
-    `held_out`: the corpus of that evaluation, if it is not the run's `evaluate.path`. A run without summary.json has
-    not finished and gets no card. Raises UserError (broken files), RunError (disk).
+    A run without summary.json has not finished and gets no card. Raises UserError (broken files), RunError (disk).
     """
     if not (run / "summary.json").is_file():
         return
     log = RunLog.open(run)
     config = log.config()
-    measured = None
-    if (run / "evaluate.json").is_file():
-        measured = held_out or config.evaluate.path or "held-out text", log.read_json("evaluate.json")
+    measured = log.read_json("evaluate.json") if (run / "evaluate.json").is_file() else None
     log.write_text("policy/README.md", text(config, log.read_json("summary.json"), measured))
 
 
-def text(config: Config, summary: Figures, measured: tuple[str, Figures] | None = None) -> str:
+def text(config: Config, summary: Figures, measured: Figures | None = None) -> str:
     """The card of the model that a run trained, with the metadata of the Hugging Face Hub.
 
-    `summary` is the run's summary.json; `measured` is the corpus of an evaluation and its evaluate.json, which has the
-    controls. The card sets no license: those of the base model and of the text apply, and only the user knows them.
+    `summary` is the run's summary.json; `measured` is the evaluate.json of an evaluation, which has the controls. The
+    card sets no license: those of the base model and of the text apply, and only the user knows them.
     """
     parts = [
         f"---\n{_metadata(config)}\n---",
@@ -61,7 +58,7 @@ def text(config: Config, summary: Figures, measured: tuple[str, Figures] | None 
         _usage(config),
         "## Data and compute\n\n" + _rows({**_data(config), **_budget(config, summary)}),
         "## Results\n\n" + _gain(config, summary),
-        "## Controls\n\n" + _controls(measured),
+        "## Controls\n\n" + _controls(config, measured),
         _recipe(config),
         "## License\n\nThis card sets none. The licenses of the base model and of the text apply to this model: read "
         "them, then add the model's own license as `license:` to the metadata of this file.",
@@ -156,17 +153,20 @@ def _gain(config: Config, summary: Figures) -> str:
     )
 
 
-def _controls(measured: tuple[str, Figures] | None) -> str:
+def _controls(config: Config, measured: Figures | None) -> str:
     if measured is None:
         return (
             "Not measured yet. `forethought evaluate` on the run folder measures how much of the gain remains with an "
             "empty thought, with the thought of another position and with random tokens, and adds the results here. A "
             "gain that remains with the thoughts of other positions does not come from reasoning."
         )
-    held_out, figures = measured
-    table = _table({f"after/{name}": value for name, value in figures.items()}, ("after",), _CONTROLS)
+    options = dict(measured.get("options", {}))
+    where = _code(options.pop("evaluate.path", config.evaluate.path) or "held-out text")
+    if other := ", ".join(_code(f"{option} = {_literal(value)}") for option, value in options.items()):
+        where += f" with {other}"
+    table = _table({f"after/{name}": value for name, value in measured.items()}, ("after",), _CONTROLS)
     return (
-        f"On {_code(held_out)}, how much of the gain over the model without thoughts (nats) remains if the thought is "
+        f"On {where}, how much of the gain over the model without thoughts (nats) remains if the thought is "
         "empty, is that of another position, or is random tokens. A gain that remains with the thoughts of other "
         f"positions does not come from reasoning.\n\n{table}"
     )

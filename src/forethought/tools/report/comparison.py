@@ -159,8 +159,7 @@ class Figures:
             index = self.arms.index(arm) if arm in self.arms else 0
             if row:
                 x = spent.value if spent else 0.0
-                low, high = (row.value if end is None else end for end in (row.low, row.high))
-                found.append(Point(name=name, value=row.value, low=low, high=high, x=x, index=index))
+                found.append(Point(name=name, value=row.value, low=row.low, high=row.high, x=x, index=index))
         return found
 
 
@@ -272,14 +271,15 @@ def _sweeps(figures: Figures) -> list[tuple[str, str, Markup]]:
                 drawing = _inline(svg, f"s-{sweep.name}-{group}-{one.name}", text, points)
                 found.append((f"{option}, {seeds} {', '.join(map(str, sweep.seeds))}", group, drawing))
         if (published := sweep.published) is not None:
-            points = [Point(name=f"{x}", value=y, low=y, high=y) for x, y in published.points]
+            points = [Point(name=f"{x}", value=y, low=None, high=None) for x, y in published.points]
             svg = plots.sweep(points, "", "", option)
             found.append((option, published.said, _inline(svg, f"p-{sweep.name}", published.said, points)))
     return found
 
 
 def _inline(svg: str, name: str, text: str, points: Sequence[Point]) -> Markup:
-    values = "; ".join(f"{one.name} {one.value:.4g}, from {one.low:.4g} to {one.high:.4g}" for one in points)
+    ends = ["no interval" if one.low is None else f"from {one.low:.4g} to {one.high:.4g}" for one in points]
+    values = "; ".join(f"{one.name} {one.value:.4g}, {end}" for one, end in zip(points, ends, strict=True))
     safe = "".join(char if char.isalnum() or char == "-" else "-" for char in name)
     return plots.inline(svg, safe, f"{text}. {values}")
 

@@ -4,11 +4,12 @@ Drawn without pyplot and with fixed settings, so that the same data give the sam
 """
 
 import io
+import math
 import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib.style
 import numpy as np
@@ -213,12 +214,12 @@ def _limits(axes: Axes, unit: str, level: float | None) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """A measurement with its interval; `x` is its cost."""
+    """A measurement with its interval (None: it has none, and its marker is hollow); `x` is its cost."""
 
     name: str
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     x: float = 0.0
     index: int = 0  # index of the arm, which determines its color and marker in every plot
 
@@ -229,8 +230,8 @@ def intervals(points: Sequence[Point], title: str, unit: str) -> str:
         figure = Figure(figsize=(WIDTH, 0.9 + 0.34 * len(points)))
         axes = figure.add_subplot()
         for row, point in enumerate(points):
-            axes.hlines(row, point.low, point.high, color=_color(point), linewidth=2.4)
-            axes.plot(point.value, row, "o", markersize=6, color=_color(point))
+            axes.hlines(row, *_ends(point), color=_color(point), linewidth=2.4)
+            axes.plot(point.value, row, "o", markersize=6, color=_color(point), fillstyle=_fill(point))
         axes.axvline(points[0].value, color=INK, linewidth=0.8, alpha=0.5, linestyle="--")
         axes.set_yticks(range(len(points)), [visible(point.name) for point in points])
         axes.set_ylim(len(points) - 0.5, -0.5)
@@ -245,9 +246,10 @@ def costs(points: Sequence[Point], title: str, unit: str, cost: str) -> str:
         axes = figure.add_subplot()
         markers = []
         for point in points:
-            axes.vlines(point.x, point.low, point.high, color=_color(point), linewidth=2.0, clip_on=False)
+            axes.vlines(point.x, *_ends(point), color=_color(point), linewidth=2.0, clip_on=False)
             marker = MARKERS[point.index // len(COLORS) % len(MARKERS)]
-            markers += axes.plot(point.x, point.value, marker, markersize=6, color=_color(point), clip_on=False)
+            style: dict[str, Any] = {"color": _color(point), "fillstyle": _fill(point), "clip_on": False}
+            markers += axes.plot(point.x, point.value, marker, markersize=6, **style)
         axes.set_xlim(left=0)
         axes.set_xlabel(cost)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
@@ -263,13 +265,24 @@ def sweep(points: Sequence[Point], title: str, unit: str, option: str) -> str:
         figure = Figure(figsize=(WIDTH, HEIGHT))
         axes = figure.add_subplot()
         ticks = range(len(points))
-        low, high = [point.low for point in points], [point.high for point in points]
+        low, high = zip(*map(_ends, points), strict=True)
         axes.fill_between(ticks, low, high, color=COLORS[0], alpha=0.2, linewidth=0)
-        axes.plot(ticks, [point.value for point in points], color=COLORS[0], marker="o", markersize=5, linewidth=2)
+        axes.plot(ticks, [point.value for point in points], color=COLORS[0], linewidth=2)
+        for tick, point in zip(ticks, points, strict=True):
+            axes.plot(tick, point.value, "o", color=COLORS[0], markersize=5, fillstyle=_fill(point))
         axes.set_xticks(ticks, [visible(point.name) for point in points])
         axes.set_xlabel(visible(option))
         _frame(axes, title, unit)
         return _svg(figure)
+
+
+def _ends(point: Point) -> tuple[float, float]:
+    """The ends of its interval; NaN, which is not drawn, without one."""
+    return (math.nan, math.nan) if point.low is None or point.high is None else (point.low, point.high)
+
+
+def _fill(point: Point) -> Literal["full", "none"]:
+    return "none" if point.low is None or point.high is None else "full"
 
 
 def _color(point: Point) -> str:

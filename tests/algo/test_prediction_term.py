@@ -1,0 +1,167 @@
+"""The prediction term: with it the update is the whole gradient of the expected reward, which autograd gives too."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from forethought.config import Method, UserError, load
+from forethought.data.positions import ThoughtFormat, at_positions, make_generator
+from forethought.models.logprobs import ThoughtBatch
+from forethought.rollout.native import NativeEngine
+from helpers.enumerate import FORM as TINY
+from helpers.enumerate import OPEN, VOCAB, every_thought, microbatch, tiny
+from helpers.models import (
+    FORM,
+    LONG,
+    MODELS,
+    WINDOWS,
+    assert_close,
+    collected,
+    config,
+    gradients,
+    plain_targets,
+    plain_thought,
+    qwen3,
+    rlp,
+    update,
+    window,
+    written,
+)
+
+TWO = ThoughtFormat(before=(), after=(), open=(OPEN,), close=(4, 1), bos=None, pad=0)
+SETTINGS = {"temperature": 1.0, "length_norm": "none", "prediction_weight": 1.0}
+
+
+@pytest.mark.parametrize("form", [TINY, TWO], ids=["one-token close", "two-token close"])
+@pytest.mark.parametrize("horizon", [1, 2])
+def test_both_terms_are_the_gradient_of_the_expected_evidence(form: ThoughtFormat, horizon: int):
+    """Over all thoughts: sum_c pi(c) [(S(c) - b) grad log pi(c) + grad S(c)] = grad sum_c pi(c) S(c)."""
+    model, context, targets = tiny(), [0, 2, 1], [2, 0][:horizon]
+    method = rlp(model, config(horizon=horizon, discount=0.5, **SETTINGS), form)
+    thoughts = every_thought(model, [*context, OPEN], form, limit=3)
+    discount = torch.tensor([1.0, 0.5][:horizon], dtype=torch.double)
+    scores = torch.stack([plain_targets(model, [*context, OPEN, *one.closed], targets) @ discount for one in thoughts])
+    chance = torch.stack([one.probability for one in thoughts])
+    wanted = gradients(model, chance @ scores)
+    policy_alone = gradients(model, chance @ scores.detach())
+
+    baseline = float((chance @ scores).detach()) + 3.0  # any baseline: the chances sum to one
+    pulls = (chance * (scores - baseline)).detach().float()
+    piece = microbatch(context, [one.thought for one in thoughts], pulls, scale=1.0)
+    positions = at_positions([window(*context, *targets)], [[len(context)]], horizon)
+    contents = [[form.content(one.thought, one.closed is one.thought) for one in thoughts]]
+    tokens, mask = piece.batch.tokens[None], piece.batch.mask[None]
+    batch = ThoughtBatch.from_positions(form, positions, tokens, mask, contents)
+    piece = dataclasses.replace(piece, batch=batch, prediction_weight=chance.detach().float())
+    got = [-one for one in update(method, [piece])]
+    assert_close(got, wanted)
+    assert max(float((one - other).abs().max()) for one, other in zip(wanted, policy_alone, strict=True)) > 1e-2
+    terms = piece.terms()
+    assert_close([-one for one in update(method, [terms["policy"]])], policy_alone)
+    parts = [update(method, [term]) for term in terms.values()]
+    assert_close([-sum(some) for some in zip(*parts, strict=True)], wanted)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", [FORM, LONG], ids=["short", "long"])
+@pytest.mark.parametrize("prefix", ["shared", "replicated"])
+@pytest.mark.parametrize("tokens", [0, 40, 1])
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_a_step_adds_the_term_to_that_of_the_paper(name: str, tokens: int, prefix: Any, form: ThoughtFormat):
+    model, weight = MODELS[name](), 0.3
+    sizes = {"thought_length": 6, "positions": 2, "horizon": 2, "discount": 0.5}
+    windows = [one for one in WINDOWS if len(one.tokens) > 3]
+    paper = collected(rlp(model, config(tokens=tokens, prefix=prefix, **sizes), form), windows, 1).microbatches
+    settings = config(tokens=tokens, prefix=prefix, prediction_weight=weight, **sizes)
+    method = rlp(model, settings, form)
+    record = method.collect(windows, 1)
+    pieces = method.microbatches(record)
+    losses, rows = [], [row for piece in paper for row in written(piece, form)]
+    closed = record.thoughts.closed.flatten().tolist()
+    targets = record.shard.positions.targets().repeat_interleave(4, 0).tolist()
+    assert 0 < sum(closed) < len(closed) or form is LONG
+    for piece in paper:
+        for advantage, (prompt, thought) in zip(piece.advantage, written(piece, form), strict=True):
+            losses.append(-advantage * plain_thought(model, prompt, thought, 0.7, form.closing.never_first.tolist()).mean())
+    for (prompt, thought), done, true in zip(rows, closed, targets, strict=True):
+        read = [*prompt, *form.content(thought, done), *form.close]
+        losses.append(-weight * plain_targets(model, read, true) @ torch.tensor([1.0, 0.5]))
+    assert_close(update(method, pieces), gradients(model, *[loss / len(rows) for loss in losses]))
+
+
+def test_without_the_weight_nothing_is_read_after_a_thought():
+    """The paper's update, to the bit: no target, no forced delimiter."""
+    method = rlp(qwen3(), config())
+    for piece in collected(method, WINDOWS, 1).microbatches:
+        assert piece.batch.read is None and piece.prediction_weight is None and not piece.terms()
+
+
+def test_dropped_thoughts_train_nothing_and_penalized_ones_are_read_as_they_are():
+    model = qwen3()
+    for unclosed, kept in (("drop", True), ("penalize", False)):
+        settings = config(thought_length=3, unclosed=unclosed, prediction_weight=0.5)
+        method = rlp(model, settings)
+        record = method.collect(WINDOWS, 1)
+        assert not record.thoughts.closed.all()
+        (piece,) = method.microbatches(record)
+        wanted = 0.5 * (record.thoughts.closed if kept else torch.ones_like(record.thoughts.closed)).flatten()
+        assert torch.equal(piece.prediction_weight, wanted)
+
+
+def test_a_warm_up_trains_only_the_prediction():
+    model = qwen3()
+    method = rlp(model, config(prediction_weight=0.5, warmup_steps=1))
+    for step, trains in ((1, False), (2, True)):
+        (piece,) = collected(method, WINDOWS, step).microbatches
+        assert bool(piece.advantage.any()) is trains
+        both = update(method, [piece])
+        alone = update(method, [piece.terms()["prediction"]])
+        assert all(torch.equal(one, other) for one, other in zip(both, alone, strict=True)) is not trains
+
+
+def test_length_norm_none_sums_over_a_thought():
+    model = qwen3(scale=0.2)
+    (piece,) = collected(rlp(model, config(length_norm="none", thought_length=6)), WINDOWS, 1).microbatches
+    lengths = piece.batch.mask.sum(-1)
+    assert lengths.min() < lengths.max()
+    scaled = dataclasses.replace(piece, advantage=piece.advantage * lengths)
+    assert_close(
+        update(rlp(model, config(length_norm="none", thought_length=6)), [piece]),
+        update(rlp(model, config(thought_length=6)), [scaled]),
+    )
+
+
+def test_a_thought_may_be_empty_where_that_is_allowed():
+    """The same probabilities as before given that it does not close at once."""
+    model, count = tiny(), 5_000
+    form = dataclasses.replace(TINY, closing=TINY.closing.with_empty())
+    engine = NativeEngine(model, form, Method(temperature=1.0, thought_length=3))
+    positions = at_positions([window(0, 1, 2)], [[2]], horizon=1)
+    thoughts = engine.sample(positions, torch.rand(1, count, 3, generator=make_generator(7)))
+    lengths = thoughts.lengths[0]
+    empty = thoughts.closed[0] & (lengths == 1)
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[0, 1, OPEN]])).logits[0, -1]
+    share = float(logits.softmax(-1)[4])
+    assert 0.02 < share < 0.98
+    assert abs(int(empty.sum()) - count * share) < 4 * (count * share * (1 - share)) ** 0.5
+    after = plain_targets(model, [0, 1, OPEN, 4], [2]).detach().float()
+    assert torch.allclose(thoughts.evidence[0][empty], after.expand(int(empty.sum()), 1), atol=1e-5)
+    assert len(every_thought(model, [0, 1, OPEN], TINY, 1)) == VOCAB - 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--method.name warmup", "needs method.prediction_weight"),
+        ("--method.warmup_steps 3", "needs a method.prediction_weight above 0"),
+        ("--method.name rpt --method.prediction_weight 1", "samples its predictions"),
+        ("--method.name cpt --method.prediction_weight 1", "trains on all text"),
+        ("--method.prediction_weight -1", "greater than or equal to 0"),
+        ("--method.length_norm mean", "'thought' or 'none'"),
+    ],
+)
+def test_what_cannot_be_combined_is_refused(words: str, message: str):
+    with pytest.raises(UserError, match=message):
+        load(None, words.split())
