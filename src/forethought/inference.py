@@ -378,8 +378,6 @@ class ThinkingModel:
     ) -> Iterator[tuple[Positions, Thoughts | None]]:
         """Positions from `first` on, `horizon` tokens apart, with their thoughts. The text is padded at its end."""
         first, horizon = lengths
-        if first < 1 or horizon < 1:
-            raise UserError(f"given = {first}, think_every = {horizon}: must be at least 1")
         self.check_length(len(tokens) + horizon - 1, thoughts)
         window, indices = _window([*tokens, *[self.form.pad] * (horizon - 1)]), range(first, len(tokens), horizon)
         size = max(1, self.config.train.rollout_batch // max(1, thoughts))

@@ -124,7 +124,7 @@ for rows in (64, 32, 16):
     some = whole.head(rows)
     for tensor in some.tensors().values():
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
-    run(some, torch.tensor([3, 4]), closing, first, Method(temperature=0.7))
+    run(some, torch.tensor([3, 4]), closing, first, first & False, Method(temperature=0.7))
 print(len(graphs), whole.length.tolist())
 """
 

@@ -136,9 +136,11 @@ class Windows:
     Raises UserError while reading: a malformed record (with file and line), or a whole pass without a window.
     """
 
-    def __init__(self, options: Corpus, tokenizer: Any, seed: int, *, option: str = "corpus.path", source: Any = None):
+    def __init__(
+        self, options: Corpus, tokenizer: Any, seed: int, *, option: str = "corpus.path", source: Source | None = None
+    ):
         self._options, self._tokenizer, self._seed = options, tokenizer, seed
-        self._source: Source = source or find_source(options, seed, option)
+        self._source = source or find_source(options, seed, option)
         self._files = functools.cache(self._source.fingerprints)
         self._size = 1 if self._source.endless else max(1, options.shuffle)
         self.epoch = self.documents = self.skipped = self.bad_rows = self.tokens = self.found = 0

@@ -101,8 +101,10 @@ class ThoughtFormat:
     def decodable(self, logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows known"]:
         """Logits without token ids that cannot be decoded: none from `vocabulary` on, and -inf in holes."""
         logits = logits[..., : self.vocabulary]
+        if not self.holes:  # as with nearly all tokenizers; this runs for every token
+            return logits
         holes = torch.tensor([token for token in self.holes if token < logits.shape[-1]], device=logits.device)
-        return logits.index_fill(-1, holes, float("-inf")) if len(holes) else logits
+        return logits.index_fill(-1, holes.long(), float("-inf"))
 
     def content(self, tokens: Sequence[int], closed: bool) -> list[int]:
         """A thought's tokens without those of a closing delimiter."""

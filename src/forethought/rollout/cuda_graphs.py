@@ -130,7 +130,7 @@ class CUDAGraphDecoder:
         head = model.get_output_embeddings().weight.shape[0]
         words = torch.arange(min(head, form.vocabulary or head), device=model.device)
         self.never_first = torch.isin(words, self.closing.never_first)
-        self.never = torch.isin(words, torch.tensor(form.holes, device=model.device))
+        self.never = torch.isin(words, torch.tensor(form.holes, dtype=torch.long, device=model.device))
         self.capacity: CacheCapacity | None = None
         self.shape = (0, 0, 0)  # thought, forced tokens and horizon of the buffers
         self.cache: StaticCache | None = None

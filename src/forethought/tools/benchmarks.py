@@ -68,8 +68,8 @@ def run_benchmarks(
     docs/metrics.md) and their file. Raises UserError.
     """
     began = time.perf_counter()
-    require_extra()
     log, config = started(target, overrides or {}, "questions")
+    require_extra()
     tasks = load_tasks(config.questions)
     if log is None:
         check_free(Path(config.run), config.overwrite)

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from forethought.algo.rewards import discounted
-from forethought.config import Config, UserError, flatten, to_dict
+from forethought.config import Config, Notice, UserError, flatten, to_dict
 from forethought.config.registry import entry
 from forethought.data.corpus import Windows
 from forethought.data.positions import ThoughtFormat, draw_positions, make_generator, pad_rows, thought_format
@@ -203,7 +203,7 @@ def arguments(config: Config, folder: str | Path, **more: Any) -> GRPOConfig:
     """
     found, default = flatten(to_dict(config)), flatten(to_dict(Config()))
     if unused := [f"{option} = {found[option]!r}" for option in UNUSED if found[option] != default[option]]:
-        warnings.warn(f"options that change nothing with TRL: {', '.join(unused)}", stacklevel=2)
+        warnings.warn(f"options that change nothing with TRL: {', '.join(unused)}", Notice, stacklevel=2)
     method, train = config.method, config.train
     fixed: dict[str, Any] = {
         "loss_type": "grpo",  # mean over the tokens of each thought, then over thoughts
