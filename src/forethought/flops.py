@@ -487,23 +487,17 @@ def rlp_step(shape: Shape, work: Work, causal: bool = True) -> Flops:
     contexts = [prefix + work.opening for prefix in work.prefixes]
     thoughts = [(n, at) for lengths, at in zip(work.thoughts, contexts, strict=True) for n in lengths]
     tails = [n for position in work.tails for n in position]
-    shared = _shared_rows(work)
     prefill = {
-        "document": shared + [(work.opening, at - work.opening) for _, at in thoughts],
+        "document": _shared_rows(work) + [(work.opening, at - work.opening) for _, at in thoughts],
         "rollout": [(context, 0) for context in contexts],
         "none": [(context, 0) for _, context in thoughts],
     }[work.sharing]
     written = [n for position in work.written for n in position] or [0] * len(thoughts)
-    responses = [(n + more, at) for (n, at), more in zip(thoughts, written, strict=True)]
-    scored = sum(n for n, _ in responses)
-    if work.predicts:  # in the same pass
-        responses = [(n + tail, at) for (n, at), tail in zip(responses, tails, strict=True)]
-        scored += work.horizon * len(responses)
-    learned = [(n + at, 0) for n, at in responses]
-    if work.sharing == "document":
-        learned = shared + [(n + work.opening, at - work.opening) for n, at in responses]
+    sampled = [n + more for (n, _), more in zip(thoughts, written, strict=True)]
+    rows = [n + tail + 1 for (n, _), tail in zip(thoughts, tails, strict=True)] if work.predicts else sampled
+    scored = sum(sampled) + (work.horizon * len(rows) if work.predicts else 0)
+    again, learned = _read_rows(work, sampled, contexts), _read_rows(work, rows, contexts)
     first = len(contexts) if work.sharing == "rollout" else len(thoughts)
-    once = forward_flops(shape, learned, scored, causal)
     passes = work.kl + (work.inner_steps > 1)
     teacher = forward_flops(shape, [(n, 0) for n in work.windows], work.horizon * len(contexts), causal)
     return Flops(
@@ -512,8 +506,8 @@ def rlp_step(shape: Shape, work: Work, causal: bool = True) -> Flops:
         score=_score(shape, work, [(tail, n, at) for tail, (n, at) in zip(tails, thoughts, strict=True)], causal),
         teacher=teacher if work.teacher else 0,
         proxy=work.proxy,
-        reference=passes * once,
-        update=work.inner_steps * (once + backward_flops(shape, learned, scored, causal))
+        reference=passes * forward_flops(shape, again, sum(sampled), causal),
+        update=work.inner_steps * _training_flops(shape, learned, scored, causal)
         + cpt_step(shape, work.supervised, causal).update,
     )
 
@@ -521,7 +515,7 @@ def rlp_step(shape: Shape, work: Work, causal: bool = True) -> Flops:
 def cpt_step(shape: Shape, rows: Sequence[int], causal: bool = True) -> Flops:
     """FLOPs of next-token training (eq. 1) on rows of the given lengths; each row's first token is not predicted."""
     read, scored = [(n, 0) for n in rows], sum(n - 1 for n in rows)
-    return Flops(update=forward_flops(shape, read, scored, causal) + backward_flops(shape, read, scored, causal))
+    return Flops(update=_training_flops(shape, read, scored, causal))
 
 
 def equal_flops_steps(shape: Shape, flops: int, rows: Sequence[int]) -> int:
@@ -550,6 +544,20 @@ def _score(shape: Shape, work: Work, thoughts: Sequence[tuple[int, int, int]], c
 
 def _linear_flops(shape: Shape, tokens: int, head_rows: int) -> int:
     return 2 * (tokens * shape.matmul_weights + head_rows * shape.hidden * shape.vocab)
+
+
+def _training_flops(shape: Shape, rows: Sequence[Row], head_rows: int, causal: bool) -> int:
+    return forward_flops(shape, rows, head_rows, causal) + backward_flops(shape, rows, head_rows, causal)
+
+
+def _read_rows(work: Work, lengths: Sequence[int], contexts: Sequence[int]) -> list[Row]:
+    """What the update reads, where a row of the given length follows the opening delimiter of each thought."""
+    after = [at for at, some in zip(contexts, work.thoughts, strict=True) for _ in some]
+    if work.sharing != "document":
+        return [(n + at, 0) for n, at in zip(lengths, after, strict=True)]
+    return _shared_rows(work) + [
+        (n + work.opening, at - work.opening) for n, at in zip(lengths, after, strict=True)
+    ]
 
 
 def _shared_rows(work: Work) -> list[Row]:

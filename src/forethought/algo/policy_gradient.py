@@ -93,14 +93,12 @@ class PolicyGradient:
         """Whole documents with their thoughts, as many at a time as update.tokens_per_chunk allows."""
         positions, sampled, advantages = record.shard.positions, record.sampled, record.advantages
         weight, group = self.config.method.prediction_weight, advantages.shape[1]
-        contents = thought_tokens(record.thoughts, self.form) if weight else None
+        contents = thought_tokens(record.thoughts, self.form) if weight else []
         longest = max(len(window.tokens) for window in positions.windows)
         found, start = [], 0
         for chunk in positions.chunks(max(1, self.config.method.positions * (self.scoring.tokens // longest))):
             rows = slice(start, start + len(chunk))
-            batch = ThoughtBatch.from_positions(
-                self.form, chunk, sampled.tokens[rows], sampled.mask[rows], contents[rows] if contents else None
-            )
+            batch = ThoughtBatch.from_positions(self.form, chunk, sampled.tokens[rows], sampled.mask[rows])
             microbatch = Microbatch(
                 batch=batch,
                 logp_sampler=sampled.logp[rows].flatten(0, 1),
@@ -108,7 +106,6 @@ class PolicyGradient:
                 logp_reference=None,
                 advantage=advantages[rows].flatten(),
                 scale=1 / (record.shard.global_count * group),
-                prediction_weight=weight * record.kept[rows].flatten().float() if weight else None,
             )
             if self.config.method.inner_steps > 1:
                 microbatch = replace(microbatch, logp_old=thought_logp(self.policy, self.form, batch, self.scoring))
@@ -116,6 +113,12 @@ class PolicyGradient:
                 with self.network.swapped_weights(self.reference) as reference:
                     logp = thought_logp(reference, self.form, batch, self.scoring)
                 microbatch = replace(microbatch, logp_reference=logp)
+            if weight:
+                microbatch = replace(
+                    microbatch,
+                    batch=batch.with_targets(self.form, chunk, contents[rows]),
+                    prediction_weight=weight * record.kept[rows].flatten().float(),
+                )
             found.append(microbatch)
             start += len(chunk)
         return found
@@ -130,11 +133,8 @@ class PolicyGradient:
             nonlocal total
             losses, more = self._surrogate(microbatch, logp, rows)
             if microbatch.prediction_weight is not None:
-                weight, surprise = (
-                    microbatch.prediction_weight[rows],
-                    -discounted(evidence, self.config.method.discount),
-                )
-                losses = losses + weight * surprise
+                surprise = -discounted(evidence, self.config.method.discount)
+                losses = losses + microbatch.prediction_weight[rows] * surprise
                 more["objective/prediction_loss"] = (float(surprise.detach().sum()), len(surprise))
             value = losses.sum() * microbatch.scale
             total += float(value.detach())

@@ -88,28 +88,30 @@ class ThoughtBatch:
         positions: Positions,
         tokens: Int[Tensor, "batch group thought"],
         mask: Bool[Tensor, "batch group thought"],
-        contents: Sequence[Sequence[Sequence[int]]] | None = None,
     ) -> "ThoughtBatch":
-        """The thoughts sampled at some positions.
-
-        With their `contents` (the tokens without those of a closing delimiter) each is read through the delimiter and
-        the targets. All sampled tokens but the last are among what is read, so that one row scores both: sampled
-        `so` `>\\n`, read `so` `>` `x_t`.
-        """
+        """The thoughts sampled at some positions."""
         documents, prefix_lengths = form.documents_and_prefix_lengths(positions)
-        batch = cls(
+        return cls(
             documents=documents,
             prefix_lengths=prefix_lengths,
             position_index=torch.arange(len(tokens), device=tokens.device).repeat_interleave(tokens.shape[1]),
             tokens=tokens.flatten(0, 1),
             mask=mask.flatten(0, 1),
         )
-        if contents is None:
-            return batch
+
+    def with_targets(
+        self, form: ThoughtFormat, positions: Positions, contents: Sequence[Sequence[Sequence[int]]]
+    ) -> "ThoughtBatch":
+        """The same thoughts, each read through the closing delimiter and the targets of its position.
+
+        `contents` are their tokens without those of a closing delimiter, by position and group member. All sampled
+        tokens but the last are among what is read, so that one row scores both: sampled `so` `>\\n`, read `so` `>`
+        `x_t`.
+        """
         targets = positions.targets().tolist()
         rows = [[*one, *form.close, *true] for group, true in zip(contents, targets, strict=True) for one in group]
-        read, real = (some.to(tokens.device) for some in pad_rows(rows, form.pad, left=False))
-        return replace(batch, read=(read, real), horizon=positions.horizon)
+        read, real = (some.to(self.tokens.device) for some in pad_rows(rows, form.pad, left=False))
+        return replace(self, read=(read, real), horizon=positions.horizon)
 
     @property
     def reading(self) -> tuple[Int[Tensor, "row read"], Bool[Tensor, "row read"]]:
