@@ -89,7 +89,7 @@ def test_the_options_are_these():
         ("--method.min_gain nan", "below infinity"),
         ("--method.clip_low 1.1", "less than or equal to 1"),
         ("--method.clamp_gain perhaps", "boolean"),
-        ("--method.name grpo", "must be rlp, rpt, cpt, mixed or module:attribute"),
+        ("--method.name grpo", "must be rlp, warmup, rpt, cpt, mixed or module:attribute"),
         ("--optim.learning_rate -1e-6", "greater than 0"),
         ("--optim.learning_rate nan", "finite number"),
         ("--optim.learning_rate inf", "finite number"),

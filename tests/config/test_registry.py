@@ -99,13 +99,15 @@ def test_the_registry_imports_no_torch():
 
 
 def test_auto_is_what_each_method_does():
-    chosen = {name: from_dict({"method": {"name": name}}).method for name in TABLES["method"]}
+    needed = {"warmup": {"prediction_weight": 1}}
+    chosen = {name: from_dict({"method": {"name": name} | needed.get(name, {})}).method for name in TABLES["method"]}
     assert {name: one.reward_name for name, one in chosen.items() if one.samples_thoughts} == {
         "rlp": "information_gain",
+        "warmup": "information_gain",
         "rpt": "prefix_match",
         "mixed": "information_gain",
     }
-    policies = {"rlp": "uniform", "rpt": "entropy", "cpt": "uniform", "mixed": "uniform"}
+    policies = {"rlp": "uniform", "warmup": "uniform", "rpt": "entropy", "cpt": "uniform", "mixed": "uniform"}
     assert {name: one.policy for name, one in chosen.items()} == policies
 
 
