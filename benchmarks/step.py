@@ -5,6 +5,7 @@
 First an equality gate: loss and gradient of one batch with shared prefixes agree with naive replication to 1e-5. Then,
 alternately in one run: Forethought; Forethought with prefix sharing off (`naive`); TRL's GRPOTrainer doing RLP's work,
 fair (no gradient checkpointing, fp32, teacher scored once a prompt) and with its defaults. Thoughts are of one length.
+The peer `prediction` is Forethought's step with method.prediction_weight.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +61,12 @@ class Watched:
 class Ours:
     """Forethought's step as the loop takes it; `phases` are the seconds of the last one."""
 
-    def __init__(self, name: str, grid: Grid, shared: bool, options: argparse.Namespace):
+    def __init__(self, name: str, grid: Grid, shared: bool, options: argparse.Namespace, weight: float = 0.0):
         prefix, length, places, group = grid
         self.clock = harness.CLOCKS[options.clock]
         self.model = harness.build(name, options.device)
-        self.settings = harness.settings(length, places, group, shared, options.chunk)
+        settings = harness.settings(length, places, group, shared, options.chunk)
+        self.settings = replace(settings, method=replace(settings.method, prediction_weight=weight))
         self.engine = Watched(engine(self.model, FORM, self.settings), self.clock)
         self.method = RLP(
             Network(self.model, "fp32"),
@@ -229,6 +232,7 @@ def _high_water_kib() -> int:
 
 PEERS: dict[str, Callable[[str, Grid, argparse.Namespace], Any]] = {
     "naive": lambda name, grid, options: Ours(name, grid, False, options),
+    "prediction": lambda name, grid, options: Ours(name, grid, True, options, weight=0.1),
     "trl-fair": lambda name, grid, options: Trl(name, grid, True),
     "trl-defaults": lambda name, grid, options: Trl(name, grid, False),
 }

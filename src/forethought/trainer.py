@@ -29,7 +29,7 @@ from forethought.run.folder import RunLog, check_free, disk_errors, read_lines
 from forethought.run.signals import SignalArrived, SignalGuard, Stopped
 from forethought.run.trackers import Callbacks, Tracker, check_tracker
 
-TERM_NORMS_EVERY = 20
+TERM_NORMS_EVERY = 50
 """Steps between measurements of the gradient norm of each term, which take a backward pass each."""
 LESS_MEMORY = "a smaller update.tokens_per_chunk or train.rollout_batch, update.checkpointing True and model.device cpu"
 
@@ -326,7 +326,7 @@ class Trainer:
         return {"objective/loss": total, "optim/gradient_norm": norm}, sums
 
     def _term_norms(self, microbatches: Sequence[Any], number: int) -> dict[str, float]:
-        """On the first and every 20th step after it, the gradient norm of each term of a loss that has several."""
+        """On the first and every 50th step after it, the gradient norm of each term of a loss that has several."""
         terms = [one.terms() for one in microbatches if isinstance(one, Microbatch)]
         norms = {}
         for name in terms[0] if terms and number % TERM_NORMS_EVERY == 1 else ():
