@@ -3,8 +3,8 @@
     python benchmarks/trajectories.py --old OTHER/.venv/bin/python --new .venv/bin/python
 
 Each case runs on one thread in both checkouts (the second's sources come from its own environment). Losses, gains and
-all other logged metrics but times, the evaluations and the final weights must be equal to the last bit. With --full also
-the whole quickstart of both embedded worlds.
+all other logged metrics but times, the evaluations and the final weights must be equal to the last bit. With --full
+also the whole quickstart of both embedded worlds.
 """
 
 import argparse

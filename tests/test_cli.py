@@ -93,7 +93,7 @@ def test_what_a_corpus_leaves_out_is_one_line_each(tmp_path: Path, capsys: pytes
         (["train", "--resume"], "option --resume needs a value"),
         (["train", "--resume", "nothing"], "run 'nothing': no such folder"),
         (["train", "--resume", "."], "run '.': holds no config.json"),
-        (["train", "quickstart", "--method.name", "grpo"], "method.name = 'grpo': must be rlp, warmup, rpt, cpt, mixed or "),
+        (["train", "quickstart", "--method.name", "grpo"], "method.name = 'grpo': must be rlp, warmup, rpt, "),
         (["train", "quickstart", "--method.reward", "mine:reward"], "method.reward = 'mine:reward': no module 'mine' "),
         (["train", "quickstart", "--rollout.engine", "json:x"], "json has no class or function 'x'"),
         (["evaluate"], "evaluate takes a run folder or a model"),

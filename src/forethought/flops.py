@@ -555,9 +555,7 @@ def _read_rows(work: Work, lengths: Sequence[int], contexts: Sequence[int]) -> l
     after = [at for at, some in zip(contexts, work.thoughts, strict=True) for _ in some]
     if work.sharing != "document":
         return [(n + at, 0) for n, at in zip(lengths, after, strict=True)]
-    return _shared_rows(work) + [
-        (n + work.opening, at - work.opening) for n, at in zip(lengths, after, strict=True)
-    ]
+    return _shared_rows(work) + [(n + work.opening, at - work.opening) for n, at in zip(lengths, after, strict=True)]
 
 
 def _shared_rows(work: Work) -> list[Row]:

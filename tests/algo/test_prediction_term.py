@@ -82,9 +82,10 @@ def test_a_step_adds_the_term_to_that_of_the_paper(name: str, tokens: int, prefi
     closed = record.thoughts.closed.flatten().tolist()
     targets = record.shard.positions.targets().repeat_interleave(4, 0).tolist()
     assert 0 < sum(closed) < len(closed) or form is LONG
+    never_first = form.closing.never_first.tolist()
     for piece in paper:
         for advantage, (prompt, thought) in zip(piece.advantage, written(piece, form), strict=True):
-            losses.append(-advantage * plain_thought(model, prompt, thought, 0.7, form.closing.never_first.tolist()).mean())
+            losses.append(-advantage * plain_thought(model, prompt, thought, 0.7, never_first).mean())
     for (prompt, thought), done, true in zip(rows, closed, targets, strict=True):
         read = [*prompt, *form.content(thought, done), *form.close]
         losses.append(-weight * plain_targets(model, read, true) @ torch.tensor([1.0, 0.5]))
