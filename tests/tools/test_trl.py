@@ -15,8 +15,9 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 import forethought
-from forethought.algo.metrics import PositionShard
+from forethought.algo.metrics import PositionShard, ThoughtRecord
 from forethought.algo.objective import group_advantages
+from forethought.algo.rewards import Rewards
 from forethought.config import Config, Corpus, Method, Model, UserError, from_dict, merge, option_names, to_dict
 from forethought.data.corpus import Windows
 from forethought.data.positions import draw_positions, make_generator
@@ -46,10 +47,11 @@ def settings(tmp_path: Path) -> Config:
 
 
 def trainer_of(model: Any, settings: Config, folder: Path, **more: Any) -> tuple[GRPOTrainer, trl.InformationGain]:
+    """TRL's own trainer, or with a prediction term ours."""
     tokenizer = word_tokenizer()
     rows = trl.prompts(settings, tokenizer)
     reward = trl.InformationGain(model, tokenizer, settings)
-    trainer = GRPOTrainer(
+    trainer = (trl.RLPTrainer if settings.method.prediction_weight else GRPOTrainer)(
         model=model,
         reward_funcs=reward,
         args=trl.arguments(settings, folder, disable_tqdm=True, **more),
@@ -67,9 +69,11 @@ def one_step(trainer: GRPOTrainer) -> dict[str, Any]:
     return trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
 
 
-def test_reward_advantages_loss_and_gradient_are_those_of_our_trainer(settings, tmp_path):
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_reward_advantages_loss_and_gradient_are_those_of_our_trainer(settings, tmp_path, weight):
     """Our first thought token cannot be the closing delimiter; TRL's loss has no such rule: its logit is -30 there."""
     model = qwen3(scale=0.2, seed=3)
+    settings = dataclasses.replace(settings, method=dataclasses.replace(settings.method, prediction_weight=weight))
     windows = Windows(settings.corpus, word_tokenizer(), settings.seed)
     text = [next(windows) for _ in range(4)]
     positions = draw_positions(text, settings.method, make_generator(settings.seed, "positions", 1))
@@ -105,13 +109,22 @@ def test_reward_advantages_loss_and_gradient_are_those_of_our_trainer(settings, 
     sampled = Thoughts(
         tokens=tokens,
         mask=mask,
-        closed=mask.any(-1),
+        closed=closed,
         logp=torch.zeros(mask.shape),
         evidence=torch.zeros(4, 4, 1),
         hit=torch.zeros(4, 4, 1, dtype=torch.bool),
     )
     shard = PositionShard(positions=positions, global_indices=list(range(len(positions))), global_count=len(positions))
-    (piece,) = method.policy_gradient.microbatches(shard, sampled, advantages)
+    record = ThoughtRecord(
+        shard=shard,
+        thoughts=sampled,
+        sampled=sampled,
+        no_think_logp=None,
+        rewards=Rewards(value=torch.tensor(values).view(4, 4), shift=None),
+        advantages=advantages,
+        kept=torch.ones_like(closed),
+    )
+    (piece,) = method.microbatches(record)
     loss, _ = method.forward_backward(piece)
     theirs = trainer.compute_loss(trainer.model, inputs)
     theirs.backward()
@@ -121,6 +134,30 @@ def test_reward_advantages_loss_and_gradient_are_those_of_our_trainer(settings, 
         [parameter.grad for parameter in ours.parameters()],
         5e-5,  # TRL numbers positions from the padding on
     )
+
+
+def test_a_warm_up_trains_only_the_prediction_term(settings, tmp_path):
+    method = dataclasses.replace(settings.method, prediction_weight=0.5, warmup_steps=1)
+    trainer, _ = trainer_of(qwen3(scale=0.2), dataclasses.replace(settings, method=method), tmp_path / "run")
+    assert not one_step(trainer)["advantages"].any()
+    trainer.state.global_step = 1
+    assert one_step(trainer)["advantages"].any()
+
+
+def test_the_prediction_term_needs_its_trainer(settings, tmp_path):
+    model, tokenizer = qwen3(scale=0.2), word_tokenizer()
+    settings = dataclasses.replace(settings, method=dataclasses.replace(settings.method, prediction_weight=0.5))
+    reward = trl.InformationGain(model, tokenizer, settings)
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=reward,
+        args=trl.arguments(settings, tmp_path / "run", disable_tqdm=True),
+        train_dataset=trl.prompts(settings, tokenizer),
+        processing_class=trl.stopping_at([CLOSE], tokenizer, model),
+        callbacks=[trl.TeacherUpdate(reward)],
+    )
+    with pytest.raises(UserError, match="needs an RLPTrainer"):
+        trainer.train()
 
 
 class Remember(TrainerCallback):
@@ -211,13 +248,15 @@ HONORED = (
     "seed", "model.path", "model.tokenizer", "model.init", "model.precision", "model.device", "corpus.",
     "method.group", "method.thought_length", "method.positions", "method.position_policy", "method.marked_share",
     "method.horizon", "method.discount", "method.temperature", "method.top_p", "method.reward", "method.clip_low",
-    "method.clip_high", "method.ema", "method.freeze_teacher", "method.open", "method.close", "method.prompt", "optim.",
+    "method.clip_high", "method.ema", "method.freeze_teacher", "method.prediction_weight", "method.warmup_steps",
+    "method.allow_empty", "method.open", "method.close", "method.prompt", "optim.",
     "train.steps", "train.batch", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints",
     "update.tokens_per_chunk", "update.checkpointing",
 )  # fmt: skip
 """Options that the prompts, the reward, the teacher or TRL's arguments follow; values that they cannot are refused."""
 OTHERS = {
     "method.name": "cpt", "method.baseline": "batch", "method.scale": "std", "method.clamp_gain": True,
+    "method.length_norm": "none",
     "method.min_gain": 0.0, "method.unclosed": "drop", "rollout.engine": "vllm", "train.tracker": "wandb",
     "parallel.shard": "zero1",
 }  # fmt: skip

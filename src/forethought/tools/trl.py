@@ -3,7 +3,8 @@
     trainer = GRPOTrainer(**parts(config, "runs/trl"))
 
 The objective is that of `forethought.algo.RLP`: thoughts at the same positions, rewards computed from the sampled token
-ids, A_i = G/(G-1) (r_i - mean r), and TRL's clipped surrogate averaged over the tokens of each thought (1/|c|).
+ids, A_i = G/(G-1) (r_i - mean r), and TRL's clipped surrogate averaged over the tokens of each thought (1/|c|). With
+method.prediction_weight the trainer is an `RLPTrainer`, which adds the prediction term.
 """
 
 import copy
@@ -30,7 +31,7 @@ from forethought.models.logprobs import chunk_tokens, forward, log_probabilities
 
 try:
     from datasets import Dataset
-    from trl import GRPOConfig
+    from trl import GRPOConfig, GRPOTrainer
 except ModuleNotFoundError as error:
     raise UserError("TRL is not installed; install it with: pip install 'forethought[trl]'") from error
 
@@ -39,9 +40,8 @@ MAX_DRAWN_PER_PROMPT = 20
 
 FIXED = (
     "method.name", "method.baseline", "method.scale", "method.clamp_gain", "method.min_gain", "method.kl_weight",
-    "method.prediction_weight", "method.warmup_steps", "method.length_norm", "method.allow_empty",
-    "method.inner_steps", "method.unclosed", "method.teacher_every", "rollout.engine", "rollout.importance_cap",
-    "lora.r", "train.tokens", "train.flops", "train.tracker", "parallel.shard",
+    "method.length_norm", "method.inner_steps", "method.unclosed", "method.teacher_every", "rollout.engine",
+    "rollout.importance_cap", "lora.r", "train.tokens", "train.flops", "train.tracker", "parallel.shard",
 )  # fmt: skip
 """Options that must keep their defaults: this adapter implements no other value."""
 
@@ -114,6 +114,7 @@ class InformationGain:
         if "forward" in vars(policy):
             raise UserError("a trainer has already patched this model; create the reward before the trainer")
         self.teacher = Teacher(policy, config.method.ema)
+        self.adds_prediction_term = False  # an RLPTrainer sets it
 
     def __call__(
         self,
@@ -165,6 +166,43 @@ class InformationGain:
         return torch.cat(chunks)
 
 
+class RLPTrainer(GRPOTrainer):
+    """A `GRPOTrainer` whose loss has the prediction term (method.prediction_weight; docs/beyond-the-paper.md).
+
+    Its only reward function is an `InformationGain`. The term takes a forward pass of its own. Logs `prediction_loss`.
+    """
+
+    def __init__(self, *arguments: Any, **more: Any):
+        super().__init__(*arguments, **more)
+        (self.reward,) = self.reward_funcs
+        self.reward.adds_prediction_term = True
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        output["target"] = torch.tensor([row["target"] for row in inputs], device=output["completion_ids"].device)
+        if self.state.global_step < self.reward.config.method.warmup_steps:
+            output["advantages"] = torch.zeros_like(output["advantages"])
+        return output
+
+    def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
+        method, form, ends = self.reward.config.method, self.reward.form, closing_tokens(self.reward.form)
+        prompts, thoughts = (
+            [ids[real.bool()].tolist() for ids, real in zip(inputs[f"{part}_ids"], inputs[f"{part}_mask"], strict=True)]
+            for part in ("prompt", "completion")
+        )
+        target = inputs["target"]
+        rows = [
+            [*prompt, *form.content(thought, thought[-1] in ends), *form.close, *true[:-1]]
+            for prompt, thought, true in zip(prompts, thoughts, target.tolist(), strict=True)
+        ]
+        tokens, mask = (some.to(target.device) for some in pad_rows(rows, form.pad, left=True))
+        logp = log_probabilities(forward(model, tokens, mask, keep=target.shape[1]), target)
+        loss = -discounted(logp, method.discount).mean()
+        self._log_metric("prediction_loss", float(loss.detach()))
+        scale = method.prediction_weight / self.current_gradient_accumulation_steps
+        return super()._compute_loss(model, inputs) + scale * loss
+
+
 class TeacherUpdate(TrainerCallback):
     """Updates the fp32 EMA teacher after every optimizer step, and saves it in TRL's checkpoints."""
 
@@ -177,6 +215,10 @@ class TeacherUpdate(TrainerCallback):
             raise UserError("FSDP and DeepSpeed are not supported: the reward needs all weights in every process")
         if kwargs.get("model") is not self.reward.policy:
             raise UserError("the trainer and the reward have different models; pass the same object to both")
+        if self.reward.config.method.prediction_weight and not self.reward.adds_prediction_term:
+            raise UserError(
+                "method.prediction_weight: needs an RLPTrainer (forethought.tools.trl) for the prediction term"
+            )
         if state.global_step:
             load_tensors(self.reward.teacher.model, self._file(args, state))
 
@@ -218,7 +260,7 @@ def arguments(config: Config, folder: str | Path, **more: Any) -> GRPOConfig:
         "temperature": method.temperature,
         "top_p": method.top_p,
         "top_k": 0,
-        "generation_kwargs": {"min_new_tokens": 1},  # no empty thoughts
+        "generation_kwargs": {"min_new_tokens": 0 if method.allow_empty else 1},
         "mask_truncated_completions": False,
         "remove_unused_columns": False,
         "disable_dropout": True,
