@@ -51,7 +51,7 @@ def mean_of_sequences(model: Any, prompts: list[list[int]], targets: list[int]) 
 
 
 @pytest.mark.parametrize("wrong", [{"given": 0}, {"given": -1}, {"given": 6}, {"think_every": 0}])
-def test_a_likelihood_given_no_token_or_more_than_the_text_has_is_refused(wrong: dict[str, int]):
+def test_a_likelihood_given_no_token_or_more_than_the_text_has_is_refused(wrong: dict[str, Any]):
     with pytest.raises(UserError, match="given 1 to 5"):
         thinker().log_likelihood(TOKENS, **wrong)
 
@@ -324,7 +324,7 @@ def test_contexts_are_thought_about_where_the_model_is_unsure():
     entropies = [plain_entropies(one.model, context)[-1] for context in contexts]
     least = bound(sorted({round(value, 9) for value in entropies}))
     rule, greedy = f"entropy > {least}", Sampling(limit=3, temperature=0.0)
-    scores = [one.score(PAIRS, thoughts=count, **how) for count, how in ((3, {"think_when": rule}), (3, {}), (0, {}))]
+    scores = [one.score(PAIRS, thoughts=count, think_when=when) for count, when in ((3, rule), (3, None), (0, None))]
     answers = one.answer(contexts, greedy, [0] * len(PAIRS), think_when=rule)
     assert len({value > least for value in entropies}) == 2
     for value, answer, (found, with_thoughts, without) in zip(
