@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,12 +10,26 @@ import torch
 
 from forethought import ThinkingModel, UserError, load
 from forethought.algo.metrics import thought_tokens
-from forethought.config import Method
+from forethought.config import Method, from_dict, merge
 from forethought.data.positions import at_positions, make_generator, thought_format
-from forethought.inference import Prediction, ScoredToken, mixture
+from forethought.inference import Prediction, Sampling, ScoredToken, mixture
+from forethought.models.loading import load_thinking_options, save_thinking_options
 from forethought.rollout import check_prefixes, draw_noise
 from helpers import architectures
-from helpers.models import FORM, LONG, MODELS, WORDS, config, plain_logits, plain_targets, qwen3, window, word_tokenizer
+from helpers.models import (
+    CLOSE,
+    FORM,
+    LONG,
+    MODELS,
+    WORDS,
+    config,
+    plain_logits,
+    plain_targets,
+    qwen3,
+    window,
+    word_tokenizer,
+)
+from helpers.sampling import biased
 from helpers.tokenizers import byte_level, ending_tokenizer
 
 TEXT = "a b c d e"
@@ -36,7 +51,7 @@ def mean_of_sequences(model: Any, prompts: list[list[int]], targets: list[int]) 
 
 
 @pytest.mark.parametrize("wrong", [{"given": 0}, {"given": -1}, {"given": 6}, {"think_every": 0}])
-def test_a_likelihood_given_no_token_or_more_than_the_text_has_is_refused(wrong: dict[str, int]):
+def test_a_likelihood_given_no_token_or_more_than_the_text_has_is_refused(wrong: dict[str, Any]):
     with pytest.raises(UserError, match="given 1 to 5"):
         thinker().log_likelihood(TOKENS, **wrong)
 
@@ -197,6 +212,154 @@ def test_sampled_tokens_have_the_frequencies_of_the_mixture():
     assert float((found - wanted).abs().max()) < 4 * math.sqrt(0.25 / 150)
 
 
+LONGER = [5, 6, 7, 8, 9, 10, 5, 8, 6, 7]
+
+
+@torch.no_grad()
+def plain_entropies(model: Any, tokens: list[int]) -> list[float]:
+    """Of the next token after each prefix, from one plain forward in float64."""
+    logp = plain_logits(model, tokens).double().log_softmax(-1)
+    return (-(logp.exp() * logp).sum(-1)).tolist()
+
+
+def bound(entropies: list[float]) -> float:
+    """In the middle of two neighbouring values, about half of which are above."""
+    values = sorted(entropies)
+    return sum(values[len(values) // 2 - 1 : len(values) // 2 + 1]) / 2
+
+
+def test_a_text_is_thought_about_where_the_model_is_unsure():
+    one = thinker(qwen3(scale=0.5))
+    entropies = plain_entropies(one.model, LONGER)[:-1]
+    least = bound(entropies)
+    always, found = (one.gains(LONGER, thoughts=3, think_when=when) for when in (None, f"entropy > {least}"))
+    assert [place.entropy for place in found] == pytest.approx(entropies, abs=1e-5)
+    assert 0 < sum(value > least for value in entropies) < len(entropies)
+    for place, whole, value in zip(found, always, entropies, strict=True):
+        assert (place.at, place.token, place.text, place.nothink) == (whole.at, whole.token, whole.text, whole.nothink)
+        assert place.thoughts == (whole.thoughts if value > least else ())
+        assert place.logp == pytest.approx(whole.logp if value > least else place.nothink, abs=1e-5)
+        assert value > least or place.gain == 0
+
+
+@pytest.mark.parametrize("every", [1, 2, 4, 20])
+def test_the_likelihood_of_a_text_that_is_thought_about_where_the_model_is_unsure(every: int):
+    """Thoughts hold for `every` tokens; then the next position above the bound is looked for."""
+    one = thinker(qwen3(scale=0.5))
+    entropies = plain_entropies(one.model, LONGER)
+    least, total, at, begun = bound(entropies[1:-1]), 0.0, 2, []
+    while at < len(LONGER):
+        if entropies[at - 1] > least:
+            prompts = rows(one, LONGER[:at], one.next_token(LONGER[:at], thoughts=3))
+            total += mean_of_sequences(one.model, prompts, LONGER[at : at + every])
+            begun.append(at)
+            at += every
+        else:
+            with torch.no_grad():
+                total += float(plain_targets(one.model, LONGER[:at], LONGER[at : at + 1]))
+            at += 1
+    how = {"thoughts": 3, "think_every": every, "given": 2}
+    assert begun
+    assert one.log_likelihood(LONGER, think_when=f"entropy > {least}", **how) == pytest.approx(total, abs=1e-4)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_text_is_written_with_thoughts_where_the_model_is_unsure(every: int):
+    one = thinker(qwen3(scale=0.5))
+    how: dict[str, Any] = {"max_tokens": 14, "think_every": every, "thoughts": 3, "seed": 1}
+    least = bound([place.entropy for place in one.generate(TEXT, **how)])
+    places = list(one.generate(TEXT, think_when=f"entropy >= {least}", **how))
+    tokens = [*TOKENS, *(place.token for place in places)]
+    entropies = plain_entropies(one.model, tokens)[len(TOKENS) - 1 : -1]
+    with torch.no_grad():
+        plain = plain_targets(one.model, TOKENS, tokens[5:]).tolist()
+    assert [place.entropy for place in places] == pytest.approx(entropies, abs=1e-4)
+    assert [place.nothink for place in places] == pytest.approx(plain, abs=1e-4)
+    step, skipped = 0, 0
+    while step < len(places):
+        context = tokens[: 5 + step]
+        if entropies[step] >= least:
+            said = one.next_token(context, thoughts=3, seed=1)
+            stretch = places[step : step + every]
+            assert [place.thoughts for place in stretch] == [said.thoughts, *[()] * (len(stretch) - 1)]
+            total = mean_of_sequences(one.model, rows(one, context, said), [place.token for place in stretch])
+            assert sum(place.logp for place in stretch) == pytest.approx(total, abs=1e-4)
+            step += every
+        else:
+            assert places[step].thoughts == ()
+            assert places[step].gain == 0
+            step, skipped = step + 1, skipped + 1
+    assert 0 < skipped < len(places)
+
+
+PAIRS = [(TOKENS[:3], [8, 9]), ([6, 5], [10]), (TOKENS[:3], [10]), ([9, 7, 5], [7, 7, 7]), ([9], [5])]
+
+
+def everything(one: ThinkingModel, every: int, **how: Any) -> tuple[Any, ...]:
+    greedy = Sampling(limit=3, temperature=0.0)
+    return (
+        one.gains(LONGER, **how),
+        one.log_likelihood(LONGER, think_every=every, **how),
+        list(one.generate(LONGER, max_tokens=4, think_every=every, **how)),
+        one.score(PAIRS, **how),
+        one.answer([context for context, _ in PAIRS], greedy, [0] * len(PAIRS), **how),
+    )
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_bound_that_all_or_no_predictions_exceed(every: int):
+    """-1 nats: as without a rule. Above log(vocabulary): as without thoughts."""
+    one = thinker(qwen3(scale=0.5))
+    assert everything(one, every, thoughts=2, think_when="entropy > -1") == everything(one, every, thoughts=2)
+    most = f"entropy > {math.log(len(WORDS)) + 1e-3}"
+    plain = everything(one, every, thoughts=0)
+    assert everything(one, every, thoughts=2, think_when=most) == plain
+    assert everything(one, every, thoughts=0, think_when="entropy > -1") == plain
+    assert all(place.gain == 0 and place.thoughts == () for place in [*plain[0], *plain[2]])
+
+
+def test_contexts_are_thought_about_where_the_model_is_unsure():
+    one = thinker(qwen3(scale=0.5))
+    contexts = [context for context, _ in PAIRS]
+    entropies = [plain_entropies(one.model, context)[-1] for context in contexts]
+    least = bound(sorted({round(value, 9) for value in entropies}))
+    rule, greedy = f"entropy > {least}", Sampling(limit=3, temperature=0.0)
+    scores = [one.score(PAIRS, thoughts=count, think_when=when) for count, when in ((3, rule), (3, None), (0, None))]
+    answers = one.answer(contexts, greedy, [0] * len(PAIRS), think_when=rule)
+    assert len({value > least for value in entropies}) == 2
+    for value, answer, (found, with_thoughts, without) in zip(
+        entropies, answers, zip(*scores, strict=True), strict=True
+    ):
+        wanted = with_thoughts if value > least else without
+        assert found[0] == pytest.approx(wanted[0], abs=1e-5)
+        assert (answer.thought is not None) == (value > least)
+
+
+def test_where_not_to_think_is_found_in_one_forward_pass_of_the_text():
+    one = thinker()
+    widths: list[int] = []
+    one.model.model.layers[0].register_forward_pre_hook(lambda layer, hidden: widths.append(hidden[0].shape[1]))
+    never = {"thoughts": 2, "think_when": "entropy > 9"}
+    one.gains(LONGER, **never)
+    one.log_likelihood(LONGER, **never)
+    assert widths == [len(LONGER) - 1] * 2
+    widths.clear()
+    written = list(one.generate(LONGER, max_tokens=5, **never))
+    assert widths == [len(LONGER), *[1] * (len(written) - 1)]
+
+
+@pytest.mark.parametrize("allow_empty", [False, True])
+def test_thoughts_may_be_empty_where_training_allowed_it(allow_empty: bool, tmp_path: Path):
+    """With logits that all but close at once, a thought closes at once if it may, and else with its second token."""
+    save_thinking_options(tmp_path, config(thought_length=5, allow_empty=allow_empty))
+    saved = from_dict(merge(load_thinking_options(str(tmp_path)), {"model": {"device": "cpu"}}))
+    one = ThinkingModel(biased({CLOSE: 30.0}), word_tokenizer(), saved)
+    [engine] = one.next_token(TEXT).thoughts
+    [[greedy]] = one._think_at(0.0, [TOKENS], 1, [0])
+    assert [thought.closed for thought in (engine, greedy)] == [True, True]
+    assert [len(thought.tokens) for thought in (engine, greedy)] == ([0, 0] if allow_empty else [1, 1])
+
+
 def test_writing_stops_at_an_end_token():
     model = qwen3()
     one = thinker(model)
@@ -267,6 +430,13 @@ def test_mixture_worked_by_hand():
         (lambda one: one.log_likelihood([5, -1]), "token -1 is none"),
         (lambda one: one.gains(TEXT, thoughts=-1), "thoughts = -1: must be at least 0"),
         (lambda one: one.next_token(TEXT, thoughts=-1), "thoughts = -1: must be at least 0"),
+        (lambda one: one.gains(TEXT, think_when="entropy < 1"), r"think_when = 'entropy < 1': must be \"entropy > NUM"),
+        (lambda one: one.gains(TEXT, thoughts=0, think_when=""), "think_when = '': must be"),
+        (lambda one: one.generate(TEXT, think_when="entropy > nan"), "think_when = 'entropy > nan'"),
+        (lambda one: one.generate(TEXT, think_when="entropy > 1 or True"), "think_when = 'entropy > 1 or True'"),
+        (lambda one: one.log_likelihood(TEXT, think_when="loss > 1"), "think_when = 'loss > 1'"),
+        (lambda one: one.score([(TOKENS, [5])], think_when="entropy"), "think_when = 'entropy'"),
+        (lambda one: one.answer([TOKENS], Sampling(limit=1, temperature=1.0), [0], think_when="1"), "think_when = '1'"),
     ],
 )
 def test_what_cannot_be_is_refused(call: Any, message: str):

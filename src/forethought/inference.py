@@ -7,6 +7,8 @@ probability of several tokens after the same thoughts is the mean over thoughts,
 
 import itertools
 import math
+import operator
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,15 +31,25 @@ from forethought.models.loading import (
     load_tokenizer,
     require_context,
 )
-from forethought.models.logprobs import chunk_tokens, mask_tokens, no_think_logp, suffix_logits
+from forethought.models.logprobs import (
+    chunk_tokens,
+    entropy,
+    log_probabilities,
+    mask_tokens,
+    no_think_entropy,
+    no_think_logits,
+    suffix_logits,
+)
 from forethought.rollout import Thoughts, draw_noise, engine
 from forethought.rollout.decoder import COMPACT, ReplicatedBatch, probe_copies, sample
 
 _TAIL = 8  # tokens decoded to find the text that the last one adds; a character has at most 4
 _MAX_LOGITS = 2**26  # logits in memory at once
+_CONDITION = re.compile(r"\s*entropy\s*(>=?)\s*([-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?)\s*", re.IGNORECASE)
 Text = str | Sequence[int]
 Pair = tuple[Sequence[int], Sequence[int]]  # tokens of a context and of its continuation
 Stop = Callable[[Sequence[int]], bool]  # whether a row that has generated these tokens is finished
+Rule = Callable[[float], bool]  # whether to think where the plain prediction has this entropy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +92,8 @@ class ScoredToken:
     text: str  # the text that it adds; "" inside a character
     logp: float  # with thoughts: the log of the mean probability over them
     nothink: float  # without a thought
-    thoughts: tuple[Thought, ...]  # sampled right before it; in generation none where earlier thoughts are reused
+    entropy: float  # of the prediction without a thought, in nats
+    thoughts: tuple[Thought, ...]  # sampled right before it; none where the model does not think or reuses earlier ones
 
     @property
     def gain(self) -> float:
@@ -101,7 +114,8 @@ class Answer:
 class ThinkingModel:
     """A causal LM with its tokenizer and thought template. Everywhere, `thoughts=0` means without a thought.
 
-    The same seed and text give the same thoughts.
+    `think_when="entropy > 1.0"` (or >=): the model thinks only at positions where its plain prediction of the next
+    token has an entropy above 1 nat, and predicts plainly elsewhere. The same seed and text give the same thoughts.
     """
 
     def __init__(self, model: Any, tokenizer: Any, config: Config):
@@ -149,35 +163,63 @@ class ThinkingModel:
         return Prediction(logp=logp, nothink=logits[-1], thoughts=sampled, top=top)
 
     @torch.no_grad()
-    def gains(self, text: Text, *, thoughts: int = 1, seed: int = 0) -> list[ScoredToken]:
+    def gains(
+        self, text: Text, *, thoughts: int = 1, think_when: str | None = None, seed: int = 0
+    ) -> list[ScoredToken]:
         """Score every token of a text but the first, with thoughts right before it and without."""
-        tokens = self.encode(text)
-        scored: list[ScoredToken] = []
-        texts = token_texts(self.tokenizer, tokens)
-        for positions, found in self._chunks(tokens, (1, 1), thoughts, seed):
-            nothink = self._no_think_logp(positions)[:, 0]
-            logp = nothink if found is None else mixture(found.evidence[..., 0].T)
-            sampled = [()] * len(positions) if found is None else self._thoughts(found)
-            columns = zip(positions.at.tolist(), logp.tolist(), nothink.tolist(), sampled, strict=True)
-            scored += [
-                ScoredToken(at=t, token=tokens[t], text=texts[t], logp=with_thought, nothink=without, thoughts=some)
-                for t, with_thought, without, some in columns
-            ]
-        return scored
+        tokens, rule = self.encode(text), thinking_rule(think_when, thoughts)
+        self.check_length(len(tokens), thoughts)
+        nothink, entropies = self._plain(tokens, 1)
+        starts = _starts(entropies.tolist(), 1, rule)
+        logp, sampled = nothink.clone(), {}
+        for positions, found in self._chunks(tokens, [t + 1 for t in starts], 1, thoughts, seed):
+            logp[positions.at - 1] = mixture(found.evidence[..., 0].T).to(logp)
+            sampled |= zip(positions.at.tolist(), self._thoughts(found), strict=True)
+        columns = (tokens[1:], token_texts(self.tokenizer, tokens)[1:], logp, nothink, entropies)
+        return [
+            ScoredToken(
+                at=t,
+                token=token,
+                text=added,
+                logp=float(with_thought),
+                nothink=float(without),
+                entropy=float(unsure),
+                thoughts=sampled.get(t, ()),
+            )
+            for t, (token, added, with_thought, without, unsure) in enumerate(zip(*columns, strict=True), 1)
+        ]
 
     @torch.no_grad()
     def log_likelihood(
-        self, text: Text, *, thoughts: int = 1, think_every: int = 1, given: int = 1, seed: int = 0
+        self,
+        text: Text,
+        *,
+        thoughts: int = 1,
+        think_every: int = 1,
+        think_when: str | None = None,
+        given: int = 1,
+        seed: int = 0,
     ) -> float:
-        """log p of a text given its first `given` tokens, in nats, with new thoughts every `think_every` tokens."""
-        tokens = self.encode(text)
+        """log p of a text given its first `given` tokens, in nats.
+
+        Thoughts hold for `think_every` tokens. Then the model thinks again: at once, or at the next position where
+        `think_when` holds.
+        """
+        tokens, rule = self.encode(text), thinking_rule(think_when, thoughts)
         if think_every < 1 or not 1 <= given <= len(tokens):
             raise UserError(f"think_every must be at least 1, given 1 to {len(tokens)} (the tokens of the text)")
-        think_every, total = min(think_every, max(1, len(tokens) - given)), 0.0
-        for positions, found in self._chunks(tokens, (given, think_every), thoughts, seed):
-            evidence = self._no_think_logp(positions)[:, None] if found is None else found.evidence
-            inside = positions.at[:, None] + torch.arange(positions.horizon) < len(tokens)
-            total += float(mixture((evidence * inside[:, None].to(evidence.device)).sum(-1).T).sum())
+        horizon, total = min(think_every, max(1, len(tokens) - given)), 0.0
+        self.check_length(len(tokens) + horizon - 1, thoughts)
+        starts: Sequence[int] = range(0, len(tokens) - given, horizon)
+        if rule is not None:
+            logp, entropies = self._plain(tokens, given)
+            starts = _starts(entropies.tolist(), horizon, rule)
+            for start in starts:
+                logp[start : start + horizon] = 0
+            total = float(logp.sum())
+        for positions, found in self._chunks(tokens, [given + t for t in starts], horizon, thoughts, seed):
+            inside = positions.at[:, None] + torch.arange(horizon) < len(tokens)
+            total += float(mixture((found.evidence * inside[:, None].to(found.evidence.device)).sum(-1).T).sum())
         return total
 
     @torch.no_grad()
@@ -186,6 +228,7 @@ class ThinkingModel:
         pairs: Sequence[Pair],
         *,
         thoughts: int = 1,
+        think_when: str | None = None,
         thought_temperature: float | None = None,
         seed: int = 0,
         progress: Callable[[int], Any] = lambda done: None,
@@ -198,16 +241,20 @@ class ThinkingModel:
         """
         if any(not context or not continuation for context, continuation in pairs):
             raise UserError("a context and its continuation must have at least one token each")
+        rule = thinking_rule(think_when, thoughts)
         scores: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
         order = sorted(range(len(pairs)), key=lambda i: (-len(pairs[i][0]), pairs[i][0]))
         for batch in _by_context(order, pairs, self.config.train.rollout_batch):
             contexts = list(dict.fromkeys(tuple(pairs[i][0]) for i in batch))
-            found = self._think([list(one) for one in contexts], thoughts, [seed] * len(contexts), thought_temperature)
+            seeds = [seed] * len(contexts)
+            found = self._think([list(one) for one in contexts], thoughts, seeds, thought_temperature, rule=rule)
             sampled = dict(zip(contexts, found, strict=True))
-            for chunk in self._fitting(batch, pairs, thoughts):
-                for i, score in zip(chunk, self._score([pairs[i] for i in chunk], sampled), strict=True):
-                    scores[i] = score
-                progress(len(chunk))
+            for thinks in (True, False):
+                chosen = [i for i in batch if bool(sampled[tuple(pairs[i][0])]) == thinks]
+                for chunk in self._fitting(chosen, pairs, thoughts):
+                    for i, score in zip(chunk, self._score([pairs[i] for i in chunk], sampled), strict=True):
+                        scores[i] = score
+                    progress(len(chunk))
         return scores
 
     def generate(
@@ -216,21 +263,23 @@ class ThinkingModel:
         *,
         max_tokens: int = 64,
         think_every: int = 1,
+        think_when: str | None = None,
         thoughts: int = 1,
         temperature: float = 1.0,
         seed: int = 0,
     ) -> Iterator[ScoredToken]:
-        """Generate a continuation token by token, with new thoughts every `think_every` tokens.
+        """Generate a continuation token by token. `think_every` and `think_when` as in `log_likelihood`.
 
         `temperature` is that of the text (0: greedy); thoughts are sampled at method.temperature. Ends with an end
         token (which is yielded) or after `max_tokens`. Raises UserError if text, thought and new tokens exceed the
         context window.
         """
-        tokens = self.encode(text)
+        tokens, rule = self.encode(text), thinking_rule(think_when, thoughts)
         if max_tokens < 1 or think_every < 1 or temperature < 0:
             raise UserError("max_tokens and think_every must be at least 1, temperature at least 0")
         self.check_length(len(tokens) + max_tokens, thoughts)
-        return self._generate(tokens, (max_tokens, think_every), thoughts, temperature, seed)
+        how = {"thoughts": thoughts, "rule": rule, "temperature": temperature, "seed": seed}
+        return self._generate(tokens, (max_tokens, think_every), **how)
 
     @torch.no_grad()
     def answer(
@@ -241,6 +290,7 @@ class ThinkingModel:
         *,
         until: Sequence[str] = (),
         thoughts: int = 1,
+        think_when: str | None = None,
         thought_temperature: float | None = None,
     ) -> list[Answer]:
         """Answers to a batch of contexts, each after one thought of its own, or (thoughts=0) after none.
@@ -250,9 +300,10 @@ class ThinkingModel:
         method.temperature (0: greedy). Raises UserError if a context, its thought and sampling.limit tokens exceed the
         context window.
         """
+        rule = thinking_rule(think_when, thoughts)
         self.check_length(max(map(len, contexts)) + sampling.limit, thoughts)
         generators = [make_generator(seed, "answer", context) for seed, context in zip(seeds, contexts, strict=True)]
-        sampled = self._think(contexts, min(thoughts, 1), seeds, thought_temperature)
+        sampled = self._think(contexts, min(thoughts, 1), seeds, thought_temperature, rule=rule)
         sampling = replace(sampling, form=self.form)
         prompts = [(self._rows(context, some) or [context])[0] for context, some in zip(contexts, sampled, strict=True)]
         stop = _stop_at(self.tokenizer, until, self.ends)
@@ -268,34 +319,52 @@ class ThinkingModel:
         ]
 
     def _generate(
-        self, tokens: list[int], lengths: tuple[int, int], thoughts: int, temperature: float, seed: int
+        self,
+        tokens: list[int],
+        lengths: tuple[int, int],
+        *,
+        thoughts: int,
+        rule: Rule | None,
+        temperature: float,
+        seed: int,
     ) -> Iterator[ScoredToken]:
-        """`generate`, from thoughts to thoughts. Extends `tokens`."""
-        left, think_every = lengths
-        while left:
-            sampled, batch, logits = self._think_and_read(tokens, thoughts, seed)
-            evidence = logits.new_zeros(max(1, len(sampled)), dtype=torch.float32)  # of each thought, so far
-            count = min(think_every, left)
-            left -= count
-            for step in range(count):
-                logp = logits.float().log_softmax(-1)
-                mixed = mixture(evidence[:, None] + logp[: len(evidence)]) - mixture(evidence)
-                token = self._sample_token(mixed, tokens, temperature, seed)
-                evidence = evidence + logp[: len(evidence), token]
-                tokens.append(token)
-                yield ScoredToken(
-                    at=len(tokens) - 1,
-                    token=token,
-                    text=self._added_text(tokens),
-                    logp=float(mixed[token]),
-                    nothink=float(logp[-1, token]),
-                    thoughts=() if step else sampled,
-                )
-                if token in self.ends:
-                    return
-                if step + 1 < count:
-                    with torch.no_grad():
-                        logits = batch.step(torch.full((len(batch.mask),), token, device=self.model.device))
+        """`generate`. Extends `tokens`."""
+        limit, think_every = lengths
+        batch, logits, evidence = None, torch.empty(0), torch.empty(0)
+        left = 0  # tokens that the last thoughts still hold for
+        if rule is not None:
+            _, batch, logits = self._think_and_read(tokens, 0, seed)
+        for step in range(limit):
+            sampled = ()
+            if left == 0:
+                if batch is None or rule is None or rule(float(entropy(logits[-1:]))):
+                    sampled, batch, logits = self._think_and_read(tokens, thoughts, seed)
+                    left = think_every
+                elif len(logits) > 1:  # the row without a thought continues
+                    batch.select(torch.tensor([len(logits) - 1], device=logits.device))
+                    logits = logits[-1:]
+                evidence = logits.new_zeros(max(1, len(logits) - 1), dtype=torch.float32)  # of each thought, so far
+            assert batch is not None
+            logp = logits.float().log_softmax(-1)
+            mixed = mixture(evidence[:, None] + logp[: len(evidence)]) - mixture(evidence)
+            token = self._sample_token(mixed, tokens, temperature, seed)
+            evidence = evidence + logp[: len(evidence), token]
+            tokens.append(token)
+            yield ScoredToken(
+                at=len(tokens) - 1,
+                token=token,
+                text=self._added_text(tokens),
+                logp=float(mixed[token]),
+                nothink=float(logp[-1, token]),
+                entropy=float(entropy(logits[-1:])),
+                thoughts=sampled,
+            )
+            if token in self.ends:
+                return
+            left = max(0, left - 1)
+            if step + 1 < limit and (left or rule is not None):
+                with torch.no_grad():
+                    logits = batch.step(torch.full((len(logits),), token, device=logits.device))
 
     @torch.no_grad()
     def _think_and_read(
@@ -329,16 +398,28 @@ class ThinkingModel:
         return self.form.overhead + self.config.method.thought_length if thoughts else 0
 
     def _think(
-        self, contexts: Sequence[list[int]], thoughts: int, seeds: Sequence[int], temperature: float | None = None
+        self,
+        contexts: Sequence[list[int]],
+        thoughts: int,
+        seeds: Sequence[int],
+        temperature: float | None = None,
+        *,
+        rule: Rule | None = None,
     ) -> list[tuple[Thought, ...]]:
-        """Thoughts at the end of each context, at method.temperature unless another is given."""
-        self.check_length(max(map(len, contexts)) + 1, thoughts)
-        if thoughts < 1:
+        """Thoughts at the end of each context (where a rule holds), at method.temperature unless another is given."""
+        self.check_length(max(map(len, contexts), default=0) + 1, thoughts)
+        if thoughts < 1 or not contexts:
             return [()] * len(contexts)
-        if temperature is not None:
-            return self._think_at(temperature, contexts, thoughts, seeds)
         windows = [_window([*context, self.form.pad]) for context in contexts]  # an engine scores a next token
         positions = at_positions(windows, [[len(context)] for context in contexts], 1)
+        if rule is not None:
+            values = no_think_entropy(self.model, positions, self._tokens_at_once()).tolist()
+            chosen = [i for i, value in enumerate(values) if rule(value)]
+            some = self._think([contexts[i] for i in chosen], thoughts, [seeds[i] for i in chosen], temperature)
+            told = dict(zip(chosen, some, strict=True))
+            return [told.get(i, ()) for i in range(len(contexts))]
+        if temperature is not None:
+            return self._think_at(temperature, contexts, thoughts, seeds)
         return self._thoughts(self._sample(positions, thoughts, seeds))
 
     def _think_at(
@@ -374,19 +455,26 @@ class ThinkingModel:
         return self.engine.sample(positions, draw_noise((thoughts, self.config.method.thought_length), generators))
 
     def _chunks(
-        self, tokens: list[int], lengths: tuple[int, int], thoughts: int, seed: int
-    ) -> Iterator[tuple[Positions, Thoughts | None]]:
-        """Positions from `first` on, `horizon` tokens apart, with their thoughts. The text is padded at its end."""
-        first, horizon = lengths
-        self.check_length(len(tokens) + horizon - 1, thoughts)
-        window, indices = _window([*tokens, *[self.form.pad] * (horizon - 1)]), range(first, len(tokens), horizon)
+        self, tokens: list[int], starts: Sequence[int], horizon: int, thoughts: int, seed: int
+    ) -> Iterator[tuple[Positions, Thoughts]]:
+        """Positions with the thoughts there and the `horizon` tokens that follow. The text is padded at its end."""
+        window = _window([*tokens, *[self.form.pad] * (horizon - 1)])
         size = max(1, self.config.train.rollout_batch // max(1, thoughts))
-        for start in range(0, len(indices), size):
-            positions = at_positions([window], [indices[start : start + size]], horizon)
-            yield positions, self._sample(positions, thoughts, [seed] * len(positions)) if thoughts else None
+        for start in range(0, len(starts), size):
+            positions = at_positions([window], [starts[start : start + size]], horizon)
+            yield positions, self._sample(positions, thoughts, [seed] * len(positions))
 
-    def _no_think_logp(self, positions: Positions) -> Float[Tensor, "batch horizon"]:
-        return no_think_logp(self.model, positions, chunk_tokens(self.model, self.config.update.tokens_per_chunk))[0]
+    def _plain(self, tokens: list[int], first: int) -> tuple[Float[Tensor, " token"], Float[Tensor, " token"]]:
+        """log p of each token from `first` on without a thought, and the entropy there; one forward pass."""
+        positions = at_positions([_window(tokens)], [range(first, len(tokens))], 1)
+        logp, entropies = [torch.zeros(0)], [torch.zeros(0)]
+        for logits, targets in no_think_logits(self.model, positions, self._tokens_at_once()):
+            logp.append(log_probabilities(logits, targets)[:, 0].cpu())
+            entropies.append(entropy(logits[:, 0]).cpu())
+        return torch.cat(logp), torch.cat(entropies)
+
+    def _tokens_at_once(self) -> int:
+        return chunk_tokens(self.model, self.config.update.tokens_per_chunk)
 
     def _thoughts(self, found: Thoughts) -> list[tuple[Thought, ...]]:
         inside = thought_tokens(found, self.form)
@@ -406,7 +494,7 @@ class ThinkingModel:
     def _fitting(self, order: Sequence[int], pairs: Sequence[Pair], thoughts: int) -> Iterator[list[int]]:
         """Chunks of pairs whose rows fit into one forward pass."""
         vocabulary = self.model.get_output_embeddings().weight.shape[0]
-        longest = max(len(pairs[i][1]) for i in order)
+        longest = max((len(pairs[i][1]) for i in order), default=1)
         rows = min(self.config.train.rollout_batch, _MAX_LOGITS // (longest * vocabulary))
         size = max(1, rows // max(1, thoughts))
         yield from (list(order[start : start + size]) for start in range(0, len(order), size))
@@ -440,6 +528,29 @@ class ThinkingModel:
         """The text that the last token adds; "" while a character is incomplete."""
         text = token_texts(self.tokenizer, tokens[-_TAIL:])[-1]
         return "" if text.endswith("\N{REPLACEMENT CHARACTER}") else text
+
+
+def thinking_rule(think_when: str | None, thoughts: int) -> Rule | None:
+    """Where to think, from "entropy > NUMBER" or "entropy >= NUMBER"; None: everywhere. Raises UserError for others."""
+    found = None if think_when is None else _CONDITION.fullmatch(think_when)
+    if think_when is not None and found is None:
+        raise UserError(f'think_when = {think_when!r}: must be "entropy > NUMBER" or "entropy >= NUMBER", in nats')
+    if thoughts == 0:
+        return lambda value: False
+    if found is None:
+        return None
+    above, bound = operator.ge if found[1] == ">=" else operator.gt, float(found[2])
+    return lambda value: above(value, bound)
+
+
+def _starts(entropies: Sequence[float], horizon: int, rule: Rule | None) -> list[int]:
+    """Where thoughts begin that hold for `horizon` tokens each: the first position left where the rule holds."""
+    starts, t = [], 0
+    while t < len(entropies):
+        thinks = rule is None or rule(entropies[t])
+        starts += [t] if thinks else []
+        t += horizon if thinks else 1
+    return starts
 
 
 def mixture(logp: Float[Tensor, "thought ..."]) -> Float[Tensor, "..."]:

@@ -1,5 +1,6 @@
 """RPT: bytes of tokens, what is right, what is learned, where to think, and runs."""
 
+import copy
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -319,11 +320,16 @@ def no_think_entropy(model: Any, tokens: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("tokens", [0, 1])
-def test_positions_are_those_where_the_proxy_is_unsure(tokens):
-    model = qwen3(scale=0.5)
+@pytest.mark.parametrize("proxy", ["", "policy"])
+def test_positions_are_those_where_the_proxy_is_unsure(proxy, tokens):
+    """The start by default; the policy itself as it is after an update."""
+    start, policy = qwen3(scale=0.5), qwen3(scale=0.5, seed=1)
+    model = policy if proxy else start
     least = float(torch.cat([no_think_entropy(model, one.tokens) for one in WINDOWS]).median())
-    options = settings(position_policy="entropy", min_entropy=least, positions=2, tokens=tokens)
-    places = PositionSampler(Network(model, "fp32"), None, FORM, word_tokenizer(), options)
+    options = settings(position_policy="entropy", min_entropy=least, proxy=proxy, positions=2, tokens=tokens)
+    trained = copy.deepcopy(start)
+    places = PositionSampler(Network(trained, "fp32"), None, FORM, word_tokenizer(), options)
+    trained.load_state_dict(policy.state_dict())
     chosen: list[set[int]] = [set() for _ in WINDOWS]
     for step in range(60):
         positions = places.draw(WINDOWS, step)
@@ -335,6 +341,16 @@ def test_positions_are_those_where_the_proxy_is_unsure(tokens):
         best = {t + 1 for t in entropy.topk(min(2, len(entropy))).indices.tolist()}
         assert seen == (high if len(high) >= 2 else best)
     assert {len(seen) for seen in chosen} > {2}
+    assert (places.proxy is trained) == (proxy == "policy")
+
+
+def test_in_bf16_the_policy_that_computes_is_its_own_proxy():
+    network = Network(qwen3(), "bf16")
+    options = settings(position_policy="entropy", proxy="policy")
+    assert PositionSampler(network, None, FORM, word_tokenizer(), options).proxy is network.model
+    start = copy.deepcopy(network.weights)
+    places = PositionSampler(network, start, FORM, word_tokenizer(), settings(position_policy="entropy"))
+    assert places.proxy is start
 
 
 @given(
@@ -389,13 +405,13 @@ def test_auto_is_what_each_paper_does_and_rlp_takes_entropy_too():
     assert torch.equal(*same)
 
 
-@pytest.mark.parametrize("prediction_length", [1, 3])
-def test_a_real_step_equals_torchs_count(prediction_length):
+@pytest.mark.parametrize(("prediction_length", "proxy"), [(1, ""), (3, ""), (3, "policy")])
+def test_a_real_step_equals_torchs_count(prediction_length, proxy):
     policy = biased({CLOSE: 1})
     policy.set_attn_implementation("eager")
     options = settings(
         tokens=1, rows=1, group=3, thought_length=4, prefix="replicated", prediction_length=prediction_length,
-        position_policy="entropy", temperature=1.0,
+        position_policy="entropy", proxy=proxy, temperature=1.0,
     )  # fmt: skip
     method, windows = rpt(policy, options), [window(5, 6, 7, 8, 9, 5, 7), window(9, 10, 5, 7, 11, 6, 8)]
     with FlopCounterMode(display=False) as rollout:
@@ -413,8 +429,9 @@ def test_a_real_step_equals_torchs_count(prediction_length):
     assert counted(backward) == expected.training
 
 
-def test_a_run_resumes_to_the_bit(tmp_path: Path):
-    method = {"name": "rpt", "prediction_length": 2, "min_entropy": 3.0}
+@pytest.mark.parametrize("proxy", ["", "policy"])
+def test_a_run_resumes_to_the_bit(proxy: str, tmp_path: Path):
+    method = {"name": "rpt", "prediction_length": 2, "min_entropy": 3.0, "proxy": proxy}
     whole, run = (tmp_path / name for name in ("whole", "run"))
     train(from_dict(options(tmp_path, "whole", method=method)))
     stopped = Trainer(from_dict(options(tmp_path, "run", method=method)))
@@ -460,6 +477,7 @@ def test_the_embedded_base_trains_and_is_reported(tmp_path: Path):
         (["--method.min_entropy", "-1"], "method.min_entropy = -1"),
         (["--method.group", "1"], "method.group = 1: comparing thoughts takes at least 2"),
         (["--method.proxy", "embedded"], "method.proxy = 'embedded': only method.position_policy entropy"),
+        (["--method.proxy", "policy", "--method.position_policy", "stride"], "method.proxy = 'policy': only method."),
         (["--method.proxy", "/no/such", "--method.position_policy", "entropy"], "method.proxy = '/no/such'"),
     ],
 )

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from forethought.algo.position_sampler import PositionSampler
 from forethought.algo.rlp import RLP
 from forethought.config import Config, Lora, Model, UserError, from_dict, load, registry
 from forethought.data.corpus import Window
@@ -32,7 +33,7 @@ from forethought.run.folder import RunLog, read_lines
 from forethought.trainer import resume, train
 from helpers.architectures import CONFIGS
 from helpers.architectures import model as tiny_model
-from helpers.flops import counts
+from helpers.flops import counted, counts
 from helpers.models import (
     FORM,
     LONG,
@@ -45,6 +46,7 @@ from helpers.models import (
     plain_logits,
     qwen3,
     update,
+    window,
     word_tokenizer,
 )
 from helpers.runs import assert_same_run, assert_same_trajectory, cut, options, processes, settings, together
@@ -374,3 +376,18 @@ def test_adapters_are_counted_without_torch(name: str):
         read = [one for end, one in first.items() if end.endswith(("q_proj", "k_proj", "v_proj", "in_proj"))]
         products = sum(one.base_layer.weight.numel() + one.lora_A["default"].weight.numel() for one in read)
         assert sum(seen.values()) == taken - backward * 2 * tokens.numel() * products
+
+
+@pytest.mark.parametrize("proxy", ["", "policy"])
+def test_entropies_that_choose_positions_are_counted_with_the_adapters(proxy: str):
+    options = with_adapters(config(position_policy="entropy", proxy=proxy))
+    model = qwen3()
+    model.set_attn_implementation("eager")
+    network = lora.add_adapters(model, options)
+    places = PositionSampler(network, None, FORM, word_tokenizer(), options)
+    windows, rows = [window(5, 6, 7, 8, 9), window(6, 5, 9, 8, 7)], [(4, 0), (4, 0)]
+    with FlopCounterMode(display=False) as counter:
+        places.draw(windows, 1)
+    shape = Shape.of(model.config).adapted(options.lora)
+    assert counted(counter) == forward_flops(shape, rows, 8, causal=False)
+    assert places.flops(windows) == forward_flops(shape, rows, 8)

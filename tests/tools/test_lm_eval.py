@@ -18,6 +18,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
+from lm_eval.utils import simple_parse_args_string
 
 from forethought import UserError
 from forethought.cli import main
@@ -178,6 +179,34 @@ def test_whole_texts_are_thought_about_token_by_token(tasks: Path, rows: list[di
     assert found == pytest.approx(-total / sum(len(text.encode()) for text in texts) / math.log(2), rel=1e-4)
 
 
+def test_it_thinks_where_it_is_unsure(rows: list[dict[str, str]]):
+    """A bound between the contexts' entropies; the argument as the harness's command line passes it."""
+    text = f"{rows[0]['text']} {rows[0]['answer']} ."
+    requests = [asked(text[:end], text[end:]) for end in range(len(text)) if text[end] == " "][:6]
+    how = {"until": [" ."], "max_gen_toks": 3}
+    plain, always = ForethoughtLM("embedded", thinking=False), ForethoughtLM("embedded", thoughts=2)
+    thinker = plain.thinker
+    entropies = []
+    for one in requests:
+        with torch.no_grad():
+            logits = thinker.model(torch.tensor([plain.tok_encode(one.args[0])], device=thinker.model.device)).logits
+        entropies.append(float(torch.distributions.Categorical(logits=logits[0, -1]).entropy()))
+    low, high = sorted(entropies)[2:4]
+    bound = (low + high) / 2
+    arguments = simple_parse_args_string(f"path=embedded,thoughts=2,think_when=entropy >= {bound}")
+    found = ForethoughtLM(**arguments)
+    assert high - low > 1e-3
+    scores = [one.loglikelihood(requests) for one in (found, always, plain)]
+    for value, score, with_thoughts, without in zip(entropies, *scores, strict=True):
+        assert score[0] == pytest.approx((with_thoughts if value > bound else without)[0], abs=1e-4)
+    answers: Any = found.generate_until([asked(one.args[0], how) for one in requests])
+    assert [reply.answer.thought is not None for reply in answers] == [value > bound for value in entropies]
+    [whole] = found.loglikelihood_rolling([asked(text)])
+    tokens = [found.prefix_token_id, *found.tok_encode(text, add_special_tokens=False)]
+    assert whole == pytest.approx(thinker.log_likelihood(tokens, thoughts=2, think_when=f"entropy > {bound}"))
+    assert whole != pytest.approx(always.loglikelihood_rolling([asked(text)])[0], abs=1e-4)
+
+
 def test_a_long_text_goes_through_in_windows():
     one = ForethoughtLM("embedded", thinking=False)
     text = " ".join(["ball under blue ."] * 100)
@@ -217,6 +246,7 @@ def test_a_context_does_not_end_where_the_tokenizer_ends_documents():
     ("options", "message"),
     [
         ({"thoughts": 0}, "^thoughts = 0"),
+        ({"path": "./nothing", "think_when": "entropy"}, "^think_when = 'entropy': must be"),
         ({"method.thought_length": 0}, "^method.thought_length = 0"),
         ({"thought_length": 5}, "^unknown option thought_length; did you mean method.thought_length"),
         ({"path": "./nothing"}, "^model.path = './nothing' cannot be loaded"),

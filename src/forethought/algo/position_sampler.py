@@ -18,10 +18,11 @@ from forethought.run import distributed
 
 
 class PositionSampler:
-    """Draws the positions of each step. The policy `entropy` keeps a frozen proxy: one more network in memory.
+    """Draws the positions of each step. The policy `entropy` queries a proxy.
 
-    The proxy is the model that method.proxy names, else `reference`, a copy of the start, else a copy of the policy as
-    it is now. It never changes and is rebuilt from where it came, so checkpoints do not hold it.
+    It is the model that method.proxy names; where that is empty `reference`, a copy of the start, or a copy of the
+    policy as it is now. Such a proxy is one more network in memory. It never changes and is rebuilt from where it came,
+    so checkpoints do not hold it. With method.proxy `policy` the current policy is its own proxy.
     """
 
     def __init__(self, network: Network, reference: Any, form: ThoughtFormat, tokenizer: Any, config: Config):
@@ -29,12 +30,16 @@ class PositionSampler:
         self.proxy, self.as_model, architecture = None, network.as_model, network.model.config
         if registry.entry("position_policy", config.method.policy).proxy:
             self.proxy = reference
-            if config.method.proxy:
+            if config.method.proxy == "policy":
+                self.proxy, self.as_model = network.model, contextlib.nullcontext
+            elif config.method.proxy:
                 self.proxy, self.as_model = _load_proxy(tokenizer, config), contextlib.nullcontext
                 architecture = self.proxy.config
             elif reference is None:
                 self.proxy = copy.deepcopy(network.weights).requires_grad_(False)
         self.shape = None if self.proxy is None else Shape.known(architecture)
+        if self.shape is not None and network.has_adapters and config.method.proxy in ("", "policy"):
+            self.shape = self.shape.with_adapter(network.num_trainable)
 
     def shard(self, windows: list[Window], step: int) -> PositionShard:
         """This rank's share of the step's positions."""

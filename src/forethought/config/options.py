@@ -106,7 +106,8 @@ class Method:
     min_entropy: NonNegative = 1.0
     """Minimum next-token entropy of the proxy at a position, in nats (position_policy `entropy`)."""
     proxy: str = ""
-    """Proxy with the same tokenizer, named as model.path is (position_policy `entropy`); empty: the frozen start."""
+    """Proxy with the same tokenizer, named as model.path is (position_policy `entropy`); empty: the frozen start;
+    `policy`: the policy's current weights, so no other model is kept."""
     prediction_length: Positive = 1
     """Tokens sampled after a thought as a prediction of the text (rpt), a sampled method.end included."""
     end: str = ""

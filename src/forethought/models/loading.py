@@ -26,7 +26,7 @@ THINKING_FILE = "forethought.json"
 """How a trained model thinks, saved with it: delimiters, template, length and sampling."""
 _THINKING = {
     "model": ("prefix",),
-    "method": ("open", "close", "prompt", "thought_length", "temperature", "top_p"),
+    "method": ("open", "close", "prompt", "thought_length", "temperature", "top_p", "allow_empty"),
 }
 
 

@@ -253,7 +253,7 @@ def no_think_logp(
     about `tokens` tokens are read at once.
     """
     evidence, hits = [], []
-    for logits, targets in _plain_logits(model, positions, tokens):
+    for logits, targets in no_think_logits(model, positions, tokens):
         evidence.append(log_probabilities(logits, targets))
         hits.append(logits.argmax(dim=-1) == targets)
     return torch.cat(evidence), torch.cat(hits)
@@ -262,19 +262,21 @@ def no_think_logp(
 @torch.no_grad()
 def no_think_entropy(model: Any, positions: Positions, tokens: int) -> Float[Tensor, " batch"]:
     """Entropy of p(. | x_<t) over the whole vocabulary, without a thought, in nats, on the CPU; one pass a window."""
-    found = []
-    for logits, _ in _plain_logits(model, positions, tokens):
-        for piece in logits[:, 0].split(_ROWS // 8):  # a copy of what is already the largest tensor here
-            found.append(torch.special.entr(piece.float().softmax(dim=-1)).sum(dim=-1).cpu())
-    return torch.cat(found)
+    return torch.cat([entropy(logits[:, 0]).cpu() for logits, _ in no_think_logits(model, positions, tokens)])
+
+
+def entropy(logits: Float[Tensor, "row vocab"]) -> Float[Tensor, " row"]:
+    """Entropy of softmax(logits) in float32, in nats, a bounded number of rows at a time."""
+    pieces = logits.split(_ROWS // 8)  # a copy of what is already the largest tensor here
+    return torch.cat([torch.special.entr(piece.float().softmax(dim=-1)).sum(dim=-1) for piece in pieces])
 
 
 def no_think_distribution(model: Any, positions: Positions, tokens: int) -> Float[Tensor, "batch vocab"]:
     """log p(. | x_<t) of every token that could come next, without a thought (eq. 4), nats; one pass a window."""
-    return torch.cat([logits[:, 0].float().log_softmax(-1) for logits, _ in _plain_logits(model, positions, tokens)])
+    return torch.cat([logits[:, 0].float().log_softmax(-1) for logits, _ in no_think_logits(model, positions, tokens)])
 
 
-def _plain_logits(
+def no_think_logits(
     model: Any, positions: Positions, tokens: int
 ) -> Iterator[tuple[Float[Tensor, "part horizon vocab"], Int[Tensor, "part horizon"]]]:
     """The logits that predict the targets of each position, a bounded number of positions at a time; the targets."""

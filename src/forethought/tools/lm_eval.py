@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from forethought.config import UserError, read_overrides
 from forethought.data.corpus import context_tokens
-from forethought.inference import Answer, Pair, Sampling, ThinkingModel
+from forethought.inference import Answer, Pair, Sampling, ThinkingModel, thinking_rule
 
 TASKS = Path(__file__).parent / "tasks"  # the task files of tools/benchmarks.py
 _KNOWN = {"until", "do_sample", "temperature", "top_p", "max_gen_toks"}
@@ -58,6 +58,7 @@ class ForethoughtLM(TemplateLM):
     - `loglikelihood_rolling`: thinks before every `think_every`-th token of the text.
     - `generate_until`: thinks once, then writes. Only the text after the thought is the answer.
 
+    With `think_when`, it thinks only where the entropy of its plain prediction is above a bound (see ThinkingModel).
     The same seed gives the same results for any batch size.
     """
 
@@ -66,7 +67,9 @@ class ForethoughtLM(TemplateLM):
         path: str | ThinkingModel,
         thoughts: int = 1,
         thinking: bool = True,
+        *,
         think_every: int = 1,
+        think_when: str | None = None,
         seed: int = 0,
         thought_temperature: float | None = None,
         **options: Any,
@@ -80,9 +83,10 @@ class ForethoughtLM(TemplateLM):
         super().__init__()
         if thoughts < 1 or think_every < 1:
             raise UserError(f"thoughts = {thoughts}, think_every = {think_every}: must be at least 1")
+        thinking_rule(think_when, thoughts)  # refuses what it cannot be before the model is loaded
         self.max_gen_toks = int(options.pop("max_gen_toks", 256))
         self.thoughts, self.thought_temperature = thoughts if thinking else 0, thought_temperature
-        self.think_every, self.seed = think_every, seed
+        self.think_every, self.think_when, self.seed = think_every, think_when, seed
         self.thinker = path if isinstance(path, ThinkingModel) else ThinkingModel.load(path, _overrides(options))
         self.tokenizer = self.thinker.tokenizer
         self._device = self.thinker.model.device
@@ -120,12 +124,17 @@ class ForethoughtLM(TemplateLM):
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         pairs = [self._truncate(context, continuation) for _, context, continuation in requests]
-        how = {"thoughts": self.thoughts, "thought_temperature": self.thought_temperature, "seed": self.seed}
         with self._bar("loglikelihood", len(pairs), disable_tqdm) as bar:
-            scores = self.thinker.score(pairs, progress=functools.partial(self._advance, bar), **how)
+            progress = functools.partial(self._advance, bar)
+            scores = self.thinker.score(pairs, seed=self.seed, progress=progress, **self._once())
         for (texts, _, _), score in zip(requests, scores, strict=True):
             self.cache_hook.add_partial("loglikelihood", texts, score)
         return scores
+
+    def _once(self) -> dict[str, Any]:
+        """How to think at the end of a context."""
+        names = ("thoughts", "think_when", "thought_temperature")
+        return {name: getattr(self, name) for name in names}
 
     def _truncate(self, context: list[int], continuation: list[int]) -> Pair:
         """Drop the oldest tokens of a context that is too long."""
@@ -139,7 +148,8 @@ class ForethoughtLM(TemplateLM):
             tokens = self.tok_encode(text, add_special_tokens=False)
             windows = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length - self.think_every, 1)
             total = 0.0
-            how = {"thoughts": self.thoughts, "think_every": self.think_every, "seed": self.seed}
+            how: dict[str, Any] = {"thoughts": self.thoughts, "think_every": self.think_every}
+            how |= {"think_when": self.think_when, "seed": self.seed}
             for context, continuation in map(make_disjoint_window, windows):
                 total += self.thinker.log_likelihood([*context, *continuation], given=len(context), **how)
             totals.append(total)
@@ -149,13 +159,12 @@ class ForethoughtLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """A Reply to each context, up to the first of the strings that end it."""
         replies = [Reply()] * len(requests)
-        how = {"thoughts": self.thoughts, "thought_temperature": self.thought_temperature}
         with self._bar("generate_until", len(requests), disable_tqdm) as bar:
             for batch, sampling, until in self._batches([one.args for one in requests]):
                 longest = self.max_length - sampling.limit
                 contexts = [self.tok_encode(requests[i].args[0])[-longest:] for i, _ in batch]
                 seeds = [self.seed + _SEEDS * turn for _, turn in batch]
-                answers = self.thinker.answer(contexts, sampling, seeds, until=until, **how)
+                answers = self.thinker.answer(contexts, sampling, seeds, until=until, **self._once())
                 for (i, _), answer in zip(batch, answers, strict=True):
                     replies[i] = Reply(answer.text)
                     replies[i].answer = answer

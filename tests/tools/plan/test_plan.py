@@ -15,12 +15,12 @@ from transformers import AutoConfig
 
 from forethought.cli import main
 from forethought.config import UserError, load
-from forethought.flops import Shape, rlp_step
+from forethought.flops import Shape, forward_flops, rlp_step
 from forethought.tools import plan as planner
 from forethought.tools.plan import Options, as_dict, plan, read_options, shipped_shape
 from forethought.tools.plan.job import GIB, MACHINES, Job, machine
 from forethought.tools.plan.job import job as read_job
-from forethought.tools.plan.memory import advice, chunk_tokens, fits, largest, memory, uses_cuda_graphs
+from forethought.tools.plan.memory import advice, chunk_tokens, chunk_windows, fits, largest, memory, uses_cuda_graphs
 from forethought.tools.plan.timing import (
     RANKS,
     Lengths,
@@ -51,7 +51,7 @@ def test_held_bytes_by_hand():
         "weights, fp32": 4000,
         "Adam moments, fp32": 8000,
         "teacher (EMA), fp32": 4000,
-        "KL reference, fp32": 0,
+        "KL reference or proxy, fp32": 0,
         "sampled tokens and noise": 29 * 4 * 4,
         "CUDA-graph buffers": (2 * 8 + 4 * (1 + 4 + 1 + 1 + 32)) * 16 * 4 + 48 * 4 * 10,
     }
@@ -60,6 +60,34 @@ def test_held_bytes_by_hand():
     assert four.held["compute weights"] == four.update["gradients"] == four.score["policy weights, set aside"]
     half = memory(job(config(model={"precision": "bf16"}), gradient_bytes=2))
     assert half.held["compute weights"] == half.update["gradients"] == 2000
+
+
+@pytest.mark.parametrize(
+    ("method", "copies", "reads"),
+    [
+        ({"kl_weight": 0.1}, 1, 0),
+        ({"position_policy": "entropy"}, 1, 1),
+        ({"position_policy": "entropy", "kl_weight": 0.1}, 1, 1),
+        ({"position_policy": "entropy", "proxy": "policy"}, 0, 1),
+        ({"position_policy": "entropy", "proxy": "another"}, 0, 0),
+    ],
+)
+def test_a_proxy_is_a_copy_of_the_start_that_reads_whole_windows_unless_it_is_the_policy(
+    method: dict[str, Any], copies: int, reads: int
+):
+    """The copy is never in parts. A named proxy's size is unknown. TINY's windows have 8 possible positions."""
+    one, four = job(config(method=method)), job(config(method=method), gpus=4, layout="zero1")
+    for found in (memory(one), memory(four)):
+        assert found.held["KL reference or proxy, fp32"] == copies * 4000
+    assert one.window_work().proxy == reads * forward_flops(TINY, [(8, 0)], 8)
+    plain = one.with_option("method", position_policy="uniform", proxy="").window_work()
+    difference = rlp_step(TINY, one.window_work()).rollout - rlp_step(TINY, plain).rollout
+    assert difference == one.window_work().proxy
+    grows = (
+        memory(one).score.get("teacher or proxy forward pass", 0)
+        - memory(one.with_option("method", position_policy="uniform", proxy="")).score["teacher forward pass"]
+    )
+    assert not reads or grows == 12 * (8 - 1) * chunk_windows(one) * TINY.vocab
 
 
 def test_adapters_by_hand():

@@ -186,7 +186,8 @@ def test_a_card_takes_a_method_and_a_reward_from_outside_the_package():
 
 
 def test_how_a_model_thinks_survives_the_folder(tmp_path: Path):
-    method = Method(open="(", close=") ", prompt="a {context} b", thought_length=9, temperature=0.3, top_p=0.9, group=5)
+    kept = Method(open="(", close=") ", prompt="a {context} b", thought_length=9, temperature=0.3, top_p=0.9)
+    method = dataclasses.replace(kept, group=5, allow_empty=True)
     save_thinking_options(tmp_path, Config(method=method, model=Model(prefix="replicated")))
     found = from_dict(load_thinking_options(str(tmp_path)))
     assert found.method == dataclasses.replace(method, group=Method().group)

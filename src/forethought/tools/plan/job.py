@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from forethought.config import Config, RenamedWarning, UserError, read_overrides
-from forethought.flops import Shape, Work
+from forethought.config import Config, RenamedWarning, UserError, read_overrides, registry
+from forethought.flops import Shape, Work, forward_flops
 
 Layout = Literal["one", "ddp", "zero1"]
 """How the model is distributed over the GPUs.
@@ -218,6 +218,17 @@ class Job:
         return self.config.method.entry.teacher and self.config.method.teacher_every > 0
 
     @property
+    def entropies(self) -> bool:
+        """Whether the policy or its frozen start chooses positions by entropy; other proxies' shapes are unknown."""
+        entry = registry.entry("position_policy", self.config.method.policy)
+        return entry.proxy and self.config.method.proxy in ("", "policy")
+
+    @property
+    def frozen_start(self) -> bool:
+        """Whether a copy of the start is kept: the KL reference or the proxy, or one for both."""
+        return self.config.method.kl_weight > 0 or (self.entropies and not self.config.method.proxy)
+
+    @property
     def shared(self) -> bool:
         """Whether a document is read once for all its thoughts."""
         return self.config.model.prefix == "shared"
@@ -276,6 +287,7 @@ class Job:
             inner_steps=method.inner_steps,
             predicts=method.prediction_weight > 0,
             written=((self.prediction,) * method.group,) * positions if self.prediction else (),
+            proxy=forward_flops(self.shape, [(self.max_prefix, 0)], self.max_prefix) if self.entropies else 0,
         )
 
     def with_option(self, section: str, **changes: object) -> "Job":

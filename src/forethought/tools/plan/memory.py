@@ -92,7 +92,7 @@ def _held(job: Job) -> dict[str, float]:
         "adapters, fp32" if adapter else "weights, fp32": 4.0 * part,
         "Adam moments, fp32": 8.0 * part,
         "teacher (EMA), fp32": 4.0 * part * job.teacher,
-        "KL reference, fp32": 4.0 * part * (job.config.method.kl_weight > 0),
+        "KL reference or proxy, fp32": 4.0 * job.trainable * job.frozen_start,
         "sampled tokens and noise": float(_SAMPLED_TOKEN * job.local_thoughts * job.max_new_tokens),
     }
     if job.compute_bytes == 2 or job.layout == "zero1" or adapter:
@@ -138,13 +138,15 @@ def _decode(job: Job) -> dict[str, float]:
 
 
 def _score(job: Job) -> dict[str, float]:
-    """The teacher reads as many windows at once as fit in a chunk, with the logits of the targets."""
-    if not job.teacher:
+    """The teacher reads as many windows at once as fit in a chunk, with the logits of the targets; a proxy with all."""
+    if not job.teacher and not job.entropies:
         return {}
     windows = chunk_windows(job)
-    logits = min(windows * job.config.method.positions * job.config.method.horizon, 4096) * job.shape.vocab
-    parts = {"teacher forward pass": float(windows * job.max_prefix * _one_layer(job) + 12 * logits)}
-    if job.layout == "zero1":  # the teacher's weights replace them
+    targets = job.max_prefix if job.entropies else job.config.method.positions * job.config.method.horizon
+    logits = min(windows * targets, 4096) * job.shape.vocab
+    name = "teacher or proxy forward pass" if job.entropies else "teacher forward pass"
+    parts = {name: float(windows * job.max_prefix * _one_layer(job) + 12 * logits)}
+    if job.teacher and job.layout == "zero1":  # the teacher's weights replace them
         parts["policy weights, set aside"] = float(job.compute_bytes * job.shape.parameters)
     return parts
 
