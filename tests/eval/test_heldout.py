@@ -113,10 +113,12 @@ def test_not_thinking_is_the_plain_model_without_the_template(tmp_path: Path):
     assert changed.nothink == plain.nothink
     assert changed.think != plain.think
     windows = heldout.held_out(config, load_tokenizer(config.model))
-    for document, at, value in zip(plain.document, plain.at, plain.nothink, strict=True):
+    assert changed.entropy == plain.entropy is not None
+    for document, at, value, entropy in zip(plain.document, plain.at, plain.nothink, plain.entropy, strict=True):
         tokens = windows[document].tokens
         logits = model(input_ids=torch.tensor([tokens[:at]])).logits.detach()[0, -1]
         assert value == pytest.approx(float(logits.log_softmax(-1)[tokens[at]]), abs=1e-4)
+        assert entropy == pytest.approx(float(torch.distributions.Categorical(logits=logits).entropy()), abs=1e-4)
 
 
 def test_measuring_changes_no_weight_and_no_randomness(tmp_path: Path):

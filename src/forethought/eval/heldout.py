@@ -16,11 +16,12 @@ import torch
 
 from forethought.algo.metrics import decode_thoughts, leakage, thought_tokens
 from forethought.config import Config, UserError
+from forethought.config.registry import THINKING_SHARES
 from forethought.data.corpus import Window, spread_windows
 from forethought.data.positions import Positions, ThoughtFormat, at_positions, make_generator, uniform
 from forethought.data.worlds import load_world
 from forethought.eval.intervals import Estimate, Ratio, estimate, resample
-from forethought.models.logprobs import chunk_tokens, no_think_logp
+from forethought.models.logprobs import chunk_tokens, no_think_logp, no_think_scores
 from forethought.rollout import Engine, draw_noise
 from forethought.run import distributed
 
@@ -53,6 +54,7 @@ class Records:
     window: list[int] | None = None  # index of the window; version 0.1 kept none
     nothink: list[float]  # log p without a thought
     nothink_hit: list[bool]  # whether the true token was the argmax
+    entropy: list[float] | None = None  # of the distribution without a thought, nats
     think: list[float]  # log p after a thought of the model's own, mean over the sampled thoughts
     think_hit: list[float]  # share of thoughts after which the true token was the argmax
     length: list[float]  # tokens, mean over thoughts
@@ -178,12 +180,13 @@ def _measure_chunk(
     noise = draw_noise(shape, [make_generator(0, "evaluate", name, done + i) for i in range(len(chunk))])
     thoughts = subject.engine.sample(chunk, noise)
     at_once = chunk_tokens(subject.model, config.update.tokens_per_chunk)
-    nothink, hit = no_think_logp(subject.model, chunk, at_once)
+    nothink, hit, entropy = no_think_scores(subject.model, chunk, at_once)
     evidence, tokens = thoughts.evidence[..., 0], thought_tokens(thoughts, subject.form)
     said = decode_thoughts(tokenizer, tokens)
     columns = {
         "nothink": nothink[:, 0].tolist(),
         "nothink_hit": hit[:, 0].tolist(),
+        "entropy": entropy.tolist(),
         "think": evidence.mean(dim=1).tolist(),
         "think_hit": thoughts.hit[..., 0].float().mean(dim=1).tolist(),
         "length": thoughts.lengths.float().mean(dim=1).tolist(),
@@ -343,4 +346,14 @@ def _ratios(mine: Records, base: Records | None) -> dict[str, Ratio]:
         ratios["leakage"] = (np.nan_to_num(share), np.isfinite(share).astype(float))
     if mine.right is not None and mine.stated is not None:
         ratios["truth"] = (np.array(mine.right), np.array(mine.stated))
-    return ratios
+    return ratios | ({} if mine.entropy is None else _top(np.array(mine.entropy), think - nothink))
+
+
+def _top(entropy: np.ndarray, gain: np.ndarray) -> dict[str, Ratio]:
+    """The mean gain at exactly ceil(share * n) positions, those of highest entropy; of equal ones, the first."""
+    order, found = np.argsort(-entropy, kind="stable"), {}
+    for share, metric in THINKING_SHARES.items():
+        chosen = np.zeros(len(gain))
+        chosen[order[: math.ceil(share * len(gain) / 100)]] = 1
+        found[metric] = (chosen * gain, chosen)
+    return found

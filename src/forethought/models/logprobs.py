@@ -252,21 +252,40 @@ def no_think_logp(
     One pass over each window, up to its last target, serves all its positions. No delimiters, no template. At most
     about `tokens` tokens are read at once.
     """
-    evidence, hits = [], []
-    for logits, targets in _plain_logits(model, positions, tokens):
-        evidence.append(log_probabilities(logits, targets))
-        hits.append(logits.argmax(dim=-1) == targets)
-    return torch.cat(evidence), torch.cat(hits)
+    found = [_evidence(*part) for part in _plain_logits(model, positions, tokens)]
+    evidence, hits = map(torch.cat, zip(*found, strict=True))
+    return evidence, hits
+
+
+def no_think_scores(
+    model: Any, positions: Positions, tokens: int
+) -> tuple[Float[Tensor, "batch horizon"], Bool[Tensor, "batch horizon"], Float[Tensor, " batch"]]:
+    """What `no_think_logp` returns, and the entropy of p(. | x_<t) in nats, on the CPU; from the same pass."""
+    found = [
+        (*_evidence(logits, targets), _entropy(logits[:, 0]))
+        for logits, targets in _plain_logits(model, positions, tokens)
+    ]
+    evidence, hits, entropy = map(torch.cat, zip(*found, strict=True))
+    return evidence, hits, entropy
 
 
 @torch.no_grad()
 def no_think_entropy(model: Any, positions: Positions, tokens: int) -> Float[Tensor, " batch"]:
     """Entropy of p(. | x_<t) over the whole vocabulary, without a thought, in nats, on the CPU; one pass a window."""
-    found = []
-    for logits, _ in _plain_logits(model, positions, tokens):
-        for piece in logits[:, 0].split(_ROWS // 8):  # a copy of what is already the largest tensor here
-            found.append(torch.special.entr(piece.float().softmax(dim=-1)).sum(dim=-1).cpu())
-    return torch.cat(found)
+    return torch.cat([_entropy(logits[:, 0]) for logits, _ in _plain_logits(model, positions, tokens)])
+
+
+def _evidence(
+    logits: Float[Tensor, "part horizon vocab"], targets: Int[Tensor, "part horizon"]
+) -> tuple[Float[Tensor, "part horizon"], Bool[Tensor, "part horizon"]]:
+    """log p of the targets, and whether each was the likeliest token."""
+    return log_probabilities(logits, targets), logits.argmax(dim=-1) == targets
+
+
+def _entropy(logits: Float[Tensor, "part vocab"]) -> Float[Tensor, " part"]:
+    """Of each row's distribution, in nats, on the CPU; in pieces: each copies what is the largest tensor here."""
+    pieces = (piece.float().softmax(dim=-1) for piece in logits.split(_ROWS // 8))
+    return torch.cat([torch.special.entr(piece).sum(dim=-1).cpu() for piece in pieces])
 
 
 def no_think_distribution(model: Any, positions: Positions, tokens: int) -> Float[Tensor, "batch vocab"]:
