@@ -206,9 +206,11 @@ _METRICS = (
     Metric("ce_empty", "cross-entropy, empty thought", "nats", "with the delimiters alone", -1),
     Metric("ce_random", "cross-entropy, random tokens", "nats", "with as many random tokens", -1),
     Metric("ce_shuffled", "cross-entropy, another's thought", "nats", "with another position's thought", -1),
+    Metric("ce_generic", "cross-entropy, generic thought", "nats", "with one thought for all positions", -1),
     Metric("gain_empty", "gain of an empty thought", "nats", "ce_nothink minus ce_empty"),
     Metric("gain_random", "gain of random tokens", "nats", "ce_nothink minus ce_random"),
     Metric("gain_shuffled", "gain of another's thought", "nats", "ce_nothink minus ce_shuffled"),
+    Metric("gain_generic", "gain of a generic thought", "nats", "ce_nothink minus ce_generic"),
     Metric(
         "kept_shuffled", "gain that shuffling keeps", "share", "gain_shuffled / gain_self; near 0 content matters", -1
     ),

@@ -6,10 +6,10 @@ corpus tells them apart, the positions of `all` in each domain (`domain:books`) 
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from forethought.models.logprobs import chunk_tokens, no_think_logp, no_think_sc
 from forethought.rollout import Engine, draw_noise
 from forethought.run import distributed
 
-CONTROLS = ("empty", "shuffled", "random")
+CONTROLS = ("empty", "shuffled", "random", "generic")
 _SHARES = ("accuracy_think", "accuracy_nothink", "closed", "leakage", "truth")
 
 
@@ -67,6 +67,7 @@ class Records:
     empty: list[float] | None = None  # log p after an empty thought
     shuffled: list[float] | None = None  # log p after another position's thoughts, mean
     random: list[float] | None = None  # log p after thoughts of random tokens, mean
+    generic: list[float] | None = None  # log p after one thought that is the same everywhere
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +80,7 @@ class Measured:
 
 
 Progress = Callable[[int, int], None]
+T = TypeVar("T")
 
 
 def held_out(config: Config, tokenizer: Any) -> list[Window]:
@@ -102,21 +104,34 @@ def sample_groups(subject: Subject, windows: Sequence[Window], progress: Progres
     result = {}
     for name, chosen in groups.items():
         positions = at_positions(windows, chosen, config.method.horizon)
-        found = {}
-        for turn, chunk in enumerate(positions.chunks(max(1, config.train.rollout_batch // config.evaluate.thoughts))):
-            if turn % distributed.world_size() == distributed.rank():
-                found[turn] = _measure_chunk(subject, chunk, (name, done))
-            done += len(chunk)
-            progress(done, total)
-        found = {turn: one for some in distributed.all_gather(found) for turn, one in some.items()}
-        parts = [found[turn][0] for turn in sorted(found)]
-        thoughts = [group for turn in sorted(found) for group in found[turn][1]]
+        found = over_ranks(
+            positions.chunks(max(1, config.train.rollout_batch // config.evaluate.thoughts)),
+            lambda chunk, start, name=name, before=done: _measure_chunk(subject, chunk, (name, before + start)),
+            lambda now, before=done: progress(before + now, total),
+        )
+        done += len(positions)
+        parts = [columns for columns, _ in found]
+        thoughts = [group for _, groups in found for group in groups]
         owners = positions.window.tolist()
         at = [windows[owner].start + t for owner, t in zip(owners, positions.at.tolist(), strict=True)]
         columns = {field: [value for part in parts for value in part[field]] for field in parts[0]}
         records = Records(document=[numbers[owner] for owner in owners], at=at, window=owners, **columns)
         result[name] = Measured(positions=positions, thoughts=thoughts, records=records)
     return result
+
+
+def over_ranks(
+    chunks: Iterable[Positions], work: Callable[[Positions, int], T], progress: Callable[[int], None]
+) -> list[T]:
+    """The work on every chunk, in order, on every rank; each does its share. `work` is told the positions before it."""
+    found, done = {}, 0
+    for turn, chunk in enumerate(chunks):
+        if turn % distributed.world_size() == distributed.rank():
+            found[turn] = work(chunk, done)
+        done += len(chunk)
+        progress(done)
+    found = {turn: one for some in distributed.all_gather(found) for turn, one in some.items()}
+    return [found[turn] for turn in sorted(found)]
 
 
 def with_domains(records: dict[str, Records], windows: Sequence[Window]) -> dict[str, Records]:
