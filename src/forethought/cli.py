@@ -170,6 +170,8 @@ def _evaluate(words: list[str], out: Console, err: Console) -> None:
         for row in figures.pop("warnings", []):
             progress.warning(Diagnosis(**row))
     table({f"model/{name}": value for name, value in figures.items()}, ("model",), out, FIGURES + CONTROLS)
+    if thought := figures.get("generic_thought"):
+        line(out, f"generic thought: {thought}")
     line(out, f"figures: {file}")
 
 

@@ -1,8 +1,11 @@
 """Controls and contents of thoughts: against plain forwards of one row, and by hand."""
 
 import dataclasses
+import json
 import math
+import random
 from collections import Counter
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
@@ -14,12 +17,15 @@ from tokenizers.models import WordPiece
 from transformers import PreTrainedTokenizerFast
 
 from forethought.algo.metrics import leakage, thought_tokens
-from forethought.data.positions import ThoughtFormat, at_positions, make_generator
+from forethought.config import Notice
+from forethought.data.corpus import spread_windows
+from forethought.data.positions import ThoughtFormat, at_positions, make_generator, uniform
+from forethought.data.token_bytes import Closing
 from forethought.eval import controls, heldout
 from forethought.models.loading import load_tokenizer
 from forethought.models.logprobs import no_think_distribution, thought_evidence
 from forethought.rollout import Thoughts, draw_noise
-from helpers.heldout import EVALUATION, TEXTS, documents, quiet, setup, subject
+from helpers.heldout import EVALUATION, TEXTS, documents, quiet, setup, subject, write_controls
 from helpers.models import (
     FORM,
     LONG,
@@ -33,6 +39,7 @@ from helpers.models import (
     window,
     word_tokenizer,
 )
+from helpers.runs import end, environments
 from helpers.tokenizers import byte_level
 
 
@@ -66,7 +73,8 @@ def test_the_plain_distribution_is_that_of_one_row(name: str):
 def test_controls_are_those_computed_one_row_at_a_time(form: ThoughtFormat):
     model, windows = qwen3(), documents()
     measured = heldout.sample_groups(subject(model, form=form), windows, quiet)["all"]
-    records = controls.measure(subject(model, form=form), windows, quiet)["all"]
+    generic = [5, 9, 6]
+    records = controls.measure(subject(model, form=form), windows, quiet, generic)["all"]
     source = controls.derangement(measured.records.document, make_generator(0, "shuffled", "all"))
     vocabulary = controls.ordinary_tokens(word_tokenizer(), form)
     thoughts, drawn = measured.thoughts, controls.random_thoughts(measured.thoughts, vocabulary, "all")
@@ -84,7 +92,77 @@ def test_controls_are_those_computed_one_row_at_a_time(form: ThoughtFormat):
     assert records.empty == pytest.approx(naive([[[]]] * 6), abs=1e-5)
     assert records.shuffled == pytest.approx(naive([thoughts[i] for i in source]), abs=1e-5)
     assert records.random == pytest.approx(naive(drawn), abs=1e-5)
+    assert records.generic == pytest.approx(naive([[generic]] * 6), abs=1e-5)
     assert thoughts != drawn
+    figures = heldout.summarize({"all": records}, {"all": records})
+    assert figures["all/ce_generic"] == pytest.approx(-sum(records.generic or []) / 6)
+    assert figures["all/gain_generic"] == pytest.approx(figures["all/ce_nothink"] - figures["all/ce_generic"])
+
+
+def test_the_generic_thought_is_the_best_of_all_candidates_one_row_at_a_time():
+    """Duplicates and empty thoughts among them."""
+    model, form = qwen3(), dataclasses.replace(FORM, close=(8,), closing=Closing.of_tokens((8,)).with_empty())
+    one = subject(model, thoughts=15, form=form)
+    settings = dataclasses.replace(one.config, method=dataclasses.replace(one.config.method, temperature=0.6))
+    one = dataclasses.replace(one, config=settings, engine=engine(model, settings, form))
+    windows = [dataclasses.replace(some, document=f"{i}") for i, some in enumerate(TEXTS * 5)]
+    at = [uniform(some, 1, one.config.method, make_generator(0, "generic", i)) for i, some in enumerate(windows)]
+    groups = []
+    for i in range(3):  # 16 of 80 windows are a fifth
+        noise = draw_noise((15, 4), [make_generator(0, "generic thought", i)])
+        groups += thought_tokens(one.engine.sample(at_positions(windows[i : i + 1], [at[i]], 1), noise), form)
+    ordered = [group[turn] for turn in range(15) for group in groups]
+    different = [some for i, some in enumerate(ordered) if some and some not in ordered[:i]]
+    assert len(different) > 16 and [] in ordered and len(ordered) > len({*map(tuple, ordered)})
+    means = []
+    for candidate in different:
+        rows = [
+            ([*FORM.prompt_tokens(some.tokens[:t]), *candidate, *form.close], some.tokens[t : t + 1])
+            for some, [t] in zip(windows[3:], at[3:], strict=True)
+        ]
+        with torch.no_grad():
+            means.append(sum(float(plain_targets(model, row, target)) for row, target in rows) / len(rows))
+    phases: list[tuple[str, int, int]] = []
+    found = controls.best_thought(one, windows, lambda *told: phases.append(told))
+    assert found == different[means.index(max(means[:16]))]
+    assert means.index(max(means[:16])) != 0
+    assert phases[-1] == ("choosing a generic thought", 15, 15)
+    assert controls.best_thought(one, windows[:1], quiet) is None
+    assert controls.best_thought(one, [], quiet) is None
+
+
+def test_the_generic_thought_is_chosen_on_text_that_is_not_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(WORDS[5:], k=12)) for _ in range(30)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    one = subject(qwen3())
+    options = dataclasses.replace(one.config.corpus, path=str(tmp_path / "text.jsonl"))
+    one = dataclasses.replace(one, config=dataclasses.replace(one.config, corpus=options))
+    windows = spread_windows(options, one.tokenizer, 0, 30)
+    monkeypatch.chdir(tmp_path)
+    held_out = [
+        dataclasses.replace(some, document=Path(some.document).name) for some in windows[:10]
+    ]  # by another name
+    assert controls.generic_thought(one, [], quiet) == controls.best_thought(one, windows, quiet)
+    kept = controls.generic_thought(one, held_out, quiet)
+    assert kept == controls.best_thought(one, windows[10:], quiet) != controls.best_thought(one, windows, quiet)
+    assert controls.generic_thought(one, windows, quiet) is None
+    (tmp_path / "text.jsonl").unlink()
+    with pytest.warns(Notice, match=r"^the control `generic` is left out: corpus.path = .*: no such file"):
+        assert controls.generic_thought(one, held_out, quiet) is None
+
+
+@pytest.mark.distributed
+def test_two_processes_choose_and_measure_what_one_does(tmp_path: Path, processes: ForkServerContext):
+    write_controls({}, tmp_path / "alone.json")
+    alone = json.loads((tmp_path / "alone.json").read_text())
+    files = [tmp_path / f"{rank}.json" for rank in range(2)]
+    started = [processes.Process(target=write_controls, args=pair) for pair in zip(environments(2), files, strict=True)]
+    for one in started:
+        one.start()
+    assert end(started) == [0, 0]
+    assert [json.loads(file.read_text()) for file in files] == [alone, alone]
+    assert alone[0] and alone[1]["generic"]
 
 
 def test_the_controls_leave_everything_else_as_it_is():

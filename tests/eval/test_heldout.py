@@ -113,10 +113,12 @@ def test_not_thinking_is_the_plain_model_without_the_template(tmp_path: Path):
     assert changed.nothink == plain.nothink
     assert changed.think != plain.think
     windows = heldout.held_out(config, load_tokenizer(config.model))
-    for document, at, value in zip(plain.document, plain.at, plain.nothink, strict=True):
+    assert changed.entropy == plain.entropy is not None
+    for document, at, value, entropy in zip(plain.document, plain.at, plain.nothink, plain.entropy, strict=True):
         tokens = windows[document].tokens
         logits = model(input_ids=torch.tensor([tokens[:at]])).logits.detach()[0, -1]
         assert value == pytest.approx(float(logits.log_softmax(-1)[tokens[at]]), abs=1e-4)
+        assert entropy == pytest.approx(float(torch.distributions.Categorical(logits=logits).entropy()), abs=1e-4)
 
 
 def test_measuring_changes_no_weight_and_no_randomness(tmp_path: Path):
@@ -147,7 +149,9 @@ def test_evaluating_a_run_gives_what_training_measured(tmp_path: Path):
     assert json.loads(file.read_text()) == figures
     after = {name.removeprefix("after/"): value for name, value in summary.items() if name.startswith("after/")}
     assert {name: figures[name] for name in after} == pytest.approx(after, abs=1e-6)
-    assert {f"all/{name}" for name in ("gain_over_teacher", "ce_empty", "gain_shuffled", "ce_random")} <= figures.keys()
+    more = ("gain_over_teacher", "ce_empty", "gain_shuffled", "ce_random", "ce_generic", "gain_generic")
+    assert {f"all/{name}" for name in more} <= figures.keys()
+    assert figures["generic_thought"]
     assert "all/gain_over_teacher" in after and "all/ce_empty" not in after
     assert evaluate(tmp_path / "run", {"evaluate": {"documents": 2}})[0]["all/positions"] == 4
 
@@ -198,10 +202,15 @@ def test_evaluating_a_model_makes_a_folder_once(
     assert "gain over the teacher" not in shown  # a model alone has none
     figures = json.loads(Path("runs/evaluate-model/evaluate.json").read_text())
     assert figures["all/gain_self"] == figures["all/gain_over_base"]
+    assert "all/ce_generic" not in figures and "generic" not in shown  # nor any text that it was trained on
     assert main(command) == 2
     assert "exists and is not empty" in capsys.readouterr().err
-    assert main([*command, "--overwrite", "True", "--evaluate.documents", "1"]) == 0
-    assert json.loads(Path("runs/evaluate-model/evaluate.json").read_text())["all/positions"] == 2
+    trained_on = ["--corpus.path", "world:cups/train"]
+    assert main([*command, "--overwrite", "True", "--evaluate.documents", "1", *trained_on]) == 0
+    figures = json.loads(Path("runs/evaluate-model/evaluate.json").read_text())
+    shown = capsys.readouterr().out
+    assert figures["all/positions"] == 2 and f"generic thought: {figures['generic_thought']}" in shown
+    assert "gain of a generic thought (nats)" in shown
     assert main([*command, "--model.path", "./nothing", "--run", "other"]) == 2
     assert not Path("other").exists()
 

@@ -160,6 +160,52 @@ def test_the_new_figures_by_hand():
     assert not {f"all/{name}" for name in expected} & heldout.summarize({"all": plain}, {"all": plain}).keys()
 
 
+def at_top(one: heldout.Records, entropy: list[float], percent: int) -> float:
+    """Brute force: the mean gain where the entropy is highest; of equal ones the first."""
+    ranked = sorted(range(len(entropy)), key=lambda i: (-entropy[i], i))
+    count = next(n for n in range(1, len(entropy) + 1) if 100 * n >= percent * len(entropy))
+    return sum(one.think[i] - one.nothink[i] for i in ranked[:count]) / count
+
+
+@pytest.mark.parametrize("size", [30, 63, 100])
+def test_the_gain_where_only_uncertain_positions_think(size: int):
+    """Each seed has positions of its own; half of the entropies are equal."""
+    rng, seeds = random.Random(size), []
+    for _ in range(2):
+        entropy = [rng.choice((0.5, 1.0, rng.random())) for _ in range(size)]
+        think, nothink = ([rng.gauss(-2, 1) for _ in range(size)] for _ in range(2))
+        one = records([i // 2 for i in range(size)], think, nothink)
+        seeds.append(dataclasses.replace(one, entropy=entropy))
+    alone = heldout.summarize({"all": seeds[0]}, {"all": seeds[0]})
+    both = pooled(seeds)
+    found = [name for name in alone if name.startswith("all/gain_self_top") and name.count("/") == 1]
+    shares = (5, 10, 25, 50, 75, 100)
+    enough = [share for share in shares if f"all/gain_self_top_{share}" in found]
+    assert enough == list(shares if size == 100 else shares[-len(enough) :]) and len(enough) >= 4
+    for share in enough:
+        name = f"all/gain_self_top_{share}"
+        wanted = [at_top(one, one.entropy, share) for one in seeds]
+        assert alone[name] == pytest.approx(wanted[0])
+        assert both[name] == pytest.approx(sum(wanted) / 2)
+    for name in ("all/gain_self_top_50", "all/gain_self_top_100"):
+        assert alone[f"{name}/low"] < alone[name] < alone[f"{name}/high"]
+    assert [both[f"all/gain_self_top_100{end}"] for end in ("", "/low", "/high")] == pytest.approx(
+        [both[f"all/gain_self{end}"] for end in ("", "/low", "/high")]
+    )
+
+
+def test_shares_of_too_few_documents_and_old_records_have_no_gain_at_the_top():
+    one = dataclasses.replace(records([0, 0, 1, 1], [-1.0] * 4, [-2.0] * 4), entropy=[1.0, 2.0, 3.0, 4.0])
+    figures = heldout.summarize({"all": one}, {"all": one})
+    assert {name for name in figures if "top" in name} == {"all/gain_self_top_75", "all/gain_self_top_100"}
+    fields = dataclasses.asdict(one)
+    del fields["entropy"], fields["generic"]
+    old = heldout.Records(**fields)
+    assert (old.entropy, old.generic) == (None, None)
+    assert not any("top" in name for name in heldout.summarize({"all": old}, {"all": old}))
+    assert not any("top" in name for name in heldout.paired([{"all": one}], [{"all": old}]))
+
+
 def test_targets_without_text_do_not_count_as_leaked():
     one = records([0, 0, 1, 1], [-1.0] * 4, [-1.0] * 4)
     half = dataclasses.replace(one, leakage=[1.0, None, 0.5, None])

@@ -1,19 +1,23 @@
 """Held-out text of a tiny model: subjects and records."""
 
 import dataclasses
+import json
+import os
 from pathlib import Path
 from typing import Any
 
 from forethought import rollout
 from forethought.config import Config, Evaluate, from_dict, merge
 from forethought.data.positions import ThoughtFormat, thought_format
-from forethought.eval import heldout
+from forethought.eval import controls, heldout
 from forethought.models.loading import load_model, load_tokenizer
 from forethought.rollout.native import NativeEngine
+from forethought.run import distributed
 from helpers.models import (
     FORM,
     config,
     engine,
+    qwen3,
     window,
     word_tokenizer,
 )
@@ -58,6 +62,17 @@ def subject(model: Any, thoughts: int = 2, form: ThoughtFormat = FORM, **changes
 
 def documents() -> list[Any]:
     return [dataclasses.replace(one, document=f"d{i}") for i, one in enumerate(TEXTS)]
+
+
+def write_controls(environment: dict[str, str], file: Path) -> None:
+    """The generic thought and all records of a tiny model, measured as one of several ranks."""
+    os.environ.update(environment)
+    one = subject(qwen3(), thoughts=2)
+    with distributed.process_group(one.config):
+        windows = [dataclasses.replace(some, document=f"{i}") for i, some in enumerate(TEXTS * 5)]
+        generic = controls.best_thought(one, windows, quiet)
+        records = controls.measure(one, windows[:4], quiet, generic)["all"]
+    file.write_text(json.dumps([generic, dataclasses.asdict(records)]))
 
 
 def quiet(*_: Any) -> None:

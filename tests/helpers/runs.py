@@ -131,6 +131,15 @@ def work(command: list[str], environment: dict[str, str], errors: Path, moment: 
     sys.exit(main(command))
 
 
+def environments(count: int) -> list[dict[str, str]]:
+    """What a launcher sets for each of several ranks; nothing for one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} for rank in range(count)]
+    return ranks if count > 1 else [{}]
+
+
 def begin(
     processes: ForkServerContext,
     command: list[str],
@@ -139,19 +148,8 @@ def begin(
     moments: Mapping[int, Moment] = MappingProxyType({}),
 ) -> list[Any]:
     """Start a command on several ranks, some of which wait for a moment. The stderr of a rank goes to `errors-RANK`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     started = []
-    for rank in range(count):
-        values = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": count,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        environment = {name: str(value) for name, value in values.items()} if count > 1 else {}
+    for rank, environment in enumerate(environments(count)):
         arguments = (command, environment, folder / f"errors-{rank}", moments.get(rank))
         process = processes.Process(target=work, args=arguments)
         process.start()

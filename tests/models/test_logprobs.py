@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -8,7 +10,9 @@ from forethought.models.logprobs import (
     ThoughtBatch,
     log_probabilities,
     mask_tokens,
+    no_think_entropy,
     no_think_logp,
+    no_think_scores,
     position_ids,
     thought_logp,
 )
@@ -149,6 +153,21 @@ def test_plain_evidence_is_that_of_a_plain_forward(name, horizon, tokens):
             assert torch.allclose(evidence[i], plain_targets(model, context, targets), atol=1e-5)
             likeliest = plain_logits(model, context + targets)[len(context) - 1 : -1].argmax(-1)
             assert hit[i].tolist() == (likeliest == torch.tensor(targets)).tolist()
+
+
+@pytest.mark.parametrize("tokens", [512, 1])
+@pytest.mark.parametrize("horizon", [1, 3])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_entropy_is_that_of_the_plain_next_token_distribution(name, horizon, tokens):
+    model, positions = MODELS[name](), at_positions(WINDOWS, POSITIONS, horizon)
+    with torch.no_grad():
+        *scores, entropy = no_think_scores(model, positions, tokens)
+        for mine, plain in zip(scores, no_think_logp(model, positions, tokens), strict=True):
+            assert torch.equal(mine, plain)
+        rows = [plain_logits(model, context)[-1].double().log_softmax(-1) for context in positions.contexts()]
+    wanted = [-sum(math.exp(logp) * logp for logp in row.tolist()) for row in rows]
+    assert entropy.tolist() == pytest.approx(wanted, abs=1e-5)
+    assert torch.equal(entropy, no_think_entropy(model, positions, tokens))
 
 
 @pytest.mark.parametrize("horizon", [1, 2])

@@ -142,6 +142,8 @@ TABLES: dict[Kind, dict[str, Entry]] = {
     "method": METHODS, "reward": REWARDS, "engine": ENGINES, "position_policy": POSITION_POLICIES,
 }  # fmt: skip
 
+THINKING_SHARES = {share: f"gain_self_top_{share}" for share in (5, 10, 25, 50, 75, 100)}
+"""Percent of a group's positions that think, those of highest entropy -> the metric of their mean gain."""
 _METRICS = (
     Metric("reward/gain", "information gain", "nats", "log p of the target with the thought minus without (eq. 5)", 1),
     Metric("reward/mean", "mean reward", "", "the reward that thoughts are compared by", 1),
@@ -204,11 +206,17 @@ _METRICS = (
     Metric("ce_empty", "cross-entropy, empty thought", "nats", "with the delimiters alone", -1),
     Metric("ce_random", "cross-entropy, random tokens", "nats", "with as many random tokens", -1),
     Metric("ce_shuffled", "cross-entropy, another's thought", "nats", "with another position's thought", -1),
+    Metric("ce_generic", "cross-entropy, generic thought", "nats", "with one thought for all positions", -1),
     Metric("gain_empty", "gain of an empty thought", "nats", "ce_nothink minus ce_empty"),
     Metric("gain_random", "gain of random tokens", "nats", "ce_nothink minus ce_random"),
     Metric("gain_shuffled", "gain of another's thought", "nats", "ce_nothink minus ce_shuffled"),
+    Metric("gain_generic", "gain of a generic thought", "nats", "ce_nothink minus ce_generic"),
     Metric(
         "kept_shuffled", "gain that shuffling keeps", "share", "gain_shuffled / gain_self; near 0 content matters", -1
+    ),
+    *(
+        Metric(name, f"gain of top {share} %", "nats", "gain_self at the positions of highest entropy", 1)
+        for share, name in THINKING_SHARES.items()
     ),
     Metric("positions", "positions", "count", "positions in the group"),
     Metric("documents", "documents", "count", "documents that they are of"),

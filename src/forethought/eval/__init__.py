@@ -26,8 +26,9 @@ def evaluate(
     `overrides` is a nested dict of options. A run's figures go to RUN/evaluate.json, and its base is the model that
     the run began with; a model's go to evaluate.json in a new folder, `run`, and it is its own base. Beside it goes
     documents.json, a few documents thought at every position. `progress` is told the phase, what is done of it and
-    how much there is. Returns the figures (flat keys, docs/metrics.md; `options` that differ from the run's, and
-    `warnings` of the diagnostics, which also go to warnings.jsonl, where there are any) and the file. Raises UserError.
+    how much there is. Returns the figures (flat keys, docs/metrics.md; `options` that differ from the run's, the text
+    of the `generic_thought`, and `warnings` of the diagnostics, which also go to warnings.jsonl, where there are any)
+    and the file. Raises UserError.
     """
     began, progress = time.perf_counter(), progress or (lambda name, done, total: None)
     log, config = started(target, overrides or {}, "evaluate")
@@ -41,14 +42,18 @@ def evaluate(
     else:
         subject, start = trained_subject(config, log.path), subject_of(config)
     windows = heldout.held_out(config, subject.tokenizer)
+    has_corpus = log is not None or "path" in (overrides or {}).get("corpus", {})  # the default is no model's text
     log = log or RunLog.create(config)
     log.append("warnings", [])  # a folder that cannot be written is known before the work
-    records = base = controls.measure(subject, windows, progress)
+    generic = controls.generic_thought(subject, windows, progress) if has_corpus else None
+    records = base = controls.measure(subject, windows, progress, generic)
     if subject is not start:
         base = heldout.measure(start, windows, lambda done, total: progress("evaluating the base", done, total))
     reference = start.model if subject.teacher is None else subject.teacher
     shown = viewer.documents(subject, reference, windows, str(target), progress)
     figures: dict[str, Any] = {"seed": config.seed, **overridden(log, config), **heldout.summarize(records, base)}
+    if generic is not None:
+        figures["generic_thought"] = subject.tokenizer.decode(generic)
     figures["seconds"] = round(time.perf_counter() - began, 2)
     rows = read_lines(log.path / "metrics.jsonl")
     step = rows[-1].get("step", 0) if rows else 0

@@ -6,25 +6,26 @@ corpus tells them apart, the positions of `all` in each domain (`domain:books`) 
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from forethought.algo.metrics import decode_thoughts, leakage, thought_tokens
 from forethought.config import Config, UserError
+from forethought.config.registry import THINKING_SHARES
 from forethought.data.corpus import Window, spread_windows
 from forethought.data.positions import Positions, ThoughtFormat, at_positions, make_generator, uniform
 from forethought.data.worlds import load_world
 from forethought.eval.intervals import Estimate, Ratio, estimate, resample
-from forethought.models.logprobs import chunk_tokens, no_think_logp
+from forethought.models.logprobs import chunk_tokens, no_think_logp, no_think_scores
 from forethought.rollout import Engine, draw_noise
 from forethought.run import distributed
 
-CONTROLS = ("empty", "shuffled", "random")
+CONTROLS = ("empty", "shuffled", "random", "generic")
 _SHARES = ("accuracy_think", "accuracy_nothink", "closed", "leakage", "truth")
 
 
@@ -53,6 +54,7 @@ class Records:
     window: list[int] | None = None  # index of the window; version 0.1 kept none
     nothink: list[float]  # log p without a thought
     nothink_hit: list[bool]  # whether the true token was the argmax
+    entropy: list[float] | None = None  # of the distribution without a thought, nats
     think: list[float]  # log p after a thought of the model's own, mean over the sampled thoughts
     think_hit: list[float]  # share of thoughts after which the true token was the argmax
     length: list[float]  # tokens, mean over thoughts
@@ -65,6 +67,7 @@ class Records:
     empty: list[float] | None = None  # log p after an empty thought
     shuffled: list[float] | None = None  # log p after another position's thoughts, mean
     random: list[float] | None = None  # log p after thoughts of random tokens, mean
+    generic: list[float] | None = None  # log p after one thought that is the same everywhere
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +80,7 @@ class Measured:
 
 
 Progress = Callable[[int, int], None]
+T = TypeVar("T")
 
 
 def held_out(config: Config, tokenizer: Any) -> list[Window]:
@@ -100,21 +104,34 @@ def sample_groups(subject: Subject, windows: Sequence[Window], progress: Progres
     result = {}
     for name, chosen in groups.items():
         positions = at_positions(windows, chosen, config.method.horizon)
-        found = {}
-        for turn, chunk in enumerate(positions.chunks(max(1, config.train.rollout_batch // config.evaluate.thoughts))):
-            if turn % distributed.world_size() == distributed.rank():
-                found[turn] = _measure_chunk(subject, chunk, (name, done))
-            done += len(chunk)
-            progress(done, total)
-        found = {turn: one for some in distributed.all_gather(found) for turn, one in some.items()}
-        parts = [found[turn][0] for turn in sorted(found)]
-        thoughts = [group for turn in sorted(found) for group in found[turn][1]]
+        found = over_ranks(
+            positions.chunks(max(1, config.train.rollout_batch // config.evaluate.thoughts)),
+            lambda chunk, start, name=name, before=done: _measure_chunk(subject, chunk, (name, before + start)),
+            lambda now, before=done: progress(before + now, total),
+        )
+        done += len(positions)
+        parts = [columns for columns, _ in found]
+        thoughts = [group for _, groups in found for group in groups]
         owners = positions.window.tolist()
         at = [windows[owner].start + t for owner, t in zip(owners, positions.at.tolist(), strict=True)]
         columns = {field: [value for part in parts for value in part[field]] for field in parts[0]}
         records = Records(document=[numbers[owner] for owner in owners], at=at, window=owners, **columns)
         result[name] = Measured(positions=positions, thoughts=thoughts, records=records)
     return result
+
+
+def over_ranks(
+    chunks: Iterable[Positions], work: Callable[[Positions, int], T], progress: Callable[[int], None]
+) -> list[T]:
+    """The work on every chunk, in order, on every rank; each does its share. `work` is told the positions before it."""
+    found, done = {}, 0
+    for turn, chunk in enumerate(chunks):
+        if turn % distributed.world_size() == distributed.rank():
+            found[turn] = work(chunk, done)
+        done += len(chunk)
+        progress(done)
+    found = {turn: one for some in distributed.all_gather(found) for turn, one in some.items()}
+    return [found[turn] for turn in sorted(found)]
 
 
 def with_domains(records: dict[str, Records], windows: Sequence[Window]) -> dict[str, Records]:
@@ -178,12 +195,13 @@ def _measure_chunk(
     noise = draw_noise(shape, [make_generator(0, "evaluate", name, done + i) for i in range(len(chunk))])
     thoughts = subject.engine.sample(chunk, noise)
     at_once = chunk_tokens(subject.model, config.update.tokens_per_chunk)
-    nothink, hit = no_think_logp(subject.model, chunk, at_once)
+    nothink, hit, entropy = no_think_scores(subject.model, chunk, at_once)
     evidence, tokens = thoughts.evidence[..., 0], thought_tokens(thoughts, subject.form)
     said = decode_thoughts(tokenizer, tokens)
     columns = {
         "nothink": nothink[:, 0].tolist(),
         "nothink_hit": hit[:, 0].tolist(),
+        "entropy": entropy.tolist(),
         "think": evidence.mean(dim=1).tolist(),
         "think_hit": thoughts.hit[..., 0].float().mean(dim=1).tolist(),
         "length": thoughts.lengths.float().mean(dim=1).tolist(),
@@ -343,4 +361,14 @@ def _ratios(mine: Records, base: Records | None) -> dict[str, Ratio]:
         ratios["leakage"] = (np.nan_to_num(share), np.isfinite(share).astype(float))
     if mine.right is not None and mine.stated is not None:
         ratios["truth"] = (np.array(mine.right), np.array(mine.stated))
-    return ratios
+    return ratios | ({} if mine.entropy is None else _top(np.array(mine.entropy), think - nothink))
+
+
+def _top(entropy: np.ndarray, gain: np.ndarray) -> dict[str, Ratio]:
+    """The mean gain at exactly ceil(share * n) positions, those of highest entropy; of equal ones, the first."""
+    order, found = np.argsort(-entropy, kind="stable"), {}
+    for share, metric in THINKING_SHARES.items():
+        chosen = np.zeros(len(gain))
+        chosen[order[: math.ceil(share * len(gain) / 100)]] = 1
+        found[metric] = (chosen * gain, chosen)
+    return found

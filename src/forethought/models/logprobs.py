@@ -252,11 +252,22 @@ def no_think_logp(
     One pass over each window, up to its last target, serves all its positions. No delimiters, no template. At most
     about `tokens` tokens are read at once.
     """
-    evidence, hits = [], []
-    for logits, targets in no_think_logits(model, positions, tokens):
-        evidence.append(log_probabilities(logits, targets))
-        hits.append(logits.argmax(dim=-1) == targets)
-    return torch.cat(evidence), torch.cat(hits)
+    found = [_evidence(*part) for part in no_think_logits(model, positions, tokens)]
+    evidence, hits = map(torch.cat, zip(*found, strict=True))
+    return evidence, hits
+
+
+@torch.no_grad()
+def no_think_scores(
+    model: Any, positions: Positions, tokens: int
+) -> tuple[Float[Tensor, "batch horizon"], Bool[Tensor, "batch horizon"], Float[Tensor, " batch"]]:
+    """What `no_think_logp` returns, and the entropy of p(. | x_<t) in nats, on the CPU; from the same pass."""
+    found = [
+        (*_evidence(logits, targets), entropy(logits[:, 0]).cpu())
+        for logits, targets in no_think_logits(model, positions, tokens)
+    ]
+    evidence, hits, entropies = map(torch.cat, zip(*found, strict=True))
+    return evidence, hits, entropies
 
 
 @torch.no_grad()
@@ -269,6 +280,13 @@ def entropy(logits: Float[Tensor, "row vocab"]) -> Float[Tensor, " row"]:
     """Entropy of softmax(logits) in float32, in nats, a bounded number of rows at a time."""
     pieces = logits.split(_ROWS // 8)  # a copy of what is already the largest tensor here
     return torch.cat([torch.special.entr(piece.float().softmax(dim=-1)).sum(dim=-1) for piece in pieces])
+
+
+def _evidence(
+    logits: Float[Tensor, "part horizon vocab"], targets: Int[Tensor, "part horizon"]
+) -> tuple[Float[Tensor, "part horizon"], Bool[Tensor, "part horizon"]]:
+    """log p of the targets, and whether each was the likeliest token."""
+    return log_probabilities(logits, targets), logits.argmax(dim=-1) == targets
 
 
 def no_think_distribution(model: Any, positions: Positions, tokens: int) -> Float[Tensor, "batch vocab"]:

@@ -24,8 +24,8 @@ FIGURES = (
     "accuracy_think", "accuracy_nothink", "ce_think", "ce_nothink", "gain_over_base", "thought_length", "closed",
 )  # fmt: skip
 CONTROLS = (
-    "gain_over_teacher", "gain_self", "gain_empty", "gain_random", "gain_shuffled", "kept_shuffled", "marginal",
-    "drift", "leakage", "checkable", "truth",
+    "gain_over_teacher", "gain_self", "gain_empty", "gain_random", "gain_shuffled", "gain_generic", "kept_shuffled",
+    "marginal", "drift", "leakage", "checkable", "truth",
 )  # fmt: skip
 ANSWERS = (
     "pass_at_1", "greedy", "loglik_letter", "loglik_plain", "loglik_normalised", "extracted", "cut_off",

@@ -11,7 +11,7 @@ import pytest
 
 from forethought.config import UserError
 from forethought.tools import report
-from forethought.tools.report import plots, write
+from forethought.tools.report import plots, write, write_comparison
 from forethought.tools.report import runs as run_folders
 from forethought.tools.report.tables import duration, evaluations, figure, signed, visible
 from helpers.pages import Page, make_run
@@ -294,6 +294,66 @@ def test_evaluation_calls_a_difference_only_where_intervals_part(one):
     assert (name, other) == ("all", "answer")
     verdicts = {metric.name: cells[0].verdict for metric, cells in rows}
     assert [verdicts[name] for name in ("ce_think", "ce_nothink", "thought_length")] == ["better", "", ""]
+
+
+def test_the_page_shows_the_gain_over_the_share_of_positions_that_think(one, tmp_path):
+    """With 30 positions 5 % of them are 2, and the text gains 2 / 30 of what they gain on average."""
+    assert "positions only" not in read(one).text
+    run = make_run(tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    for when, gain in (("before", 0.5), ("after", 2.0)):
+        summary[f"{when}/all/positions"] = 30
+        for share in (5, 50, 100):
+            name = f"{when}/all/gain_self_top_{share}"
+            summary |= {name: gain, f"{name}/low": gain - 0.5, f"{name}/high": gain + 0.5}
+    del summary["after/all/gain_self_top_50/low"]
+    summary["after/answer/gain_self_top_100"] = 1.0  # one share makes no curve
+    (run / "summary.json").write_text(json.dumps(summary))
+    write([run])
+    page = read(run)
+    assert "Thinking at some positions only" in page.text and "top_50" not in page.text.split("Settings")[0]
+    [drawing] = [
+        attrs for tag, attrs in page.tags if tag == "svg" and "share of positions" in (attrs["aria-label"] or "")
+    ]
+    values = (drawing["aria-label"] or "").partition(". ")[2].split("; ")
+    assert values[:4] == [
+        "after training, 0 % 0, from 0 to 0",
+        "after training, 6.67 % 0.1333, from 0.1 to 0.1667",
+        "after training, 50 % 1, no interval",
+        "after training, 100 % 2, from 1.5 to 2.5",
+    ]
+    assert values[6:] == ["before training, 50 % 0.25, from 0 to 0.5", "before training, 100 % 0.5, from 0 to 1"]
+    others = write([run, one], tmp_path / "both.html").read_text()
+    assert "run, after training, 50 %" in others and "cups, after training, 50 %" not in others
+
+
+def test_a_comparison_shows_the_gain_of_each_arm_over_that_share(tmp_path):
+    gains = {"base": (0.1, 0.2), "rlp": (4.0, 1.0)}
+    rows = [
+        {
+            "arm": arm,
+            "seed": "all",
+            "metric": f"all/gain_self_top_{share}",
+            "value": gain,
+            "low": gain - 1,
+            "high": gain,
+        }
+        for arm, both in gains.items()
+        for share, gain in zip((25, 100), both, strict=True)
+    ]
+    rows += [{"arm": arm, "seed": "all", "metric": "all/positions", "value": 50} for arm in gains]
+    described = {"name": "small", "model": "m", "corpus": "c", "held_out": "h", "sweeps": [], "claims": []}
+    arms = {"rlp": {"options": {}, "budget": {}, "seeds": []}}
+    (tmp_path / "experiment.json").write_text(json.dumps({**described, "arms": arms, "missing": {}}))
+    (tmp_path / "compare.json").write_text(json.dumps(rows))
+    page = Page(write_comparison(tmp_path).read_text())
+    assert "Thinking at some positions only" in page.text and "gain of top" not in page.text.lower()
+    [label] = [attrs["aria-label"] for tag, attrs in page.tags if tag == "svg"]
+    assert label == (
+        "all: gain per position of text over the share of positions that think. base, 0 % 0, from 0 to 0; "
+        "base, 26 % 0.026, from -0.234 to 0.026; base, 100 % 0.2, from -0.8 to 0.2; rlp, 0 % 0, from 0 to 0; "
+        "rlp, 26 % 1.04, from 0.78 to 1.04; rlp, 100 % 1, from 0 to 1"
+    )
 
 
 def test_running_mean_is_centred_and_shrinks_at_the_ends():

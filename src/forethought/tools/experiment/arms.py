@@ -143,7 +143,8 @@ def weights(folder: Path) -> str:
 
 def _measure(log: RunLog, subject: heldout.Subject, observer: Callbacks, view_as: str = "") -> None:
     windows = heldout.held_out(subject.config, subject.tokenizer)
-    found = controls.measure(subject, windows, observer.phase)
+    generic = controls.generic_thought(subject, windows, observer.phase)
+    found = controls.measure(subject, windows, observer.phase, generic)
     if view_as and subject.config.evaluate.view:
         reference = subject.model if subject.teacher is None else subject.teacher
         log.write_json("documents.json", viewer.documents(subject, reference, windows, view_as, observer.phase))

@@ -6,6 +6,7 @@ Never imports torch.
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from forethought.tools.report.tables import (
     signed,
     visible,
     windows_note,
+    with_ends,
 )
 
 SIZES = {"positions_shown": 4, "thoughts_shown": 8, "context_shown": 400, "thought_shown": 600}
@@ -138,6 +140,7 @@ def _content(runs: list[Run], drawn: dict[plots.Plot, str], folder: str) -> dict
         "viewer": viewer.collect(runs),
         "unfinished": [run for run in runs if not run.summary],
         "groups": [(*group, _windows(runs, group[0])) for group in evaluations(runs)],
+        "thinking": [(group, one) for group, _ in evaluations(runs) if (one := _thinking(runs, group)) is not None],
         "drawings": [(plot, _inline(plot, svg, runs)) for plot, svg in drawn.items()],
         "thoughts": [
             (run, [(step, list(group)) for step, group in groupby(run.positions, key=lambda one: one.step)])
@@ -175,6 +178,16 @@ def _facts(run: Run) -> dict[str, Any]:
 
 def _windows(runs: list[Run], group: str) -> str:
     return windows_note(run.summary.get(f"{when}/{group}/windows") for run in runs for when in ("before", "after"))
+
+
+def _thinking(runs: list[Run], group: str) -> Markup | None:
+    """The gain over the share of positions that think, dashed before training; a color for each run."""
+    curves = []
+    for index, run in enumerate(runs):
+        name = f"{run.name}, " if len(runs) > 1 else ""
+        for dash, when in enumerate(("after", "before")):
+            curves.append((f"{name}{when} training", index, dash, partial(with_ends, run, when, group)))
+    return plots.thinking_shares(group, curves)
 
 
 def _overview(runs: list[Run]) -> list[tuple[Any, list[tuple[float, float] | None]]]:

@@ -26,7 +26,10 @@ from forethought.tools.report.tables import (
     windows_note,
 )
 
-_CONTROLS = ("gain_self", "gain_empty", "gain_random", "gain_shuffled", "kept_shuffled", "drift", "leakage", "truth")
+_CONTROLS = (
+    "gain_self", "gain_empty", "gain_random", "gain_shuffled", "gain_generic", "kept_shuffled", "drift", "leakage",
+    "truth",
+)  # fmt: skip
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 Figures = Mapping[str, Any]
@@ -157,18 +160,21 @@ def _controls(config: Config, measured: Figures | None) -> str:
     if measured is None:
         return (
             "Not measured yet. `forethought evaluate` on the run folder measures how much of the gain remains with an "
-            "empty thought, with the thought of another position and with random tokens, and adds the results here. A "
-            "gain that remains with the thoughts of other positions does not come from reasoning."
+            "empty thought, with the thought of another position, with random tokens and with one thought for all "
+            "positions, and adds the results here. A gain that remains with the thoughts of other positions does not "
+            "come from reasoning."
         )
     options = dict(measured.get("options", {}))
     where = _code(options.pop("evaluate.path", config.evaluate.path) or "held-out text")
     if other := ", ".join(_code(f"{option} = {_literal(value)}") for option, value in options.items()):
         where += f" with {other}"
     table = _table({f"after/{name}": value for name, value in measured.items()}, ("after",), _CONTROLS)
+    generic = measured.get("generic_thought")
+    shown = f"\n\nThe generic thought, chosen on training text: {_code(str(generic))}" if generic else ""
     return (
         f"On {where}, how much of the gain over the model without thoughts (nats) remains if the thought is "
-        "empty, is that of another position, or is random tokens. A gain that remains with the thoughts of other "
-        f"positions does not come from reasoning.\n\n{table}"
+        "empty, is that of another position, is random tokens, or is the same generic one at all positions. A gain "
+        f"that remains with the thoughts of other positions does not come from reasoning.\n\n{table}{shown}"
     )
 
 

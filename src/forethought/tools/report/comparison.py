@@ -6,6 +6,7 @@ RUN/experiment.json    names, arms, sweeps, verdicts
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,7 @@ from forethought.tools.report import plots
 from forethought.tools.report.plots import Point
 from forethought.tools.report.runs import read_checked
 from forethought.tools.report.tables import (
-    COUNTS,
+    UNLISTED,
     capitalized,
     duration,
     figure,
@@ -141,7 +142,7 @@ class Figures:
         """The measured metrics of a group, the main ones first."""
         known = dict.fromkeys([*MAIN, *METRICS, *self._metrics])
         measured = [name for name in known if any(self.row(arm, f"{group}/{name}") for arm in self.arms)]
-        return [name for name in measured if name not in COUNTS]
+        return [name for name in measured if name not in UNLISTED]
 
     def cell(self, arm: str, metric: str, unit: str, seed: int | str = ALL, plus: bool = False) -> tuple[str, str]:
         """A value and its interval as text; an en dash if it was not measured."""
@@ -197,6 +198,7 @@ def content(figures: Figures) -> dict[str, Any]:
         "seed_tables": [table(group, True, seeds) for group in groups],
         "drawings": _arm_plots(figures),
         "cost_drawings": _cost_plots(figures),
+        "thinking": _thinking_plots(figures),
         "sweeps": _sweeps(figures),
         "averages": [_questions(figures, group) for group in AVERAGES if group in figures.asked],
         "tasks": [_questions(figures, group) for group in figures.asked if group not in AVERAGES],
@@ -244,7 +246,22 @@ def _arm_plots(figures: Figures) -> list[tuple[str, Markup]]:
     for group, one in _drawn(figures):
         if points := figures.points([(arm, arm) for arm in figures.arms], f"{group}/{one.name}"):
             svg = plots.intervals(points, one.label, one.unit)
-            found.append((group, _inline(svg, f"i-{group}-{one.name}", f"{group}: {one.label}", points)))
+            found.append((group, plots.inline_points(svg, f"i-{group}-{one.name}", f"{group}: {one.label}", points)))
+    return found
+
+
+def _thinking_plots(figures: Figures) -> list[tuple[str, Markup]]:
+    """(group, plot) of the gain over the share of positions that think: a curve for each arm."""
+
+    def look(arm: str, group: str, name: str) -> tuple[int | float | None, ...]:
+        row = figures.row(arm, f"{group}/{name}")
+        return (row.value, row.low, row.high) if row else (None, None, None)
+
+    colors, found = len(plots.COLORS), []
+    for group in figures.groups:
+        arms = [(arm, i, i // colors, partial(look, arm, group)) for i, arm in enumerate(figures.arms)]
+        if (drawing := plots.thinking_shares(group, arms)) is not None:
+            found.append((group, drawing))
     return found
 
 
@@ -256,7 +273,7 @@ def _cost_plots(figures: Figures) -> list[tuple[str, Markup]]:
         points = figures.points(spent, f"{group}/{one.name}", f"cost/{cost.name}")
         if len(points) > 1:
             svg, text = plots.costs(points, one.label, one.unit, cost.label), f"{one.label} against {cost.label}"
-            found.append((group, _inline(svg, f"c-{group}-{one.name}", f"{group}: {text}", points)))
+            found.append((group, plots.inline_points(svg, f"c-{group}-{one.name}", f"{group}: {text}", points)))
     return found
 
 
@@ -268,20 +285,13 @@ def _sweeps(figures: Figures) -> list[tuple[str, str, Markup]]:
         for group, one in _drawn(figures):
             if points := figures.points([(arm, f"{value}") for value, arm in sweep.points], f"{group}/{one.name}"):
                 svg, text = plots.sweep(points, one.label, one.unit, option), f"{group}: {one.label} over {option}"
-                drawing = _inline(svg, f"s-{sweep.name}-{group}-{one.name}", text, points)
+                drawing = plots.inline_points(svg, f"s-{sweep.name}-{group}-{one.name}", text, points)
                 found.append((f"{option}, {seeds} {', '.join(map(str, sweep.seeds))}", group, drawing))
         if (published := sweep.published) is not None:
             points = [Point(name=f"{x}", value=y, low=None, high=None) for x, y in published.points]
             svg = plots.sweep(points, "", "", option)
-            found.append((option, published.said, _inline(svg, f"p-{sweep.name}", published.said, points)))
+            found.append((option, published.said, plots.inline_points(svg, f"p-{sweep.name}", published.said, points)))
     return found
-
-
-def _inline(svg: str, name: str, text: str, points: Sequence[Point]) -> Markup:
-    ends = ["no interval" if one.low is None else f"from {one.low:.4g} to {one.high:.4g}" for one in points]
-    values = "; ".join(f"{one.name} {one.value:.4g}, {end}" for one, end in zip(points, ends, strict=True))
-    safe = "".join(char if char.isalnum() or char == "-" else "-" for char in name)
-    return plots.inline(svg, safe, f"{text}. {values}")
 
 
 def _options(arm: Arm) -> str:

@@ -7,7 +7,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from forethought.config.registry import METRICS
+from forethought.config.registry import METRICS, THINKING_SHARES
 from forethought.tools.report.runs import Run
 from forethought.tools.report.tables import MINUS, capitalized, metric, visible
 
@@ -265,15 +265,64 @@ def sweep(points: Sequence[Point], title: str, unit: str, option: str) -> str:
         figure = Figure(figsize=(WIDTH, HEIGHT))
         axes = figure.add_subplot()
         ticks = range(len(points))
-        low, high = zip(*map(_ends, points), strict=True)
-        axes.fill_between(ticks, low, high, color=COLORS[0], alpha=0.2, linewidth=0)
-        axes.plot(ticks, [point.value for point in points], color=COLORS[0], linewidth=2)
-        for tick, point in zip(ticks, points, strict=True):
-            axes.plot(tick, point.value, "o", color=COLORS[0], markersize=5, fillstyle=_fill(point))
+        _band(axes, ticks, points, COLORS[0])
         axes.set_xticks(ticks, [visible(point.name) for point in points])
         axes.set_xlabel(visible(option))
         _frame(axes, title, unit)
         return _svg(figure)
+
+
+Lookup = Callable[[str], Sequence[int | float | None]]
+"""The name of a metric -> its value and the two ends of its interval; None for what was not measured."""
+
+
+def thinking_shares(group: str, curves: Sequence[tuple[str, int, int, Lookup]]) -> Markup | None:
+    """What a text gains per position if only the positions of highest entropy think, over the share that does.
+
+    Each curve is a label, the indices of its color and of its dash, and where its metrics are. None if no curve has
+    two shares that were measured.
+    """
+    found = [(label, index, dash, _share_points(label, look)) for label, index, dash, look in curves]
+    found = [one for one in found if len(one[3]) > 2]
+    if not found:
+        return None
+    with matplotlib.style.context(["default", _STYLE]):
+        figure = Figure(figsize=(WIDTH, HEIGHT + LEGEND_ROW * ((len(found) + 1) // 2)))
+        axes = figure.add_subplot()
+        axes.axhline(0, color=INK, linewidth=0.8, alpha=0.5)
+        lines = [
+            _band(axes, [one.x for one in points], points, COLORS[index % len(COLORS)], DASHES[dash % len(DASHES)])
+            for _, index, dash, points in found
+        ]
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
+        axes.set_xlabel("positions that think")
+        _frame(axes, "gain per position of text", "nats")
+        figure.legend(lines, [_short(label) for label, *_ in found], loc="outside lower left", ncols=2)
+        text = f"{group}: gain per position of text over the share of positions that think"
+        return inline_points(_svg(figure), f"t-{group}", text, [point for *_, points in found for point in points])
+
+
+def _share_points(label: str, look: Lookup) -> list[Point]:
+    """The origin, where none thinks, and the shares that were measured: as many positions as a whole number is."""
+    points = [Point(name=f"{label}, 0 %", value=0.0, low=0.0, high=0.0)]
+    count = look("positions")[0] or 0
+    for percent, name in THINKING_SHARES.items():
+        share, ends = math.ceil(percent * count / 100) / max(count, 1), look(name)
+        value, low, high = (None if end is None else share * end for end in ends)
+        if count and value is not None:
+            points.append(Point(name=f"{label}, {100 * share:.3g} %", value=value, low=low, high=high, x=share))
+    return points
+
+
+def _band(
+    axes: Axes, x: Sequence[int] | Sequence[float], points: Sequence[Point], color: str, dash: str = "-"
+) -> Line2D:
+    """A line through points in a band of their intervals."""
+    low, high = zip(*map(_ends, points), strict=True)
+    axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+    for place, point in zip(x, points, strict=True):
+        axes.plot(place, point.value, "o", color=color, markersize=5, fillstyle=_fill(point))
+    return axes.plot(x, [point.value for point in points], color=color, linewidth=2, linestyle=dash)[0]
 
 
 def _ends(point: Point) -> tuple[float, float]:
@@ -323,6 +372,14 @@ def inline(svg: str, name: str, text: str) -> Markup:
     svg = f'<svg {box.group()} role="img" aria-label="{escape(text)}">{drawing}'
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     return Markup(re.sub(r'style="[^"]*"', lambda match: _themed(match.group()), svg))
+
+
+def inline_points(svg: str, name: str, text: str, points: Sequence[Point]) -> Markup:
+    """The same with the values of points and their intervals in the text alternative; any name."""
+    ends = ["no interval" if one.low is None else f"from {one.low:.4g} to {one.high:.4g}" for one in points]
+    values = "; ".join(f"{one.name} {one.value:.4g}, {end}" for one, end in zip(points, ends, strict=True))
+    safe = "".join(char if char.isalnum() or char == "-" else "-" for char in name)
+    return inline(svg, safe, f"{text}. {values}")
 
 
 def _themed(style: str) -> str:

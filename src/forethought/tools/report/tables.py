@@ -5,12 +5,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from forethought.config.registry import METRICS, Metric
+from forethought.config.registry import METRICS, THINKING_SHARES, Metric
 from forethought.tools.report.runs import Run, number
 
 MINUS, NBSP = "\u2212", "\u00a0"
 _JOINERS = "\u200c\u200d"
-COUNTS = ("positions", "documents", "windows")
+UNLISTED = ("positions", "documents", "windows", *THINKING_SHARES.values())
+"""Metrics of a group that tables leave out: they are in captions and in a plot."""
 
 
 def metric(name: str) -> Metric:
@@ -105,7 +106,7 @@ def measured(names: Iterable[str], phases: Sequence[str] = ("before", "after")) 
         group, _, name = rest.rpartition("/")  # groups of 0.1 may contain a slash
         if phase in phases and group and name not in ("low", "high"):
             groups.setdefault(group, set()).add(name)
-    order = [name for name in METRICS if name not in COUNTS]
+    order = [name for name in METRICS if name not in UNLISTED]
     return [
         (group, [metric(name) for name in (*order, *sorted(found - METRICS.keys())) if name in found])
         for group, found in sorted(groups.items(), key=lambda one: (one[0] != "all", one[0]))
@@ -118,10 +119,14 @@ def windows_note(counts: Iterable[Any]) -> str:
     return f"1 document: intervals over its {known[0]:.0f} windows" if known else ""
 
 
+def with_ends(run: Run, phase: str, group: str, name: str) -> list[float | None]:
+    """A metric and the two ends of its interval; None for what was not measured."""
+    return [number(run.summary.get(f"{phase}/{group}/{name}{end}")) for end in ("", "/low", "/high")]
+
+
 def _cell(run: Run, group: str, metric: Metric) -> Cell:
     (before, *before_ends), (after, *after_ends) = (
-        [number(run.summary.get(f"{phase}/{group}/{metric.name}{end}")) for end in ("", "/low", "/high")]
-        for phase in ("before", "after")
+        with_ends(run, phase, group, metric.name) for phase in ("before", "after")
     )
     difference = None if before is None or after is None else after - before
     return Cell(
