@@ -30,7 +30,7 @@ from forethought.run.signals import SignalArrived, SignalGuard, Stopped
 from forethought.run.trackers import Callbacks, Tracker, check_tracker
 
 TERM_NORMS_EVERY = 50
-"""Steps between measurements of the gradient norm of each term, which take a backward pass each."""
+"""Steps between measurements of the gradient norm of each term, which take a pass of the update each."""
 LESS_MEMORY = "a smaller update.tokens_per_chunk or train.rollout_batch, update.checkpointing True and model.device cpu"
 
 _HELD_OUT = "held-out/crc32"
@@ -234,14 +234,14 @@ class Trainer:
             self.stream.seek(cursor)
             raise
         self.consistent = False
-        metrics |= norms | self._update()
+        metrics |= self._update()
         first = {name: more[name] for name in ("objective/mismatch",) if name in more}  # before any update
         for _ in range(1, self.config.method.inner_steps):
             metrics, more = self._backward(microbatches, windows, number)
             metrics, more = metrics | self._update(), more | first
         self.step, spent = number, self.cost
         sums, rows = self._gather(record, sums | more, guard)
-        metrics |= means(sums) | self._rates(sums, time.perf_counter() - started, spent)
+        metrics |= norms | means(sums) | self._rates(sums, time.perf_counter() - started, spent)
         if distributed.is_rank0() and (self.config.train.logs(number) or self.over):
             log.append("metrics", [{"step": number, **metrics}])
             log.append("thoughts", [{"step": number, **row} for row in rows])
@@ -326,10 +326,10 @@ class Trainer:
         return {"objective/loss": total, "optim/gradient_norm": norm}, sums
 
     def _term_norms(self, microbatches: Sequence[Any], number: int) -> dict[str, float]:
-        """On the first and every 50th step after it, the gradient norm of each term of a loss that has several."""
+        """On the first and every 50th step, the gradient norm of each term of a loss that has several."""
         terms = [one.terms() for one in microbatches if isinstance(one, Microbatch)]
         norms = {}
-        for name in terms[0] if terms and number % TERM_NORMS_EVERY == 1 else ():
+        for name in terms[0] if terms and (number == 1 or number % TERM_NORMS_EVERY == 0) else ():
             self.optimizer.zero_grad(set_to_none=True)
             for microbatch in terms:
                 self.method.forward_backward(microbatch[name])

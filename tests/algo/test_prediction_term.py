@@ -1,17 +1,21 @@
 """The prediction term: with it the update is the whole gradient of the expected reward, which autograd gives too."""
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import forethought
 from forethought.config import Method, UserError, load
 from forethought.data.positions import ThoughtFormat, at_positions, make_generator
 from forethought.models.logprobs import ThoughtBatch
+from forethought.rollout.decoder import matching_prefix
 from forethought.rollout.native import NativeEngine
 from helpers.enumerate import FORM as TINY
-from helpers.enumerate import OPEN, VOCAB, every_thought, microbatch, tiny
+from helpers.enumerate import OPEN, every_thought, microbatch, tiny
 from helpers.models import (
     FORM,
     LONG,
@@ -99,16 +103,34 @@ def test_without_the_weight_nothing_is_read_after_a_thought():
         assert piece.batch.read is None and piece.prediction_weight is None and not piece.terms()
 
 
-def test_dropped_thoughts_train_nothing_and_penalized_ones_are_read_as_they_are():
-    model = qwen3()
-    for unclosed, kept in (("drop", True), ("penalize", False)):
-        settings = config(thought_length=3, unclosed=unclosed, prediction_weight=0.5)
-        method = rlp(model, settings)
-        record = method.collect(WINDOWS, 1)
-        assert not record.thoughts.closed.all()
-        (piece,) = method.microbatches(record)
-        wanted = 0.5 * (record.thoughts.closed if kept else torch.ones_like(record.thoughts.closed)).flatten()
-        assert torch.equal(piece.prediction_weight, wanted)
+@pytest.mark.parametrize("method", [{"unclosed": "drop"}, {"min_gain": 0.1}, {"unclosed": "penalize"}])
+def test_dropped_thoughts_train_nothing_and_penalized_ones_are_read_as_they_are(method: dict[str, Any]):
+    model, form = qwen3(), FORM
+    settings = config(thought_length=10, prediction_weight=0.5, **method)
+    record = (ours := rlp(model, settings)).collect(WINDOWS, 1)
+    closed, kept = record.thoughts.closed.flatten().tolist(), record.kept.flatten().tolist()
+    assert not all(kept) or "penalize" in method.values()
+    assert not all(closed)
+    pieces = ours.microbatches(record)
+    rows = [row for piece in pieces for row in written(piece, form)]
+    targets = record.shard.positions.targets().repeat_interleave(4, 0).tolist()
+    loss = torch.zeros((), dtype=torch.double)
+    for (prompt, thought), done, used, true in zip(rows, closed, kept, targets, strict=True):
+        read = [*prompt, *form.content(thought, done), *form.close]
+        loss = loss - 0.5 * used * plain_targets(model, read, true).sum() / len(rows)
+    assert_close(update(ours, [piece.terms()["prediction"] for piece in pieces]), gradients(model, loss))
+
+
+def test_the_term_adds_to_a_step_with_kl_and_several_inner_steps():
+    """The old and the reference's log-probabilities do not read the targets, so they are those of the paper's step."""
+    model, more = qwen3(), {"kl_weight": 0.1, "inner_steps": 2, "thought_length": 10}
+    (paper,) = collected(rlp(model, config(**more)), WINDOWS, 1).microbatches
+    method = rlp(model, config(prediction_weight=0.5, **more))
+    (piece,) = collected(method, WINDOWS, 1).microbatches
+    assert paper.logp_old is not None and piece.logp_old is not None
+    assert torch.equal(piece.logp_old, paper.logp_old) and torch.equal(piece.logp_reference, paper.logp_reference)
+    parts = [update(rlp(model, config(**more)), [paper]), update(method, [piece.terms()["prediction"]])]
+    assert_close(update(method, [piece]), [one + other for one, other in zip(*parts, strict=True)])
 
 
 def test_a_warm_up_trains_only_the_prediction():
@@ -135,7 +157,7 @@ def test_length_norm_none_sums_over_a_thought():
 
 
 def test_a_thought_may_be_empty_where_that_is_allowed():
-    """The same probabilities as before given that it does not close at once."""
+    """It closes at once as often as the policy says, and the evidence after it is that of the empty thought."""
     model, count = tiny(), 5_000
     form = dataclasses.replace(TINY, closing=TINY.closing.with_empty())
     engine = NativeEngine(model, form, Method(temperature=1.0, thought_length=3))
@@ -150,7 +172,40 @@ def test_a_thought_may_be_empty_where_that_is_allowed():
     assert abs(int(empty.sum()) - count * share) < 4 * (count * share * (1 - share)) ** 0.5
     after = plain_targets(model, [0, 1, OPEN, 4], [2]).detach().float()
     assert torch.allclose(thoughts.evidence[0][empty], after.expand(int(empty.sum()), 1), atol=1e-5)
-    assert len(every_thought(model, [0, 1, OPEN], TINY, 1)) == VOCAB - 1
+
+
+def test_a_delimiter_that_begins_at_the_first_token_is_no_more_than_that_token():
+    tokens = torch.tensor([[7, 0, 0]])
+    assert matching_prefix(tokens, torch.tensor([1]), torch.tensor([7, 7, 5])).tolist() == [1]
+
+
+@pytest.mark.parametrize("inner_steps", [1, 2])
+def test_the_gradient_norm_of_each_term_is_logged(inner_steps: int, tmp_path: Path):
+    words = "--train.steps 2 --train.batch 4 --train.log_every 1 --method.prediction_weight 0.2 --evaluate.documents 2"
+    run = tmp_path / "run"
+    chosen = load("quickstart", [*words.split(), f"--method.inner_steps={inner_steps}", f"--run={run}"])
+    forethought.train(chosen)
+    first, second = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+    policy, prediction = (first[f"optim/gradient_norm_{term}"] for term in ("policy", "prediction"))
+    assert policy > 0 and prediction > 0
+    if inner_steps == 1:  # the norm of the sum, which is that of the step
+        assert abs(policy - prediction) < first["optim/gradient_norm"] < policy + prediction
+    assert first["objective/prediction_loss"] > 0
+    assert "optim/gradient_norm_policy" not in second
+
+
+@pytest.mark.parametrize("more", [["--lora.r=4"], ["--model.precision=bf16"]], ids=["lora", "bf16"])
+def test_a_warm_up_lowers_the_loss_with_adapters_and_in_bf16(more: list[str], tmp_path: Path):
+    """At the same positions of the last steps as without learning."""
+    words = "--train.steps 12 --train.batch 16 --train.log_every 1 --method.name warmup --method.prediction_weight 1"
+    losses = []
+    for rate in ("1e-9", "3e-3"):
+        run = tmp_path / rate
+        rest = f"--optim.learning_rate {rate} --evaluate.path= --run={run}"
+        forethought.train(load("quickstart-notes", [*words.split(), *rest.split(), *more]))
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        losses.append(sum(row["objective/prediction_loss"] for row in rows[-4:]))
+    assert losses[1] < losses[0]
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ class RLP:
         return config.method.teacher_every > 0
 
     def warms_up(self, step: int) -> bool:
-        """Whether a step trains only the prediction term."""
+        """Whether a step trains the prediction term (and any KL), but not the choice of thoughts."""
         return step <= self.config.method.warmup_steps
 
     def sample(self, shard: PositionShard, step: int) -> tuple[Thoughts, Thoughts, Predictions | None]:
@@ -125,7 +125,7 @@ class RLP:
 
 
 class Warmup(RLP):
-    """The warm start of RLP (after arXiv:2602.03979, section 3.4): only the prediction term, at every step.
+    """The warm start of RLP (after arXiv:2602.03979, section 3.4): only the prediction term (and any KL).
 
     Thoughts are the policy's own and stay as they are; the text after them is learned, over method.horizon tokens.
     """

@@ -143,10 +143,11 @@ class Method:
     freeze_teacher: bool = False
     """Keep the start as teacher instead of the EMA (a control: the update must not change)."""
     prediction_weight: NonNegative = 0.0
-    """Weight of the prediction term: the gradient of log p of the targets after each thought. 0: the paper; 1: the
-    whole gradient of the expected reward, with length_norm none."""
+    """Weight of the prediction term: the gradient of log p of the targets after each thought (their discounted sum).
+    0: the paper; 1: with length_norm none and temperature 1, the whole gradient of the expected reward."""
     warmup_steps: Count = 0
-    """Train only the prediction term in the first steps, not the choice of thoughts."""
+    """Train only the prediction term (and any KL) in the first steps, not the choice of thoughts; see optim.warmup for
+    the learning rate's."""
     length_norm: Literal["thought", "none"] = "thought"
     """Mean over the sampled tokens of a thought (1/|c|, the paper), or their sum."""
     allow_empty: bool = False

@@ -2,8 +2,8 @@
 
 Token ids go in and come out. Requests are sampled by vLLM, which returns the log-probabilities of the tokens; the
 evidence is computed by the policy. vLLM stops at given tokens and masks them as the first one; from that, `think` makes
-thoughts that end with the text of the closing delimiter and do not begin with it. After every optimizer step the
-policy's weights are loaded in place, and a probe must then agree with the policy.
+thoughts that end with the text of the closing delimiter and do not begin with it, unless method.allow_empty. After every
+optimizer step the policy's weights are loaded in place, and a probe must then agree with the policy.
 """
 
 import copy
@@ -72,7 +72,7 @@ def think(
 ) -> list[Sample]:
     """A group of thoughts after each prompt, position by position; the noise determines the seeds alone.
 
-    The first request stops at the tokens that no thought begins with. Where they do not close a thought, it is
+    The first request stops at the tokens with which the delimiter begins. Where they do not close a thought, it is
     continued by requests of its own, which stop at any token that may, until it is closed or full. What was sampled
     after the text of the delimiter was complete is dropped.
     """

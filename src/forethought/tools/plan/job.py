@@ -203,6 +203,12 @@ class Job:
         return self.config.method.thought_length + self.prediction
 
     @property
+    def longest_row(self) -> int:
+        """Tokens that the update reads after the opening delimiter, at most: with a prediction term, to the targets."""
+        after = self.closing + self.config.method.horizon if self.config.method.prediction_weight else 0
+        return self.max_new_tokens + after
+
+    @property
     def trainable(self) -> int:
         """Parameters with gradients: all of them, or those of adapters."""
         return self.shape.adapter or self.shape.parameters

@@ -157,11 +157,11 @@ def _update(job: Job) -> dict[str, float]:
     on_cpu, checkpointing = job.machine.name == "cpu", job.config.update.checkpointing
     prefix, tokens = job.max_prefix + job.template, chunk_tokens(job)
     keys, states = cache_numbers(job)
-    documents, width = chunk_windows(job), job.between + job.max_new_tokens + (0 if job.shared else prefix)
+    documents, width = chunk_windows(job), job.between + job.longest_row + (0 if job.shared else prefix)
     rows = min(max(1, tokens // width), documents * job.thoughts_per_window)
-    at_once = min(rows, max(1, MAX_LOGITS["cpu" if on_cpu else "cuda"] // (job.max_new_tokens * shape.vocab)))
+    at_once = min(rows, max(1, MAX_LOGITS["cpu" if on_cpu else "cuda"] // (job.longest_row * shape.vocab)))
     # a logit: raw, masked, scaled by the temperature, normalized
-    logits = (12 if size == 2 or method.temperature == 1 else 16) * at_once * job.max_new_tokens * shape.vocab
+    logits = (12 if size == 2 or method.temperature == 1 else 16) * at_once * job.longest_row * shape.vocab
     backward = 4.0 * rows * width * (2 * shape.intermediate + 4 * shape.hidden)
     thoughts, scans = saved_bytes(job, rows, width)
     if checkpointing:
@@ -302,14 +302,14 @@ def _halved(value: int, least: int) -> Iterator[int]:
 def _fewer_rows(job: Job) -> list[int]:
     """The most rows that fit beside the smallest chunks, or one window's."""
     window = job.thoughts_per_window
-    small = job.with_option("update", tokens_per_chunk=min(chunk_tokens(job), job.between + job.max_new_tokens))
+    small = job.with_option("update", tokens_per_chunk=min(chunk_tokens(job), job.between + job.longest_row))
     most = _largest(lambda n: fits(small.with_option("train", rollout_batch=n * window)), 2**12)
     return [min(max(most, 1) * window, job.decode_rows)]
 
 
 def _smaller_chunks(job: Job) -> Iterator[int]:
     """Down to one thought."""
-    return _halved(chunk_tokens(job), job.between + job.max_new_tokens)
+    return _halved(chunk_tokens(job), job.between + job.longest_row)
 
 
 def _shorter_windows(job: Job) -> _Candidates:

@@ -160,7 +160,8 @@ def _updating(job: Job, flops: Flops) -> Phase:
     Checkpointing adds a forward pass to the three that the FLOPs count, or to two with frozen weights.
     """
     documents = chunk_windows(job)
-    width = job.between + round(job.length) + job.prediction + (0 if job.shared else job.prefix + job.template)
+    after = job.longest_row - job.config.method.thought_length
+    width = job.between + round(job.length) + after + (0 if job.shared else job.prefix + job.template)
     chunks = -(-documents * job.thoughts_per_window // max(1, chunk_tokens(job) // width))
     passes = -(-job.local_windows // documents) * (chunks + job.shared)
     forward = _forward(job, "update", flops.training, 3 * passes)
@@ -268,7 +269,7 @@ def _fitted_costs(job: Job) -> tuple[_Cost, _Cost]:
     """
     passes = 3 * job.config.method.inner_steps
     update, top, longest = passes / _rate(job, update=True), max(job.max_prefix, 4), max(job.max_new_tokens, 4)
-    reading = (1 + job.teacher) / _rate(job) + update
+    reading, after = (1 + job.teacher) / _rate(job) + update, job.longest_row - job.max_new_tokens
 
     def fitted(seconds: Callable[[int, int], float], tokens: int, before: tuple[int, ...]) -> _Cost:
         grid = np.array([(n, p) for n in (1, tokens // 2, tokens) for p in before])
@@ -278,7 +279,7 @@ def _fitted_costs(job: Job) -> tuple[_Cost, _Cost]:
 
     return (
         fitted(lambda n, p: reading * forward_flops(job.shape, [(n, p)], 0), top, (0,)),
-        fitted(lambda n, p: update * forward_flops(job.shape, [(n + job.between, p)], n), longest, (1, top)),
+        fitted(lambda n, p: update * forward_flops(job.shape, [(n + after + job.between, p)], n), longest, (1, top)),
     )
 
 
