@@ -1,14 +1,15 @@
 """The command line: a thin caller of the library, and the only place that prints."""
 
 import contextlib
+import importlib
 import json
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TextIO, cast
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 
@@ -21,6 +22,7 @@ from forethought.config import (
     from_dict,
     load,
     merge,
+    own_options,
     read_overrides,
     to_dict,
 )
@@ -40,6 +42,7 @@ class Command:
     help: str
     needs: str = ""  # what the first word must be
     options: bool = True  # whether it takes --section.option
+    own: str = ""  # module:class of its own options
     lasting: bool = True  # whether its results are in files, so that nobody needs to read what it prints
 
 
@@ -110,11 +113,8 @@ def _usage(out: Console, *names: str) -> None:
 
 def _help(name: str, out: Console) -> None:
     _usage(out, name)
-    if name == "plan":
-        from forethought.tools.plan import OPTIONS
-
-        for option, meaning in OPTIONS.items():
-            line(out, f"  {option:12}{meaning}")
+    for option in fields(_own(name)) if COMMANDS[name].own else ():
+        line(out, f"  --{option.name:14}{cast(Any, option.default).description}")
     if not COMMANDS[name].options:
         return
     import tyro
@@ -126,6 +126,11 @@ def _help(name: str, out: Console) -> None:
         line(out, f"--{OPTION[kind]}: one of these, or module:attribute for a class or function of your own")
         for entry in entries.values():
             line(out, f"  {entry.name:18}{entry.help}")
+
+
+def _own(name: str) -> Any:
+    module, _, kind = COMMANDS[name].own.partition(":")
+    return getattr(importlib.import_module(f"forethought.tools.{module}"), kind)
 
 
 def _train(words: list[str], out: Console, err: Console) -> None:
@@ -223,7 +228,7 @@ def _plan(words: list[str], out: Console, err: Console) -> None:
     from forethought.tools import plan
     from forethought.tools.plan.page import shown
 
-    options, overrides = plan.read_options(words[1:])
+    options, overrides = own_options(plan.Options, words[1:])
     config = from_dict(merge(to_dict(load(words[0])), overrides))
     shape = plan.shipped_shape(config.model.path)
     if shape is None:
@@ -235,6 +240,65 @@ def _plan(words: list[str], out: Console, err: Console) -> None:
     plan.write(found, options.json)
     for one in shown(found):
         line(out, one) if isinstance(one, str) else out.print(one)
+
+
+def _think(words: list[str], out: Console, err: Console) -> None:
+    from forethought.tools import think
+
+    count = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
+    (name, *text), words = words[:count], words[count:]
+    options, overrides = own_options(think.Options, words)
+    if not text and (options.json or options.html):
+        raise UserError("think takes --json and --html with a text")
+    given = think.read_text(text) if text else None
+    _quiet_libraries()
+    model = think.load(name, overrides, options)
+    if given is None:
+        _prompt(model, options, out, err)
+        return
+    with ProgressBar(err) as progress:
+        found = think.think(model, name, given, options, lambda done, total: progress.phase("thinking", done, total))
+    if options.json:
+        line(out, json.dumps(found))
+    for one in () if options.json else think.shown(found, out):
+        out.print(one)
+    if options.html:
+        line(err if options.json else out, f"page: {think.write_page(found, options.html)}")
+
+
+def _prompt(model: Any, options: Any, out: Console, err: Console) -> None:
+    """Read texts, a line each, and write on with thoughts. Ctrl-C stops the writing, Ctrl-D or the end of stdin all."""
+    from forethought.tools import think
+
+    asks = sys.stdin.isatty() and out.is_terminal
+    if asks:
+        importlib.import_module("readline")  # edits lines and keeps a history
+        line(out, "Type a text and see it continued. Ctrl-C stops, Ctrl-D ends.")
+    while not cast(Any, out.file).gone:
+        try:
+            text = input("> " if asks else "")
+        except EOFError:
+            line(out, "") if asks else None
+            return
+        if not text.strip():
+            continue
+        texts, gains = [text], cast(list[float | None], [None])
+        try:
+            tokens = model.generate(
+                text, max_tokens=options.max_tokens, think_every=options.think_every, thoughts=options.thoughts,
+                temperature=options.temperature, seed=options.seed,
+            )  # fmt: skip
+            for one in think.written(tokens, texts, gains):
+                out.print(one)
+        except UserError as error:
+            if not asks:
+                raise
+            line(err, f"forethought: {error}")
+        except KeyboardInterrupt:
+            if not asks:
+                raise
+            line(out, "stopped")
+        out.print(think.colored(texts, gains, out))
 
 
 def _report(words: list[str], out: Console, err: Console) -> None:
@@ -275,7 +339,11 @@ COMMANDS = {
     "plan": Command(
         _plan, f"CONFIG [--gpus N] [--gpu h100] [--simulate] [--json FILE] {_MORE}", "memory, time and cost of a run",
         "a config file, or the name of a shipped one such as qwen3-1.7b",
-        lasting=False,
+        own="plan:Options", lasting=False,
+    ),
+    "think": Command(
+        _think, f"MODEL_OR_RUN [TEXT | FILE | -] {_MORE}", "see a model think about a text, or at a prompt", _MODEL,
+        own="think:Options", lasting=False,
     ),
     "report": Command(_report, "RUN [RUN ...] [--out FILE]", "an HTML page about runs", options=False),
     "lm-eval": Command(_lm_eval, "--model_args path=MODEL,thoughts=4 --tasks TASK", "tasks of lm-evaluation-harness"),
