@@ -30,7 +30,17 @@ from forethought.config.registry import OPTION, TABLES
 from forethought.run.diagnostics import Diagnosis
 from forethought.run.distributed import RemoteRankError, launcher_rank_and_size, require_single_process
 from forethought.run.signals import Stopped
-from forethought.tools.console import CONTROLS, FIGURES, ProgressBar, Stream, answer_table, line, notices, table
+from forethought.tools.console import (
+    CONTROLS,
+    FIGURES,
+    ProgressBar,
+    Stream,
+    answer_table,
+    line,
+    notices,
+    run_table,
+    table,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,6 +322,35 @@ def _report(words: list[str], out: Console, err: Console) -> None:
     line(out, f"report: {report.write([Path(word) for word in words], Path(target) if target else None)}")
 
 
+def _runs(words: list[str], out: Console, err: Console) -> None:
+    if len(words) > 1 or (words and words[0].startswith("--")):
+        raise UserError("runs takes one folder, or none for runs/")
+    from forethought.tools.report.runs import find, state
+
+    folder = words[0] if words else "runs"
+    if not (found := find(folder)):
+        line(out, f"{folder} holds no run")
+        return
+    run_table([state(path) for path in found], out)
+
+
+def _push(words: list[str], out: Console, err: Console) -> None:
+    run, name, *flags = words if len(words) > 1 and not words[1].startswith("--") else ("", "", "")
+    flags = {flag.replace("-", "_") for flag in flags}
+    if not name or flags - {"__private", "__dry_run"}:
+        raise UserError("push takes a run folder, user/name, and --private or --dry_run")
+    from forethought.tools.report import card
+
+    files = card.to_push(Path(run), name)
+    for file, size in files.items():
+        line(out, f"{size:>15,} bytes  {file}")
+    line(out, f"{sum(files.values()):>15,} bytes in {len(files)} files of {Path(run) / 'policy'}")
+    if "__dry_run" in flags:
+        line(out, f"nothing was uploaded; without --dry_run they go to {name}")
+    else:
+        line(out, f"uploaded to {card.push(Path(run), name, '__private' in flags)}")
+
+
 def _lm_eval(words: list[str], out: Console, err: Console) -> None:
     """The harness's own command line, which prints for itself."""
     try:
@@ -346,6 +385,11 @@ COMMANDS = {
         own="think:Options", lasting=False,
     ),
     "report": Command(_report, "RUN [RUN ...] [--out FILE]", "an HTML page about runs", options=False),
+    "runs": Command(_runs, "[FOLDER]", "how far the runs in a folder are", options=False, lasting=False),
+    "push": Command(
+        _push, "RUN user/name [--private] [--dry_run]", "upload a trained model to the Hugging Face Hub",
+        "a run folder", options=False,
+    ),
     "lm-eval": Command(_lm_eval, "--model_args path=MODEL,thoughts=4 --tasks TASK", "tasks of lm-evaluation-harness"),
 }  # fmt: skip
 

@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, TypeAdapter
@@ -63,11 +64,11 @@ def read_text(words: Sequence[str]) -> tuple[str, str]:
         name, data = (
             ("stdin", sys.stdin.buffer.read()) if word == "-"
             else (word, read_bytes(word)) if os.path.isfile(word)  # noqa: PTH113 (Path's refuses a long text)
-            else ("text", os.fsencode(word))
+            else (shorten(word, 60), os.fsencode(word))
         )  # fmt: skip
     except OSError as error:
         raise UserError(f"{word}: cannot be read: {error.strerror}") from None
-    return Path(name).name, decode_text(data, name, 1).removesuffix("\n")
+    return name, decode_text(data, name, 1).removesuffix("\n")
 
 
 def think(
@@ -112,8 +113,8 @@ def shown(found: dict[str, Any], console: Console) -> Iterator[RenderableType]:
         several = len(one.thoughts) > 1 and one.nothink is not None
         rows = [("without", _top(one.nothink_top))]
         for each in one.thoughts:
-            gain = f" {signed((each.evidence or 0.0) - (one.nothink or 0.0))}" if several else ""
-            rows += [(f"thought{gain}", _thought(each.text, each.closed)), ("with", _top(each.top))]
+            gain = f"{signed((each.evidence or 0.0) - (one.nothink or 0.0))} " if several else ""
+            rows += [("thought", gain + _thought(each.text, each.closed)), ("with", _top(each.top))]
         yield block(str(one.at), one.target, one.gain, rows)
     after = found["next"]
     thoughts = [("thought", _thought(one["text"], one["closed"])) for one in after["thoughts"]]
