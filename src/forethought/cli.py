@@ -262,7 +262,7 @@ def _think(words: list[str], out: Console, err: Console) -> None:
         raise UserError("think takes --json and --html with a text")
     given = think.read_text(text) if text else None
     _quiet_libraries()
-    model = think.load(name, overrides, options)
+    model = think.load(name, overrides)
     if given is None:
         _prompt(model, options, out, err)
         return

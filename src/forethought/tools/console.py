@@ -180,13 +180,13 @@ def run_table(states: "Sequence[State]", out: Console) -> None:
     """Runs, one a row: how far each is, its last gain and the time that it still takes."""
     from forethought.tools.report.tables import duration, signed
 
-    shown = Table(box=SIMPLE_HEAD, pad_edge=False)
+    shown = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     shown.add_column("run", overflow="fold")
-    shown.add_column("state", overflow="fold")
+    shown.add_column("state", overflow="fold", min_width=len("finished"))
     for title in ("step", "gain", "left"):
-        shown.add_column(title, justify="right")
+        shown.add_column(title, justify="right", no_wrap=True)
     for one in states:
-        steps = "" if one.step is None else f"{one.step:,} of {one.steps:,}"
+        steps = "" if one.step is None else f"{one.step:,}/{one.steps:,}"
         gain = "" if one.gain is None else signed(one.gain)
         left = "" if one.left_s is None else duration(one.left_s)
         shown.add_row(*(Text(printable(cell)) for cell in (str(one.path), one.state, steps, gain, left)))

@@ -4,6 +4,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 HELPS, HURTS = ("#deebf7", "#9ecae1", "#6baed6"), ("#fee6ce", "#fdae6b", "#fd8d3c")
 """Backgrounds of black text, weak to strong, so that it reads the same on dark and on light terminals."""
+_UNTRAINED = 64  # tokens of a thought, which such a model hardly ever closes
 _SHOWN, _SMALLEST = 3, 0.005  # most likely tokens of a prediction, and the smallest probability among them
 
 
@@ -43,7 +45,7 @@ class Options:
     json: bool = Field(default=False, description="print JSON: documents.json (docs/metrics.md) and `next`")
 
 
-def load(name: str, overrides: dict[str, Any], options: Options) -> "ThinkingModel":
+def load(name: str, overrides: dict[str, Any]) -> "ThinkingModel":
     """The trained model of a run, or a model, with a notice where it was never trained to think. Raises UserError."""
     from forethought.eval import run_at, trained
     from forethought.inference import ThinkingModel
@@ -52,9 +54,10 @@ def load(name: str, overrides: dict[str, Any], options: Options) -> "ThinkingMod
     log = run_at(name)
     source = name if log is None else trained(log.config(), log.path).model.path
     if not load_thinking_options(source):
-        warnings.warn(f"{name} was never trained to think: it thinks with the default options", Notice, stacklevel=2)
-    chosen = {"view": 1, "view_thoughts": options.thoughts}
-    return ThinkingModel.load(source, merge(overrides, {"evaluate": chosen}))
+        what = f"was never trained to think: it thinks with the default options, {_UNTRAINED} tokens at most"
+        warnings.warn(f"{name} {what}", Notice, stacklevel=2)
+        overrides = merge({"method": {"thought_length": _UNTRAINED}}, overrides)
+    return ThinkingModel.load(source, overrides)
 
 
 def read_text(words: Sequence[str]) -> tuple[str, str]:
@@ -68,7 +71,9 @@ def read_text(words: Sequence[str]) -> tuple[str, str]:
         )  # fmt: skip
     except OSError as error:
         raise UserError(f"{word}: cannot be read: {error.strerror}") from None
-    return name, decode_text(data, name, 1).removesuffix("\n")
+    if not (text := decode_text(data, name, 1).removesuffix("\n")).strip():
+        raise UserError(f"text {name!r}: is empty, so there is nothing to think about")
+    return name, text
 
 
 def think(
@@ -84,9 +89,9 @@ def think(
 
     tokens = model.encode(text[1])
     model.check_length(len(tokens) + 1, options.thoughts)
-    subject = Subject(
-        model=model.model, engine=model.engine, form=model.form, tokenizer=model.tokenizer, config=model.config
-    )
+    evaluate = replace(model.config.evaluate, view=1, view_thoughts=options.thoughts)
+    config = replace(model.config, evaluate=evaluate)
+    subject = Subject(model=model.model, engine=model.engine, form=model.form, tokenizer=model.tokenizer, config=config)
     window = Window(document=text[0], start=0, tokens=tokens, marks={})
     found = documents(
         subject, model.model, [window], name, lambda _, done, total: progress(done, total),
