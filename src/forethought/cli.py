@@ -381,7 +381,8 @@ COMMANDS = {
         own="plan:Options", lasting=False,
     ),
     "think": Command(
-        _think, f"MODEL_OR_RUN [TEXT | FILE | -] {_MORE}", "see a model think about a text, or at a prompt", _MODEL,
+        _think, f"MODEL_OR_RUN [TEXT | FILE | -] [--thoughts N] [--html FILE] [--json] {_MORE}",
+        "see a model think about a text, or at a prompt", _MODEL,
         own="think:Options", lasting=False,
     ),
     "report": Command(_report, "RUN [RUN ...] [--out FILE]", "an HTML page about runs", options=False),
