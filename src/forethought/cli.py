@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -284,14 +284,7 @@ def _prompt(model: Any, options: Any, out: Console, err: Console) -> None:
     if asks:
         importlib.import_module("readline")  # edits lines and keeps a history
         line(out, "Type a text and see it continued. Ctrl-C stops, Ctrl-D ends.")
-    while not cast(Any, out.file).gone:
-        try:
-            text = input("> " if asks else "")
-        except EOFError:
-            line(out, "") if asks else None
-            return
-        if not text.strip():
-            continue
+    for text in _typed(asks):
         texts, gains = [text], cast(list[float | None], [None])
         try:
             tokens = model.generate(
@@ -309,6 +302,23 @@ def _prompt(model: Any, options: Any, out: Console, err: Console) -> None:
                 raise
             line(out, "stopped")
         out.print(think.colored(texts, gains, out))
+        if cast(Any, out.file).gone:
+            return
+    line(out, "") if asks else None
+
+
+def _typed(asks: bool) -> Iterator[str]:
+    """The lines of stdin that are not blank. Raises UserError."""
+    while True:
+        try:
+            text = input("> " if asks else "")
+            text.encode()
+        except UnicodeError:
+            raise UserError("text: is not UTF-8") from None
+        except EOFError:
+            return
+        if text.strip():
+            yield text
 
 
 def _report(words: list[str], out: Console, err: Console) -> None:

@@ -221,6 +221,8 @@ def test_at_the_prompt_a_signal_and_a_wrong_text_are_one_line(
 ):
     prompted(monkeypatch, KeyboardInterrupt)
     assert complaint(capsys, ["think", "embedded"], 128 + signal.SIGINT) == "interrupted"
+    prompted(monkeypatch, "red \udcff")
+    assert complaint(capsys, ["think", "embedded"]) == "text: is not UTF-8"
     prompted(monkeypatch, "red " * 200)
     assert "context window has 256" in complaint(capsys, ["think", "embedded"])
 
