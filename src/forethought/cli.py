@@ -1,14 +1,15 @@
 """The command line: a thin caller of the library, and the only place that prints."""
 
 import contextlib
+import importlib
 import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TextIO, cast
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 
@@ -21,6 +22,7 @@ from forethought.config import (
     from_dict,
     load,
     merge,
+    own_options,
     read_overrides,
     to_dict,
 )
@@ -28,7 +30,17 @@ from forethought.config.registry import OPTION, TABLES
 from forethought.run.diagnostics import Diagnosis
 from forethought.run.distributed import RemoteRankError, launcher_rank_and_size, require_single_process
 from forethought.run.signals import Stopped
-from forethought.tools.console import CONTROLS, FIGURES, ProgressBar, Stream, answer_table, line, notices, table
+from forethought.tools.console import (
+    CONTROLS,
+    FIGURES,
+    ProgressBar,
+    Stream,
+    answer_table,
+    line,
+    notices,
+    run_table,
+    table,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +52,7 @@ class Command:
     help: str
     needs: str = ""  # what the first word must be
     options: bool = True  # whether it takes --section.option
+    own: str = ""  # module:class of its own options
     lasting: bool = True  # whether its results are in files, so that nobody needs to read what it prints
 
 
@@ -110,11 +123,8 @@ def _usage(out: Console, *names: str) -> None:
 
 def _help(name: str, out: Console) -> None:
     _usage(out, name)
-    if name == "plan":
-        from forethought.tools.plan import OPTIONS
-
-        for option, meaning in OPTIONS.items():
-            line(out, f"  {option:12}{meaning}")
+    for option in fields(_own(name)) if COMMANDS[name].own else ():
+        line(out, f"  --{option.name:14}{cast(Any, option.default).description}")
     if not COMMANDS[name].options:
         return
     import tyro
@@ -126,6 +136,11 @@ def _help(name: str, out: Console) -> None:
         line(out, f"--{OPTION[kind]}: one of these, or module:attribute for a class or function of your own")
         for entry in entries.values():
             line(out, f"  {entry.name:18}{entry.help}")
+
+
+def _own(name: str) -> Any:
+    module, _, kind = COMMANDS[name].own.partition(":")
+    return getattr(importlib.import_module(f"forethought.tools.{module}"), kind)
 
 
 def _train(words: list[str], out: Console, err: Console) -> None:
@@ -225,7 +240,7 @@ def _plan(words: list[str], out: Console, err: Console) -> None:
     from forethought.tools import plan
     from forethought.tools.plan.page import shown
 
-    options, overrides = plan.read_options(words[1:])
+    options, overrides = own_options(plan.Options, words[1:])
     config = from_dict(merge(to_dict(load(words[0])), overrides))
     shape = plan.shipped_shape(config.model.path)
     if shape is None:
@@ -239,6 +254,75 @@ def _plan(words: list[str], out: Console, err: Console) -> None:
         line(out, one) if isinstance(one, str) else out.print(one)
 
 
+def _think(words: list[str], out: Console, err: Console) -> None:
+    from forethought.tools import think
+
+    count = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
+    (name, *text), words = words[:count], words[count:]
+    options, overrides = own_options(think.Options, words)
+    if not text and (options.json or options.html):
+        raise UserError("think takes --json and --html with a text")
+    given = think.read_text(text) if text else None
+    _quiet_libraries()
+    model = think.load(name, overrides)
+    if given is None:
+        _prompt(model, options, out, err)
+        return
+    with ProgressBar(err) as progress:
+        found = think.think(model, name, given, options, lambda done, total: progress.phase("thinking", done, total))
+    if options.json:
+        line(out, json.dumps(found))
+    for one in () if options.json else think.shown(found, out):
+        out.print(one)
+    if options.html:
+        line(err if options.json else out, f"page: {think.write_page(found, options.html)}")
+
+
+def _prompt(model: Any, options: Any, out: Console, err: Console) -> None:
+    """Read texts, a line each, and write on with thoughts. Ctrl-C stops the writing, Ctrl-D or the end of stdin all."""
+    from forethought.tools import think
+
+    asks = sys.stdin.isatty() and out.is_terminal
+    if asks:
+        importlib.import_module("readline")  # edits lines and keeps a history
+        line(out, "Type a text and see it continued. Ctrl-C stops, Ctrl-D ends.")
+    for text in _typed(asks):
+        texts, gains = [text], cast(list[float | None], [None])
+        try:
+            tokens = model.generate(
+                text, max_tokens=options.max_tokens, think_every=options.think_every, thoughts=options.thoughts,
+                temperature=options.temperature, seed=options.seed,
+            )  # fmt: skip
+            for one in think.written(tokens, texts, gains):
+                out.print(one)
+        except UserError as error:
+            if not asks:
+                raise
+            line(err, f"forethought: {error}")
+        except KeyboardInterrupt:
+            if not asks:
+                raise
+            line(out, "stopped")
+        out.print(think.colored(texts, gains, out))
+        if cast(Any, out.file).gone:
+            return
+    line(out, "") if asks else None
+
+
+def _typed(asks: bool) -> Iterator[str]:
+    """The lines of stdin that are not blank. Raises UserError."""
+    while True:
+        try:
+            text = input("> " if asks else "")
+            text.encode()
+        except UnicodeError:
+            raise UserError("text: is not UTF-8") from None
+        except EOFError:
+            return
+        if text.strip():
+            yield text
+
+
 def _report(words: list[str], out: Console, err: Console) -> None:
     target, words = _take(words, "--out")
     if unknown := [word for word in words if word.startswith("--")]:
@@ -248,6 +332,35 @@ def _report(words: list[str], out: Console, err: Console) -> None:
     from forethought.tools import report
 
     line(out, f"report: {report.write([Path(word) for word in words], Path(target) if target else None)}")
+
+
+def _runs(words: list[str], out: Console, err: Console) -> None:
+    if len(words) > 1 or (words and words[0].startswith("--")):
+        raise UserError("runs takes one folder, or none for runs/")
+    from forethought.tools.report.runs import find, state
+
+    folder = words[0] if words else "runs"
+    if not (found := find(folder)):
+        line(out, f"{folder} holds no run")
+        return
+    run_table([state(path) for path in found], out)
+
+
+def _push(words: list[str], out: Console, err: Console) -> None:
+    run, name, *flags = words if len(words) > 1 and not words[1].startswith("--") else ("", "", "")
+    flags = {flag.replace("-", "_") for flag in flags}
+    if not name or flags - {"__private", "__dry_run"}:
+        raise UserError("push takes a run folder, user/name, and --private or --dry_run")
+    from forethought.tools.report import card
+
+    files = card.to_push(Path(run), name)
+    for file, size in files.items():
+        line(out, f"{size:>15,} bytes  {file}")
+    line(out, f"{sum(files.values()):>15,} bytes in {len(files)} files of {Path(run) / 'policy'}")
+    if "__dry_run" in flags:
+        line(out, f"nothing was uploaded; without --dry_run they go to {name}")
+    else:
+        line(out, f"uploaded to {card.push(Path(run), name, '__private' in flags)}")
 
 
 def _lm_eval(words: list[str], out: Console, err: Console) -> None:
@@ -277,9 +390,19 @@ COMMANDS = {
     "plan": Command(
         _plan, f"CONFIG [--gpus N] [--gpu h100] [--simulate] [--json FILE] {_MORE}", "memory, time and cost of a run",
         "a config file, or the name of a shipped one such as qwen3-1.7b",
-        lasting=False,
+        own="plan:Options", lasting=False,
+    ),
+    "think": Command(
+        _think, f"MODEL_OR_RUN [TEXT | FILE | -] [--thoughts N] [--html FILE] [--json] {_MORE}",
+        "see a model think about a text, or at a prompt", _MODEL,
+        own="think:Options", lasting=False,
     ),
     "report": Command(_report, "RUN [RUN ...] [--out FILE]", "an HTML page about runs", options=False),
+    "runs": Command(_runs, "[FOLDER]", "how far the runs in a folder are", options=False, lasting=False),
+    "push": Command(
+        _push, "RUN user/name [--private] [--dry_run]", "upload a trained model to the Hugging Face Hub",
+        "a run folder", options=False,
+    ),
     "lm-eval": Command(_lm_eval, "--model_args path=MODEL,thoughts=4 --tasks TASK", "tasks of lm-evaluation-harness"),
 }  # fmt: skip
 

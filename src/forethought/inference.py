@@ -81,6 +81,7 @@ class Prediction:
     nothink: Float[Tensor, " vocab"]  # the same model without a thought
     thoughts: tuple[Thought, ...]
     top: tuple[tuple[str, float], ...]  # the most likely tokens with thoughts, as text, and their probabilities
+    nothink_top: tuple[tuple[str, float], ...]  # those without
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,11 +157,9 @@ class ThinkingModel:
         context = self.encode(text)
         sampled, _, logits = self._think_and_read(context, thoughts, seed)
         logits = logits.float().log_softmax(-1)
-        logp = mixture(logits[: max(1, len(sampled))])
-        best = logp.topk(min(5, len(logp)))
-        probabilities = zip(best.indices.tolist(), best.values.exp().tolist(), strict=True)
-        top = tuple((self._added_text([*context, token]), probability) for token, probability in probabilities)
-        return Prediction(logp=logp, nothink=logits[-1], thoughts=sampled, top=top)
+        logp, nothink = mixture(logits[: max(1, len(sampled))]), logits[-1]
+        top, nothink_top = self._top(context, logp), self._top(context, nothink)
+        return Prediction(logp=logp, nothink=nothink, thoughts=sampled, top=top, nothink_top=nothink_top)
 
     @torch.no_grad()
     def gains(
@@ -523,6 +522,11 @@ class ThinkingModel:
             _mixture_score(some[:, -len(continuation) :].float().log_softmax(-1), continuation)
             for some, (_, continuation) in zip(grouped, pairs, strict=True)
         ]
+
+    def _top(self, context: list[int], logp: Float[Tensor, " vocab"]) -> tuple[tuple[str, float], ...]:
+        best = logp.topk(min(5, len(logp)))
+        probabilities = zip(best.indices.tolist(), best.values.exp().tolist(), strict=True)
+        return tuple((self._added_text([*context, token]), probability) for token, probability in probabilities)
 
     def _added_text(self, tokens: Sequence[int]) -> str:
         """The text that the last token adds; "" while a character is incomplete."""

@@ -14,6 +14,7 @@ from forethought.config.loading import (
     load,
     merge,
     option_names,
+    own_options,
     read_overrides,
     read_toml,
     shipped,
@@ -42,5 +43,5 @@ __all__ = [
     "BUDGET", "Above0", "Config", "Corpus", "Evaluate", "Lora", "Method", "Model", "Name", "Notice", "Optim",
     "Parallel", "Positive", "Questions", "RenamedWarning", "Rollout", "RunError", "Train", "Update", "UserError",
     "as_json", "changed_on_resume", "changes", "difference", "find", "flatten", "from_dict", "from_saved", "load",
-    "merge", "option_names", "read_overrides", "read_toml", "shipped", "to_dict",
+    "merge", "option_names", "own_options", "read_overrides", "read_toml", "shipped", "to_dict",
 ]  # fmt: skip

@@ -14,7 +14,7 @@ import tomllib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -22,6 +22,7 @@ from forethought.config import registry
 from forethought.config.options import Config
 from forethought.config.registry import Notice, UserError
 
+T = TypeVar("T")
 _RENAMED = {"rollout.patience_s": "rollout.timeout_s"}
 """Options of version 0.1 by their names then."""
 _RENAMED_VALUES = {
@@ -199,6 +200,22 @@ def read_overrides(words: list[str]) -> dict[str, Any]:
         option = option.replace("-", "_")
         values = merge(values, _nested(option, _literal(option, value)))
     return values
+
+
+def own_options(kind: type[T], words: list[str]) -> tuple[T, dict[str, Any]]:
+    """A command's own options, as a checked dataclass, and the nested options that are not among them.
+
+    One that is true or false needs no value: `--simulate`. Raises UserError.
+    """
+    own = {one.name: one.type is bool for one in dataclasses.fields(cast("Any", kind))}
+    switches = {f"__{name}" for name, switch in own.items() if switch}
+    values = read_overrides([f"{word}=True" if word.replace("-", "_") in switches else word for word in words])
+    try:
+        chosen = TypeAdapter(kind).validate_python({name: values.pop(name) for name in own if name in values})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"--{first['loc'][0]} {first['input']}: {first['msg']}") from None
+    return chosen, values
 
 
 def _nested(option: str, value: Any) -> dict[str, Any]:

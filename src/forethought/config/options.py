@@ -300,7 +300,7 @@ class Evaluate:
     """Thoughts sampled per position; metrics are means over them."""
     view: Count = 3
     """Windows in which `forethought evaluate` samples thoughts at every position, for the viewer; 0: none."""
-    view_thoughts: Annotated[int, Field(ge=2)] = 4
+    view_thoughts: Positive = 4
     """Thoughts per position in these windows."""
 
 

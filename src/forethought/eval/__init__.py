@@ -69,10 +69,15 @@ def evaluate(
     return figures, log.path / "evaluate.json"
 
 
+def run_at(target: str | Path) -> RunLog | None:
+    """The run in a folder; None where the name is that of a model. Raises UserError."""
+    is_run = any((Path(target) / name).exists() for name in (".lock", "metrics.jsonl", "checkpoints"))
+    return RunLog.open(target) if is_run else None
+
+
 def started(target: str | Path, overrides: dict[str, Any], command: str) -> tuple[RunLog | None, Config]:
     """What a command is to measure: a run with its own options, or a model (no log yet) with the defaults."""
-    is_run = any((Path(target) / name).exists() for name in (".lock", "metrics.jsonl", "checkpoints"))
-    log = RunLog.open(target) if is_run else None
+    log = run_at(target)
     for option in overrides.keys() & {"run", "overwrite"} if log else ():
         raise UserError(f"--{option}: the figures of a run go into its own folder, {target}")
     start = to_dict(log.config()) if log else _model_options(str(target), command)

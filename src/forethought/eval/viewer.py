@@ -23,21 +23,28 @@ TOP = 5
 
 
 def documents(
-    subject: Subject, reference: Any, windows: Sequence[Window], name: str, progress: Progress
+    subject: Subject,
+    reference: Any,
+    windows: Sequence[Window],
+    name: str,
+    progress: Progress,
+    *,
+    every: int = 1,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """The content of documents.json (docs/metrics.md) for the first `evaluate.view` windows.
 
     `reference` is the model whose prediction without a thought is the baseline of the rewards: the EMA teacher of a
-    run, else the base. `name` is the model that sampled the thoughts.
+    run, else the base. `name` is the model that sampled the thoughts, at every `every`-th token from the second on.
     """
     chosen = windows[: subject.config.evaluate.view]
     horizon = subject.config.method.horizon
-    total, done, shown = sum(len(window.tokens) - horizon for window in chosen), 0, []
+    total, done, shown = sum(len(range(1, len(one.tokens) - horizon + 1, every)) for one in chosen), 0, []
     for window, label in zip(chosen, labels(chosen), strict=True):
         pieces = token_texts(subject.tokenizer, window.tokens)
         positions = []
-        for chunk in _chunks(subject, window):
-            positions += _positions(subject, reference, chunk, pieces, label)
+        for chunk in _chunks(subject, window, every):
+            positions += _positions(subject, reference, chunk, pieces, (seed, "view", label))
             done += len(chunk)
             progress("documents", done, total)
         shown.append({"document": label, "domain": window.domain, "tokens": pieces, "positions": positions})
@@ -68,10 +75,10 @@ def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
     return tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)
 
 
-def _chunks(subject: Subject, window: Window) -> list[Positions]:
-    """Every position of a window, in chunks that decode together."""
+def _chunks(subject: Subject, window: Window, every: int) -> list[Positions]:
+    """Every `every`-th position of a window, in chunks that decode together."""
     config = subject.config
-    indices = list(range(1, len(window.tokens) - config.method.horizon + 1))
+    indices = list(range(1, len(window.tokens) - config.method.horizon + 1, every))
     size = max(1, config.train.rollout_batch // config.evaluate.view_thoughts)
     pieces = [indices[start : start + size] for start in range(0, len(indices), size)]
     return [at_positions([window], [piece], config.method.horizon) for piece in pieces]
@@ -79,12 +86,12 @@ def _chunks(subject: Subject, window: Window) -> list[Positions]:
 
 @torch.no_grad()
 def _positions(
-    subject: Subject, reference: Any, chunk: Positions, pieces: list[str], label: str
+    subject: Subject, reference: Any, chunk: Positions, pieces: list[str], keys: tuple[int, str, str]
 ) -> list[dict[str, Any]]:
     config, form, window = subject.config, subject.form, chunk.windows[0]
     at = chunk.at.tolist()
     shape = (config.evaluate.view_thoughts, config.method.thought_length)
-    noise = draw_noise(shape, [make_generator(0, "view", label, window.start + t) for t in at])
+    noise = draw_noise(shape, [make_generator(*keys, window.start + t) for t in at])
     thoughts = subject.engine.sample(chunk, noise)
     tokens = thought_tokens(thoughts, form)
     tokens_at_once = chunk_tokens(reference, config.update.tokens_per_chunk)
@@ -96,7 +103,7 @@ def _positions(
         "closed": thoughts.closed.tolist(),
         "evidence": thoughts.evidence[..., 0].tolist(),
         "reward": (value - discounted(plain, config.method.discount)[:, None]).tolist(),
-        "advantage": group_advantages(value).tolist(),
+        "advantage": group_advantages(value).tolist() if shape[0] > 1 else [[None]] * len(at),
     }
     before = no_think_distribution(reference, chunk, tokens_at_once)
     after = thought_evidence(subject.model, chunk, form, tokens, config.model.prefix == "shared")

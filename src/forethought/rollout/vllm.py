@@ -2,7 +2,7 @@
 
 Token ids go in and come out. Requests are sampled by vLLM, which returns the log-probabilities of the tokens; the
 evidence is computed by the policy. vLLM stops at given tokens and masks them as the first one; from that, `think` makes
-thoughts that end with the text of the closing delimiter and do not begin with it, unless method.allow_empty. After every
+thoughts that end with the text of the closing delimiter and do not begin with it, unless method.allow_empty. After each
 optimizer step the policy's weights are loaded in place, and a probe must then agree with the policy.
 """
 

@@ -191,6 +191,17 @@ class RunLog:
             finally:
                 del _HELD[self.path]
 
+    def in_use(self) -> bool:
+        """Whether a process trains in the folder, as far as locks of this file system say."""
+        try:
+            with (self.path / ".lock").open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # no lock file, or no locks
+            pass
+        return False
+
     def _acquire(self, file: BinaryIO) -> None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -5,7 +5,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -17,6 +17,9 @@ from forethought.config import Notice
 from forethought.config.registry import METRICS, Metric
 from forethought.run.diagnostics import Diagnosis
 from forethought.run.trackers import Callbacks
+
+if TYPE_CHECKING:
+    from forethought.tools.report.runs import State
 
 PLAIN_EVERY_S = 5.0
 
@@ -170,6 +173,23 @@ def answer_table(figures: dict[str, Any], out: Console) -> None:
             cells = [_answer_cell(figures, name, metric.unit == "share") for name in names]
             if any(cells):
                 shown.add_row(f"  {_row_label(metric)}", *cells)
+    out.print(shown)
+
+
+def run_table(states: "Sequence[State]", out: Console) -> None:
+    """Runs, one a row: how far each is, its last gain and the time that it still takes."""
+    from forethought.tools.report.tables import duration, signed
+
+    shown = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    shown.add_column("run", overflow="fold")
+    shown.add_column("state", overflow="fold", min_width=len("finished"))
+    for title in ("step", "gain", "left"):
+        shown.add_column(title, justify="right", no_wrap=True)
+    for one in states:
+        steps = "" if one.step is None else f"{one.step:,}/{one.steps:,}"
+        gain = "" if one.gain is None else signed(one.gain)
+        left = "" if one.left_s is None else duration(one.left_s)
+        shown.add_row(*(Text(printable(cell)) for cell in (str(one.path), one.state, steps, gain, left)))
     out.print(shown)
 
 

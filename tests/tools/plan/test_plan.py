@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from forethought.cli import main
-from forethought.config import UserError, load
+from forethought.config import UserError, load, own_options
 from forethought.flops import Shape, forward_flops, rlp_step
 from forethought.tools import plan as planner
-from forethought.tools.plan import Options, as_dict, plan, read_options, shipped_shape
+from forethought.tools.plan import Options, as_dict, plan, shipped_shape
 from forethought.tools.plan.job import GIB, MACHINES, Job, machine
 from forethought.tools.plan.job import job as read_job
 from forethought.tools.plan.memory import advice, chunk_tokens, chunk_windows, fits, largest, memory, uses_cuda_graphs
@@ -403,7 +403,7 @@ def test_lengths_come_from_a_run_or_a_lognormal(tmp_path: Path):
 
 def test_words():
     words = ["--gpus", "4", "--nodes-of=2", "--simulate", "--method.group", "3", "--steps", "7", "--seed=1"]
-    own, rest = read_options(words)
+    own, rest = own_options(Options, words)
     assert own == Options(gpus=4, nodes_of=2, simulate=True, steps=7)
     assert rest == {"method": {"group": 3}, "seed": 1}
     assert read_job(QWEN, QWEN_SHAPE, own).config.train.steps == 7

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from huggingface_hub import ModelCard
@@ -12,9 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forethought import ThinkingModel, UserError, evaluate, train
+from forethought.cli import main
 from forethought.config import Config, Corpus, Method, Model, from_dict, load, to_dict
 from forethought.models.loading import EMBEDDED, THINKING_FILE, load_thinking_options, save_thinking_options
+from forethought.run.folder import RunLog
+from forethought.tools.report import card
 from forethought.tools.report.card import text, toml, write
+from helpers.cli import complaint
+from helpers.pages import make_run
 from helpers.runs import options
 
 SUMMARY: dict[str, Any] = {
@@ -215,3 +220,100 @@ def test_a_file_of_wrong_options_is_refused(tmp_path: Path):
     (tmp_path / THINKING_FILE).write_text('{"version": 1, "method": {"thought_length": 0, "group": 3}}')
     with pytest.raises(UserError, match=r"^method.thought_length = 0"):
         ThinkingModel.load(tmp_path)
+
+
+class FakeHub:
+    """What `push` asks of the hub's client; `error` is raised by the upload."""
+
+    calls: ClassVar[list[tuple[str, dict[str, Any]]]] = []
+    error: ClassVar[Exception | None] = None
+
+    def create_repo(self, name: str, **more: Any) -> str:
+        self.calls.append((name, more))
+        return f"https://huggingface.co/{name}"
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+        if self.error is not None:
+            raise self.error
+        self.calls.append((repo_id, {"files": sorted(path.name for path in folder_path.iterdir())}))
+
+
+def made(path: Path, **how: Any) -> Path:
+    run = make_run(path, steps=2, **how)
+    RunLog(run).write_config(Config())
+    return run
+
+
+@pytest.fixture
+def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A finished run with a policy of two small files, and a hub that is not there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(card, "HfApi", FakeHub)
+    monkeypatch.setattr(FakeHub, "calls", [])
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    run = made(Path("q"))
+    (run / "policy" / ".git").mkdir(parents=True)
+    (run / "policy" / ".git" / "config").write_text("not uploaded")
+    (run / "policy" / "config.json").write_text("{}")
+    (run / "policy" / "model.safetensors").write_bytes(bytes(1234))
+    return run
+
+
+def test_a_push_without_a_network_lists_what_would_go(trained: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["push", "q", "me/mine", "--dry-run"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    size = (trained / "policy" / "README.md").stat().st_size  # the card is written where it is missing
+    assert [(row[0], row[-1]) for row in rows[:3]] == [
+        (f"{size:,}", "README.md"), ("2", "config.json"), ("1,234", "model.safetensors"),
+    ]  # fmt: skip
+    assert " ".join(rows[3]) == f"{size + 1236:,} bytes in 3 files of q/policy"
+    assert FakeHub.calls == []
+
+
+def test_a_push_uploads_the_policy_and_keeps_an_edited_card(trained: Path, capsys: pytest.CaptureFixture[str]):
+    edited = "---\nlicense: mit\n---\n# Mine\n"
+    (trained / "policy" / "README.md").write_text(edited)
+    assert main(["push", "q", "me/mine", "--private"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "uploaded to https://huggingface.co/me/mine"
+    [created, uploaded] = FakeHub.calls
+    assert created == ("me/mine", {"private": True, "exist_ok": True})
+    assert uploaded[0] == "me/mine"
+    assert {"README.md", "config.json", "model.safetensors"} <= set(uploaded[1]["files"])
+    assert (trained / "policy" / "README.md").read_text() == edited
+
+
+@pytest.mark.parametrize(
+    ("words", "card_text", "message"),
+    [
+        ([], "", "push takes a run folder"),
+        (["q"], "", "push takes a run folder, user/name, and --private or --dry_run"),
+        (["q", "--private"], "", "push takes a run folder, user/name"),
+        (["q", "me/mine", "--force"], "", "push takes a run folder, user/name"),
+        (["nothing", "me/mine"], "", "run 'nothing': no such folder"),
+        (["half", "me/mine"], "", "run 'half' is not finished; finish it with: forethought train --resume half"),
+        (["q", "mine"], "", "push to 'mine': the name of a model on the hub is user/name"),
+        (["q", "me/my--model"], "", "push to 'me/my--model': Cannot have -- or .. in repo_id"),
+        (["q", "me/mine"], "---\n- a list\n---\n", "q/policy/README.md: repo card metadata block should be a dict"),
+        (["q", "me/mine"], "---\na: [\n---\n", "q/policy/README.md: while parsing a flow node"),
+    ],
+)
+def test_what_cannot_be_pushed_is_one_line(
+    words: list[str], card_text: str, message: str, trained: Path, capsys: pytest.CaptureFixture[str]
+):
+    made(Path("half"), evaluated=False)
+    if card_text:
+        (trained / "policy" / "README.md").write_text(card_text)
+    assert message in complaint(capsys, ["push", *words])
+    assert FakeHub.calls == []
+
+
+def test_errors_of_the_hub_are_one_line(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    for error in (OSError("no route\nto host"), RuntimeError("401 Client Error.\n\nno such namespace")):
+        monkeypatch.setattr(FakeHub, "error", error)
+        assert main(["push", "q", "me/mine"]) == 2
+        assert capsys.readouterr().err == f"forethought: push to 'me/mine': {' '.join(str(error).split())}\n"
+    monkeypatch.setattr(card, "get_token", lambda: None)
+    assert main(["push", "q", "me/mine"]) == 2
+    assert "not logged in to the Hugging Face Hub; run `hf auth login`, or set HF_TOKEN" in capsys.readouterr().err

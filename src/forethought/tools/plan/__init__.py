@@ -1,25 +1,19 @@
 """Estimates a run's memory, FLOPs, time and cost before it starts, and how it scales. Imports no torch."""
 
-import dataclasses
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from forethought.config import Config, UserError
 from forethought.flops import Shape
-from forethought.tools.plan.job import MACHINES, Job, Layout, Machine, Options, job, read_options, shipped_shape
+from forethought.tools.plan.job import MACHINES, Job, Layout, Machine, Options, job, shipped_shape
 from forethought.tools.plan.memory import Bytes, Change, adapters, advice, chunk_tokens, fits, largest, memory
 from forethought.tools.plan.timing import ASSUMPTIONS, Lengths, Scale, Step, lengths_of_run, lognormal, simulate, step
 
 __all__ = [
-    "MACHINES", "OPTIONS", "Machine", "Options", "Plan", "as_dict", "plan", "read_options", "shipped_shape", "write",
+    "MACHINES", "Machine", "Options", "Plan", "as_dict", "plan", "shipped_shape", "write",
 ]  # fmt: skip
-
-OPTIONS: dict[str, str] = {
-    f"--{option.name}": cast("Any", option.default).description for option in dataclasses.fields(Options)
-}
-"""The command's own options and what each means."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

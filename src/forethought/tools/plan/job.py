@@ -5,16 +5,15 @@ import math
 import os
 import statistics
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from forethought.config import Config, RenamedWarning, UserError, read_overrides, registry
+from forethought.config import Config, RenamedWarning, UserError, registry
 from forethought.flops import Shape, Work, forward_flops
 
 Layout = Literal["one", "ddp", "zero1"]
@@ -151,17 +150,6 @@ class Options:
         default=False, description="also simulate the step on 1 to 1,024 GPUs, with thoughts of unequal lengths"
     )
     lengths: str = Field(default="", description="RUN: sample these lengths from a run's thoughts.jsonl (a lognormal)")
-
-
-def read_options(words: Sequence[str]) -> tuple[Options, dict[str, Any]]:
-    """The command's own options, and the nested options that override the config. Raises UserError."""
-    values = read_overrides(["--simulate=True" if word == "--simulate" else word for word in words])
-    own = {one.name: values.pop(one.name) for one in fields(Options) if one.name in values}
-    try:
-        return TypeAdapter(Options).validate_python(own), values
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"--{first['loc'][0]} {first['input']}: {first['msg']}") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -81,9 +81,18 @@ def write_comparison(run: Path) -> Path:
     first = [run / arm / f"seed-{one.seeds[0]}" for arm, one in figures.described.arms.items() if one.seeds]
     if first:
         write(first, run / "curves.html")
-    target = run / "compare.html"
-    html = _render("comparison.html.j2", comparison.content(figures))
+    return _written(run / "compare.html", _render("comparison.html.j2", comparison.content(figures)))
+
+
+def write_thoughts(found: viewer.Documents, out: str | Path) -> Path:
+    """Write the thought viewer for documents that belong to no run, and return the page's path. Raises UserError."""
+    collected = viewer.collect([(found.model, found, [])])
+    return _written(Path(out), _render("thoughts.html.j2", {"viewer": collected, "documents": found.documents}))
+
+
+def _written(target: Path, html: str) -> Path:
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(html, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write the page {str(target)!r}: {error}") from None
@@ -137,7 +146,7 @@ def _content(runs: list[Run], drawn: dict[plots.Plot, str], folder: str) -> dict
         "facts": [(label, [each[label] for each in facts]) for label in facts[0]],
         "overview": _overview(runs),
         "warnings": [run for run in runs if run.warnings],
-        "viewer": viewer.collect(runs),
+        "viewer": viewer.collect((run.name, viewer.load(run.path), run.positions) for run in runs),
         "unfinished": [run for run in runs if not run.summary],
         "groups": [(*group, _windows(runs, group[0])) for group in evaluations(runs)],
         "thinking": [(group, one) for group, _ in evaluations(runs) if (one := _thinking(runs, group)) is not None],

@@ -1,15 +1,17 @@
 """The model card of an exported model, RUN/policy/README.md: data, compute, gain with intervals, controls, recipe."""
 
+import contextlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
+from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects, validate_repo_id
 
-from forethought.config import Config, Method, flatten, to_dict
+from forethought.config import Config, Method, UserError, flatten, to_dict
 from forethought.config.registry import REWARDS, label
 from forethought.run import __version__
 from forethought.run.folder import RunLog
@@ -46,6 +48,53 @@ def write(run: Path) -> None:
     config = log.config()
     measured = log.read_json("evaluate.json") if (run / "evaluate.json").is_file() else None
     log.write_text("policy/README.md", text(config, log.read_json("summary.json"), measured))
+
+
+def to_push(run: Path, name: str) -> dict[str, int]:
+    """The files of RUN/policy that `push` uploads, with their bytes. A card that is there is kept, with its edits.
+
+    Raises UserError for an unfinished run, a name that is not user/name, and a card that the hub cannot read.
+    """
+    log, policy = RunLog.open(run), run / "policy"
+    if not (policy / "config.json").is_file() or not (run / "summary.json").is_file():
+        raise UserError(f"run {str(run)!r} is not finished; finish it with: forethought train --resume {run}")
+    if not (policy / "README.md").is_file():
+        write(log.path)
+    with _one_line(f"push to {name!r}"):
+        validate_repo_id(name)
+        if "/" not in name:
+            raise ValueError("the name of a model on the hub is user/name")
+    with _one_line(str(policy / "README.md")):
+        ModelCard((policy / "README.md").read_text(encoding="utf-8"))
+    files = sorted(path for path in policy.rglob("*") if path.is_file())
+    kept = filter_repo_objects(files, ignore_patterns=DEFAULT_IGNORE_PATTERNS, key=lambda one: _inside(one, policy))
+    return {_inside(path, policy): path.stat().st_size for path in kept}
+
+
+def push(run: Path, name: str, private: bool) -> str:
+    """Upload the files of `to_push` to the Hugging Face Hub and return the address. Raises UserError."""
+    with _one_line(f"push to {name!r}"):
+        if get_token() is None:
+            raise ValueError("not logged in to the Hugging Face Hub; run `hf auth login`, or set HF_TOKEN")
+        api = HfApi()
+        url = api.create_repo(name, private=private or None, exist_ok=True)
+        message = f"Upload a model trained with Forethought {__version__}"
+        api.upload_folder(repo_id=name, folder_path=run / "policy", commit_message=message)
+        return str(url)
+
+
+def _inside(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix()
+
+
+@contextlib.contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """Turn the errors of the hub's client, which may be of any type, into one line (UserError)."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{what}: {reason[:300]}") from error
 
 
 def text(config: Config, summary: Figures, measured: Figures | None = None) -> str:

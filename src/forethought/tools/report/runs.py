@@ -2,16 +2,18 @@
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, TypeAdapter, ValidationError
 
 from forethought.config import UserError, flatten
 from forethought.config.registry import AUTOMATIC, METHODS, REWARDS, current_metrics, label
-from forethought.run.folder import RunLog, read_jsonl
+from forethought.run.folder import RunLog, checkpoints, read_jsonl
 
 T = TypeVar("T")
 
@@ -144,6 +146,63 @@ def load(path: Path, name: str) -> Run:
         positions=_landmarks(path / "thoughts.jsonl"),
         warnings=list(_rows(path / "warnings.jsonl", TypeAdapter(Diagnostic).validate_python)),
         summary=log.read_json("summary.json") if finished else {},
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """How far a run is."""
+
+    path: Path
+    state: str  # running, finished, stopped (saved), failed (not saved), measured, or what is broken
+    step: int | None = None  # the last one, as far as it is logged or saved
+    steps: int | None = None  # at which the run ends; with a budget of tokens or FLOPs estimated
+    gain: float | None = None  # reward/gain as logged last, in nats
+    left_s: float | None = None  # of training, in seconds, for a run that is running
+
+
+def find(folder: str | Path) -> list[Path]:
+    """The run folders in a folder, at any depth but not inside each other; itself if it is one. Raises UserError."""
+    if not Path(folder).is_dir():
+        raise UserError(f"runs: {str(folder)!r}: no such folder")
+    found = []
+    for path, folders, files in os.walk(folder):
+        if "config.json" in files and not {".lock", "metrics.jsonl", "summary.json"}.isdisjoint(files):
+            found.append(Path(path))
+            folders.clear()
+    return sorted(found)
+
+
+def state(path: Path) -> State:
+    """How far a run is, from its config, metrics, checkpoints, summary and lock."""
+    log = RunLog(path)
+    try:
+        options, rows = flatten(log.read_json("config.json")), list(_rows(path / "metrics.jsonl", _metrics))
+        summary = log.read_json("summary.json") if (path / "summary.json").is_file() else {}
+    except UserError as error:
+        return State(path=path, state=str(error))
+    running, saved = log.in_use(), max(checkpoints(path), default=-1)
+    logged = rows[-1]["step"] if rows else 0
+    if running:
+        name, step = "running", logged
+    elif summary:
+        name, step = "finished", int(number(summary.get("steps")) or logged)
+    elif saved < 0 and any((path / f"{one}.json").is_file() for one in ("evaluate", "questions")):
+        return State(path=path, state="measured")
+    else:
+        name, step = "failed" if logged > saved else "stopped", max(logged, saved)
+    limits = (options.get(f"train.{one}") for one in ("steps", "tokens", "flops"))
+    reached = (step, *(rows[-1].get(one, 0) if rows else 0 for one in ("corpus/tokens", "cost/flops_total")))
+    done = max(now / limit for now, limit in zip(reached, limits, strict=True) if limit)
+    recent = [seconds for row in rows[-20:] if (seconds := number(row.get("time/step_s"))) is not None]
+    gains = [gain for row in rows if (gain := number(row.get("reward/gain"))) is not None]
+    return State(
+        path=path,
+        state=name,
+        step=step,
+        steps=step if name == "finished" else max(step, round(step / done)) if done else options.get("train.steps"),
+        gain=gains[-1] if gains else None,
+        left_s=fmean(recent) * step * max(0.0, 1 / done - 1) if running and recent and done else None,
     )
 
 

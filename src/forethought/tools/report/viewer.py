@@ -8,7 +8,7 @@ Corpus text reaches the page as JSON in an element of its own, and no character 
 import base64
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -18,7 +18,7 @@ from markupsafe import Markup
 from pydantic import Field
 
 from forethought.config import UserError
-from forethought.tools.report.runs import Number, Position, Run, Thoughts, TopTokens, read_checked
+from forethought.tools.report.runs import Number, Position, Thoughts, TopTokens, read_checked
 from forethought.tools.report.tables import visible
 
 LIMITS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
@@ -79,21 +79,20 @@ def load(path: Path) -> Documents | None:
     return found
 
 
-def collect(runs: list[Run]) -> dict[str, Any] | None:
-    """Everything that the runs measured or logged; None if nothing. Raises UserError for a broken documents.json.
+def collect(runs: Iterable[tuple[str, Documents | None, list[Position]]]) -> dict[str, Any] | None:
+    """All that runs measured or (where they measured nothing) logged, by the names of the runs; None if nothing.
 
     For the page's template: whether any run has documents.json, JSON and script that are safe inside a script element,
     and the hash of the script for the Content-Security-Policy.
     """
     shown, documents, measured = [], {}, False
-    for run in runs:
-        found = load(run.path)
-        versions = list(_logged(run.positions) if found is None else _measured(found))
+    for name, found, positions in runs:
+        versions = list(_logged(positions) if found is None else _measured(found))
         if not versions:
             continue
         measured = measured or found is not None
         index = str(len(shown))
-        shown.append({"name": visible(run.name), "model": None if found is None else visible(found.model)})
+        shown.append({"name": visible(name), "model": None if found is None else visible(found.model)})
         for title, domain, version in versions:
             row = documents.setdefault(_key(title, index, documents), {"title": title, "domain": domain})
             row.setdefault("versions", {})[index] = version
@@ -103,7 +102,7 @@ def collect(runs: list[Run]) -> dict[str, Any] | None:
     script = Path(__file__).with_name("viewer.js").read_text(encoding="utf-8")
     return {
         "measured": measured,
-        "data": _embedded({"runs": shown, "documents": rows, "limit": _limit(rows)}),
+        "data": _embedded({"runs": shown, "documents": rows, "limit": _limit_of(rows)}),
         "script": Markup(script),
         "source": f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'",
     }
@@ -167,13 +166,16 @@ def _top(tokens: list[tuple[str, float]]) -> list[list[str | float]]:
     return [[_shown(text), min(probability, 1.0)] for text, probability in tokens]
 
 
-def _limit(documents: list[dict[str, Any]]) -> float:
-    """The gain, in nats, that has the full color."""
+def _limit_of(documents: list[dict[str, Any]]) -> float:
     versions = [version for one in documents for version in one["versions"].values()]
-    gains = [position["gain"] for version in versions for position in version["positions"]]
+    return limit(position["gain"] for version in versions for position in version["positions"])
+
+
+def limit(gains: Iterable[float | None]) -> float:
+    """The gain, in nats, that has the full color: one of LIMITS."""
     sizes = sorted(abs(gain) for gain in gains if gain is not None)
     usual = sizes[int(0.9 * len(sizes))] if sizes else 0.0
-    return next((limit for limit in LIMITS if limit >= usual), LIMITS[-1])
+    return next((one for one in LIMITS if one >= usual), LIMITS[-1])
 
 
 def _embedded(value: Any) -> Markup:
