@@ -83,8 +83,8 @@ def test_what_a_corpus_leaves_out_is_one_line_each(tmp_path: Path, capsys: pytes
     [
         (
             ["tarin"],
-            "unknown command 'tarin': must be train, evaluate, questions, compare, posttrain, plan, think, report, runs, "
-            "push or lm-eval",
+            "unknown command 'tarin': must be train, evaluate, questions, compare, posttrain, plan, think, report, "
+            "runs, push or lm-eval",
         ),
         (["train"], "train takes a config file"),
         (["train", "--seed", "1"], "train takes a config file"),

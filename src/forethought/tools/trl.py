@@ -174,7 +174,10 @@ class RLPTrainer(GRPOTrainer):
 
     def __init__(self, *arguments: Any, **more: Any):
         super().__init__(*arguments, **more)
-        (self.reward,) = self.reward_funcs
+        reward, *others = self.reward_funcs
+        if others or not isinstance(reward, InformationGain):
+            raise UserError("reward_funcs: must be a single InformationGain for the prediction term")
+        self.reward = reward
         self.reward.adds_prediction_term = True
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:

@@ -147,10 +147,8 @@ def test_bytes_of_decoding_and_update_by_hand():
     assert found.update["thoughts' activations"] == 2 * 5 * 1000
     assert found.update["documents' activations"] == 8 * 1000 / 2
     assert found.update["logits or backward buffers"] == max(16 * 2 * 4 * 10, 4 * 10 * (32 + 32))
-    on = config(
-        update={"tokens_per_chunk": 16}, method={"prediction_weight": 1.0, "horizon": 2}
-    )  # 1 + 4, and 1 + 2 more
-    assert memory(job(on, machine=CPU)).update["thoughts' activations"] == 2 * 8 * 1000
+    reads_on = config(update={"tokens_per_chunk": 14}, method={"prediction_weight": 1.0})  # two rows of 1 + 4 + 1 + 1
+    assert memory(job(reads_on, machine=CPU)).update["thoughts' activations"] == 2 * 7 * 1000
     assert "attention scores (no fused kernel)" not in found.update
     assert memory(job(options)).update["attention scores (no fused kernel)"] == 8 * 8 * 2 * 5 * (8 + 5)
     bf16 = memory(job(config(update={"tokens_per_chunk": 10}, model={"precision": "bf16"})))
