@@ -55,9 +55,10 @@ def test_a_budget_of_tokens_says_where_a_run_ends(tmp_path: Path):
     assert (found.steps, found.left_s, found.gain) == (40, 60.0, 0.5)
 
 
-def test_an_evaluation_alone_is_measured_and_a_broken_run_says_what_is_broken(tmp_path: Path):
+@pytest.mark.parametrize("file", ["evaluate.json", "questions.json", "records.json"])  # the last: an experiment's base
+def test_an_evaluation_alone_is_measured_and_a_broken_run_says_what_is_broken(file: str, tmp_path: Path):
     run = a_run(tmp_path / "a", 0)
-    (run / "evaluate.json").write_text("{}")
+    (run / file).write_text("{}")
     assert state(run) == State(path=run, state="measured")
     (run / "metrics.jsonl").write_text("{\n{}\n")
     assert re.search(r"metrics\.jsonl:1: malformed JSON", state(run).state)

@@ -187,7 +187,7 @@ def state(path: Path) -> State:
         name, step = "running", logged
     elif summary:
         name, step = "finished", int(number(summary.get("steps")) or logged)
-    elif saved < 0 and any((path / f"{one}.json").is_file() for one in ("evaluate", "questions")):
+    elif saved < 0 and any((path / f"{one}.json").is_file() for one in ("evaluate", "questions", "records")):
         return State(path=path, state="measured")
     else:
         name, step = "failed" if logged > saved else "stopped", max(logged, saved)
