@@ -194,20 +194,6 @@ def test_the_gradient_norm_of_each_term_is_logged(inner_steps: int, tmp_path: Pa
     assert "optim/gradient_norm_policy" not in second
 
 
-@pytest.mark.parametrize("more", [["--lora.r=4"], ["--model.precision=bf16"]], ids=["lora", "bf16"])
-def test_a_warm_up_lowers_the_loss_with_adapters_and_in_bf16(more: list[str], tmp_path: Path):
-    """At the same positions of the last steps as without learning."""
-    words = "--train.steps 12 --train.batch 16 --train.log_every 1 --method.name warmup --method.prediction_weight 1"
-    losses = []
-    for rate in ("1e-9", "3e-3"):
-        run = tmp_path / rate
-        rest = f"--optim.learning_rate {rate} --evaluate.path= --run={run}"
-        forethought.train(load("quickstart-notes", [*words.split(), *rest.split(), *more]))
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        losses.append(sum(row["objective/prediction_loss"] for row in rows[-4:]))
-    assert losses[1] < losses[0]
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [

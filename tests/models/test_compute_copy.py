@@ -61,8 +61,9 @@ def test_the_copy_follows_the_weights_and_lends_itself_to_others():
     assert torch.equal(network.model(input_ids=tokens).logits, after)
 
 
-def test_an_update_in_bf16_is_near_the_one_in_fp32():
-    plain = config()
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_an_update_in_bf16_is_near_the_one_in_fp32(weight: float):
+    plain = config(prediction_weight=weight)
     low = dataclasses.replace(plain, model=dataclasses.replace(plain.model, precision="bf16"))
     pieces = collected(rlp(qwen3(), plain), WINDOWS, 1).microbatches
     exact, half = (torch.cat([g.flatten() for g in update(rlp(qwen3(), some), pieces)]) for some in (plain, low))

@@ -100,9 +100,10 @@ def test_fresh_adapters_change_nothing_and_the_merged_weights_compute_what_adapt
     assert_close([plain_logits(plain, TOKENS).detach()], [changed])
 
 
-def test_the_gradient_is_that_of_the_merged_weights_by_the_chain_rule():
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_the_gradient_is_that_of_the_merged_weights_by_the_chain_rule(weight: float):
     """With W = W0 + s B A: dL/dB = s dL/dW A^T, dL/dA = s B^T dL/dW. All else has no gradient."""
-    options, plain = with_adapters(config(tokens=24)), qwen3()
+    options, plain = with_adapters(config(tokens=24, prediction_weight=weight)), qwen3()
     network = shaken(adapted(copy.deepcopy(plain), options))
     plain.load_state_dict(merged(network, options))
     learned = method(network, options)

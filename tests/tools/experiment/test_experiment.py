@@ -253,7 +253,7 @@ def test_an_arm_that_fails_does_not_stop_the_others(tmp_path: Path):
     with pytest.raises(RunError, match=r"^3 of 4 arms failed, first rlp/seed-0: step 2: the loss is .* nan"):
         compare(tmp_path / "small.toml", {"run": str(run), "seeds": 0, "train": {"steps": 3}}, ProgressBar(said))
     lines = said.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    assert lines[0].startswith("base: evaluating ")
+    assert lines[0].startswith("base: choosing a generic thought ")
     assert any(line.startswith("sound/seed-0 (2 of 4): training 3/3, gain ") for line in lines)
     assert ("sound", 0, "all/ce_think") in rows(run)
     html = (run / "compare.html").read_text()
@@ -404,7 +404,7 @@ def test_the_page_shows_failures_names_as_text_and_every_table(finished: Any):
     for arm in ("base", "rlp", "cpt-tokens", "cpt-flops", "rlp-frozen"):
         assert f'<th scope="row" class="arm">{arm}</th>' in html
     assert "method.group, seed 0: all positions" in html
-    assert html.count("<svg") == html.count("</svg>") == 2 * 2 + 2 * 2 + 2 * 2
+    assert html.count("<svg") == html.count("</svg>") == 2 * 2 + 2 * 2 + 2 * 2 + 2  # two themes
     assert "://" not in html.replace("http://www.w3.org", "")
     assert (run / "curves.html").is_file()
 
@@ -427,7 +427,7 @@ ${page.querySelectorAll("svg").length}</p>` }</script>""")
     assert found is not None, made
     width, *rest = found[1].split()
     assert int(width) <= 390
-    assert " ".join(rest) == "small – Forethought comparison true 12"
+    assert " ".join(rest) == "small – Forethought comparison true 14"
 
 
 def test_names_from_the_experiment_are_text_on_the_page(finished: Any, tmp_path: Path):
