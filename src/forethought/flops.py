@@ -496,9 +496,10 @@ def rlp_step(shape: Shape, work: Work, causal: bool = True) -> Flops:
     sampled = [n + more for (n, _), more in zip(thoughts, written, strict=True)]
     rows = [n + tail + 1 for (n, _), tail in zip(thoughts, tails, strict=True)] if work.predicts else sampled
     scored = sum(sampled) + (work.horizon * len(rows) if work.predicts else 0)
-    again, learned = _read_rows(work, sampled, contexts), _read_rows(work, rows, contexts)
+    learned = _read_rows(work, rows, contexts)
     first = len(contexts) if work.sharing == "rollout" else len(thoughts)
     passes = work.kl + (work.inner_steps > 1)
+    again = forward_flops(shape, _read_rows(work, sampled, contexts), sum(sampled), causal) if passes else 0
     teacher = forward_flops(shape, [(n, 0) for n in work.windows], work.horizon * len(contexts), causal)
     return Flops(
         prefill=forward_flops(shape, prefill, first, causal),
@@ -506,7 +507,7 @@ def rlp_step(shape: Shape, work: Work, causal: bool = True) -> Flops:
         score=_score(shape, work, [(tail, n, at) for tail, (n, at) in zip(tails, thoughts, strict=True)], causal),
         teacher=teacher if work.teacher else 0,
         proxy=work.proxy,
-        reference=passes * forward_flops(shape, again, sum(sampled), causal),
+        reference=passes * again,
         update=work.inner_steps * _training_flops(shape, learned, scored, causal)
         + cpt_step(shape, work.supervised, causal).update,
     )

@@ -34,10 +34,9 @@ from forethought.models.loading import (
 from forethought.models.logprobs import (
     chunk_tokens,
     entropy,
-    log_probabilities,
     mask_tokens,
     no_think_entropy,
-    no_think_logits,
+    no_think_scores,
     suffix_logits,
 )
 from forethought.rollout import Thoughts, draw_noise, engine
@@ -466,11 +465,10 @@ class ThinkingModel:
     def _plain(self, tokens: list[int], first: int) -> tuple[Float[Tensor, " token"], Float[Tensor, " token"]]:
         """log p of each token from `first` on without a thought, and the entropy there; one forward pass."""
         positions = at_positions([_window(tokens)], [range(first, len(tokens))], 1)
-        logp, entropies = [torch.zeros(0)], [torch.zeros(0)]
-        for logits, targets in no_think_logits(self.model, positions, self._tokens_at_once()):
-            logp.append(log_probabilities(logits, targets)[:, 0].cpu())
-            entropies.append(entropy(logits[:, 0]).cpu())
-        return torch.cat(logp), torch.cat(entropies)
+        if not len(positions):
+            return torch.zeros(0), torch.zeros(0)
+        logp, _, entropies = no_think_scores(self.model, positions, self._tokens_at_once())
+        return logp[:, 0].cpu(), entropies
 
     def _tokens_at_once(self) -> int:
         return chunk_tokens(self.model, self.config.update.tokens_per_chunk)

@@ -327,9 +327,10 @@ class Trainer:
 
     def _term_norms(self, microbatches: Sequence[Any], number: int) -> dict[str, float]:
         """On the first and every 50th step, the gradient norm of each term of a loss that has several."""
-        terms = [one.terms() for one in microbatches if isinstance(one, Microbatch)]
-        norms = {}
-        for name in terms[0] if terms and (number == 1 or number % TERM_NORMS_EVERY == 0) else ():
+        if number > 1 and number % TERM_NORMS_EVERY:
+            return {}
+        terms, norms = [one.terms() for one in microbatches if isinstance(one, Microbatch)], {}
+        for name in terms[0] if terms else ():
             self.optimizer.zero_grad(set_to_none=True)
             for microbatch in terms:
                 self.method.forward_backward(microbatch[name])

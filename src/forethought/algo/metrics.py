@@ -131,7 +131,7 @@ class ThoughtRecord:
         read = dict.fromkeys(windows, 0)
         for window, t in zip(windows, at, strict=True):
             read[window] = max(read[window], t + positions.horizon - 1)
-        after = positions.horizon if self.predictions is None else options.prediction_length  # read for the reward
+        after = positions.horizon if self.predictions is None else options.prediction_length
         lengths, written = self.thoughts.lengths.tolist(), self.predictions is not None
         said = zip(thought_tokens(self.thoughts, form), lengths, self.thoughts.closed.tolist(), strict=True)
         tails = [

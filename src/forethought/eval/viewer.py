@@ -38,12 +38,12 @@ def documents(
     run, else the base. `name` is the model that sampled the thoughts, at every `every`-th token from the second on.
     """
     chosen = windows[: subject.config.evaluate.view]
-    horizon = subject.config.method.horizon
-    total, done, shown = sum(len(range(1, len(one.tokens) - horizon + 1, every)) for one in chosen), 0, []
-    for window, label in zip(chosen, labels(chosen), strict=True):
+    chunked = [_chunks(subject, window, every) for window in chosen]
+    total, done, shown = sum(len(chunk) for chunks in chunked for chunk in chunks), 0, []
+    for window, label, chunks in zip(chosen, labels(chosen), chunked, strict=True):
         pieces = token_texts(subject.tokenizer, window.tokens)
         positions = []
-        for chunk in _chunks(subject, window, every):
+        for chunk in chunks:
             positions += _positions(subject, reference, chunk, pieces, (seed, "view", label))
             done += len(chunk)
             progress("documents", done, total)

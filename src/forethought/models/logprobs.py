@@ -252,7 +252,7 @@ def no_think_logp(
     One pass over each window, up to its last target, serves all its positions. No delimiters, no template. At most
     about `tokens` tokens are read at once.
     """
-    found = [_evidence(*part) for part in no_think_logits(model, positions, tokens)]
+    found = [_evidence(*part) for part in _plain_logits(model, positions, tokens)]
     evidence, hits = map(torch.cat, zip(*found, strict=True))
     return evidence, hits
 
@@ -264,7 +264,7 @@ def no_think_scores(
     """What `no_think_logp` returns, and the entropy of p(. | x_<t) in nats, on the CPU; from the same pass."""
     found = [
         (*_evidence(logits, targets), entropy(logits[:, 0]).cpu())
-        for logits, targets in no_think_logits(model, positions, tokens)
+        for logits, targets in _plain_logits(model, positions, tokens)
     ]
     evidence, hits, entropies = map(torch.cat, zip(*found, strict=True))
     return evidence, hits, entropies
@@ -273,7 +273,7 @@ def no_think_scores(
 @torch.no_grad()
 def no_think_entropy(model: Any, positions: Positions, tokens: int) -> Float[Tensor, " batch"]:
     """Entropy of p(. | x_<t) over the whole vocabulary, without a thought, in nats, on the CPU; one pass a window."""
-    return torch.cat([entropy(logits[:, 0]).cpu() for logits, _ in no_think_logits(model, positions, tokens)])
+    return torch.cat([entropy(logits[:, 0]).cpu() for logits, _ in _plain_logits(model, positions, tokens)])
 
 
 def entropy(logits: Float[Tensor, "row vocab"]) -> Float[Tensor, " row"]:
@@ -291,10 +291,10 @@ def _evidence(
 
 def no_think_distribution(model: Any, positions: Positions, tokens: int) -> Float[Tensor, "batch vocab"]:
     """log p(. | x_<t) of every token that could come next, without a thought (eq. 4), nats; one pass a window."""
-    return torch.cat([logits[:, 0].float().log_softmax(-1) for logits, _ in no_think_logits(model, positions, tokens)])
+    return torch.cat([logits[:, 0].float().log_softmax(-1) for logits, _ in _plain_logits(model, positions, tokens)])
 
 
-def no_think_logits(
+def _plain_logits(
     model: Any, positions: Positions, tokens: int
 ) -> Iterator[tuple[Float[Tensor, "part horizon vocab"], Int[Tensor, "part horizon"]]]:
     """The logits that predict the targets of each position, a bounded number of positions at a time; the targets."""

@@ -9,12 +9,12 @@ method.prediction_weight the trainer is an `RLPTrainer`, which adds the predicti
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors.torch import load_model as load_tensors
 from safetensors.torch import save_model as save_tensors
 from torch import Tensor
@@ -127,10 +127,7 @@ class InformationGain:
         """One reward per completion, in nats. `context` and `target` are columns of `prompts`."""
         method, ends = self.config.method, closing_tokens(self.form)
         closed = [ids[-1] in ends for ids in completion_ids]
-        prefixes = [
-            [*self.form.prompt_tokens(before), *self.form.content(ids, done), *self.form.close]
-            for before, ids, done in zip(context, completion_ids, closed, strict=True)
-        ]
+        prefixes = _think_prefixes(self.form, map(self.form.prompt_tokens, context), completion_ids)
         keys = [(*before, -1, *true) for before, true in zip(context, target, strict=True)]
         unique = dict(zip(keys, zip(context, target, strict=True), strict=True))  # the teacher scores a position once
         kind, bf16 = self.policy.device.type, self.config.model.precision == "bf16"
@@ -156,14 +153,31 @@ class InformationGain:
             size = max(1, chunk_tokens(model, self.config.update.tokens_per_chunk) // longest)
             chunks = []
             for start in range(0, len(prefixes), size):
-                true = targets[start : start + size]
-                rows = [[*one, *tokens[:-1]] for one, tokens in zip(prefixes[start : start + size], true, strict=True)]
-                tokens, mask = pad_rows(rows, self.form.pad, left=True)
-                logits = forward(model, tokens.to(model.device), mask.to(model.device), keep=len(true[0]))
-                chunks.append(log_probabilities(logits, torch.tensor(true, device=model.device)).cpu())
+                true = torch.tensor(targets[start : start + size], device=model.device)
+                chunks.append(_logp_of_targets(model, self.form, prefixes[start : start + size], true).cpu())
         finally:
             model.train(training)
         return torch.cat(chunks)
+
+
+def _think_prefixes(
+    form: ThoughtFormat, prompts: Iterable[Sequence[int]], completions: Iterable[Sequence[int]]
+) -> list[list[int]]:
+    """What is read before the targets: each prompt, its thought, and the closing delimiter, sampled or not."""
+    ends = closing_tokens(form)
+    return [
+        [*prompt, *form.content(ids, ids[-1] in ends), *form.close]
+        for prompt, ids in zip(prompts, completions, strict=True)
+    ]
+
+
+def _logp_of_targets(
+    model: Any, form: ThoughtFormat, prefixes: Sequence[Sequence[int]], targets: Int[Tensor, "row horizon"]
+) -> Float[Tensor, "row horizon"]:
+    """log p(target | prefix) of each target token at temperature 1, by one forward pass, in nats."""
+    rows = [[*one, *true[:-1]] for one, true in zip(prefixes, targets.tolist(), strict=True)]
+    tokens, mask = (some.to(targets.device) for some in pad_rows(rows, form.pad, left=True))
+    return log_probabilities(forward(model, tokens, mask, keep=targets.shape[1]), targets)
 
 
 class RLPTrainer(GRPOTrainer):
@@ -188,18 +202,12 @@ class RLPTrainer(GRPOTrainer):
         return output
 
     def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
-        method, form, ends = self.reward.config.method, self.reward.form, closing_tokens(self.reward.form)
+        method, form = self.reward.config.method, self.reward.form
         prompts, thoughts = (
             [ids[real.bool()].tolist() for ids, real in zip(inputs[f"{part}_ids"], inputs[f"{part}_mask"], strict=True)]
             for part in ("prompt", "completion")
         )
-        target = inputs["target"]
-        rows = [
-            [*prompt, *form.content(thought, thought[-1] in ends), *form.close, *true[:-1]]
-            for prompt, thought, true in zip(prompts, thoughts, target.tolist(), strict=True)
-        ]
-        tokens, mask = (some.to(target.device) for some in pad_rows(rows, form.pad, left=True))
-        logp = log_probabilities(forward(model, tokens, mask, keep=target.shape[1]), target)
+        logp = _logp_of_targets(model, form, _think_prefixes(form, prompts, thoughts), inputs["target"])
         loss = -discounted(logp, method.discount).mean()
         self._log_metric("prediction_loss", float(loss.detach()))
         scale = method.prediction_weight / self.current_gradient_accumulation_steps
