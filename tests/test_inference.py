@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from forethought import ThinkingModel, UserError, load
-from forethought.algo.metrics import thought_tokens
 from forethought.config import Method, from_dict, merge
 from forethought.data.positions import at_positions, make_generator, thought_format
 from forethought.inference import Prediction, Sampling, ScoredToken, mixture
 from forethought.models.loading import load_thinking_options, save_thinking_options
-from forethought.rollout import check_prefixes, draw_noise
+from forethought.rollout import check_prefixes, draw_noise, thought_tokens
 from helpers import architectures
 from helpers.models import (
     CLOSE,

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from forethought.algo.metrics import decode_thoughts, thought_tokens
+from forethought.algo.metrics import decode_thoughts
 from forethought.config import Config, UserError, from_dict, merge
 from forethought.data.corpus import Window, context_tokens
 from forethought.data.positions import Positions, ThoughtFormat, at_positions, make_generator, thought_format
@@ -39,7 +39,7 @@ from forethought.models.logprobs import (
     no_think_scores,
     suffix_logits,
 )
-from forethought.rollout import Thoughts, draw_noise, engine
+from forethought.rollout import Thoughts, draw_noise, engine, thought_tokens
 from forethought.rollout.decoder import COMPACT, ReplicatedBatch, probe_copies, sample
 
 _TAIL = 8  # tokens decoded to find the text that the last one adds; a character has at most 4

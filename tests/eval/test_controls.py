@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import WordPiece
 from transformers import PreTrainedTokenizerFast
 
-from forethought.algo.metrics import leakage, thought_tokens
+from forethought.algo.metrics import leakage
 from forethought.config import Notice
 from forethought.data.corpus import spread_windows
 from forethought.data.positions import ThoughtFormat, at_positions, make_generator, uniform
@@ -24,7 +24,7 @@ from forethought.data.token_bytes import Closing
 from forethought.eval import controls, heldout
 from forethought.models.loading import load_tokenizer
 from forethought.models.logprobs import no_think_distribution, thought_evidence
-from forethought.rollout import Thoughts, draw_noise
+from forethought.rollout import Thoughts, draw_noise, thought_tokens
 from helpers.heldout import EVALUATION, TEXTS, documents, quiet, setup, subject, write_controls
 from helpers.models import (
     FORM,

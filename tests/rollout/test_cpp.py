@@ -1,5 +1,8 @@
 """The C++ backend gives the thoughts of eager decoding, and refuses other models with one line."""
 
+import copy
+import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,15 +13,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 from forethought import rollout
 from forethought.cli import main
-from forethought.config import Config, Method, Model, UserError
+from forethought.config import Config, Method, Model, Notice, Rollout, UserError
 from forethought.data.positions import Positions, ThoughtFormat, at_positions, make_generator
 from forethought.prefix import SuffixCache, backbone, enable, lm_head, read
-from forethought.rollout import draw_noise
+from forethought.rollout import draw_noise, native
 from forethought.rollout.cpp import CppBackend, library
 from forethought.rollout.decoder import EagerBackend, sample_with_logp
 from forethought.rollout.native import NativeEngine
 from helpers import architectures as tiny
-from helpers.models import CLOSE, FORM, MERGED, WINDOWS, window
+from helpers.models import CLOSE, FORM, MERGED, WINDOWS, config, window
 from helpers.sampling import biased
 
 SIZES: dict[str, Any] = {
@@ -80,6 +83,32 @@ def test_thoughts_are_those_of_eager_decoding(name: str, form: ThoughtFormat):
         assert torch.allclose(eager.logp[same], found.logp[same], atol=2e-5)
         assert torch.allclose(eager.evidence[same], found.evidence[same], atol=2e-5)
     assert form is THREE or (0.1 if form is FORM else 0) < eager.closed.float().mean() < 1
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_bf16_samples_from_rounded_weights_and_scores_with_the_policy(name: str):
+    """To the bit what fp32 samples from a model whose matrices are numbers of bf16."""
+    model, positions = network(name), positions_of_documents()
+    rounded = copy.deepcopy(model)
+    for module in rounded.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data = module.weight.data.bfloat16().float()
+    noise = draw_noise((11, 9), [make_generator(0, i) for i in range(len(positions))])
+    settings = config(rows=60, thought_length=9, horizon=2)
+    settings = dataclasses.replace(settings, model=Model(decoding="cpp"))
+    low = dataclasses.replace(settings, rollout=Rollout(precision="bf16"))
+    wanted, plain, found = (
+        rollout.engine(one, FORM, some).sample(positions, noise)
+        for one, some in ((rounded, settings), (model, settings), (model, low))
+    )
+    assert torch.equal(found.tokens, wanted.tokens) and torch.equal(found.logp, wanted.logp)
+    assert not torch.equal(found.logp, plain.logp)
+    again = rollout.rescored(found, positions, model, FORM, settings)
+    same = (found.tokens == plain.tokens).all(dim=-1)
+    assert same.float().mean() > 0.3
+    assert torch.allclose(found.evidence[same], plain.evidence[same], atol=2e-5), "the policy's own, in fp32"
+    assert torch.equal(found.evidence, again.evidence) and torch.equal(found.hit[same], plain.hit[same])
 
 
 @NEEDS_COMPILER
@@ -286,5 +315,31 @@ def test_a_run_trains_on_such_thoughts(tmp_path: Path, monkeypatch: pytest.Monke
         assert main([*words, "--model.decoding", decoding, "--run", decoding]) == 0
     eager, cpp = (Path(name, "thoughts.jsonl").read_text() for name in ("eager", "cpp"))
     assert eager.count("\n") == cpp.count("\n") > 0
-    mismatch = [line for line in Path("cpp/metrics.jsonl").read_text().splitlines() if "objective/mismatch" in line]
-    assert mismatch
+    assert main([*words, "--model.decoding", "cpp", "--rollout.precision", "bf16", "--run", "bf16"]) == 0
+    exact, rounded = (
+        [json.loads(line)["objective/mismatch"] for line in Path(name, "metrics.jsonl").read_text().splitlines()]
+        for name in ("cpp", "bf16")
+    )
+    assert max(exact) < 1e-5 < min(rounded) <= max(rounded) < 0.1
+    rows = [json.loads(line) for line in Path("bf16/metrics.jsonl").read_text().splitlines()]
+    assert [row["objective/ratio"] for row in rows] == [1.0, 1.0]
+
+
+def test_bf16_is_refused_where_nothing_rounds(capsys: pytest.CaptureFixture[str]):
+    assert main(["train", "quickstart", "--rollout.precision", "bf16", "--run", "unused"]) == 2
+    assert "rollout.precision = 'bf16': takes model.decoding cpp" in capsys.readouterr().err
+
+
+@NEEDS_COMPILER
+def test_auto_decodes_in_cpp_what_exceeds_a_cache(monkeypatch: pytest.MonkeyPatch):
+    model, settings = network("qwen3"), config()
+    assert isinstance(rollout.engine(model, FORM, settings).decoder.backend, EagerBackend)
+    monkeypatch.setattr(native, "PREPACK_MIN_WEIGHTS", 1000)
+    with pytest.warns(Notice, match="decoded in C"):
+        assert isinstance(rollout.engine(model, FORM, settings).decoder.backend, CppBackend)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    library.cache_clear()
+    try:
+        assert isinstance(rollout.engine(model, FORM, settings).decoder.backend, EagerBackend)
+    finally:
+        library.cache_clear()

@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from forethought.config import Config, RunError, UserError
-from forethought.data.positions import at_positions, make_generator, pad_rows
+from forethought.data.positions import at_positions, make_generator
 from forethought.data.token_bytes import Closing
-from forethought.models.logprobs import ScoringOptions, ThoughtBatch, target_logp
-from forethought.rollout import draw_noise
+from forethought.rollout import draw_noise, rescored, thought_tokens
 from forethought.rollout.native import NativeEngine
 from forethought.rollout.vllm import (
     Caller,
@@ -25,7 +24,6 @@ from forethought.rollout.vllm import (
     as_thoughts,
     closed,
     difference,
-    scored_texts,
     seed,
     start,
     think,
@@ -144,20 +142,15 @@ def test_thoughts_by_requests_close_by_their_text():
     chi = sum((seen[some] - count * p) ** 2 / (count * p) for some, p in kept.items())
     assert abs(chi - len(kept) + 1) < 5 * math.sqrt(2 * (len(kept) - 1))
     form = dataclasses.replace(FORM, close=(1,), closing=closing)
-    texts = scored_texts(rows, form, [[3]])
-    assert all(text[-2:] == [1, 3] and 1 not in text[:-2] and 2 not in text[:-2] for text in texts)
+    (contents,) = thought_tokens(as_thoughts(rows, form, (1, 1), torch.device("cpu")), form)
+    assert all(1 not in content and 2 not in content for content in contents)
 
 
 def test_samples_become_thoughts():
     rows = [Sample(tokens=tokens, logp=[-1.0] * len(tokens)) for tokens in ([5, 4], [5, 6, 7], [6, 5, 4], [5])]
-    assert scored_texts(rows, FORM, [[8, 9], [10, 11]]) == [
-        [5, 4, 8, 9],
-        [5, 6, 7, 4, 8, 9],
-        [6, 5, 4, 10, 11],
-        [5, 4, 10, 11],
-    ]
-    evidence = torch.tensor([[[-1.0, -2.0], [-3.0, -4.0]], [[-5.0, -6.0], [-7.0, -8.0]]])
-    thoughts = as_thoughts(rows, FORM, evidence, evidence > -4)
+    thoughts = as_thoughts(rows, FORM, (2, 3), torch.device("cpu"))
+    assert thoughts.evidence.shape == thoughts.hit.shape == (2, 2, 3)
+    assert thought_tokens(thoughts, FORM) == [[[5], [5, 6, 7]], [[6, 5], [5]]]
     assert thoughts.tokens.tolist() == [[[5, 4, 0], [5, 6, 7]], [[6, 5, 4], [5, 0, 0]]]
     assert thoughts.lengths.tolist() == [[2, 3], [3, 1]]
     assert thoughts.closed.tolist() == [[True, False], [True, False]]
@@ -167,19 +160,15 @@ def test_samples_become_thoughts():
 @pytest.mark.parametrize("form", [FORM, LONG], ids=["short", "long"])
 @pytest.mark.parametrize(("shared", "tokens"), [(True, 10**6), (True, 20), (False, 30)])
 def test_evidence_scored_by_the_policy_is_that_of_the_native_engine(form, shared: bool, tokens: int):
-    model, settings = qwen3(scale=0.2), config(thought_length=6, horizon=2)
+    model, prefix = qwen3(scale=0.2), "shared" if shared else "replicated"
+    settings = config(tokens=tokens, prefix=prefix, thought_length=6, horizon=2)
     positions = at_positions(WINDOWS, [[1, 3], [2, 4, 5], [1], [2]], horizon=2)
     noise = draw_noise((4, 6), [make_generator(0, i) for i in range(len(positions))])
     wanted = NativeEngine(model, form, settings.method, shared=shared).sample(positions, noise)
-    flat = zip(wanted.tokens.flatten(0, 1), wanted.mask.flatten(0, 1), strict=True)
-    rows = [Sample(tokens=(own := some[mask].tolist()), logp=[0.0] * len(own)) for some, mask in flat]
-    texts, mask = pad_rows(scored_texts(rows, form, positions.targets().tolist()), form.pad, left=False)
-    again = ThoughtBatch.from_positions(
-        form, positions, texts.view(len(positions), 4, -1), mask.view(len(positions), 4, -1)
-    )
-    evidence, hit = target_logp(model, form, again, 2, ScoringOptions(temperature=1.0, tokens=tokens, shared=shared))
-    assert torch.allclose(evidence.view_as(wanted.evidence), wanted.evidence, atol=1e-5)
-    assert torch.equal(hit.view_as(wanted.hit), wanted.hit)
+    blank = dataclasses.replace(wanted, evidence=torch.zeros_like(wanted.evidence), hit=~wanted.hit)
+    found = rescored(blank, positions, model, form, settings)
+    assert torch.allclose(found.evidence, wanted.evidence, atol=1e-5)
+    assert torch.equal(found.hit, wanted.hit)
     assert 0 < wanted.hit.float().mean() < 1
 
 

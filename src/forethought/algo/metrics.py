@@ -15,7 +15,7 @@ from forethought.algo.rewards import Predictions, Rewards
 from forethought.config import Config
 from forethought.data.positions import Positions, ThoughtFormat
 from forethought.flops import Work
-from forethought.rollout import Thoughts
+from forethought.rollout import Thoughts, thought_tokens
 from forethought.run import distributed
 
 Sums = dict[str, tuple[float, float | int]]
@@ -149,7 +149,7 @@ class ThoughtRecord:
             thoughts=tuple(map(tuple, lengths)),
             tails=tuple(tails),  # what is read after a thought, in tokens more than were sampled
             sharing="document" if config.model.prefix == "shared" else "rollout",
-            reread=config.rollout.engine == "vllm",
+            reread=config.rescores,
             horizon=positions.horizon,
             teacher=self.no_think_logp is not None,
             kl=options.kl_weight > 0,
@@ -160,15 +160,6 @@ class ThoughtRecord:
         if self.predictions is None:
             return work
         return replace(work, written=tuple(map(tuple, self.predictions.trained.tolist())))
-
-
-def thought_tokens(thoughts: Thoughts, form: ThoughtFormat) -> list[list[list[int]]]:
-    """The tokens of each thought, by position and group member, without a sampled closing delimiter."""
-    columns = zip(thoughts.tokens.tolist(), thoughts.lengths.tolist(), thoughts.closed.tolist(), strict=True)
-    return [
-        [form.content(tokens[:length], closed) for tokens, length, closed in zip(*group, strict=True)]
-        for group in columns
-    ]
 
 
 def decode_thoughts(tokenizer: Any, tokens: list[list[list[int]]]) -> list[list[str]]:

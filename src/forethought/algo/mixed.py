@@ -10,7 +10,7 @@ from torch import Tensor
 
 from forethought import rollout
 from forethought.algo.cpt import CPT, INSERTED, TextRecord
-from forethought.algo.metrics import PositionShard, Sums, ThoughtRecord, thought_tokens
+from forethought.algo.metrics import PositionShard, Sums, ThoughtRecord
 from forethought.algo.position_sampler import PositionSampler
 from forethought.algo.rewards import Predictions
 from forethought.algo.rlp import RLP
@@ -20,7 +20,7 @@ from forethought.data.positions import Positions, ThoughtFormat
 from forethought.flops import Work
 from forethought.models.compute_copy import Network, compute_copy
 from forethought.models.logprobs import no_think_logp
-from forethought.rollout import Engine, Thoughts
+from forethought.rollout import Engine, Thoughts, thought_tokens
 from forethought.run import distributed
 
 

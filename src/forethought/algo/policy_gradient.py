@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from forethought.algo.metrics import Sums, ThoughtRecord, add_sums, thought_tokens
+from forethought.algo.metrics import Sums, ThoughtRecord, add_sums
 from forethought.algo.objective import (
     batch_advantages,
     clipped_share,
@@ -26,6 +26,7 @@ from forethought.config import Config, UserError
 from forethought.data.positions import ThoughtFormat
 from forethought.models.compute_copy import Network
 from forethought.models.logprobs import ScoringOptions, ThoughtBatch, chunk_tokens, forward_backward, thought_logp
+from forethought.rollout import thought_tokens
 from forethought.run import distributed
 
 

@@ -59,7 +59,7 @@ class Model:
     """Read a document once for all its thoughts, or (for families that cannot share) a copy for each; same result."""
     decoding: Literal["auto", "eager", "cuda_graphs", "cuda_graphs_compiled", "cpp"] = "auto"
     """Decoding of thoughts: eager, CUDA graphs (also of a compiled model), or on a CPU C++ (for Llama-style decoders).
-    `auto`: CUDA graphs where they are supported, else eager, which prepacks weights on a CPU."""
+    `auto`: CUDA graphs or, from a million weights on, C++ where they are supported, else eager (on a CPU prepacked)."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -196,6 +196,9 @@ class Rollout:
 
     engine: Annotated[Name, _registered("engine")] = "native"
     """The engine that samples thoughts, or `module:attribute` for one of your own."""
+    precision: Literal["policy", "bf16"] = "policy"
+    """Weights that thoughts are sampled with. bf16 (`model.decoding cpp`, vLLM): half as much to read from memory; the
+    evidence is then computed by the policy, in another pass."""
     cache_gb: Above0 = 1.0
     """Size of vLLM's key-value cache, in GiB, in addition to its copy of the weights."""
     timeout_s: Above0 = 600.0
@@ -349,6 +352,11 @@ class Config:
     parallel: Parallel = dataclasses.field(default_factory=Parallel)
     evaluate: Evaluate = dataclasses.field(default_factory=Evaluate)
     questions: Questions = dataclasses.field(default_factory=Questions)
+
+    @property
+    def rescores(self) -> bool:
+        """Whether the policy reads the thoughts again for their evidence, since something else sampled them."""
+        return self.rollout.engine == "vllm" or self.rollout.precision == "bf16"
 
     @property
     def shift_invariant(self) -> bool:

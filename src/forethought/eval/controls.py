@@ -16,13 +16,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from forethought.algo.metrics import thought_tokens
 from forethought.config import Notice, UserError
 from forethought.data.corpus import Window, spread_windows
 from forethought.data.positions import Positions, ThoughtFormat, at_positions, make_generator, uniform
 from forethought.eval.heldout import Measured, Records, Subject, over_ranks, sample_groups, with_domains
 from forethought.models.logprobs import thought_evidence
-from forethought.rollout import draw_noise
+from forethought.rollout import draw_noise, thought_tokens
 
 Progress = Callable[[str, int, int], None]
 """Name of the phase, positions done, positions in total."""

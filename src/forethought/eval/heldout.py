@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from forethought.algo.metrics import decode_thoughts, leakage, thought_tokens
+from forethought.algo.metrics import decode_thoughts, leakage
 from forethought.config import Config, UserError
 from forethought.config.registry import THINKING_SHARES
 from forethought.data.corpus import Window, spread_windows
@@ -22,7 +22,7 @@ from forethought.data.positions import Positions, ThoughtFormat, at_positions, m
 from forethought.data.worlds import load_world
 from forethought.eval.intervals import Estimate, Ratio, estimate, resample
 from forethought.models.logprobs import chunk_tokens, no_think_logp, no_think_scores
-from forethought.rollout import Engine, draw_noise
+from forethought.rollout import Engine, draw_noise, thought_tokens
 from forethought.run import distributed
 
 CONTROLS = ("empty", "shuffled", "random", "generic")

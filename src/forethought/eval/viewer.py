@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from forethought.algo.metrics import decode_thoughts, thought_tokens
+from forethought.algo.metrics import decode_thoughts
 from forethought.algo.objective import group_advantages
 from forethought.algo.rewards import discounted
 from forethought.data.corpus import Window, labels
@@ -15,7 +15,7 @@ from forethought.data.positions import Positions, at_positions, make_generator
 from forethought.eval.controls import Progress
 from forethought.eval.heldout import Subject
 from forethought.models.logprobs import chunk_tokens, no_think_distribution, no_think_logp, thought_evidence
-from forethought.rollout import draw_noise
+from forethought.rollout import draw_noise, thought_tokens
 
 VERSION = 1
 TOP = 5

@@ -1,6 +1,6 @@
 """Positions -> thoughts. An engine samples a group of thoughts at each position and returns their evidence."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from forethought.config import Config, UserError, registry
 from forethought.data.positions import Positions, ThoughtFormat
+from forethought.models.logprobs import ScoringOptions, ThoughtBatch, chunk_tokens, target_logp
 from forethought.prefix import enable
 
 
@@ -74,6 +75,31 @@ class Writer(Engine, Protocol):
     ) -> Responses:
         """The thoughts that `sample` returns for the same noise, each followed by the tokens that `writing` draws."""
         ...
+
+
+def thought_tokens(thoughts: Thoughts, form: ThoughtFormat) -> list[list[list[int]]]:
+    """The tokens of each thought, by position and group member, without a sampled closing delimiter."""
+    columns = zip(thoughts.tokens.tolist(), thoughts.lengths.tolist(), thoughts.closed.tolist(), strict=True)
+    return [
+        [form.content(tokens[:length], closed) for tokens, length, closed in zip(*group, strict=True)]
+        for group in columns
+    ]
+
+
+@torch.no_grad()
+def rescored(thoughts: Thoughts, positions: Positions, policy: Any, form: ThoughtFormat, config: Config) -> Thoughts:
+    """The same thoughts with the policy's own evidence, where the sampler is not quite the policy."""
+    tokens, contents = chunk_tokens(policy, config.update.tokens_per_chunk), thought_tokens(thoughts, form)
+    options = ScoringOptions(temperature=1.0, tokens=tokens, shared=config.model.prefix == "shared")
+    per_window = max(1, len(positions) // len(positions.windows))
+    longest, start, parts = max(len(window.tokens) for window in positions.windows), 0, []
+    for chunk in positions.chunks(per_window * max(1, tokens // longest)):
+        some = slice(start, start := start + len(chunk))
+        batch = ThoughtBatch.from_positions(form, chunk, thoughts.tokens[some], thoughts.mask[some])
+        batch = batch.with_targets(form, chunk, contents[some])
+        parts.append(target_logp(policy, form, batch, positions.horizon, options))
+    evidence, hit = (torch.cat(some).view(*thoughts.closed.shape, -1) for some in zip(*parts, strict=True))
+    return replace(thoughts, evidence=evidence, hit=hit)
 
 
 def engine(model: Any, form: ThoughtFormat, config: Config, name: str = "") -> Any:

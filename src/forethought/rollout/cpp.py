@@ -1,8 +1,9 @@
 """The C++ backend (decoder.cpp): decoding of Llama-style models in fp32 on a CPU, one call per token.
 
 Weights are packed into panels once for each batch of thoughts, keys and values of documents when they are read or
-joined; norms, rotary embeddings, attention and gates are computed in place. The model is read and never changed. The
-supported families are listed, and a probe compares the backend with the model.
+joined; norms, rotary embeddings, attention and gates are computed in place. With `bf16` the matrices of weights are
+rounded to bf16, so that half as much is read from memory; sums are fp32. The model is read and never changed. The
+supported families are listed, and a probe compares the backend (in fp32) with the model.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ from forethought.rollout.decoder import sample_with_logp
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _BY_LENGTH = ("dynamic", "longrope")  # rotary embeddings that depend on the length of the input
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
-_WEIGHTS = ("norm", "qkv", "qkv_bias", "query_norm", "key_norm", "out", "out_bias", "second_norm", "gate_up", "down")
+_WEIGHTS = ("norm", "qkv_bias", "query_norm", "key_norm", "out_bias", "second_norm", "qkv", "out", "gate_up", "down")
 
 
 class _Layer(ctypes.Structure):
@@ -46,9 +47,9 @@ class _Call(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("rows", "hidden", "heads", "key_heads", "size", "inner", "vocabulary")),
-        *((name, ctypes.c_int64) for name in ("layers", "threads", "spans", "column", "capacity", "length")),
+        *((name, ctypes.c_int64) for name in ("layers", "threads", "spans", "column", "capacity", "length", "bf16")),
         *((name, ctypes.c_double) for name in ("eps", "scale")),
-        *((name, ctypes.c_void_p) for name in ("norm", "head", "cosines", "sines", "span", "start", "states")),
+        *((name, ctypes.c_void_p) for name in ("head", "norm", "cosines", "sines", "span", "start", "states")),
         *((name, ctypes.c_void_p) for name in ("logits", "layer")),
     ]
 
@@ -77,7 +78,8 @@ def library() -> Any:
     library.panel_width.restype = ctypes.c_int64
     number, pointer = ctypes.c_int64, ctypes.c_void_p
     library.large_pages.argtypes = [pointer, number]
-    library.pack.argtypes = [pointer, number, number, number, number, number, pointer]
+    for function in (library.pack, library.pack_bf16):
+        function.argtypes = [pointer, number, number, number, number, number, pointer]
     library.draw.argtypes = [pointer, number, number, ctypes.c_double, pointer, number, pointer, pointer]
     library.pack_columns.argtypes = [pointer, number, number, number, pointer]
     return library
@@ -93,8 +95,8 @@ def _run(words: list[str]) -> str:
 class CppBackend:
     """A `decoder.Backend`. Raises ValueError without a compiler, or for a model that it does not support."""
 
-    def __init__(self, model: Any):
-        self.model = model
+    def __init__(self, model: Any, bf16: bool = False):
+        self.model, self.bf16 = model, False
         self.library = library()
         self.width = int(self.library.panel_width())
         _check(model)
@@ -104,7 +106,8 @@ class CppBackend:
         self._known: tuple[Any, ...] = ()  # the last result of `_tables`
         self._head = torch.empty(0)
         with torch.no_grad(), self.prepared():
-            _probe(model, self)
+            _probe(model, self)  # in fp32
+        self.bf16 = bf16
 
     @contextlib.contextmanager
     def prepared(self) -> Iterator["CppBackend"]:
@@ -113,7 +116,7 @@ class CppBackend:
         products = [*(_products(layer) for layer in layers), {"head": [self.model.lm_head.weight]}]
         assert not self._weights, "one batch of thoughts at a time"
         try:
-            self._sizes = _sizes(self.model)
+            self._sizes = {**_sizes(self.model), "bf16": int(self.bf16)}
             *weights, head = self._panels(products)
             self._head = head["head"]
             self._weights = [{**own, **self._vectors(layer)} for own, layer in zip(weights, layers, strict=True)]
@@ -236,16 +239,17 @@ class CppBackend:
         shapes = [
             (-(-some[0].shape[0] * len(some) // self.width), some[0].shape[1], self.width) for _, _, some in named
         ]
-        whole = torch.empty(sum(math.prod(shape) for shape in shapes))  # one allocation
-        self.library.large_pages(_pointer(whole), 4 * whole.numel())
+        dtype, pack = (torch.bfloat16, self.library.pack_bf16) if self.bf16 else (torch.float32, self.library.pack)
+        whole = torch.empty(sum(math.prod(shape) for shape in shapes), dtype=dtype)  # one allocation
+        self.library.large_pages(_pointer(whole), whole.nbytes)
         packed: list[dict[str, Tensor]] = [{} for _ in products]
         for (number, name, matrices), shape in zip(named, shapes, strict=True):
             panels, whole = whole[: math.prod(shape)].view(shape), whole[math.prod(shape) :]
             panels[-1] = 0  # the last one may have columns of padding
             share, threads = self.width // len(matrices), torch.get_num_threads()
             for i, matrix in enumerate(matrices):
-                given = matrix.detach().contiguous()
-                self.library.pack(_pointer(given), *given.shape, share, i * share, threads, _pointer(panels))
+                given = matrix.detach().to(dtype).contiguous()
+                pack(_pointer(given), *given.shape, share, i * share, threads, _pointer(panels))
             packed[number][name] = panels
         return packed
 

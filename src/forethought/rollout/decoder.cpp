@@ -1,10 +1,11 @@
 // Reading a document and a decoding step, one function each: rows that read one token each, over documents that are in
 // memory once. For Llama-style decoders (RMS norms, rotary embeddings, grouped-query attention, SiLU-gated MLPs) in fp32
-// on a CPU.
+// on a CPU; the matrices of weights may be in bf16.
 //
 // Every product multiplies few rows by a matrix whose columns are packed into panels of NR: panel p holds, for each of the
 // k inputs, its NR columns side by side. Weights, the documents' keys (columns: keys) and values (columns: their entries)
-// are all packed in advance (`pack`), so that the same loop multiplies by all of them.
+// are all packed in advance (`pack`), so that the same loop multiplies by all of them. A panel in bf16 is widened to fp32
+// where it is used, so that half as much is read from memory.
 
 #include <algorithm>
 #include <cmath>
@@ -28,18 +29,22 @@ constexpr int NR = 2 * W;
 
 typedef float Vector __attribute__((vector_size(W * 4)));
 typedef int32_t Integers __attribute__((vector_size(W * 4)));
+typedef uint16_t Halves __attribute__((vector_size(W * 2)));
 
 // Mirrored in cpp.py.
 struct Layer {
-    const float *norm, *qkv, *qkv_bias, *query_norm, *key_norm, *out, *out_bias, *second_norm, *gate_up, *down;
+    const float *norm, *qkv_bias, *query_norm, *key_norm, *out_bias, *second_norm;
+    const void *qkv, *out, *gate_up, *down;  // as Call's `bf16` says
     float *prefix_keys, *prefix_values;  // (document, key head) panels
     float *keys, *values;                // (row, key head, capacity, size)
 };
 struct Call {
     int64_t rows, hidden, heads, key_heads, size, inner, vocabulary, layers, threads;
     int64_t spans, column, capacity, length;  // `length`: keys of a document, padding included
+    int64_t bf16;  // whether matrices of weights are in bf16
     double eps, scale;
-    const float *norm, *head, *cosines, *sines;  // cosines and sines: (row, size)
+    const void *head;
+    const float *norm, *cosines, *sines;  // cosines and sines: (row, size)
     const int64_t *span;                         // (document, visible keys, first row, end of rows)
     const int64_t *start;                        // first column of each row's suffix
     float *states, *logits;                      // (row, hidden), overwritten; (row, vocabulary)
@@ -155,12 +160,12 @@ void tile(const float *x, int64_t x_row, const float *w, int64_t k, float *y, in
     }
 }
 
-// All rows by one panel. Each MR rows prefetch a share of the next panel, so that memory is always busy.
+// All rows by one panel. Each MR rows prefetch a share of the next panel, which begins at `ahead` and has `line` floats
+// (or as many bytes of bf16) for each input, so that memory is always busy.
 template <Then then>
 void tiles(int64_t rows, const float *x, int64_t x_row, const float *w, int64_t k, float *y, int64_t y_row, int columns,
-           const float *bias) {
-    const int64_t turns = (rows + MR - 1) / MR, step = NR / turns;
-    const float *ahead = w + k * NR;
+           const float *bias, const float *ahead, int64_t line) {
+    const int64_t turns = (rows + MR - 1) / MR, step = line / turns;
     for (int64_t row = 0; row < rows; row += MR, x += MR * x_row, y += MR * y_row, ahead += k * step) {
         switch (std::min<int64_t>(MR, rows - row)) {
 #define CASE(M) \
@@ -171,15 +176,31 @@ void tiles(int64_t rows, const float *x, int64_t x_row, const float *w, int64_t 
     }
 }
 
+// A panel of bf16 in fp32, valid until the thread's next call.
+const float *widen(const uint16_t *from, int64_t count) {
+    static thread_local std::vector<float> kept;
+    if (int64_t(kept.size()) < count) kept.resize(count);
+    for (int64_t i = 0; i < count; i += W) {
+        Halves some;
+        std::memcpy(&some, from + i, sizeof some);
+        const Integers bits = __builtin_convertvector(some, Integers) << 16;
+        std::memcpy(&kept[i], &bits, sizeof bits);
+    }
+    return kept.data();
+}
+
 // y (rows, n) = x (rows, k) times a packed matrix
 template <Then then>
-void product(const Call &s, const float *x, int64_t x_row, const float *w, int64_t n, int64_t k, float *y, int64_t y_row,
+void product(const Call &s, const float *x, int64_t x_row, const void *w, int64_t n, int64_t k, float *y, int64_t y_row,
              const float *bias = nullptr) {
-    const int64_t width = then == GATE ? W : NR, panels = (n + width - 1) / width;
+    const int64_t width = then == GATE ? W : NR, panels = (n + width - 1) / width, line = s.bf16 ? NR / 2 : NR;
 #pragma omp parallel for num_threads(s.threads) if (s.threads > 1)
-    for (int64_t p = 0; p < panels; p++)
-        tiles<then>(s.rows, x, x_row, w + p * k * NR, k, y + p * width, y_row, std::min(width, n - p * width),
-                    bias ? bias + p * NR : nullptr);
+    for (int64_t p = 0; p < panels; p++) {
+        const float *own = static_cast<const float *>(w) + p * k * line;
+        const float *panel = s.bf16 ? widen(reinterpret_cast<const uint16_t *>(own), k * NR) : own;
+        tiles<then>(s.rows, x, x_row, panel, k, y + p * width, y_row, std::min(width, n - p * width),
+                    bias ? bias + p * NR : nullptr, own + k * line, line);
+    }
 }
 
 void normalize(const float *x, const float *weight, int64_t size, double eps, float *y) {
@@ -246,7 +267,8 @@ void attend(const Call &s, const Layer &layer, int64_t document, const int64_t *
         for (int64_t i = 0; i < size; i++) query[q * size + i] = from[i] * float(s.scale);
     }
     for (int64_t p = 0; p * NR < width; p++)
-        tiles<SET>(queries, query, size, keys + p * size * NR, size, score + p * NR, line, NR, nullptr);
+        tiles<SET>(queries, query, size, keys + p * size * NR, size, score + p * NR, line, NR, nullptr,
+                   keys + (p + 1) * size * NR, NR);
     for (int64_t q = 0; q < queries; q++) {
         const int64_t r = first + q / fan, begun = own ? s.start[r] : 0;
         const float *mine = layer.keys + (r * s.key_heads + head) * s.capacity * size, *x = query + q * size;
@@ -263,7 +285,7 @@ void attend(const Call &s, const Layer &layer, int64_t document, const int64_t *
     }
     for (int64_t p = 0; p < value_panels; p++)
         tiles<SET>(queries, score, line, values + p * s.length * NR, seen, sum + p * NR, size,
-                   std::min<int64_t>(NR, size - p * NR), nullptr);
+                   std::min<int64_t>(NR, size - p * NR), nullptr, values + p * s.length * NR + seen * NR, NR);
     for (int64_t q = 0; q < queries; q++) {
         const int64_t r = first + q / fan, begun = own ? s.start[r] : 0;
         const float *mine = layer.values + ((r * s.key_heads + head) * s.capacity + begun) * size;
@@ -321,6 +343,15 @@ void finish(const Call &s, const Layer &layer, const std::vector<Part> &parts, c
     product<ADD>(s, buf.gated.data(), s.inner, layer.down, s.hidden, s.inner, s.states, s.hidden);
 }
 
+template <typename T>
+void arrange(const T *w, int64_t n, int64_t k, int64_t share, int64_t offset, int64_t threads, T *to) {
+    const int64_t panels = (n + share - 1) / share;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t p = 0; p < panels; p++)
+        for (int64_t j = 0; j < std::min(share, n - p * share); j++)
+            for (int64_t i = 0; i < k; i++) to[(p * k + i) * NR + offset + j] = w[(p * share + j) * k + i];
+}
+
 }  // namespace
 
 extern "C" {
@@ -340,11 +371,12 @@ void large_pages(void *from, int64_t bytes) {
 // Pack w (n, k), whose rows are the columns of the product; `share` of each panel's NR columns, from `offset` on, are of
 // this matrix.
 void pack(const float *w, int64_t n, int64_t k, int64_t share, int64_t offset, int64_t threads, float *to) {
-    const int64_t panels = (n + share - 1) / share;
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t p = 0; p < panels; p++)
-        for (int64_t j = 0; j < std::min(share, n - p * share); j++)
-            for (int64_t i = 0; i < k; i++) to[(p * k + i) * NR + offset + j] = w[(p * share + j) * k + i];
+    arrange(w, n, k, share, offset, threads, to);
+}
+
+// The same of a matrix in bf16.
+void pack_bf16(const uint16_t *w, int64_t n, int64_t k, int64_t share, int64_t offset, int64_t threads, uint16_t *to) {
+    arrange(w, n, k, share, offset, threads, to);
 }
 
 // Pack w (k, n), whose columns are the columns of the product.

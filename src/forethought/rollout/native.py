@@ -1,14 +1,19 @@
 """The native engine: thoughts, and free text, from any Hugging Face causal LM."""
 
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from forethought.config import Config, Method, UserError
+from forethought.config import Config, Method, Notice, UserError
 from forethought.data.positions import Positions, ThoughtFormat
-from forethought.rollout import Responses, Thoughts
+from forethought.flops import PREPACK_MIN_WEIGHTS
+from forethought.rollout import Responses, Thoughts, rescored
 from forethought.rollout.cpp import CppBackend
 from forethought.rollout.cuda_graphs import CUDAGraphDecoder, capturable
 from forethought.rollout.decoder import Backend, Decoder, DecodeState, EagerBackend
@@ -16,6 +21,8 @@ from forethought.rollout.decoder import Backend, Decoder, DecodeState, EagerBack
 
 class NativeEngine:
     """Samples with the policy itself, so there is nothing to synchronize and no mismatch between sampler and policy.
+
+    With a `score`, for a backend that rounds the weights, what it sampled gets its evidence from there.
 
     At most `rows` thoughts decode at once. With `shared` (a model that `prefix.enable` prepared) a document is stored
     once for all its thoughts; without, each thought has a copy of its prefix. A `backend` other than eager PyTorch is
@@ -32,8 +39,9 @@ class NativeEngine:
         *,
         backend: Backend | None = None,
         graphs: CUDAGraphDecoder | None = None,
+        score: Callable[[Thoughts, Positions], Thoughts] | None = None,
     ):
-        self.model, self.form, self.graphs = model, form, graphs
+        self.model, self.form, self.graphs, self.score = model, form, graphs, score
         self.decoder = Decoder(backend or EagerBackend(model, rows), form, options, rows, shared)
 
     def sync(self) -> None:
@@ -44,7 +52,8 @@ class NativeEngine:
         """Sample, force the closing delimiter where needed, and score the targets with the logits that follow."""
         state = DecodeState.start(positions.targets(), self.form, noise, self.model.device)
         (self.graphs or self.decoder).decode(positions, state)
-        return state.thoughts(len(positions))
+        thoughts = state.thoughts(len(positions))
+        return self.score(thoughts, positions) if self.score else thoughts
 
     @torch.no_grad()
     def respond(
@@ -57,15 +66,23 @@ class NativeEngine:
         targets = positions.targets()[:, :1].expand(-1, writing.shape[2])
         state = DecodeState.start(targets, self.form, noise, self.model.device, writing)
         self.decoder.decode(positions, state)
-        return state.responses(len(positions))
+        found = state.responses(len(positions))
+        if self.score is None:
+            return found
+        scored = self.score(found.thoughts, positions)
+        thoughts = replace(scored, evidence=scored.evidence[..., :1], hit=scored.hit[..., :1])
+        return replace(found, thoughts=thoughts)
 
 
 def native_engine(model: Any, form: ThoughtFormat, config: Config) -> NativeEngine:
     """What `rollout.engine` builds. Raises UserError where the model does not support what the config asks for."""
-    rows, shared = config.train.rollout_batch, config.model.prefix == "shared"
+    rows, shared, bf16 = config.train.rollout_batch, config.model.prefix == "shared", config.rollout.precision == "bf16"
     backend = _cpp(model, config) or EagerBackend(model, rows, prepack=config.model.decoding != "eager")
+    if bf16 and not isinstance(backend, CppBackend):
+        raise UserError("rollout.precision = 'bf16': takes model.decoding cpp or rollout.engine vllm")
     graphs = _cuda_graphs(model, form, config)
-    return NativeEngine(model, form, config.method, rows, shared, backend=backend, graphs=graphs)
+    score = partial(rescored, policy=model, form=form, config=config) if bf16 else None
+    return NativeEngine(model, form, config.method, rows, shared, backend=backend, graphs=graphs, score=score)
 
 
 def _cuda_graphs(model: Any, form: ThoughtFormat, config: Config) -> CUDAGraphDecoder | None:
@@ -87,12 +104,19 @@ def _cuda_graphs(model: Any, form: ThoughtFormat, config: Config) -> CUDAGraphDe
 
 
 def _cpp(model: Any, config: Config) -> CppBackend | None:
-    """The C++ backend, if requested."""
-    if config.model.decoding != "cpp":
+    """The C++ backend, if requested or (`auto`, for weights that exceed a core's cache) if it supports the model."""
+    automatic = config.model.decoding == "auto"
+    large = sum(one.weight.numel() for one in model.modules() if isinstance(one, nn.Linear)) >= PREPACK_MIN_WEIGHTS
+    if config.model.decoding != "cpp" and not (automatic and large and model.device.type == "cpu"):
         return None
     try:
         if config.model.prefix != "shared":
             raise ValueError("model.prefix must be 'shared'")
-        return CppBackend(model)
+        backend = CppBackend(model, config.rollout.precision == "bf16")
     except ValueError as error:
+        if automatic:
+            return None
         raise UserError(f"model.decoding = 'cpp': {error}; use 'auto' or 'eager'") from error
+    if automatic:
+        warnings.warn("model.decoding = 'auto': thoughts are decoded in C++", Notice, stacklevel=2)
+    return backend

@@ -18,16 +18,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from forethought.config import Config, RunError, UserError
 from forethought.data.positions import Positions, ThoughtFormat, pad_rows
 from forethought.data.token_bytes import Closing
-from forethought.models.logprobs import ScoringOptions, ThoughtBatch, chunk_tokens, log_probabilities, target_logp
+from forethought.models.logprobs import log_probabilities
 from forethought.models.lora import merged_weights
-from forethought.rollout import Thoughts
+from forethought.rollout import Thoughts, rescored
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, so that weights need not be sent anywhere
@@ -125,32 +125,19 @@ def ended(row: Sample, closing: Closing) -> Sample:
     return Sample(tokens=row.tokens[:length], logp=row.logp[:length])
 
 
-def scored_texts(rows: Sequence[Sample], form: ThoughtFormat, targets: Sequence[list[int]]) -> list[list[int]]:
-    """What the policy reads to compute the evidence: each thought, the closing delimiter, its targets."""
-    group = len(rows) // len(targets)
-    return [
-        [*form.content(row.tokens, closed(row, form.closing)), *form.close, *targets[i // group]]
-        for i, row in enumerate(rows)
-    ]
-
-
-def as_thoughts(
-    rows: Sequence[Sample],
-    form: ThoughtFormat,
-    evidence: Float[Tensor, "batch group horizon"],
-    hit: Bool[Tensor, "batch group horizon"],
-) -> Thoughts:
-    """Samples and their evidence as `Thoughts`, on the evidence's device."""
-    shape, device = evidence.shape[:2], evidence.device
+def as_thoughts(rows: Sequence[Sample], form: ThoughtFormat, shape: tuple[int, int], device: Any) -> Thoughts:
+    """Samples as `Thoughts` at `shape` (positions, horizon); their evidence, all 0, is still to be computed."""
+    batch, horizon = shape
     tokens, mask = pad_rows([row.tokens for row in rows], form.pad, left=False)
     logp = torch.zeros(mask.shape).masked_scatter(mask, torch.tensor([x for row in rows for x in row.logp]))
+    evidence = torch.zeros(batch, len(rows) // batch, horizon, device=device)
     return Thoughts(
-        tokens=tokens.view(*shape, -1).to(device),
-        mask=mask.view(*shape, -1).to(device),
-        closed=torch.tensor([closed(row, form.closing) for row in rows], device=device).view(shape),
-        logp=logp.view(*shape, -1).to(device),
+        tokens=tokens.view(*evidence.shape[:2], -1).to(device),
+        mask=mask.view(*evidence.shape[:2], -1).to(device),
+        closed=torch.tensor([closed(row, form.closing) for row in rows], device=device).view(evidence.shape[:2]),
+        logp=logp.view(*evidence.shape[:2], -1).to(device),
         evidence=evidence,
-        hit=hit,
+        hit=evidence.bool(),
     )
 
 
@@ -199,11 +186,6 @@ class VLLMEngine:
 
     def __init__(self, policy: Any, form: ThoughtFormat, config: Config, vllm: Any, options: dict[str, Any]):
         self.policy, self.form, self.config, self.vllm = policy, form, config, vllm
-        self.scoring = ScoringOptions(
-            temperature=1.0,
-            tokens=chunk_tokens(policy, config.update.tokens_per_chunk),
-            shared=config.model.prefix == "shared",
-        )
         size, head = policy.get_input_embeddings().num_embeddings, policy.get_output_embeddings().weight.shape[0]
         # tokens without a text, which the trainer's log-probabilities leave out; -100 is the lowest that vLLM takes
         self.never = dict.fromkeys([*form.holes, *range(form.vocabulary or head, head)], -100.0) or None
@@ -224,7 +206,8 @@ class VLLMEngine:
         """Sample with vLLM, force the closing delimiter where needed, and score the targets with the policy."""
         prompts = [self.form.prompt_tokens(context) for context in positions.contexts()]
         rows = think(prompts, noise, self.form.closing, self._draw)
-        return as_thoughts(rows, self.form, *self._evidence(positions, rows, noise.shape[1]))
+        thoughts = as_thoughts(rows, self.form, (len(positions), positions.horizon), self.policy.device)
+        return rescored(thoughts, positions, self.policy, self.form, self.config)
 
     @torch.no_grad()
     def sync(self) -> None:
@@ -270,22 +253,6 @@ class VLLMEngine:
             detokenize=False,
         )
 
-    def _evidence(
-        self, positions: Positions, rows: list[Sample], group: int
-    ) -> tuple[Float[Tensor, "batch group horizon"], Bool[Tensor, "batch group horizon"]]:
-        """Of all targets, a few whole documents at a time."""
-        texts = scored_texts(rows, self.form, positions.targets().tolist())
-        longest, device = max(len(window.tokens) for window in positions.windows), self.policy.device
-        per_document, parts, start = self.config.method.positions, [], 0
-        for chunk in positions.chunks(max(1, per_document * (self.scoring.tokens // longest))):
-            tokens, mask = pad_rows(texts[start : start + len(chunk) * group], self.form.pad, left=False)
-            tokens, mask = (some.view(len(chunk), group, -1).to(device) for some in (tokens, mask))
-            batch = ThoughtBatch.from_positions(self.form, chunk, tokens, mask)
-            parts.append(target_logp(self.policy, self.form, batch, positions.horizon, self.scoring))
-            start += len(chunk) * group
-        evidence, hit = (torch.cat(some).view(len(positions), group, -1) for some in zip(*parts, strict=True))
-        return evidence, hit
-
 
 def start(policy: Any, form: ThoughtFormat, config: Config) -> VLLMEngine:
     """An engine with the policy's weights. Raises UserError if vLLM is not installed or does not support the model."""
@@ -307,7 +274,7 @@ def start(policy: Any, form: ThoughtFormat, config: Config) -> VLLMEngine:
             "load_format": "dummy",  # the policy's weights follow
             "skip_tokenizer_init": True,
             "generation_config": "vllm",  # not the model's own
-            "dtype": {torch.float32: "float32", torch.bfloat16: "bfloat16"}[policy.dtype],
+            "dtype": "bfloat16" if config.rollout.precision == "bf16" or policy.dtype == torch.bfloat16 else "float32",
             "enable_prefix_caching": True,
             "enable_chunked_prefill": policy.device.type != "cpu",  # vLLM 0.32 on a CPU fails to split seeded prompts
             "logprobs_mode": "processed_logprobs",  # at the sampling temperature

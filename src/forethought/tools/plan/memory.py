@@ -131,7 +131,7 @@ def _decode(job: Job) -> dict[str, float]:
     linear, model = shape.matmul_weights + shape.vocab * shape.hidden, job.config.model
     if job.machine.name == "cpu" and model.precision == "fp32" and model.decoding != "eager":
         if model.decoding == "cpp" or linear >= PREPACK_MIN_WEIGHTS:
-            parts["prepacked weights"] = 4.0 * linear
+            parts["prepacked weights"] = (2.0 if job.config.rollout.precision == "bf16" else 4.0) * linear
         if model.decoding == "cpp":  # of the newest documents only
             parts["prepacked KV cache"] = prefix
     return parts
