@@ -5,7 +5,7 @@
 // Every product multiplies few rows by a matrix whose columns are packed into panels of NR: panel p holds, for each of the
 // k inputs, its NR columns side by side. Weights, the documents' keys (columns: keys) and values (columns: their entries)
 // are all packed in advance (`pack`), so that the same loop multiplies by all of them. A panel in bf16 is widened to fp32
-// where it is used, so that half as much is read from memory.
+// by the first rows that use it, so that half as much is read from memory.
 
 #include <algorithm>
 #include <cmath>
@@ -34,7 +34,7 @@ typedef uint16_t Halves __attribute__((vector_size(W * 2)));
 // Mirrored in cpp.py.
 struct Layer {
     const float *norm, *qkv_bias, *query_norm, *key_norm, *out_bias, *second_norm;
-    const void *qkv, *out, *gate_up, *down;  // as Call's `bf16` says
+    void *qkv, *out, *gate_up, *down;  // as Call's `bf16` says
     float *prefix_keys, *prefix_values;  // (document, key head) panels
     float *keys, *values;                // (row, key head, capacity, size)
 };
@@ -43,7 +43,7 @@ struct Call {
     int64_t spans, column, capacity, length;  // `length`: keys of a document, padding included
     int64_t bf16;  // whether matrices of weights are in bf16
     double eps, scale;
-    const void *head;
+    void *head;
     const float *norm, *cosines, *sines;  // cosines and sines: (row, size)
     const int64_t *span;                         // (document, visible keys, first row, end of rows)
     const int64_t *start;                        // first column of each row's suffix
@@ -60,6 +60,16 @@ inline Vector load(const float *from) {
 }
 
 inline void store(float *to, Vector v) { std::memcpy(to, &v, sizeof v); }
+
+// bf16 is the upper half of fp32
+inline Vector widened(const uint16_t *from) {
+    Halves some;
+    std::memcpy(&some, from, sizeof some);
+    const Integers bits = __builtin_convertvector(some, Integers) << 16;
+    Vector v;
+    std::memcpy(&v, &bits, sizeof v);
+    return v;
+}
 
 inline float total(Vector v) {
     typedef float Half __attribute__((vector_size(W * 2)));
@@ -127,15 +137,20 @@ float exponentials(const float *x, int64_t count, float top, float factor, float
 
 enum Then { SET, ADD, GATE };  // y = xw; y += xw; y = silu(x gate) * (x up), whose panels hold W columns of each
 
-template <int M, Then then>
-void tile(const float *x, int64_t x_row, const float *w, int64_t k, float *y, int64_t y_row, int columns,
-          const float *bias, const float *ahead, int64_t ahead_step) {
+// With `narrow` the panel is read from there, in bf16, and left in w for the next tiles.
+template <int M, Then then, bool widens>
+void tile(const float *x, int64_t x_row, float *w, int64_t k, float *y, int64_t y_row, int columns, const float *bias,
+          const float *ahead, int64_t ahead_step, const uint16_t *narrow) {
     Vector low[M], high[M];
     for (int m = 0; m < M; m++) {
         low[m] = bias ? load(bias) : Vector{};
         high[m] = bias ? load(bias + W) : Vector{};
     }
     for (int64_t i = 0; i < k; i++, w += NR) {
+        if (widens) {
+            store(w, widened(narrow + i * NR));
+            store(w + W, widened(narrow + i * NR + W));
+        }
         const Vector a = load(w), b = load(w + W);
         __builtin_prefetch(ahead, 0, 2);
         ahead += ahead_step;
@@ -163,43 +178,38 @@ void tile(const float *x, int64_t x_row, const float *w, int64_t k, float *y, in
 // All rows by one panel. Each MR rows prefetch a share of the next panel, which begins at `ahead` and has `line` floats
 // (or as many bytes of bf16) for each input, so that memory is always busy.
 template <Then then>
-void tiles(int64_t rows, const float *x, int64_t x_row, const float *w, int64_t k, float *y, int64_t y_row, int columns,
-           const float *bias, const float *ahead, int64_t line) {
+void tiles(int64_t rows, const float *x, int64_t x_row, float *w, int64_t k, float *y, int64_t y_row, int columns,
+           const float *bias, const float *ahead, int64_t line, const uint16_t *narrow = nullptr) {
     const int64_t turns = (rows + MR - 1) / MR, step = line / turns;
-    for (int64_t row = 0; row < rows; row += MR, x += MR * x_row, y += MR * y_row, ahead += k * step) {
+    for (int64_t row = 0; row < rows; row += MR, x += MR * x_row, y += MR * y_row, ahead += k * step, narrow = nullptr) {
         switch (std::min<int64_t>(MR, rows - row)) {
-#define CASE(M) \
-    case M: tile<M, then>(x, x_row, w, k, y, y_row, columns, bias, ahead, step); break;
+#define CASE(M)                                                                                                  \
+    case M:                                                                                                      \
+        if (narrow) tile<M, then, true>(x, x_row, w, k, y, y_row, columns, bias, ahead, step, narrow);           \
+        else tile<M, then, false>(x, x_row, w, k, y, y_row, columns, bias, ahead, step, nullptr);                \
+        break;
             CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
 #undef CASE
         }
     }
 }
 
-// A panel of bf16 in fp32, valid until the thread's next call.
-const float *widen(const uint16_t *from, int64_t count) {
-    static thread_local std::vector<float> kept;
-    if (int64_t(kept.size()) < count) kept.resize(count);
-    for (int64_t i = 0; i < count; i += W) {
-        Halves some;
-        std::memcpy(&some, from + i, sizeof some);
-        const Integers bits = __builtin_convertvector(some, Integers) << 16;
-        std::memcpy(&kept[i], &bits, sizeof bits);
-    }
-    return kept.data();
-}
-
 // y (rows, n) = x (rows, k) times a packed matrix
 template <Then then>
-void product(const Call &s, const float *x, int64_t x_row, const void *w, int64_t n, int64_t k, float *y, int64_t y_row,
+void product(const Call &s, const float *x, int64_t x_row, void *w, int64_t n, int64_t k, float *y, int64_t y_row,
              const float *bias = nullptr) {
     const int64_t width = then == GATE ? W : NR, panels = (n + width - 1) / width, line = s.bf16 ? NR / 2 : NR;
 #pragma omp parallel for num_threads(s.threads) if (s.threads > 1)
     for (int64_t p = 0; p < panels; p++) {
-        const float *own = static_cast<const float *>(w) + p * k * line;
-        const float *panel = s.bf16 ? widen(reinterpret_cast<const uint16_t *>(own), k * NR) : own;
+        static thread_local std::vector<float> kept;  // a panel of bf16 in fp32
+        float *own = static_cast<float *>(w) + p * k * line, *panel = own;
+        if (s.bf16) {
+            kept.resize(std::max<int64_t>(kept.size(), k * NR));
+            panel = kept.data();
+        }
         tiles<then>(s.rows, x, x_row, panel, k, y + p * width, y_row, std::min(width, n - p * width),
-                    bias ? bias + p * NR : nullptr, own + k * line, line);
+                    bias ? bias + p * NR : nullptr, own + k * line, line,
+                    s.bf16 ? reinterpret_cast<const uint16_t *>(own) : nullptr);
     }
 }
 
@@ -256,8 +266,8 @@ void attend(const Call &s, const Layer &layer, int64_t document, const int64_t *
     const int64_t seen = *std::max_element(stop + first, stop + end);
     const int64_t key_panels = (s.length + NR - 1) / NR, value_panels = (size + NR - 1) / NR;
     const int64_t panels = document * s.key_heads + head, width = (seen + NR - 1) / NR * NR;
-    const float *keys = layer.prefix_keys + panels * key_panels * size * NR;
-    const float *values = layer.prefix_values + panels * value_panels * s.length * NR;
+    float *keys = layer.prefix_keys + panels * key_panels * size * NR;
+    float *values = layer.prefix_values + panels * value_panels * s.length * NR;
     static thread_local std::vector<float> kept;
     kept.resize(queries * (2 * size + width + own));
     float *query = kept.data(), *sum = query + queries * size, *score = sum + queries * size;
