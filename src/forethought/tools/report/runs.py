@@ -92,6 +92,7 @@ class Run:
     positions: list[Position]  # the positions of the first, the middle and the last step with logged thoughts
     warnings: list[Diagnostic]  # warnings of the diagnostics during training, in order
     summary: dict[str, Any]  # empty while the run has not finished
+    running: bool = False  # whether a process trains in the folder
 
     @property
     def method(self) -> str:
@@ -130,14 +131,12 @@ class Run:
 
 
 def load(path: Path, name: str) -> Run:
-    """Read a run folder. Raises UserError if it is not one, has nothing to report, or contains a broken file."""
+    """Read a run folder. Raises UserError if it is not one or contains a broken file."""
     if not (path / "config.json").is_file():
         raise UserError(f"{str(path)!r} is not a run folder: it has no config.json")
     log = RunLog(path)
     metrics = {row["step"]: row for row in _rows(path / "metrics.jsonl", _metrics)}
     finished = (path / "summary.json").is_file()
-    if not metrics and not finished:
-        raise UserError(f"run {str(path)!r} has neither metrics nor a summary yet: nothing to report")
     return Run(
         path=path,
         name=name,
@@ -146,6 +145,7 @@ def load(path: Path, name: str) -> Run:
         positions=_landmarks(path / "thoughts.jsonl"),
         warnings=list(_rows(path / "warnings.jsonl", TypeAdapter(Diagnostic).validate_python)),
         summary=log.read_json("summary.json") if finished else {},
+        running=log.in_use(),
     )
 
 

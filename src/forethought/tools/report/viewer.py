@@ -82,8 +82,7 @@ def load(path: Path) -> Documents | None:
 def collect(runs: Iterable[tuple[str, Documents | None, list[Position]]]) -> dict[str, Any] | None:
     """All that runs measured or (where they measured nothing) logged, by the names of the runs; None if nothing.
 
-    For the page's template: whether any run has documents.json, JSON and script that are safe inside a script element,
-    and the hash of the script for the Content-Security-Policy.
+    For the page's template: whether any run has documents.json, and JSON that is safe inside a script element.
     """
     shown, documents, measured = [], {}, False
     for name, found, positions in runs:
@@ -99,13 +98,17 @@ def collect(runs: Iterable[tuple[str, Documents | None, list[Position]]]) -> dic
     if not shown:
         return None
     rows = list(documents.values())
-    script = Path(__file__).with_name("viewer.js").read_text(encoding="utf-8")
     return {
         "measured": measured,
         "data": _embedded({"runs": shown, "documents": rows, "limit": _limit_of(rows)}),
-        "script": Markup(script),
-        "source": f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'",
     }
+
+
+def script(name: str) -> dict[str, str]:
+    """A script of this folder: its text, and as `source` its hash for the Content-Security-Policy."""
+    text = Path(__file__).with_name(name).read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return {"text": Markup(text), "source": f"'sha256-{digest}'"}
 
 
 def _key(title: str, run: str, documents: dict[Any, Any]) -> tuple[str, int]:
