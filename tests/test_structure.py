@@ -17,7 +17,7 @@ def lines(modules: list[Path]) -> int:
 
 
 def test_the_package_has_few_modules_and_few_lines():
-    assert len(MODULES) <= 86
+    assert len(MODULES) <= 87
     assert lines(MODULES) <= 18_900
 
 

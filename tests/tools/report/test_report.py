@@ -14,11 +14,12 @@ import pytest
 
 from forethought.cli import main
 from forethought.config import UserError
+from forethought.html import visible
 from forethought.run.folder import RunLog
 from forethought.tools import report
 from forethought.tools.report import plots, viewer, write, write_comparison
 from forethought.tools.report import runs as run_folders
-from forethought.tools.report.tables import duration, evaluations, figure, signed, visible
+from forethought.tools.report.tables import duration, evaluations, figure, signed
 from helpers.pages import Page, make_run
 
 

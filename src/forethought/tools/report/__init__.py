@@ -18,20 +18,22 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from forethought import html
 from forethought.config import UserError, flatten
 from forethought.config.registry import METHODS
+from forethought.html import visible
 from forethought.run.folder import RunLog
 from forethought.tools.report import comparison, plots, viewer
 from forethought.tools.report import runs as run_folders
 from forethought.tools.report.runs import Position, Run, number
 from forethought.tools.report.tables import (
+    Cell,
     capitalized,
     duration,
     evaluations,
     figure,
     metric,
     signed,
-    visible,
     windows_note,
     with_ends,
 )
@@ -58,8 +60,7 @@ def write(runs: Sequence[str | Path], out: str | Path | None = None, reload_s: i
     """
     if not runs:
         raise UserError("a report takes at least one run folder")
-    paths = [Path(run) for run in runs]
-    loaded = [run_folders.load(path, name) for path, name in zip(paths, run_folders.names(paths), strict=True)]
+    paths, loaded = [Path(run) for run in runs], read_runs(*runs)
     several = len(paths) > 1
     target = Path(out) if out is not None else (paths[0].absolute().parent if several else paths[0]) / "report.html"
     folder = target.with_name(f"{target.stem}-plots") if several else paths[0] / "plots"
@@ -90,6 +91,56 @@ def follow(runs: Sequence[str | Path], out: str | Path | None = None) -> Iterato
     yield write(runs, out)
 
 
+class Runs(list[Run]):
+    """Runs, as a notebook shows them: what they are, and their held-out figures before and after training."""
+
+    def _repr_html_(self) -> str:
+        facts = [_facts(run) for run in self]
+        names = ["", *(run.name for run in self)]
+        shown = [html.table(names, [(label, *(each[label] for each in facts)) for label in facts[0]])]
+        for group, rows in evaluations(self):
+            cells = [
+                (capitalized(one.label), *(_before_and_after(cell) for cell in row))
+                for one, row in rows
+                if one.name in comparison.MAIN
+            ]
+            shown.append(html.table(names, cells, "all positions" if group == "all" else f"positions marked {group}"))
+        return "".join(shown)
+
+    def curves(self, *names: str) -> "Drawing":
+        """Curves of training: plots with the names of the files in RUN/plots, or the first four that have data."""
+        known = {plot.name: plot for plot in plots.plots_of(self)}
+        if unknown := [name for name in names if name not in known]:
+            raise UserError(f"curves: {unknown[0]!r}: must be one of {', '.join(known)}")
+        shown = [known[name] for name in names or list(known)[:4]]
+        return Drawing(plots.side_by_side([plots.draw(plot, self, plot.title) for plot in shown]))
+
+
+class Drawing(str):
+    """An SVG document that a notebook shows."""
+
+    def _repr_svg_(self) -> str:
+        return str(self)
+
+    def __repr__(self) -> str:
+        return "<Drawing>"
+
+
+def _before_and_after(cell: Cell) -> Markup:
+    value = f"{cell.before} → {cell.after}" if cell.before != "–" else cell.after
+    return html.with_note(value, " → ".join(filter(None, (cell.before_interval, cell.after_interval))))
+
+
+def read_runs(*runs: str | Path) -> Runs:
+    """Read run folders for a notebook: `read_runs("runs/quickstart")[0].positions[-1]` are the thoughts logged last.
+
+    Raises:
+        UserError: a folder that is not a run, or a broken file in it.
+    """
+    paths = [Path(run) for run in runs]
+    return Runs(run_folders.load(path, name) for path, name in zip(paths, run_folders.names(paths), strict=True))
+
+
 def write_comparison(run: Path) -> Path:
     """Write the page of an experiment, RUN/compare.html, from its compare.json and experiment.json; return its path.
 
@@ -117,10 +168,10 @@ def write_thoughts(found: viewer.Documents, out: str | Path) -> Path:
     )
 
 
-def _written(target: Path, html: str, others: Mapping[Path, str] = MappingProxyType({})) -> Path:
+def _written(target: Path, page: str, others: Mapping[Path, str] = MappingProxyType({})) -> Path:
     """Write a page and other files. Where a file exists, a browser reads the old or the new one, never a part."""
     try:
-        for path, text in {**others, target: html}.items():
+        for path, text in {**others, target: page}.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f".{path.name}.{os.getpid()}") if path.is_file() else path
             partial.write_text(text, encoding="utf-8")

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, Typ
 
 from forethought.config import UserError, flatten
 from forethought.config.registry import AUTOMATIC, METHODS, REWARDS, current_metrics, label
+from forethought.html import table
 from forethought.run.folder import RunLog, checkpoints, read_jsonl
 
 T = TypeVar("T")
@@ -23,6 +24,10 @@ def number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
+
+
+def _rounded(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def by_reward(thoughts: "list[Thought]") -> "list[Thought]":
@@ -68,6 +73,14 @@ class Position:
     target: Text
     nothink: Number = None  # log p of the target without a thought (the teacher's), in nats
     thoughts: Thoughts
+
+    def _repr_html_(self) -> str:
+        """The end of the context with the target, and the thoughts."""
+        rows = [(_rounded(one.reward), _rounded(one.evidence), one.text) for one in self.thoughts]
+        title = f"step {self.step}: … {self.context[-80:]} [{self.target}]"
+        return table(
+            ["reward", "log p after it", f"thought (log p without one: {_rounded(self.nothink)})"], rows, title
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,11 +18,9 @@ from markupsafe import Markup
 from pydantic import Field
 
 from forethought.config import UserError
+from forethought.html import limit, visible
 from forethought.tools.report.runs import Number, Position, Thoughts, TopTokens, read_checked
-from forethought.tools.report.tables import visible
 
-LIMITS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
-"""Gains in nats that may have the full color: the first one that nine tenths of all gains do not exceed."""
 FIGURES = ("length", "closed", "evidence", "reward", "advantage")
 """Of a thought, as the page shows them."""
 
@@ -172,13 +170,6 @@ def _top(tokens: list[tuple[str, float]]) -> list[list[str | float]]:
 def _limit_of(documents: list[dict[str, Any]]) -> float:
     versions = [version for one in documents for version in one["versions"].values()]
     return limit(position["gain"] for version in versions for position in version["positions"])
-
-
-def limit(gains: Iterable[float | None]) -> float:
-    """The gain, in nats, that has the full color: one of LIMITS."""
-    sizes = sorted(abs(gain) for gain in gains if gain is not None)
-    usual = sizes[int(0.9 * len(sizes))] if sizes else 0.0
-    return next((one for one in LIMITS if one >= usual), LIMITS[-1])
 
 
 def _embedded(value: Any) -> Markup:
