@@ -86,7 +86,7 @@ def test_curves_are_one_image(tmp_path: Path):
     assert sizes == [("900", None, None), ("450", "0", "0.0"), ("450", "450", "0.0"), ("450", "0", "270.0")]
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids)) and repr(image) == "<Drawing>"
-    with pytest.raises(UserError, match="^curves: 'nothing': must be one of gain, "):
+    with pytest.raises(UserError, match=r"^curves: 'nothing': must be one of gain, "):
         runs.curves("nothing")
     assert run.path == tmp_path / "one"
 
