@@ -47,7 +47,7 @@ $(READY): requirements.lock pyproject.toml
 
 notebook: env  ## run examples/forethought.ipynb and store its outputs
 	$(BIN)/pip install --quiet --constraint requirements.lock nbconvert==7.17.2 ipykernel==7.4.0
-	PATH=$(CURDIR)/$(BIN):$$PATH jupyter nbconvert --execute --to notebook --inplace examples/forethought.ipynb
+	PYTHONWARNINGS=ignore PATH=$(CURDIR)/$(BIN):$$PATH jupyter nbconvert --execute --to notebook --inplace examples/forethought.ipynb
 
 base: env  ## pretrain the embedded bases again (one thread, so that the bits do not depend on the cores), put them into the package
 	$(BIN)/python tools/make_base.py

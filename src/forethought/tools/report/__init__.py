@@ -107,6 +107,9 @@ class Runs(list[Run]):
             shown.append(html.table(names, cells, "all positions" if group == "all" else f"positions marked {group}"))
         return "".join(shown)
 
+    def __repr__(self) -> str:
+        return f"<Runs {', '.join(run.name for run in self)}>"
+
     def curves(self, *names: str) -> "Drawing":
         """Curves of training: plots with the names of the files in RUN/plots, or the first four that have data."""
         known = {plot.name: plot for plot in plots.plots_of(self)}
