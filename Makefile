@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 VLLM := .venv-vllm/bin
 
-.PHONY: quickstart test test-kills test-vllm bench-vllm env-vllm test-lm-eval test-wheel test-extras env check docs base smollm2 clean
+.PHONY: quickstart test test-kills test-vllm bench-vllm env-vllm test-lm-eval test-wheel test-extras env check docs notebook base smollm2 clean
 
 quickstart: env  ## train RLP on the embedded world, evaluate before and after, write a report
 	$(BIN)/forethought train quickstart --run $(RUN) --seed $(SEED) --overwrite True
@@ -44,6 +44,10 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/pip install --quiet --constraint requirements.lock torch==2.13.0
 	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[dev]'
 	touch $(READY)
+
+notebook: env  ## run examples/forethought.ipynb and store its outputs
+	$(BIN)/pip install --quiet --constraint requirements.lock nbconvert==7.17.2 ipykernel==7.4.0
+	PYTHONWARNINGS=ignore PATH=$(CURDIR)/$(BIN):$$PATH jupyter nbconvert --execute --to notebook --inplace examples/forethought.ipynb
 
 base: env  ## pretrain the embedded bases again (one thread, so that the bits do not depend on the cores), put them into the package
 	$(BIN)/python tools/make_base.py

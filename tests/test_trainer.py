@@ -15,7 +15,7 @@ from forethought.config import Optim, RunError, Train, UserError, from_dict, mer
 from forethought.data.corpus import Windows
 from forethought.models.loading import EMBEDDED, load_tokenizer
 from forethought.run import checkpoint
-from forethought.run.folder import checkpoints
+from forethought.run.folder import checkpoints, read_lines
 from forethought.trainer import Config, learning_rate, resume, train
 from helpers.runs import assert_same_run, assert_same_tensors, drift, figures, mean_drift, options, weights
 
@@ -172,6 +172,9 @@ def test_tensorboard_gets_the_figures(tmp_path: Path):
     run = go(tmp_path, "run", train={"tracker": "tensorboard"})
     [events, *_] = run.rglob("events.out.tfevents*")
     assert b"objective/loss" in events.read_bytes()
+    first = read_lines(run / "thoughts.jsonl")[0]["thoughts"][0]["text"].encode()
+    assert first and any(b"thoughts/text_summary" in file.read_bytes() and first in file.read_bytes() for file in
+                         run.rglob("events.out.tfevents*"))  # fmt: skip
     assert_same_run(run, go(tmp_path, "plain"))
 
 

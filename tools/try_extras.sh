@@ -54,10 +54,13 @@ try_trackers() {  # each without a network
     "$bin/forethought" train quickstart --train.steps 2 --train.batch 8 --evaluate.documents 4 --evaluate.positions 1 \
       --train.tracker "$tracker" --run "runs/$tracker"
   done
-  find . -name 'events.out.tfevents.*' | grep -q .
   find . -name 'run-*.wandb' | grep -q .
   find . -name 'mlflow.db' -o -name mlruns | grep -q .
-  find trackio -name '*.db' | grep -q .
+  # Each has the thoughts, too.
+  grep -raq thoughts/text_summary runs/tensorboard --include 'events.out.tfevents.*'
+  find wandb -name 'thoughts_*.table.json' | grep -q .
+  find . -name thoughts.json | grep -q .
+  grep -raq '"thought"' trackio
 }
 
 for extra in "${@:-eval trl lora trackers}"; do

@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from forethought.rollout import Thoughts
     from forethought.rollout.native import NativeEngine
     from forethought.run.signals import Stopped
+    from forethought.run.trackers import Callbacks
     from forethought.tools import evaluate, resume, train
     from forethought.tools.benchmarks import run_benchmarks
     from forethought.tools.experiment import compare
     from forethought.tools.posttrain import posttrain
+    from forethought.tools.report import read_runs
     from forethought.tools.report import write as write_report
+    from forethought.tools.report.comparison import load as read_comparison
 
 _HOMES = {
     "Config": "config",
@@ -36,7 +39,10 @@ _HOMES = {
     "run_benchmarks": "tools.benchmarks",
     "compare": "tools.experiment",
     "posttrain": "tools.posttrain",
-    "write_report": "tools.report",
+    "read_runs": "tools.report",
+    "read_comparison": "tools.report.comparison:load",
+    "write_report": "tools.report:write",
+    "Callbacks": "run.trackers",
     "load_model": "models.loading",
     "load_tokenizer": "models.loading",
     "NativeEngine": "rollout.native",
@@ -51,6 +57,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Callbacks",
     "Config",
     "NativeEngine",
     "RunError",
@@ -70,6 +77,8 @@ __all__ = [
     "load_tokenizer",
     "next_token_loss",
     "posttrain",
+    "read_comparison",
+    "read_runs",
     "resume",
     "run_benchmarks",
     "train",
@@ -80,7 +89,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'forethought' has no attribute {name!r}")
-    home = importlib.import_module(f"forethought.{_HOMES[name]}")
-    value = home.write if name == "write_report" else getattr(home, name)
+    home, _, own = _HOMES[name].partition(":")
+    value = getattr(importlib.import_module(f"forethought.{home}"), own or name)
     globals()[name] = value
     return value

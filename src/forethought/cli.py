@@ -325,13 +325,21 @@ def _typed(asks: bool) -> Iterator[str]:
 
 def _report(words: list[str], out: Console, err: Console) -> None:
     target, words = _take(words, "--out")
-    if unknown := [word for word in words if word.startswith("--")]:
-        raise UserError(f"unknown option {unknown[0]}: report takes run folders and --out FILE")
-    if not words:
+    runs = [word for word in words if word != "--follow"]
+    if unknown := [word for word in runs if word.startswith("--")]:
+        raise UserError(f"unknown option {unknown[0]}: report takes run folders, --out FILE and --follow")
+    if not runs:
         raise UserError("report takes at least one run folder")
     from forethought.tools import report
+    from forethought.tools.report.runs import state
 
-    line(out, f"report: {report.write([Path(word) for word in words], Path(target) if target else None)}")
+    if len(runs) == len(words):
+        line(out, f"report: {report.write(runs, target)}")
+        return
+    for number, page in enumerate(report.follow(runs, target)):
+        line(out, f"report: {page}, written again until the run ends or Ctrl-C") if number == 0 else None
+    for run in runs:
+        line(out, f"{run}: {state(Path(run)).state}")
 
 
 def _runs(words: list[str], out: Console, err: Console) -> None:
@@ -397,7 +405,7 @@ COMMANDS = {
         "see a model think about a text, or at a prompt", _MODEL,
         own="think:Options", lasting=False,
     ),
-    "report": Command(_report, "RUN [RUN ...] [--out FILE]", "an HTML page about runs", options=False),
+    "report": Command(_report, "RUN [RUN ...] [--out FILE] [--follow]", "an HTML page about runs", options=False),
     "runs": Command(_runs, "[FOLDER]", "how far the runs in a folder are", options=False, lasting=False),
     "push": Command(
         _push, "RUN user/name [--private] [--dry_run]", "upload a trained model to the Hugging Face Hub",

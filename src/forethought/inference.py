@@ -23,6 +23,7 @@ from forethought.config import Config, UserError, from_dict, merge
 from forethought.data.corpus import Window, context_tokens
 from forethought.data.positions import Positions, ThoughtFormat, at_positions, make_generator, thought_format
 from forethought.eval.viewer import token_texts
+from forethought.html import colored, table
 from forethought.models.compute_copy import compute_copy
 from forethought.models.loading import (
     context_window,
@@ -43,6 +44,7 @@ from forethought.rollout import Thoughts, draw_noise, engine, thought_tokens
 from forethought.rollout.decoder import COMPACT, ReplicatedBatch, probe_copies, sample
 
 _TAIL = 8  # tokens decoded to find the text that the last one adds; a character has at most 4
+_STRONGEST = 6  # tokens in the table of gains
 _MAX_LOGITS = 2**26  # logits in memory at once
 _CONDITION = re.compile(r"\s*entropy\s*(>=?)\s*([-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?)\s*", re.IGNORECASE)
 Text = str | Sequence[int]
@@ -71,6 +73,9 @@ class Thought:
     tokens: tuple[int, ...]
     closed: bool  # whether it closed itself; else it was cut at method.thought_length
 
+    def __str__(self) -> str:
+        return self.text if self.closed else f"{self.text} ... (cut)"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
@@ -81,6 +86,13 @@ class Prediction:
     thoughts: tuple[Thought, ...]
     top: tuple[tuple[str, float], ...]  # the most likely tokens with thoughts, as text, and their probabilities
     nothink_top: tuple[tuple[str, float], ...]  # those without
+
+    def _repr_html_(self) -> str:
+        """The most likely tokens with and without thoughts, and the thoughts."""
+        pairs = zip(self.top, self.nothink_top, strict=True)
+        rows = [(text, f"{p:.3f}", plain, f"{q:.3f}") for (text, p), (plain, q) in pairs]
+        found = table(["next token, thinking", "probability", "without a thought", "probability"], rows)
+        return found + (table(["thoughts"], [(str(one),) for one in self.thoughts]) if self.thoughts else "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +111,20 @@ class ScoredToken:
     def gain(self) -> float:
         """The information gain of the thoughts about this token (eq. 5, relative to the model itself)."""
         return self.logp - self.nothink
+
+
+class Gains(list[ScoredToken]):
+    """The scored tokens of a text. A notebook shows the text colored by gain, and the tokens of the largest gains."""
+
+    def _repr_html_(self) -> str:
+        strongest = sorted(sorted(self, key=lambda one: -abs(one.gain))[:_STRONGEST], key=lambda one: one.at)
+        rows = [
+            (one.at, one.text, f"{one.gain:+.3f}", f"{math.exp(one.nothink):.3f}", f"{math.exp(one.logp):.3f}",
+             " | ".join(map(str, one.thoughts)))
+            for one in strongest
+        ]  # fmt: skip
+        columns = ["position", "token", "gain, nats", "probability without a thought", "with thoughts", "thoughts"]
+        return colored([one.text for one in self], [one.gain for one in self]) + table(columns, rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,9 +187,7 @@ class ThinkingModel:
         return Prediction(logp=logp, nothink=nothink, thoughts=sampled, top=top, nothink_top=nothink_top)
 
     @torch.no_grad()
-    def gains(
-        self, text: Text, *, thoughts: int = 1, think_when: str | None = None, seed: int = 0
-    ) -> list[ScoredToken]:
+    def gains(self, text: Text, *, thoughts: int = 1, think_when: str | None = None, seed: int = 0) -> Gains:
         """Score every token of a text but the first, with thoughts right before it and without."""
         tokens, rule = self.encode(text), thinking_rule(think_when, thoughts)
         self.check_length(len(tokens), thoughts)
@@ -174,7 +198,7 @@ class ThinkingModel:
             logp[positions.at - 1] = mixture(found.evidence[..., 0].T).to(logp)
             sampled |= zip(positions.at.tolist(), self._thoughts(found), strict=True)
         columns = (tokens[1:], token_texts(self.tokenizer, tokens)[1:], logp, nothink, entropies)
-        return [
+        return Gains(
             ScoredToken(
                 at=t,
                 token=token,
@@ -185,7 +209,7 @@ class ThinkingModel:
                 thoughts=sampled.get(t, ()),
             )
             for t, (token, added, with_thought, without, unsure) in enumerate(zip(*columns, strict=True), 1)
-        ]
+        )
 
     @torch.no_grad()
     def log_likelihood(

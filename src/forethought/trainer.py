@@ -246,7 +246,7 @@ class Trainer:
             log.append("metrics", [{"step": number, **metrics}])
             log.append("thoughts", [{"step": number, **row} for row in rows])
             self._warn(log, callbacks, self.monitor.observe(number, metrics))
-            tracker.log(number, metrics)
+            tracker.log(number, metrics, rows)
         self.consistent = True
         done = max(self.spent, number / self.config.train.steps)
         callbacks.step(number, max(number, round(number / done)), metrics)

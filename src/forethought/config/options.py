@@ -262,7 +262,7 @@ class Train:
     keep_checkpoints: Positive = 2
     """Number of newest checkpoints to keep."""
     tracker: Literal["none", "tensorboard", "wandb", "mlflow", "trackio"] = "none"
-    """Also send metrics to a tracker, through accelerate."""
+    """Also send metrics to a tracker, and every checkpoint_every steps the logged thoughts, as a table or text."""
 
     def logs(self, step: int) -> bool:
         """Whether a step is logged: every log_every-th, the first and the last."""

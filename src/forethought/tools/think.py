@@ -16,10 +16,11 @@ from rich.table import Table
 from rich.text import Text
 
 from forethought.config import Notice, UserError, merge
+from forethought.html import limit, visible
 from forethought.run.folder import decode_text, read_bytes
 from forethought.tools import report
-from forethought.tools.report.tables import signed, visible
-from forethought.tools.report.viewer import Documents, limit
+from forethought.tools.report.tables import signed
+from forethought.tools.report.viewer import Documents
 
 if TYPE_CHECKING:
     from forethought.inference import ScoredToken, ThinkingModel

@@ -1,19 +1,25 @@
+import contextlib
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from forethought.cli import main
 from forethought.config import UserError
+from forethought.html import visible
+from forethought.run.folder import RunLog
 from forethought.tools import report
-from forethought.tools.report import plots, write, write_comparison
+from forethought.tools.report import plots, viewer, write, write_comparison
 from forethought.tools.report import runs as run_folders
-from forethought.tools.report.tables import duration, evaluations, figure, signed, visible
+from forethought.tools.report.tables import duration, evaluations, figure, signed
 from helpers.pages import Page, make_run
 
 
@@ -150,7 +156,7 @@ def test_several_runs_share_plots_tables_and_colours(three):
     assert "opacity: 0.2" in (kept / "accuracy.svg").read_text(), "300 points are drawn as a band"
     assert "opacity: 0.2" not in (kept / "gain.svg").read_text()
     assert "seed ≠ differs" in page.text
-    assert f"No summary of {shown}: still running" in page.text
+    assert f"{shown} is not finished: it was stopped, or it failed." in page.text
     assert "40 of 80, not finished" in page.text
     assert "This method samples no thoughts." in page.text
 
@@ -227,7 +233,6 @@ def test_step_logged_again_after_a_resume_counts_once(tmp_path):
         ),
         ({"config": "{"}, r"config\.json: is not valid JSON"),
         ({"summary": "[]"}, r"summary\.json: holds a list, not a JSON object"),
-        ({"metrics": '{"step": 1, "rew'}, "neither metrics nor a summary"),
     ],
 )
 def test_broken_file_is_named(tmp_path, files, message):
@@ -242,7 +247,7 @@ def test_wrong_arguments_are_named(tmp_path, one):
         write([tmp_path])
     with pytest.raises(UserError, match="cups' is given twice"):
         write([one, one / ".." / "cups"])
-    with pytest.raises(UserError, match="cannot write the report"):
+    with pytest.raises(UserError, match="cannot write the page"):
         write([small(tmp_path)], tmp_path)
 
 
@@ -398,3 +403,71 @@ def test_a_point_without_an_interval_is_hollow(draw: Callable[[list[plots.Point]
     few = plots.Point(name="two", value=1.0, low=None, high=None)
     hollow = [draw(points).count("fill-opacity: 0;") for points in ([exact, exact], [exact, few], [few, few])]
     assert 0 == hollow[0] < hollow[1] < hollow[2]
+
+
+class Clock:
+    """Time that passes only where it is waited for; what happens meanwhile, by second."""
+
+    def __init__(self, **events: Callable[[], object]):
+        self.now, self.events, self.strftime = 0.0, events, time.strftime
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def process_time(self) -> float:
+        return self.now / 100
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.events.get(f"at_{self.now:.0f}", lambda: None)()
+
+
+def test_a_run_is_followed_from_its_first_step_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = small(tmp_path)
+    logged, summary = (run / "metrics.jsonl").read_text(), make_run(tmp_path / "other", steps=1) / "summary.json"
+    (run / "metrics.jsonl").unlink()
+    with contextlib.ExitStack() as training:
+        training.enter_context(RunLog(run).lock())
+        clock = Clock(
+            at_3=lambda: (run / "metrics.jsonl").write_text(logged),
+            at_14=lambda: shutil.copy(summary, run),
+            at_15=training.close,
+        )
+        monkeypatch.setattr(report, "time", clock)
+        seen = []
+        for page in report.follow([run]):
+            html = page.read_text()
+            seen.append((clock.now, "No metrics have been logged yet" in html, "This run is still running." in html))
+            reloads = [attrs["data-reload"] for tag, attrs in Page(html).tags if "data-reload" in attrs]
+            assert reloads == (["10"] if clock.now < 15 else [])
+            assert ('http-equiv="refresh" content="10"' in html) == bool(reloads)
+            follower = viewer.script("follow.js")
+            allowed = [attrs["content"] for _, attrs in Page(html).tags if "script-src" in (attrs.get("content") or "")]
+            assert (follower["source"] in allowed[0]) == (follower["text"] in html) == bool(reloads)
+    assert seen == [(0, True, True), (10, False, True), (15, False, False)]
+    assert sorted(path.name for path in run.glob(".*")) == [".lock"]
+
+
+def test_ctrl_c_leaves_a_page_that_does_not_reload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = small(tmp_path)
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "time", Clock(at_1=interrupt))
+    with RunLog(run).lock():
+        pages = report.follow([run])
+        assert "data-reload" in next(pages).read_text()
+        assert "data-reload" not in next(pages).read_text()
+        assert next(pages, None) is None
+    assert "still running" in read(run).text
+
+
+def test_following_a_run_that_died_writes_its_page_and_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    runs = [str(small(tmp_path)), str(small(tmp_path / "done", summary='{"seed": 1}'))]
+    assert main(["report", *runs, "--follow", "--out", str(tmp_path / "page.html")]) == 0
+    first, *states = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"report: {tmp_path / 'page.html'}")
+    assert states == [f"{runs[0]}: failed", f"{runs[1]}: finished"]
+    text = Page((tmp_path / "page.html").read_text()).text
+    assert text.count("is not finished: it was stopped, or it failed.") == 1

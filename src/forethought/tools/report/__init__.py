@@ -3,70 +3,145 @@
 Never imports torch.
 """
 
+import contextlib
 import json
 import math
-from collections.abc import Sequence
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from forethought import html
 from forethought.config import UserError, flatten
 from forethought.config.registry import METHODS
+from forethought.html import visible
+from forethought.run.folder import RunLog
 from forethought.tools.report import comparison, plots, viewer
 from forethought.tools.report import runs as run_folders
 from forethought.tools.report.runs import Position, Run, number
 from forethought.tools.report.tables import (
+    Cell,
     capitalized,
     duration,
     evaluations,
     figure,
     metric,
     signed,
-    visible,
     windows_note,
     with_ends,
 )
 
 SIZES = {"positions_shown": 4, "thoughts_shown": 8, "context_shown": 400, "thought_shown": 600}
 """Positions of a step, thoughts of a position, characters of a context and of a thought that are not collapsed."""
+FOLLOW_S, POLL_S = 10, 1.0
+"""Shortest time between two pages of a running run, and how often it is looked whether it has ended."""
 OVERVIEW = (
     "reward/gain", "reward/evidence", "reward/match", "rollout/closed", "rollout/length", "objective/loss",
     "objective/accuracy",
 )  # fmt: skip
 
 
-def write(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
+def write(runs: Sequence[str | Path], out: str | Path | None = None, reload_s: int = 0) -> Path:
     """Report on one run, or compare several, and return the page's path.
 
     The page of one run is RUN/report.html and its plots are RUN/plots/NAME.svg. The page of several runs is
-    report.html next to the first run, and its plots are in report-plots/. `out` names another page.
+    report.html next to the first run, and its plots are in report-plots/. `out` names another page. With `reload_s`,
+    browsers load the page anew after as many seconds.
 
     Raises:
-        UserError: no runs, a folder that is not a run or has nothing to report yet, a broken file in it, or a page
-            that cannot be written.
+        UserError: no runs, a folder that is not a run, a broken file in it, or a page that cannot be written.
     """
     if not runs:
         raise UserError("a report takes at least one run folder")
-    paths = [Path(run) for run in runs]
-    loaded = [run_folders.load(path, name) for path, name in zip(paths, run_folders.names(paths), strict=True)]
+    paths, loaded = [Path(run) for run in runs], read_runs(*runs)
     several = len(paths) > 1
     target = Path(out) if out is not None else (paths[0].absolute().parent if several else paths[0]) / "report.html"
     folder = target.with_name(f"{target.stem}-plots") if several else paths[0] / "plots"
     drawn = {plot: plots.draw(plot, loaded) for plot in plots.plots_of(loaded)}
-    html = _render("page.html.j2", _content(loaded, drawn, folder.name))
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(exist_ok=True)
-        for plot, svg in drawn.items():
-            (folder / f"{plot.name}.svg").write_text(svg, encoding="utf-8")
-        target.write_text(html, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write the report to {str(target)!r}: {error}") from None
-    return target
+    content = _content(loaded, drawn, folder.name)
+    needed = {"viewer.js": content["viewer"], "follow.js": reload_s}
+    scripts = [viewer.script(name) for name, is_needed in needed.items() if is_needed]
+    more = {"scripts": scripts, "reload_s": reload_s, "now": time.strftime("%H:%M:%S")}
+    files = {folder / f"{plot.name}.svg": svg for plot, svg in drawn.items()}
+    return _written(target, _render("page.html.j2", content | more), files)
+
+
+def follow(runs: Sequence[str | Path], out: str | Path | None = None) -> Iterator[Path]:
+    """Write the page while any of the runs goes on, and yield its path each time. Raises UserError.
+
+    The page reloads itself until it is written for the last time, when the last run has ended, or on Ctrl-C. It
+    takes at most a tenth of a CPU core from the run.
+    """
+    due, pause = 0.0, FOLLOW_S
+    with contextlib.suppress(KeyboardInterrupt):
+        while any(RunLog(Path(run)).in_use() for run in runs):
+            if time.monotonic() >= due:
+                spent = time.process_time()
+                yield write(runs, out, pause)
+                pause = max(FOLLOW_S, math.ceil(10 * (time.process_time() - spent)))
+                due = time.monotonic() + pause
+            time.sleep(POLL_S)
+    yield write(runs, out)
+
+
+class Runs(list[Run]):
+    """Runs, as a notebook shows them: what they are, and their held-out figures before and after training."""
+
+    def _repr_html_(self) -> str:
+        facts = [_facts(run) for run in self]
+        names = ["", *(run.name for run in self)]
+        shown = [html.table(names, [(label, *(each[label] for each in facts)) for label in facts[0]])]
+        for group, rows in evaluations(self):
+            cells = [
+                (capitalized(one.label), *(_before_and_after(cell) for cell in row))
+                for one, row in rows
+                if one.name in comparison.MAIN
+            ]
+            shown.append(html.table(names, cells, "all positions" if group == "all" else f"positions marked {group}"))
+        return "".join(shown)
+
+    def __repr__(self) -> str:
+        return f"<Runs {', '.join(run.name for run in self)}>"
+
+    def curves(self, *names: str) -> "Drawing":
+        """Curves of training: plots with the names of the files in RUN/plots, or the first four that have data."""
+        known = {plot.name: plot for plot in plots.plots_of(self)}
+        if unknown := [name for name in names if name not in known]:
+            raise UserError(f"curves: {unknown[0]!r}: must be one of {', '.join(known)}")
+        shown = [known[name] for name in names or list(known)[:4]]
+        return Drawing(plots.side_by_side([plots.draw(plot, self, plot.title) for plot in shown]))
+
+
+class Drawing(str):
+    """An SVG document that a notebook shows."""
+
+    def _repr_svg_(self) -> str:
+        return str(self)
+
+    def __repr__(self) -> str:
+        return "<Drawing>"
+
+
+def _before_and_after(cell: Cell) -> Markup:
+    value = f"{cell.before} → {cell.after}" if cell.before != "–" else cell.after
+    return html.with_note(value, " → ".join(filter(None, (cell.before_interval, cell.after_interval))))
+
+
+def read_runs(*runs: str | Path) -> Runs:
+    """Read run folders for a notebook: `read_runs("runs/quickstart")[0].positions[-1]` are the thoughts logged last.
+
+    Raises:
+        UserError: a folder that is not a run, or a broken file in it.
+    """
+    paths = [Path(run) for run in runs]
+    return Runs(run_folders.load(path, name) for path, name in zip(paths, run_folders.names(paths), strict=True))
 
 
 def write_comparison(run: Path) -> Path:
@@ -87,13 +162,23 @@ def write_comparison(run: Path) -> Path:
 def write_thoughts(found: viewer.Documents, out: str | Path) -> Path:
     """Write the thought viewer for documents that belong to no run, and return the page's path. Raises UserError."""
     collected = viewer.collect([(found.model, found, [])])
-    return _written(Path(out), _render("thoughts.html.j2", {"viewer": collected, "documents": found.documents}))
+    return _written(
+        Path(out),
+        _render(
+            "thoughts.html.j2",
+            {"viewer": collected, "script": viewer.script("viewer.js"), "documents": found.documents},
+        ),
+    )
 
 
-def _written(target: Path, html: str) -> Path:
+def _written(target: Path, page: str, others: Mapping[Path, str] = MappingProxyType({})) -> Path:
+    """Write a page and other files. Where a file exists, a browser reads the old or the new one, never a part."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(html, encoding="utf-8")
+        for path, text in {**others, target: page}.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f".{path.name}.{os.getpid()}") if path.is_file() else path
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
     except OSError as error:
         raise UserError(f"cannot write the page {str(target)!r}: {error}") from None
     return target

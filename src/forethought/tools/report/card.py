@@ -13,6 +13,7 @@ from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects, 
 
 from forethought.config import Config, Method, UserError, flatten, to_dict
 from forethought.config.registry import REWARDS, label
+from forethought.html import visible
 from forethought.run import __version__
 from forethought.run.folder import RunLog
 from forethought.tools.report.runs import number
@@ -24,7 +25,6 @@ from forethought.tools.report.tables import (
     interval,
     measured,
     metric,
-    visible,
     windows_note,
 )
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from markupsafe import Markup
 from pydantic import ConfigDict, Field
 
+from forethought import html
 from forethought.config import flatten
 from forethought.config.registry import METRICS, Metric
 from forethought.tools.report import plots
@@ -134,6 +135,16 @@ class Figures:
         answered = [row.metric.split("/") for row in rows if row.metric.startswith(f"{QUESTIONS}/")]
         self.asked = list(dict.fromkeys(parts[2] for parts in answered))  # tasks, and averages of them
 
+    def _repr_html_(self) -> str:
+        """The claims, and the main metrics of each group of positions."""
+        judged = {True: "holds", False: "fails", None: "undecided"}
+        claims = [(one.claim, judged[one.holds], one.evidence) for one in self.described.claims]
+        shown = [html.table(["claim", "", "evidence"], claims)] if claims else []
+        for one in content(self)["tables"]:
+            rows = [(arm, *(html.with_note(*cell) for cell in cells)) for arm, cells in one.rows]
+            shown.append(html.table(["", *(label for label, _ in one.columns)], rows, one.caption))
+        return "".join(shown)
+
     def row(self, arm: str, metric: str, seed: int | str = ALL) -> Row | None:
         """The row, or None if it was not measured."""
         return self._rows.get((arm, seed, metric))
@@ -164,8 +175,9 @@ class Figures:
         return found
 
 
-def load(run: Path) -> Figures:
-    """Read the two files. Raises UserError if one is missing or broken."""
+def load(run: str | Path) -> Figures:
+    """Read what an experiment has found. Raises UserError if one of its files is missing or broken."""
+    run = Path(run)
     return Figures(read_checked(run / "compare.json", list[Row]), read_checked(run / "experiment.json", Described))
 
 

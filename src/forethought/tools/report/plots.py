@@ -21,8 +21,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from forethought.config.registry import METRICS, THINKING_SHARES
+from forethought.html import visible
 from forethought.tools.report.runs import Run
-from forethought.tools.report.tables import MINUS, capitalized, metric, visible
+from forethought.tools.report.tables import MINUS, capitalized, metric
 
 INK, GRID, PAPER = "#20242b", "#dfe2e6", "#ffffff"
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -143,7 +144,7 @@ def plots_of(runs: Sequence[Run]) -> list[Plot]:
     return [plot for plot in (*PLOTS, *own) if any(map(plot.shows, runs))]
 
 
-def draw(plot: Plot, runs: Sequence[Run]) -> str:
+def draw(plot: Plot, runs: Sequence[Run], title: str = "") -> str:
     """The plot as a standalone SVG document; the legend is left out if there is one curve only.
 
     A run keeps its color, that of its index in `runs`, in every plot.
@@ -156,7 +157,7 @@ def draw(plot: Plot, runs: Sequence[Run]) -> str:
     with matplotlib.style.context(["default", _STYLE]):
         figure = Figure(figsize=(WIDTH, HEIGHT + LEGEND_ROW * rows))
         axes = figure.add_subplot()
-        _frame(axes, "", unit)
+        _frame(axes, title, unit)
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axes.ticklabel_format(axis="x", style="plain")
@@ -357,6 +358,22 @@ def _svg(figure: Figure) -> str:
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
+
+
+def side_by_side(drawings: Sequence[str], width: int = 450) -> str:
+    """Drawings as one SVG document, two in a row, each `width` pixels wide."""
+    parts, top, height = [], 0.0, 0.0
+    for number, svg in enumerate(drawings):
+        opening, _, drawing = svg[svg.index("<svg") :].partition(">")
+        box = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', opening)
+        assert box is not None
+        top, height = (top, height) if number % 2 else (top + height, 0.0)
+        own = width * float(box[2]) / float(box[1])
+        height = max(height, own)
+        drawing = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>d{number}-", drawing)
+        parts.append(f'<svg x="{width * (number % 2)}" y="{top}" width="{width}" height="{own}" {box[0]}>{drawing}')
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return f'<svg {names} width="{width * min(2, len(parts))}" height="{top + height}">{"".join(parts)}</svg>'
 
 
 def inline(svg: str, name: str, text: str) -> Markup:

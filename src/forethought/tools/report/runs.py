@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, Typ
 
 from forethought.config import UserError, flatten
 from forethought.config.registry import AUTOMATIC, METHODS, REWARDS, current_metrics, label
+from forethought.html import table
 from forethought.run.folder import RunLog, checkpoints, read_jsonl
 
 T = TypeVar("T")
@@ -23,6 +24,10 @@ def number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
+
+
+def _rounded(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def by_reward(thoughts: "list[Thought]") -> "list[Thought]":
@@ -69,6 +74,14 @@ class Position:
     nothink: Number = None  # log p of the target without a thought (the teacher's), in nats
     thoughts: Thoughts
 
+    def _repr_html_(self) -> str:
+        """The end of the context with the target, and the thoughts."""
+        rows = [(_rounded(one.reward), _rounded(one.evidence), one.text) for one in self.thoughts]
+        title = f"step {self.step}: … {self.context[-80:]} [{self.target}]"
+        return table(
+            ["reward", "log p after it", f"thought (log p without one: {_rounded(self.nothink)})"], rows, title
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnostic:
@@ -92,6 +105,7 @@ class Run:
     positions: list[Position]  # the positions of the first, the middle and the last step with logged thoughts
     warnings: list[Diagnostic]  # warnings of the diagnostics during training, in order
     summary: dict[str, Any]  # empty while the run has not finished
+    running: bool = False  # whether a process trains in the folder
 
     @property
     def method(self) -> str:
@@ -130,14 +144,12 @@ class Run:
 
 
 def load(path: Path, name: str) -> Run:
-    """Read a run folder. Raises UserError if it is not one, has nothing to report, or contains a broken file."""
+    """Read a run folder. Raises UserError if it is not one or contains a broken file."""
     if not (path / "config.json").is_file():
         raise UserError(f"{str(path)!r} is not a run folder: it has no config.json")
     log = RunLog(path)
     metrics = {row["step"]: row for row in _rows(path / "metrics.jsonl", _metrics)}
     finished = (path / "summary.json").is_file()
-    if not metrics and not finished:
-        raise UserError(f"run {str(path)!r} has neither metrics nor a summary yet: nothing to report")
     return Run(
         path=path,
         name=name,
@@ -146,6 +158,7 @@ def load(path: Path, name: str) -> Run:
         positions=_landmarks(path / "thoughts.jsonl"),
         warnings=list(_rows(path / "warnings.jsonl", TypeAdapter(Diagnostic).validate_python)),
         summary=log.read_json("summary.json") if finished else {},
+        running=log.in_use(),
     )
 
 

@@ -1,6 +1,5 @@
 """Numbers and text as pages, plots and model cards show them, and tables of metrics."""
 
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +8,6 @@ from forethought.config.registry import METRICS, THINKING_SHARES, Metric
 from forethought.tools.report.runs import Run, number
 
 MINUS, NBSP = "\u2212", "\u00a0"
-_JOINERS = "\u200c\u200d"
 UNLISTED = ("positions", "documents", "windows", *THINKING_SHARES.values())
 """Metrics of a group that tables leave out: they are in captions and in a plot."""
 
@@ -22,22 +20,6 @@ def metric(name: str) -> Metric:
 def capitalized(text: str) -> str:
     """The text with its first letter in upper case."""
     return text[:1].upper() + text[1:]
-
-
-def visible(text: str, kept: str = "") -> str:
-    """Text with control and invisible characters made visible: a tab as ⇥, NUL as ⟨U+0000⟩.
-
-    Characters in `kept` are not changed, and neither are the joiners that scripts and emoji need.
-    """
-    return "".join(char if char in kept or char in _JOINERS else _symbol(char) for char in text)
-
-
-def _symbol(char: str) -> str:
-    if char == "\t":
-        return "⇥"
-    if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp"):
-        return f"⟨U+{ord(char):04X}⟩"
-    return char
 
 
 def figure(value: float | None, unit: str = "nats") -> str:

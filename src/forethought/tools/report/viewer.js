@@ -143,7 +143,7 @@
 
   function remember() {
     const parts = [state.document, state.run, version().positions.length ? position().at : 0];
-    history.replaceState(null, "", `#viewer/${parts.join("/")}${state.open ? "/open" : ""}`);
+    history.replaceState(history.state, "", `#viewer/${parts.join("/")}${state.open ? "/open" : ""}`);
   }
 
   function choose(number, open, focus) {

@@ -18,11 +18,9 @@ from markupsafe import Markup
 from pydantic import Field
 
 from forethought.config import UserError
+from forethought.html import limit, visible
 from forethought.tools.report.runs import Number, Position, Thoughts, TopTokens, read_checked
-from forethought.tools.report.tables import visible
 
-LIMITS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
-"""Gains in nats that may have the full color: the first one that nine tenths of all gains do not exceed."""
 FIGURES = ("length", "closed", "evidence", "reward", "advantage")
 """Of a thought, as the page shows them."""
 
@@ -82,8 +80,7 @@ def load(path: Path) -> Documents | None:
 def collect(runs: Iterable[tuple[str, Documents | None, list[Position]]]) -> dict[str, Any] | None:
     """All that runs measured or (where they measured nothing) logged, by the names of the runs; None if nothing.
 
-    For the page's template: whether any run has documents.json, JSON and script that are safe inside a script element,
-    and the hash of the script for the Content-Security-Policy.
+    For the page's template: whether any run has documents.json, and JSON that is safe inside a script element.
     """
     shown, documents, measured = [], {}, False
     for name, found, positions in runs:
@@ -99,13 +96,17 @@ def collect(runs: Iterable[tuple[str, Documents | None, list[Position]]]) -> dic
     if not shown:
         return None
     rows = list(documents.values())
-    script = Path(__file__).with_name("viewer.js").read_text(encoding="utf-8")
     return {
         "measured": measured,
         "data": _embedded({"runs": shown, "documents": rows, "limit": _limit_of(rows)}),
-        "script": Markup(script),
-        "source": f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'",
     }
+
+
+def script(name: str) -> dict[str, str]:
+    """A script of this folder: its text, and as `source` its hash for the Content-Security-Policy."""
+    text = Path(__file__).with_name(name).read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return {"text": Markup(text), "source": f"'sha256-{digest}'"}
 
 
 def _key(title: str, run: str, documents: dict[Any, Any]) -> tuple[str, int]:
@@ -169,13 +170,6 @@ def _top(tokens: list[tuple[str, float]]) -> list[list[str | float]]:
 def _limit_of(documents: list[dict[str, Any]]) -> float:
     versions = [version for one in documents for version in one["versions"].values()]
     return limit(position["gain"] for version in versions for position in version["positions"])
-
-
-def limit(gains: Iterable[float | None]) -> float:
-    """The gain, in nats, that has the full color: one of LIMITS."""
-    sizes = sorted(abs(gain) for gain in gains if gain is not None)
-    usual = sizes[int(0.9 * len(sizes))] if sizes else 0.0
-    return next((one for one in LIMITS if one >= usual), LIMITS[-1])
 
 
 def _embedded(value: Any) -> Markup:
