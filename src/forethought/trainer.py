@@ -300,7 +300,8 @@ class Trainer:
     def _unknown(self, windows: list[corpus.Window]) -> list[Diagnosis]:
         """A warning where most of the text is unknown to the tokenizer."""
         tokens = [token for window in windows for token in window.tokens]
-        if (share := tokens.count(self.tokenizer.unk_token_id) / len(tokens)) <= 0.5:
+        share = sum(token == self.tokenizer.unk_token_id for token in tokens) / len(tokens)
+        if share <= 0.5:
             return []
         what = f"{share:.0%} of the tokens of the first step are {self.tokenizer.unk_token}"
         return [Diagnosis(step=1, name="text-unknown", evidence=what, advice="take a model that knows these words")]
