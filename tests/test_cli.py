@@ -23,7 +23,8 @@ import forethought
 from forethought.cli import COMMANDS, main
 from forethought.config import Config, from_dict, option_names
 from forethought.config.registry import TABLES
-from forethought.models.loading import load_model, load_tokenizer
+from forethought.inference import ThinkingModel
+from forethought.models.loading import EMBEDDED, load_model, load_tokenizer
 from forethought.run.folder import RunLog, read_lines
 from forethought.tools.console import printable
 from helpers.cli import complaint
@@ -245,6 +246,7 @@ def test_a_hub_that_does_not_answer_is_one_line_and_is_not_tried_again_and_again
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{silent.getsockname()[1]}")
         line = refused(capsys, tmp_path, {"model": {"path": "nobody/no-such-model", "tokenizer": ""}})
+        assert complaint(capsys, ["think", "nobody/no-such-model", "text"]) == line
         silent.setblocking(False)
         tries = 0
         with contextlib.suppress(BlockingIOError):
@@ -252,7 +254,19 @@ def test_a_hub_that_does_not_answer_is_one_line_and_is_not_tried_again_and_again
                 silent.accept()[0].close()
                 tries += 1
     assert 1 <= tries <= 2
-    assert line.startswith("model.path = 'nobody/no-such-model' cannot be loaded: ")
+    assert line.startswith("model.path = 'nobody/no-such-model' cannot be loaded: no such run or folder, and the hub, ")
+
+
+def test_without_the_hub_a_model_is_loaded_from_the_cache_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    snapshot = tmp_path / "models--somebody--small" / "snapshots" / "abc"
+    shutil.copytree(EMBEDDED["embedded"], snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("forethought.models.loading._hub_is_reachable", lambda source: False)
+    monkeypatch.setattr("huggingface_hub.utils._http.get_session", lambda: pytest.fail("the hub was asked"))
+    loaded, base = (ThinkingModel.load(name) for name in ("somebody/small", "embedded"))
+    assert loaded.log_likelihood("ball under red", thoughts=0) == base.log_likelihood("ball under red", thoughts=0)
 
 
 def test_a_run_folder_that_exists_is_left_alone(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

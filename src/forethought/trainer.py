@@ -242,6 +242,8 @@ class Trainer:
         self.step, spent = number, self.cost
         sums, rows = self._gather(record, sums | more, guard)
         metrics |= norms | means(sums) | self._rates(sums, time.perf_counter() - started, spent)
+        if distributed.is_rank0() and number == 1:
+            self._warn(log, callbacks, self._unknown(windows))
         if distributed.is_rank0() and (self.config.train.logs(number) or self.over):
             log.append("metrics", [{"step": number, **metrics}])
             log.append("thoughts", [{"step": number, **row} for row in rows])
@@ -294,6 +296,15 @@ class Trainer:
         what = f"evaluate.path and corpus.path share {len(shared)} files, {shared[0]} among them"
         advice = "hold out text that the run does not read: figures of text that it is trained on are too good"
         return [Diagnosis(step=0, name="held-out-trained-on", evidence=what, advice=advice)]
+
+    def _unknown(self, windows: list[corpus.Window]) -> list[Diagnosis]:
+        """A warning where most of the text is unknown to the tokenizer."""
+        tokens = [token for window in windows for token in window.tokens]
+        share = sum(token == self.tokenizer.unk_token_id for token in tokens) / len(tokens)
+        if share <= 0.5:
+            return []
+        what = f"{share:.0%} of the tokens of the first step are {self.tokenizer.unk_token}"
+        return [Diagnosis(step=1, name="text-unknown", evidence=what, advice="take a model that knows these words")]
 
     def _windows_per_step(self) -> int:
         """Windows that hold train.batch positions, or (cpt) train.batch windows."""

@@ -148,13 +148,17 @@ def begin(
     moments: Mapping[int, Moment] = MappingProxyType({}),
 ) -> list[Any]:
     """Start a command on several ranks, some of which wait for a moment. The stderr of a rank goes to `errors-RANK`."""
-    started = []
-    for rank, environment in enumerate(environments(count)):
-        arguments = (command, environment, folder / f"errors-{rank}", moments.get(rank))
-        process = processes.Process(target=work, args=arguments)
-        process.start()
-        started.append(process)
-    return started
+    ranks = enumerate(environments(count))
+    return [start(processes, command, one, folder / f"errors-{rank}", moments.get(rank)) for rank, one in ranks]
+
+
+def start(
+    processes: ForkServerContext, command: list[str], environment: dict[str, str], errors: Path, moment: Moment | None
+) -> Any:
+    """Start a command in one process."""
+    process = processes.Process(target=work, args=(command, environment, errors, moment))
+    process.start()
+    return process
 
 
 def end(started: Sequence[Any]) -> list[int]:

@@ -1,5 +1,6 @@
 """Every check fires on a history that is ill in its way, stays silent on a sound one, and says a thing once."""
 
+import json
 import math
 import random
 import re
@@ -65,7 +66,8 @@ def test_each_check_fires_once_and_names_what_it_saw(name):
 def test_every_check_is_tested_and_explained():
     text = (Path(__file__).parents[2] / "docs" / "diagnostics.md").read_text(encoding="utf-8")
     sections = dict(re.findall(r"^## (\S+)\n(.*?)(?=^## |\Z)", text, flags=re.MULTILINE | re.DOTALL))
-    assert set(sections) == set(ILL) | {"content-unused", "held-out-trained-on", "options-changed", "corpus-changed"}
+    others = {"content-unused", "held-out-trained-on", "options-changed", "corpus-changed", "text-unknown"}
+    assert set(sections) == set(ILL) | others
     assert {check.name for check in CHECKS} | {"ratio-off"} == set(ILL)
     for check in CHECKS:
         assert f"warns at {check.warns:g}, clears below {check.clears:g}." in sections[check.name], check.name
@@ -157,6 +159,15 @@ def cut_off(tmp_path: Path, name: str) -> Config:
     """A model of random weights hardly ever closes a thought."""
     steps = {"steps": 14, "checkpoint_every": 4, "keep_checkpoints": 9}
     return from_dict(options(tmp_path, name, train=steps, optim={"learning_rate": 1e-6}, method={"thought_length": 2}))
+
+
+def test_a_run_on_text_of_another_language_warns(tmp_path: Path):
+    for name, text, warned in (("foreign", "uno dos tres red", ["text-unknown"]), ("own", "ball under red uno", [])):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": f"{text} " * 20}))
+        listener = Listener()
+        corpus = {"path": str(tmp_path / f"{name}.jsonl")}
+        train(from_dict(options(tmp_path, name, train={"steps": 1, "log_every": 5}, corpus=corpus)), listener)
+        assert names(listener.heard) == warned
 
 
 def test_a_run_warns_and_a_resumed_one_neither_repeats_nor_loses(tmp_path):

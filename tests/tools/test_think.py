@@ -166,6 +166,14 @@ def test_a_wrong_command_is_one_line(
         assert message in complaint(capsys, ["think", *command])
 
 
+def test_a_text_that_the_model_cannot_read_is_said(capsys: pytest.CaptureFixture[str]):
+    short = ["--method.thought_length", "2"]
+    assert main(["think", "embedded", "hello big world ball", *short]) == 0
+    assert "forethought: embedded does not know most of these words and reads <unk>" in capsys.readouterr().err
+    assert main(["think", "embedded", "ball under red hello", *short]) == 0
+    assert "<unk>" not in capsys.readouterr().err
+
+
 def test_a_run_is_its_policy_and_a_model_that_was_never_trained_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -97,12 +97,11 @@ def load_thinking_options(source: str) -> dict[str, Any]:
     Raises UserError for a forethought.json that is malformed or of a later version.
     """
     with _loading_errors("model.path", source):
-        folder, extra = _locate(source)
+        folder, _ = _locate(source)
         file = folder / THINKING_FILE
         if not folder.exists():
             try:
-                offline = extra["local_files_only"]
-                file = Path(hub.hf_hub_download(source, THINKING_FILE, local_files_only=offline))
+                file = Path(hub.hf_hub_download(source, THINKING_FILE))
             except EntryNotFoundError:
                 return {}
         if not file.is_file():
@@ -160,6 +159,7 @@ def context_window(architecture: Any) -> int:
 def _locate(source: str) -> tuple[Path, dict[str, Any]]:
     """Folder (or hub id, as a path that does not exist) and the arguments for loading from there.
 
+    Without the hub, a hub id is the folder of its files in the cache: loaders given the id try the hub for minutes.
     Code that comes with a model is never run.
     """
     path, extra = EMBEDDED.get(source, Path(source).expanduser()), {"trust_remote_code": False}
@@ -175,7 +175,11 @@ def _locate(source: str) -> tuple[Path, dict[str, Any]]:
         raise FileNotFoundError(f"no such base, must be one of {', '.join(EMBEDDED)}")
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise FileNotFoundError("no such folder")
-    return path, {**extra, "local_files_only": not _hub_is_reachable(source)}
+    if _hub_is_reachable(source):
+        return path, extra
+    if not isinstance(cached := hub.try_to_load_from_cache(source, "config.json"), str):
+        raise FileNotFoundError("no such run or folder, and the hub, which could have such a model, cannot be reached")
+    return Path(cached).parent, extra
 
 
 @functools.cache

@@ -89,6 +89,9 @@ def think(
     from forethought.eval.viewer import documents
 
     tokens = model.encode(text[1])
+    if 2 * tokens.count(model.tokenizer.unk_token_id) > len(tokens):
+        unknown = f"{name} does not know most of these words and reads {model.tokenizer.unk_token}"
+        warnings.warn(unknown, Notice, stacklevel=2)
     model.check_length(len(tokens) + 1, options.thoughts)
     evaluate = replace(model.config.evaluate, view=1, view_thoughts=options.thoughts)
     config = replace(model.config, evaluate=evaluate)
