@@ -5,7 +5,6 @@ import dataclasses
 import math
 import shutil
 import time
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,6 @@ from forethought.run.trackers import Callbacks, Tracker, check_tracker
 TERM_NORMS_EVERY = 50
 """Steps between measurements of the gradient norm of each term, which take a pass of the update each."""
 LESS_MEMORY = "a smaller update.tokens_per_chunk or train.rollout_batch, update.checkpointing True and model.device cpu"
-
-_HELD_OUT = "held-out/crc32"
-"""The checksum of the held-out text, beside the groups in evaluation-before.json; no group has a slash in its name."""
 
 
 def train(config: Config, callbacks: Callbacks | None = None) -> dict[str, Any]:
@@ -368,16 +364,17 @@ class Trainer:
         if not self.config.evaluate.path:
             return None
         name = f"evaluation-{when}.json"
-        text = zlib.crc32(str([window.tokens for window in self.held_out]).encode())
         if distributed.all_gather((log.path / name).is_file())[0]:
             saved = log.read_json(name)
-            if saved.pop(_HELD_OUT, text) != text:
-                what = f"evaluate.path = {self.config.evaluate.path!r}: is not the held-out text of {log.path / name}"
-                raise distributed.rank0_error(UserError(f"{what}; put that text back to go on"))
+            saved.pop("held-out/crc32", None)  # where versions before 0.2 kept a checksum
             try:
-                return {group: heldout.Records(**fields) for group, fields in saved.items()}
+                records = {group: heldout.Records(**fields) for group, fields in saved.items()}
             except TypeError as error:
                 raise distributed.rank0_error(UserError(f"{log.path / name}: unexpected content: {error}")) from None
+            if not heldout.measured_on(records, self.held_out):
+                what = f"evaluate.path = {self.config.evaluate.path!r}: is not the held-out text of {log.path / name}"
+                raise distributed.rank0_error(UserError(f"{what}; put that text back to go on"))
+            return records
         if when == "before" and self.step:
             what = f"{log.path / name}: is missing, and after step {self.step} the start cannot be measured here"
             raise distributed.rank0_error(UserError(f"{what}; put the file back to go on"))
@@ -392,7 +389,7 @@ class Trainer:
                 subject, self.held_out, lambda done, total: callbacks.phase(f"evaluating {when} training", done, total)
             )
         rows = {group: dataclasses.asdict(fields) for group, fields in records.items()}
-        distributed.run_on_rank0(lambda: log.write_json(name, {_HELD_OUT: text, **rows}))
+        distributed.run_on_rank0(lambda: log.write_json(name, rows))
         return records
 
     def _save(self, log: RunLog) -> None:

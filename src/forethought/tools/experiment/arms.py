@@ -18,6 +18,7 @@ from typing import Any
 from forethought import eval
 from forethought.config import Config, UserError, difference
 from forethought.eval import controls, heldout, viewer
+from forethought.models.loading import load_tokenizer
 from forethought.run.folder import RunLog
 from forethought.run.trackers import Callbacks
 from forethought.tools import resume, train
@@ -64,6 +65,16 @@ def measure_base(experiment: Experiment, observer: Callbacks, meter: Meter) -> N
     for seed in seeds:
         _posttrain(experiment, dataclasses.replace(experiment.start, seed=seed), folder / f"seed-{seed}", observer)
     meter.lap(folder)
+
+
+def check_text(experiment: Experiment) -> None:
+    """Raise UserError where the start was measured on other held-out text than the arms would be."""
+    start, file = experiment.start, experiment.run / BASE / RECORDS
+    if file.is_file() and not heldout.measured_on(
+        records(file.parent), heldout.held_out(start, load_tokenizer(start.model))
+    ):
+        what = f"evaluate.path = {start.evaluate.path!r}: is not the held-out text of {file}"
+        raise UserError(f"{what}; put that text back, or choose another run (--run PATH)")
 
 
 def finished(experiment: Experiment, job: Job) -> bool:

@@ -16,6 +16,7 @@ from markupsafe import Markup, escape
 
 from forethought.config import UserError, flatten
 from forethought.config.registry import METHODS
+from forethought.run.folder import replace_text
 from forethought.tools.report import comparison, plots, viewer
 from forethought.tools.report import runs as run_folders
 from forethought.tools.report.runs import Position, Run, number
@@ -58,15 +59,9 @@ def write(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
     folder = target.with_name(f"{target.stem}-plots") if several else paths[0] / "plots"
     drawn = {plot: plots.draw(plot, loaded) for plot in plots.plots_of(loaded)}
     html = _render("page.html.j2", _content(loaded, drawn, folder.name))
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(exist_ok=True)
-        for plot, svg in drawn.items():
-            (folder / f"{plot.name}.svg").write_text(svg, encoding="utf-8")
-        target.write_text(html, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write the report to {str(target)!r}: {error}") from None
-    return target
+    for plot, svg in drawn.items():
+        _written(folder / f"{plot.name}.svg", svg)
+    return _written(target, html)
 
 
 def write_comparison(run: Path) -> Path:
@@ -90,12 +85,12 @@ def write_thoughts(found: viewer.Documents, out: str | Path) -> Path:
     return _written(Path(out), _render("thoughts.html.j2", {"viewer": collected, "documents": found.documents}))
 
 
-def _written(target: Path, html: str) -> Path:
+def _written(target: Path, text: str) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(html, encoding="utf-8")
+        replace_text(target, text)
     except OSError as error:
-        raise UserError(f"cannot write the page {str(target)!r}: {error}") from None
+        raise UserError(f"cannot write {str(target)!r}: {error}") from None
     return target
 
 
