@@ -176,6 +176,11 @@ class Trainer:
         return self.step == self.config.train.steps or self.spent >= 1
 
     @property
+    def _logged(self) -> bool:
+        """Whether the current step is logged. Known once its FLOPs are counted."""
+        return self.config.train.logs(self.step) or self.over
+
+    @property
     def seconds(self) -> float:
         """Wall time of the run so far, earlier parts of a resumed run included."""
         return self._seconds + time.perf_counter() - self._started
@@ -238,7 +243,7 @@ class Trainer:
         self.step, spent = number, self.cost
         sums, rows = self._gather(record, sums | more, guard)
         metrics |= norms | means(sums) | self._rates(sums, time.perf_counter() - started, spent)
-        if distributed.is_rank0() and (self.config.train.logs(number) or self.over):
+        if distributed.is_rank0() and self._logged:
             log.append("metrics", [{"step": number, **metrics}])
             log.append("thoughts", [{"step": number, **row} for row in rows])
             self._warn(log, callbacks, self.monitor.observe(number, metrics))
@@ -264,18 +269,19 @@ class Trainer:
 
     def _gather(self, record: Record, sums: Sums, guard: SignalGuard) -> tuple[Sums, list[dict[str, Any]]]:
         """Metrics and logged rows of all ranks. Adds up their FLOPs, and passes a signal to one rank on to all."""
+        if self.shape is not None:
+            for flops in distributed.all_gather(step_flops(self.shape, record.work(self.form, self.config))):
+                self.cost += flops
         rows: list[dict[str, Any]] = []
-        if self.config.train.logs(self.step):
+        if self._logged:
             more, rows = record.text(self.tokenizer, self.form, self.config.train.log_thoughts)
             sums = sums | more
-        cost = None if self.shape is None else step_flops(self.shape, record.work(self.form, self.config))
-        gathered = distributed.all_gather((sums, rows, cost, guard.pending))
+        gathered = distributed.all_gather((sums, rows, guard.pending))
         total: Sums = {}
-        for theirs, _, flops, _ in gathered:
+        for theirs, _, _ in gathered:
             add_sums(total, theirs)
-            self.cost += flops or Flops()
         self.stop_signal = max(pending for *_, pending in gathered) if distributed.world_size() > 1 else 0
-        return total, sorted((row for _, some, _, _ in gathered for row in some), key=lambda row: row["number"])
+        return total, sorted((row for _, some, _ in gathered for row in some), key=lambda row: row["number"])
 
     def _warn(self, log: RunLog, callbacks: Callbacks, found: list[Diagnosis]) -> None:
         """Log and report new warnings; a run that was killed after its evaluation finds the same ones again."""
