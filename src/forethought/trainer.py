@@ -6,6 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -377,9 +378,8 @@ class Trainer:
                 records = {group: heldout.Records(**fields) for group, fields in saved.items()}
             except TypeError as error:
                 raise distributed.rank0_error(UserError(f"{log.path / name}: unexpected content: {error}")) from None
-            if not heldout.measured_on(records, self.held_out):
-                what = f"evaluate.path = {self.config.evaluate.path!r}: is not the held-out text of {log.path / name}"
-                raise distributed.rank0_error(UserError(f"{what}; put that text back to go on"))
+            check = partial(heldout.check_text, records, self.held_out, self.config.evaluate.path, log.path / name)
+            distributed.run_on_all_ranks(check)
             return records
         if when == "before" and self.step:
             what = f"{log.path / name}: is missing, and after step {self.step} the start cannot be measured here"

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -162,12 +163,11 @@ def clusters(records: Records) -> list[int]:
     return records.window if single and records.window is not None else records.document
 
 
-def measured_on(records: dict[str, Records], windows: Sequence[Window]) -> bool:
-    """Whether records are of these windows, as far as they say."""
+def check_text(records: dict[str, Records], windows: Sequence[Window], path: str, file: Path) -> None:
+    """Raise UserError where the records of a file are not of these windows of `path`, as far as they say."""
     texts = dict(enumerate(_checksums(windows)))
-    return all(
-        one.text is None or [texts.get(window) for window in one.window or ()] == one.text for one in records.values()
-    )
+    if any(one.text and [texts.get(window) for window in one.window or ()] != one.text for one in records.values()):
+        raise UserError(f"evaluate.path = {path!r}: is not the held-out text of {file}; put that text back to go on")
 
 
 def _checksums(windows: Sequence[Window]) -> list[int]:
