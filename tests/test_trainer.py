@@ -228,8 +228,10 @@ def test_a_run_ends_with_the_step_that_spends_its_budget(tmp_path: Path):
     for budget, metric in (("tokens", "corpus/tokens"), ("flops", "cost/flops_total")):
         third, fourth = (row[metric] for row in rows[2:4])
         for limit, steps in ((third, 3), (third + 1, 4), (fourth, 4)):
-            run = go(tmp_path, f"{budget}-{limit}", train={"steps": 100, budget: limit})
-            assert len(figures(run)) == steps, (budget, limit)
+            run = go(tmp_path, f"{budget}-{limit}", train={"steps": 100, "log_every": 50, budget: limit})
+            assert [row["step"] for row in figures(run)] == [1, steps], (budget, limit)
+            assert "rollout/leakage" in figures(run)[-1]
+            assert read_lines(run / "thoughts.jsonl")[-1]["step"] == steps, "the last step is logged with its thoughts"
             assert json.loads((run / "summary.json").read_text())["steps"] == steps
 
 

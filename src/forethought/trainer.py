@@ -5,8 +5,8 @@ import dataclasses
 import math
 import shutil
 import time
-import zlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,6 @@ from forethought.run.trackers import Callbacks, Tracker, check_tracker
 TERM_NORMS_EVERY = 50
 """Steps between measurements of the gradient norm of each term, which take a pass of the update each."""
 LESS_MEMORY = "a smaller update.tokens_per_chunk or train.rollout_batch, update.checkpointing True and model.device cpu"
-
-_HELD_OUT = "held-out/crc32"
-"""The checksum of the held-out text, beside the groups in evaluation-before.json; no group has a slash in its name."""
 
 
 def train(config: Config, callbacks: Callbacks | None = None) -> dict[str, Any]:
@@ -180,6 +177,11 @@ class Trainer:
         return self.step == self.config.train.steps or self.spent >= 1
 
     @property
+    def _logged(self) -> bool:
+        """Whether the current step is logged. Known once its FLOPs are counted."""
+        return self.config.train.logs(self.step) or self.over
+
+    @property
     def seconds(self) -> float:
         """Wall time of the run so far, earlier parts of a resumed run included."""
         return self._seconds + time.perf_counter() - self._started
@@ -244,7 +246,7 @@ class Trainer:
         metrics |= norms | means(sums) | self._rates(sums, time.perf_counter() - started, spent)
         if distributed.is_rank0() and number == 1:
             self._warn(log, callbacks, self._unknown(windows))
-        if distributed.is_rank0() and (self.config.train.logs(number) or self.over):
+        if distributed.is_rank0() and self._logged:
             log.append("metrics", [{"step": number, **metrics}])
             log.append("thoughts", [{"step": number, **row} for row in rows])
             self._warn(log, callbacks, self.monitor.observe(number, metrics))
@@ -270,18 +272,19 @@ class Trainer:
 
     def _gather(self, record: Record, sums: Sums, guard: SignalGuard) -> tuple[Sums, list[dict[str, Any]]]:
         """Metrics and logged rows of all ranks. Adds up their FLOPs, and passes a signal to one rank on to all."""
+        if self.shape is not None:
+            for flops in distributed.all_gather(step_flops(self.shape, record.work(self.form, self.config))):
+                self.cost += flops
         rows: list[dict[str, Any]] = []
-        if self.config.train.logs(self.step):
+        if self._logged:
             more, rows = record.text(self.tokenizer, self.form, self.config.train.log_thoughts)
             sums = sums | more
-        cost = None if self.shape is None else step_flops(self.shape, record.work(self.form, self.config))
-        gathered = distributed.all_gather((sums, rows, cost, guard.pending))
+        gathered = distributed.all_gather((sums, rows, guard.pending))
         total: Sums = {}
-        for theirs, _, flops, _ in gathered:
+        for theirs, _, _ in gathered:
             add_sums(total, theirs)
-            self.cost += flops or Flops()
         self.stop_signal = max(pending for *_, pending in gathered) if distributed.world_size() > 1 else 0
-        return total, sorted((row for _, some, _, _ in gathered for row in some), key=lambda row: row["number"])
+        return total, sorted((row for _, some, _ in gathered for row in some), key=lambda row: row["number"])
 
     def _warn(self, log: RunLog, callbacks: Callbacks, found: list[Diagnosis]) -> None:
         """Log and report new warnings; a run that was killed after its evaluation finds the same ones again."""
@@ -379,16 +382,16 @@ class Trainer:
         if not self.config.evaluate.path:
             return None
         name = f"evaluation-{when}.json"
-        text = zlib.crc32(str([window.tokens for window in self.held_out]).encode())
         if distributed.all_gather((log.path / name).is_file())[0]:
             saved = log.read_json(name)
-            if saved.pop(_HELD_OUT, text) != text:
-                what = f"evaluate.path = {self.config.evaluate.path!r}: is not the held-out text of {log.path / name}"
-                raise distributed.rank0_error(UserError(f"{what}; put that text back to go on"))
+            saved.pop("held-out/crc32", None)  # where versions before 0.2 kept a checksum
             try:
-                return {group: heldout.Records(**fields) for group, fields in saved.items()}
+                records = {group: heldout.Records(**fields) for group, fields in saved.items()}
             except TypeError as error:
                 raise distributed.rank0_error(UserError(f"{log.path / name}: unexpected content: {error}")) from None
+            check = partial(heldout.check_text, records, self.held_out, self.config.evaluate.path, log.path / name)
+            distributed.run_on_all_ranks(check)
+            return records
         if when == "before" and self.step:
             what = f"{log.path / name}: is missing, and after step {self.step} the start cannot be measured here"
             raise distributed.rank0_error(UserError(f"{what}; put the file back to go on"))
@@ -403,7 +406,7 @@ class Trainer:
                 subject, self.held_out, lambda done, total: callbacks.phase(f"evaluating {when} training", done, total)
             )
         rows = {group: dataclasses.asdict(fields) for group, fields in records.items()}
-        distributed.run_on_rank0(lambda: log.write_json(name, {_HELD_OUT: text, **rows}))
+        distributed.run_on_rank0(lambda: log.write_json(name, rows))
         return records
 
     def _save(self, log: RunLog) -> None:

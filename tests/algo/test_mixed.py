@@ -11,7 +11,7 @@ import torch
 from forethought import load, train
 from forethought.algo.mixed import Mixed, best
 from forethought.algo.rlp import RLP
-from forethought.config import UserError, from_dict
+from forethought.config import Rollout, UserError, from_dict
 from forethought.data.positions import ThoughtFormat, at_positions
 from forethought.flops import Shape, cpt_step, rlp_step
 from forethought.models.compute_copy import Network
@@ -70,6 +70,13 @@ def test_text_is_learned_without_thoughts_and_with_those_that_gained():
             plain_targets(model, read, rest[:1]).detach() for read in ([*context, OPEN, *thought, CLOSE], context)
         )
         assert float(said) > float(plainly)
+
+
+def test_flops_are_those_of_the_start_that_samples_itself_whatever_engine_evaluates():
+    model = qwen3(scale=0.2, seed=3)
+    shape, other = Shape.of(model.config), dataclasses.replace(SETTINGS, rollout=Rollout(engine="vllm"))
+    works = [collected(mixed(model, settings), WINDOWS, 1).work for settings in (SETTINGS, other)]
+    assert rlp_step(shape, works[1]) == rlp_step(shape, works[0])
 
 
 def test_the_thoughts_stay_those_of_the_start():

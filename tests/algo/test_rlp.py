@@ -309,6 +309,22 @@ def test_kl_weight_adds_the_divergence_from_the_start():
     assert not any(parameter.requires_grad for parameter in method.reference.parameters())
 
 
+def test_thoughts_that_are_dropped_have_no_divergence_from_the_start_either():
+    model = qwen3(scale=0.2)
+    method = rlp(model, config(kl_weight=0.5, unclosed="drop", thought_length=3))
+    pieces, kept = collected(method, WINDOWS, step=1).microbatches, []
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.2)
+    pieces = [dataclasses.replace(one, advantage=torch.zeros_like(one.advantage)) for one in pieces]
+    thoughts = [one for piece in pieces for one in written(piece)]
+    for prompt, thought in thoughts:
+        if thought[-1] == CLOSE:
+            ours, theirs = (plain_thought(one, prompt, thought, 0.7, CLOSE) for one in (model, method.reference))
+            kept.append(((theirs - ours).exp() - (theirs - ours) - 1).mean())
+    assert 0 < len(kept) < len(thoughts)
+    assert_close(update(method, pieces), gradients(model, 0.5 * torch.stack(kept).sum() / len(thoughts)), 1e-4)
+
+
 def test_after_a_step_the_teacher_follows():
     model = qwen3()
     method = rlp(model, config(ema=0.5))

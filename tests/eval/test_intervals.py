@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from forethought.config import UserError
 from forethought.eval import heldout
 from forethought.eval.intervals import RESAMPLES, estimate, resample, student_t
 from helpers.heldout import records
@@ -112,12 +113,13 @@ def test_pairs_of_seeds_are_drawn_together():
     assert width(pair, "ce_think") == pytest.approx(0, abs=1e-9)
 
 
-def test_records_of_other_positions_are_refused():
-    one = records([0, 1], [-1.0, -1.0], [-1.0, -1.0])
-    moved = dataclasses.replace(one, at=[1, 3])
+def test_records_of_other_positions_or_another_text_are_refused():
+    one = dataclasses.replace(records([0, 1], [-1.0, -1.0], [-1.0, -1.0]), text=[7, 8])
     for call in (lambda one, other: heldout.paired([one], [other]), heldout.summarize):
-        with pytest.raises(ValueError, match="same positions"):
-            call({"all": one}, {"all": moved})
+        for other in ({"at": [1, 3]}, {"text": [7, 9]}):
+            with pytest.raises(UserError, match="same positions"):
+                call({"all": one}, {"all": dataclasses.replace(one, **other)})
+        assert call({"all": one}, {"all": dataclasses.replace(one, text=None)}), "version 0.1 kept no checksums"
 
 
 def test_what_only_one_of_two_measured_is_not_compared():

@@ -66,6 +66,7 @@ def microbatch(context: list[int], thoughts: list[list[int]], advantage: torch.T
         logp_old=None,
         logp_reference=None,
         advantage=advantage,
+        kept=torch.ones(rows, dtype=torch.bool),
         scale=scale,
     )
 

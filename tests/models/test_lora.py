@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from forethought import eval
 from forethought.algo.position_sampler import PositionSampler
 from forethought.algo.rlp import RLP
 from forethought.config import Config, Lora, Model, UserError, from_dict, load, registry
@@ -289,9 +290,17 @@ def test_what_is_exported_is_the_policy_with_its_adapter_for_all_and_for_peft(ru
     assert not any("lora" in name for name in load_file(run / "policy" / "model.safetensors"))
 
 
-def test_a_run_is_measured_with_its_teacher(run: Path):
-    """The teacher is the base with the averaged adapter; the gain over the base is that of the run's own summary."""
+def test_a_run_is_measured_with_its_teacher(run: Path, monkeypatch: pytest.MonkeyPatch):
+    """The teacher is the base with the averaged adapter; the gain over the base is that of the run's own summary.
+
+    Policy and teacher are one model whose adapters are switched, so two models are loaded: this one and the base.
+    """
+    loaded = []
+    for module in (eval, lora):
+        load = module.load_model
+        monkeypatch.setattr(module, "load_model", lambda *some, load=load: loaded.append(some) or load(*some))
     figures, _ = evaluate(run)
+    assert len(loaded) == 2
     summary = json.loads((run / "summary.json").read_text())
     for name in ("all/gain_over_base", "all/gain_over_teacher", "all/ce_nothink", "all/ce_think"):
         assert figures[name] == pytest.approx(summary[f"after/{name}"], abs=1e-5), name

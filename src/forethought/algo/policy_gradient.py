@@ -39,6 +39,7 @@ class Microbatch:
     logp_old: Float[Tensor, "row thought"] | None  # the policy's, before the first inner step; None: the current one
     logp_reference: Float[Tensor, "row thought"] | None  # the frozen start's, where there is a KL to it
     advantage: Float[Tensor, " row"]  # nats
+    kept: Bool[Tensor, " row"]  # thoughts that are trained on: the others have no term of the loss
     scale: float  # 1 / thoughts of the whole step: losses of all microbatches add up to the mean
     prediction_weight: Float[Tensor, " row"] | None = None  # of the prediction term; None: there is none
 
@@ -106,6 +107,7 @@ class PolicyGradient:
                 logp_old=None,
                 logp_reference=None,
                 advantage=advantages[rows].flatten(),
+                kept=record.kept[rows].flatten(),
                 scale=1 / (record.shard.global_count * group),
             )
             if self.config.method.inner_steps > 1:
@@ -118,7 +120,7 @@ class PolicyGradient:
                 microbatch = replace(
                     microbatch,
                     batch=batch.with_targets(self.form, chunk, contents[rows]),
-                    prediction_weight=weight * record.kept[rows].flatten().float(),
+                    prediction_weight=weight * microbatch.kept.float(),
                 )
             found.append(microbatch)
             start += len(chunk)
@@ -162,7 +164,7 @@ class PolicyGradient:
         losses = clipped_surrogate(ratio, advantage, mask, clip, weight, options.length_norm)
         if microbatch.logp_reference is not None:
             kl = kl_to_reference(logp, microbatch.logp_reference[rows, :width], mask, options.length_norm)
-            losses = losses + options.kl_weight * kl
+            losses = losses + options.kl_weight * kl * microbatch.kept[rows]
             sums["objective/kl"] = (float(kl.detach().sum()), len(kl))
         with torch.no_grad():
             mismatch = (logp - sampler).abs()

@@ -1,5 +1,6 @@
 """Measure a model or a run: on held-out text here (`forethought evaluate`), on questions in ask.py."""
 
+import copy
 import dataclasses
 import time
 from pathlib import Path
@@ -119,10 +120,9 @@ def trained_subject(config: Config, run: Path) -> heldout.Subject:
     if saved is None or not saved.names:
         return subject
     if policy is not None:
-        network = lora.load_with_adapters(config)
-        sharding.load_weights(saved, {"teacher": network.weights})
-        network.sync()
-        return dataclasses.replace(subject, teacher=network.model)
+        factors = copy.deepcopy(policy.weights)
+        sharding.load_weights(saved, {"teacher": factors})
+        return dataclasses.replace(subject, teacher=factors, as_model=policy.swapped_weights)
     teacher = load_model(exported.model, config.seed)
     sharding.load_weights(saved, {"teacher": teacher})
     return dataclasses.replace(subject, teacher=compute_copy(teacher, config.model.precision))

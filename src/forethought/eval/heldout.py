@@ -6,9 +6,11 @@ corpus tells them apart, the positions of `all` in each domain (`domain:books`) 
 
 import dataclasses
 import math
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -52,6 +54,7 @@ class Records:
     document: list[int]  # index of the held-out document
     at: list[int]  # index of the true token in it
     window: list[int] | None = None  # index of the window; version 0.1 kept none
+    text: list[int] | None = None  # checksum of the window's tokens; version 0.1 kept none
     nothink: list[float]  # log p without a thought
     nothink_hit: list[bool]  # whether the true token was the argmax
     entropy: list[float] | None = None  # of the distribution without a thought, nats
@@ -100,7 +103,7 @@ def sample_groups(subject: Subject, windows: Sequence[Window], progress: Progres
     config = subject.config
     groups = _group_positions(windows, config)
     total, done = sum(len(group) for chosen in groups.values() for group in chosen), 0
-    numbers = _numbers(windows)
+    numbers, texts = _numbers(windows), _checksums(windows)
     result = {}
     for name, chosen in groups.items():
         positions = at_positions(windows, chosen, config.method.horizon)
@@ -115,7 +118,8 @@ def sample_groups(subject: Subject, windows: Sequence[Window], progress: Progres
         owners = positions.window.tolist()
         at = [windows[owner].start + t for owner, t in zip(owners, positions.at.tolist(), strict=True)]
         columns = {field: [value for part in parts for value in part[field]] for field in parts[0]}
-        records = Records(document=[numbers[owner] for owner in owners], at=at, window=owners, **columns)
+        text, document = [texts[owner] for owner in owners], [numbers[owner] for owner in owners]
+        records = Records(document=document, at=at, window=owners, text=text, **columns)
         result[name] = Measured(positions=positions, thoughts=thoughts, records=records)
     return result
 
@@ -157,6 +161,17 @@ def clusters(records: Records) -> list[int]:
     """What the bootstrap draws: documents. Where there is only one, such as a book, its windows stand in."""
     single = len(set(records.document)) == 1
     return records.window if single and records.window is not None else records.document
+
+
+def check_text(records: dict[str, Records], windows: Sequence[Window], path: str, file: Path) -> None:
+    """Raise UserError where the records of a file are not of these windows of `path`, as far as they say."""
+    texts = dict(enumerate(_checksums(windows)))
+    if any(one.text and [texts.get(window) for window in one.window or ()] != one.text for one in records.values()):
+        raise UserError(f"evaluate.path = {path!r}: is not the held-out text of {file}; put that text back to go on")
+
+
+def _checksums(windows: Sequence[Window]) -> list[int]:
+    return [zlib.crc32(str(window.tokens).encode()) for window in windows]
 
 
 def _pick(records: Records, picks: list[int]) -> Records:
@@ -317,8 +332,11 @@ def _estimates(mine: Sequence[Records], bases: Sequence[Records] | None) -> dict
 
 
 def _check_same(first: Records, others: Sequence[Records]) -> None:
-    if any((one.document, one.at) != (first.document, first.at) for one in others):
-        raise UserError("records must be of the same positions; the held-out text or options of evaluate have changed")
+    for one in others:
+        same_text = None in (one.text, first.text) or one.text == first.text
+        if (one.document, one.at) != (first.document, first.at) or not same_text:
+            what = "the held-out text or options of evaluate have changed"
+            raise UserError(f"records must be of the same positions of the same text; {what}")
 
 
 def _flat(name: str, estimates: Mapping[str, Estimate]) -> dict[str, float]:

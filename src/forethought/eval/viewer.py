@@ -94,8 +94,10 @@ def _positions(
     noise = draw_noise(shape, [make_generator(*keys, window.start + t) for t in at])
     thoughts = subject.engine.sample(chunk, noise)
     tokens = thought_tokens(thoughts, form)
-    tokens_at_once = chunk_tokens(reference, config.update.tokens_per_chunk)
-    plain, _ = no_think_logp(reference, chunk, tokens_at_once)
+    with subject.as_model(reference) as plainly:
+        tokens_at_once = chunk_tokens(plainly, config.update.tokens_per_chunk)
+        plain, _ = no_think_logp(plainly, chunk, tokens_at_once)
+        before = no_think_distribution(plainly, chunk, tokens_at_once)
     value = discounted(thoughts.evidence, config.method.discount)
     columns = {
         "text": decode_thoughts(subject.tokenizer, tokens),
@@ -105,7 +107,6 @@ def _positions(
         "reward": (value - discounted(plain, config.method.discount)[:, None]).tolist(),
         "advantage": group_advantages(value).tolist() if shape[0] > 1 else [[None]] * len(at),
     }
-    before = no_think_distribution(reference, chunk, tokens_at_once)
     after = thought_evidence(subject.model, chunk, form, tokens, config.model.prefix == "shared")
     rows = []
     for i, t in enumerate(at):

@@ -142,18 +142,8 @@ class RunLog:
 
     def write_text(self, name: str, text: str) -> None:
         """Write or replace RUN/name atomically. Raises RunError."""
-        path = self.path / name
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        with disk_errors(self.path, path):
-            try:
-                partial.write_text(text, encoding="utf-8")
-                sync(partial)
-                partial.replace(path)
-                sync(path.parent)
-            except BaseException:
-                with suppress(OSError):
-                    partial.unlink()
-                raise
+        with disk_errors(self.path, self.path / name):
+            replace_text(self.path / name, text)
 
     def read_json(self, name: str) -> dict[str, Any]:
         """Read RUN/name. Raises UserError if it is missing or not a JSON object."""
@@ -214,6 +204,24 @@ class RunLog:
                 raise
             text = f"{self.path}: this file system has no locks; do not train in it twice at the same time"
             warnings.warn(text, Notice, stacklevel=4)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write or replace a file atomically: on a full disk the old one stays. Raises OSError."""
+    path = path.resolve()
+    if path.exists() and not path.is_file():  # a device or a pipe
+        path.write_text(text, encoding="utf-8")
+        return
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        sync(partial)
+        partial.replace(path)
+        sync(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from forethought.cli import main
 from forethought.config import RunError, UserError
+from forethought.data.worlds import cups
 from forethought.run.signals import Stopped
 from forethought.run.trackers import Callbacks
 from forethought.tools import train
@@ -259,6 +260,35 @@ def test_an_arm_that_fails_does_not_stop_the_others(tmp_path: Path):
     html = (run / "compare.html").read_text()
     assert "Not finished: <strong>rlp/seed-0</strong> (step 2: the loss is " in html
     assert "whose budget it follows, failed" in html
+
+
+def test_a_mistake_in_an_arm_leaves_the_table_of_the_others(tmp_path: Path):
+    text = SMALL[: SMALL.index("[arms.cpt-tokens]")].replace("[arms.rlp]", "[arms.cpt]\noptions.method.name = 'cpt'")
+    (tmp_path / "small.toml").write_text(f"{text}\n[arms.late]\noptions.method.name = 'cpt'\n")
+    (tmp_path / "run" / "late" / "seed-0").mkdir(parents=True)
+    (tmp_path / "run" / "late" / "seed-0" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"^late/seed-0: run = .*: exists and is not empty"):
+        compare(tmp_path / "small.toml", {"run": str(tmp_path / "run"), "seeds": 0})
+    assert {arm for arm, _, _ in rows(tmp_path / "run")} == {"base", "cpt"}
+
+
+def test_a_resumed_experiment_measures_the_text_of_its_base_or_none(tmp_path: Path):
+    """Also one of the same lengths, whose figures could be paired."""
+    held_out = tmp_path / "heldout.jsonl"
+    text = SMALL[: SMALL.index("[arms.cpt-tokens]")].replace("[arms.rlp]", "[arms.cpt]\noptions.method.name = 'cpt'")
+    (tmp_path / "small.toml").write_text(text)
+
+    def resumed(seeds: str, number: int) -> None:
+        held_out.write_text("".join(json.dumps(cups.row("heldout", i + number)) + "\n" for i in range(3)))
+        compare(tmp_path / "small.toml", {"run": str(tmp_path / "run"), "seeds": seeds, "evaluate": evaluate})
+
+    evaluate = {"path": str(held_out), "documents": 3}
+    resumed("0", 0)
+    with pytest.raises(UserError, match=r"^evaluate.path = '.*': is not the held-out text of .*base/records.json; put"):
+        resumed("0,1", 1)
+    assert not (tmp_path / "run" / "cpt" / "seed-1").exists()
+    resumed("0,1", 0)
+    assert {seed for _, seed, _ in rows(tmp_path / "run")} == {0, 1, "all"}
 
 
 def test_a_process_that_fails_names_its_arm(tmp_path: Path):

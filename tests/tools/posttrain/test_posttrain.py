@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from forethought import load, load_tokenizer
 from forethought.cli import main
 from forethought.config import Config, UserError
+from forethought.data import worlds
 from forethought.data.positions import ThoughtFormat, thought_format
 from forethought.models.loading import EMBEDDED, load_model
 from forethought.run.folder import RunLog
@@ -64,6 +65,20 @@ def test_without_thinking_the_answer_itself_is_the_completion():
     for row in rows:
         assert tokenizer.decode(row.completion) == f"{row.answer} ."
         assert tokenizer.decode(row.prompt).endswith("now under")
+
+
+@pytest.mark.parametrize("think", [True, False])
+def test_a_thought_that_is_not_right_before_the_answer_is_part_of_the_prompt(think: bool):
+    stage = dataclasses.replace(RLVR, data="world:cups/pretrain", think=think, train={"steps": 10, "batch": 4})
+    rows, tokenizer, _ = made(stage)
+    elsewhere = 0
+    for row in rows:
+        prompt = tokenizer.decode(row.prompt)
+        assert worlds.without_thoughts(prompt)[-2:] == ["now", "under"]
+        assert prompt.endswith("<think>") == think
+        assert think or worlds.without_thoughts(tokenizer.decode(row.completion)) == [row.answer, "."]
+        elsewhere += "</think>" in prompt
+    assert 0 < elsewhere < len(rows)
 
 
 def test_verified_rewards_are_those_of_the_checker():

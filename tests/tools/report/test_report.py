@@ -2,6 +2,7 @@ import contextlib
 import json
 import math
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -169,6 +170,21 @@ def test_out_names_another_page(tmp_path):
     assert not (run / "report.html").exists()
 
 
+def test_a_full_disk_leaves_the_old_page_and_plots(tmp_path):
+    run = small(tmp_path)
+    write([run])
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (100, min(map(len, before.values())) + 20_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            with pytest.raises(UserError, match=r"cannot write .*File too large"):
+                write([run])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
 def test_same_runs_give_the_same_bytes(one, tmp_path):
     again = make_run(tmp_path / "cups")
     write([again])
@@ -247,7 +263,7 @@ def test_wrong_arguments_are_named(tmp_path, one):
         write([tmp_path])
     with pytest.raises(UserError, match="cups' is given twice"):
         write([one, one / ".." / "cups"])
-    with pytest.raises(UserError, match="cannot write the page"):
+    with pytest.raises(UserError, match="cannot write"):
         write([small(tmp_path)], tmp_path)
 
 

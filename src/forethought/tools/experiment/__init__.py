@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from forethought.config import RunError
+from forethought.config import RunError, UserError
 from forethought.run.folder import RunLog
 from forethought.run.signals import SignalArrived, Stopped, stoppable
 from forethought.run.trackers import Callbacks
@@ -26,8 +26,8 @@ def compare(
 
     Finished arms are kept, stopped ones are resumed. `overrides`: see `design.read`. Writes RUN/compare.json (rows of
     arm, seed or `all`, metric, value, low, high), RUN/experiment.json (what else the page shows) and RUN/compare.html
-    of the finished arms, also when an arm fails or a signal arrives. Returns the verdicts on the claims, and the page.
-    With `processes` above 1, a script calls this under `if __name__ == "__main__":`, since workers import the script.
+    of the finished arms, also when an arm ends in an error or a signal arrives. Returns the verdicts on the claims, and
+    the page. With `processes` above 1, a script calls this under `if __name__ == "__main__":`, since workers import it.
 
     Raises:
         UserError: a mistake in the experiment, or an arm that was trained with other options.
@@ -38,6 +38,8 @@ def compare(
     experiment, observer = read(path, overrides or {}), observer or Callbacks()
     todo = [job for job in experiment.jobs if not arms.finished(experiment, job)]
     questions.check(experiment)
+    if todo:
+        arms.check_text(experiment)
     failed: dict[str, str] = {}
     measured = False
     try:
@@ -48,9 +50,11 @@ def compare(
                 failed = _one_by_one(experiment, todo, observer, meter)
             else:
                 failed = WorkerPool(experiment, todo).run(observer)
-    except (SignalArrived, Stopped) as stopped:
+    except (SignalArrived, Stopped, UserError) as stopped:
         if measured:
             _publish(experiment, failed, began)
+        if isinstance(stopped, UserError):
+            raise
         kept = f"finished arms are kept in {experiment.run}; resume with the same command"
         raise Stopped(stopped.number, kept) from None
     verdicts, page = _publish(experiment, failed, began)
@@ -71,6 +75,8 @@ def _one_by_one(experiment: Experiment, todo: list[Job], observer: Callbacks, me
             arms.run_job(experiment, job, observer, meter)
         except RunError as error:
             failed[job.name] = str(error)
+        except UserError as error:
+            raise UserError(f"{job.name}: {error}") from None
     return failed
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from forethought import eval
 from forethought.config import Config, UserError, difference
 from forethought.eval import controls, heldout, viewer
+from forethought.models.loading import load_tokenizer
 from forethought.run.folder import RunLog
 from forethought.run.trackers import Callbacks
 from forethought.tools import resume, train
@@ -64,6 +65,14 @@ def measure_base(experiment: Experiment, observer: Callbacks, meter: Meter) -> N
     for seed in seeds:
         _posttrain(experiment, dataclasses.replace(experiment.start, seed=seed), folder / f"seed-{seed}", observer)
     meter.lap(folder)
+
+
+def check_text(experiment: Experiment) -> None:
+    """Raise UserError where the start was measured on other held-out text than the arms would be."""
+    start, file = experiment.start, experiment.run / BASE / RECORDS
+    if file.is_file():
+        windows = heldout.held_out(start, load_tokenizer(start.model))
+        heldout.check_text(records(file.parent), windows, start.evaluate.path, file)
 
 
 def finished(experiment: Experiment, job: Job) -> bool:

@@ -152,15 +152,16 @@ def _world_examples(stage: Stage, config: Config, tokenizer: Any, form: ThoughtF
     """Documents of an embedded world up to their answer; a thought right before it is part of the completion."""
     options = dataclasses.replace(config.corpus, path=stage.data)
     check_corpus(options, "data")
-    opening = list(form.open)
+    opening, closing = list(form.open), list(form.close)
     for window in Windows(options, tokenizer, config.seed, option="data"):
         tokens, at = window.tokens, next(iter(window.marks.get("answer", ())), 0)
         if not at:
             continue
         starts = [i for i in range(at) if tokens[i : i + len(opening)] == opening]
-        first = starts[-1] if starts else at
+        thought = bool(starts) and tokens[at - len(closing) : at] == closing  # one elsewhere is context
+        first = starts[-1] if thought else at
         answer = tokenizer.decode([tokens[at]]).strip()
-        worked = tokens[first + len(opening) :] if starts else []
+        worked = tokens[first + len(opening) :] if thought else []
         yield Example(
             prompt=form.prompt_tokens(tokens[:first]) if stage.think else tokens[:first],
             completion=worked if stage.think else tokens[at:],

@@ -22,7 +22,7 @@ from forethought import html
 from forethought.config import UserError, flatten
 from forethought.config.registry import METHODS
 from forethought.html import visible
-from forethought.run.folder import RunLog
+from forethought.run.folder import RunLog, replace_text
 from forethought.tools.report import comparison, plots, viewer
 from forethought.tools.report import runs as run_folders
 from forethought.tools.report.runs import Position, Run, number
@@ -69,8 +69,9 @@ def write(runs: Sequence[str | Path], out: str | Path | None = None, reload_s: i
     needed = {"viewer.js": content["viewer"], "follow.js": reload_s}
     scripts = [viewer.script(name) for name, is_needed in needed.items() if is_needed]
     more = {"scripts": scripts, "reload_s": reload_s, "now": time.strftime("%H:%M:%S")}
-    files = {folder / f"{plot.name}.svg": svg for plot, svg in drawn.items()}
-    return _written(target, _render("page.html.j2", content | more), files)
+    for plot, svg in drawn.items():
+        _written(folder / f"{plot.name}.svg", svg)
+    return _written(target, _render("page.html.j2", content | more))
 
 
 def follow(runs: Sequence[str | Path], out: str | Path | None = None) -> Iterator[Path]:
@@ -171,16 +172,12 @@ def write_thoughts(found: viewer.Documents, out: str | Path) -> Path:
     )
 
 
-def _written(target: Path, page: str, others: Mapping[Path, str] = MappingProxyType({})) -> Path:
-    """Write a page and other files. Where a file exists, a browser reads the old or the new one, never a part."""
+def _written(target: Path, text: str) -> Path:
     try:
-        for path, text in {**others, target: page}.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{path.name}.{os.getpid()}") if path.is_file() else path
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(target, text)
     except OSError as error:
-        raise UserError(f"cannot write the page {str(target)!r}: {error}") from None
+        raise UserError(f"cannot write {str(target)!r}: {error}") from None
     return target
 
 
