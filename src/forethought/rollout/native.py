@@ -62,7 +62,7 @@ class NativeEngine:
 
 def native_engine(model: Any, form: ThoughtFormat, config: Config) -> NativeEngine:
     """What `rollout.engine` builds. Raises UserError where the model does not support what the config asks for."""
-    rows, shared = config.train.rollout_batch, config.model.prefix == "shared"
+    rows, shared = config.train.rows, config.model.prefix == "shared"
     backend = _cpp(model, config) or EagerBackend(model, rows, prepack=config.model.decoding != "eager")
     graphs = _cuda_graphs(model, form, config)
     return NativeEngine(model, form, config.method, rows, shared, backend=backend, graphs=graphs)
@@ -83,7 +83,7 @@ def _cuda_graphs(model: Any, form: ThoughtFormat, config: Config) -> CUDAGraphDe
     if reason and decoding != "auto":
         raise UserError(f"model.decoding = {decoding!r}: {reason}; use 'auto' or 'eager'")
     compiled = decoding == "cuda_graphs_compiled"
-    return None if reason else CUDAGraphDecoder(model, form, config.method, config.train.rollout_batch, compiled)
+    return None if reason else CUDAGraphDecoder(model, form, config.method, config.train.rows, compiled)
 
 
 def _cpp(model: Any, config: Config) -> CppBackend | None:
