@@ -130,24 +130,18 @@ def test_free_memory_is_asked_of_the_device_and_the_smallest_rank_decides(
     found = {}
     for free in (10**9, 80 * 10**9):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10**12))
-        heard = Notes()
-        found[free] = _fitting_sizes(from_dict(values), heard)
-        gigabytes = (free + 10**8) / 1e9
-        assert heard.said == [
-            f"train.rollout_batch = {found[free][0]}, update.tokens_per_chunk = {found[free][1]} "
-            f"({gigabytes:.1f} GB free)"
-        ]
+        found[free] = _fitting_sizes(from_dict(values))
     small, large = found.values()
-    assert large == (126, 2**16)
-    assert small == (6, 256)  # less than the context takes
+    assert large == [126, 2**16, 801 * 10**8]
+    assert small == [6, 256, 11 * 10**8]  # less than the context takes
 
     def gather(values: list[Any], mine: Any) -> None:  # a second rank with the smaller card
-        values[:] = [mine, (*small, 0) if isinstance(mine, tuple) else mine]
+        values[:] = [mine, small if isinstance(mine, tuple) else mine]
 
     for name, value in {"is_initialized": True, "get_world_size": 2, "get_rank": 0}.items():
         monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    assert _fitting_sizes(from_dict(values), Notes()) == small
+    assert _fitting_sizes(from_dict(values)) == small
 
 
 def out_of_memory() -> None:

@@ -71,9 +71,13 @@ def _begin(config: Config, callbacks: Callbacks) -> dict[str, Any]:
     with distributed.process_group(config):
         log = RunLog(Path(config.run))
         distributed.run_on_rank0(lambda: check_free(log.path, config.overwrite))
-        chosen = _with_sizes(config, _fitting_sizes(config, callbacks))
+        *sizes, free = _fitting_sizes(config)
+        chosen = _with_sizes(config, sizes)
         trainer = _trainer(chosen)
         distributed.run_on_rank0(lambda: RunLog.create(chosen))
+        if any(sizes):
+            where = f"({free / 1e9:.1f} GB free)" if free else "(fixed on a CPU)"
+            callbacks.note(f"train.rollout_batch = {sizes[0]}, update.tokens_per_chunk = {sizes[1]} {where}")
         with _held(log):
             return trainer.run(log, callbacks)
 
@@ -82,27 +86,23 @@ def _sizes(config: Config) -> tuple[int, int]:
     return config.train.rollout_batch, config.update.tokens_per_chunk
 
 
-def _with_sizes(config: Config, sizes: tuple[int, int]) -> Config:
+def _with_sizes(config: Config, sizes: Sequence[int]) -> Config:
     """The config with these sizes in place of 0."""
     rows, tokens = (own or other for own, other in zip(_sizes(config), sizes, strict=True))
     train = dataclasses.replace(config.train, rollout_batch=rows)
     return dataclasses.replace(config, train=train, update=dataclasses.replace(config.update, tokens_per_chunk=tokens))
 
 
-def _fitting_sizes(config: Config, callbacks: Callbacks) -> tuple[int, int]:
-    """The sizes that fit on all ranks, or 0: where they are given, and for runs whose memory is not modelled."""
+def _fitting_sizes(config: Config) -> list[int]:
+    """The sizes that fit on all ranks, and the free bytes; 0 where both are given or memory is not modelled."""
     if all(_sizes(config)):
-        return _sizes(config)
+        return [0, 0, 0]
     found = distributed.all_gather(distributed.run_on_all_ranks(lambda: _fitting_here(config)))
-    rows, tokens, free = (min(column) for column in zip(*found, strict=True))
-    if rows:
-        where = f"{free / 1e9:.1f} GB free" if free else "fixed on a CPU"
-        callbacks.note(f"train.rollout_batch = {rows}, update.tokens_per_chunk = {tokens} ({where})")
-    return rows, tokens
+    return [min(column) for column in zip(*found, strict=True)]
 
 
 def _fitting_here(config: Config) -> tuple[int, int, int]:
-    """The sizes that fit on this rank, and the bytes that are free on its GPU."""
+    """The same of this rank."""
     where, shape = device(config.model), Shape.known(load_architecture(config.model).get_text_config())
     method, ranks = config.method, distributed.world_size()
     modelled = method.samples_thoughts and method.name != "mixed" and config.rollout.engine == "native"
@@ -217,7 +217,7 @@ class Trainer:
         self.engine = TimedEngine(engine(self.network.model, self.form, config))
         method = registry.load("method", config.method.name)
         self.method: Method = method(self.network, self.engine, self.form, self.tokenizer, config)
-        if config.parallel.shard == "zero1" and distributed.world_size() > 1:
+        if config.parallel.shard == "zero1" and torch.distributed.is_initialized():
             self.network.shard([one for name, one in self.method.state().items() if name == "teacher"])
         options = config.optim
         self.optimizer = torch.optim.AdamW(
