@@ -5,28 +5,33 @@
 Random weights at Qwen3-1.7B's shape, bf16 over fp32 masters, prefixes of 1,024 tokens, 16 thoughts at the end of each
 of `--places` documents. The ceiling of decoding is what has to be read from memory in a step (weights, one copy of each
 document, the suffixes) over the card's copy rate, that of the update the card's matmul rate; both are measured in the
-same run. `generate` is Hugging Face's, on the same documents. `--quick`: the small model, to see that it all runs.
+same run. `generate` is Hugging Face's, on the same documents. Part `update`: the update alone, of one step's thoughts;
+part `resume`: whether a run that is cut and resumed ends with the same bits. `--quick`: the small model, on a CPU where
+there is no GPU, to see that it all runs. benchmarks/gpu_suite.sh runs every part within nine minutes.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import gc
 import itertools
 import json
+import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import harness
 import torch
-from harness import FORM, OPEN
+from harness import FORM, OPEN, synchronise
+from safetensors.torch import load_file
 
 from forethought import rollout
 from forethought.algo.rlp import RLP
-from forethought.config import Config, Update
+from forethought.config import Config, Update, load
 from forethought.data.positions import at_positions, make_generator
 from forethought.flops import Shape, step_flops
 from forethought.models.compute_copy import Network
@@ -35,19 +40,20 @@ from forethought.prefix import attention as merged
 from forethought.rollout import draw_noise
 from forethought.rollout.cuda_graphs import CUDAGraphDecoder
 from forethought.rollout.native import NativeEngine
-from forethought.trainer import TimedEngine
+from forethought.trainer import TimedEngine, resume, train
 
 BF16 = torch.bfloat16
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def timed(job: Callable[[], Any], repeats: int, warmup: int = 1) -> list[float]:
     """Seconds of each counted turn."""
     seconds = []
     for turn in range(warmup + repeats):
-        torch.cuda.synchronize()
+        synchronise()
         started = time.perf_counter()
         job()
-        torch.cuda.synchronize()
+        synchronise()
         if turn >= warmup:
             seconds.append(time.perf_counter() - started)
     return seconds
@@ -55,17 +61,27 @@ def timed(job: Callable[[], Any], repeats: int, warmup: int = 1) -> list[float]:
 
 def ceilings() -> dict[str, Any]:
     """The card, its bf16 matmul rate and the rate of a copy, reads and writes counted."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=BF16) for _ in range(2))
-    big = torch.randn(2**30, device="cuda", dtype=BF16)
+    size, numbers = (8192, 2**30) if DEVICE == "cuda" else (64, 2**16)
+    a, b = (torch.randn(size, size, device=DEVICE, dtype=BF16) for _ in range(2))
+    big = torch.randn(numbers, device=DEVICE, dtype=BF16)
     other = torch.empty_like(big)
     matmul = min(timed(lambda: [torch.mm(a, b) for _ in range(10)], 3)) / 10
     copy = min(timed(lambda: [other.copy_(big) for _ in range(10)], 3)) / 10
     return {
-        "card": torch.cuda.get_device_name(),
+        "card": torch.cuda.get_device_name() if DEVICE == "cuda" else DEVICE,
         "torch": torch.__version__,
-        "matmul_tflops": 2 * 8192**3 / matmul / 1e12,
+        "matmul_tflops": 2 * size**3 / matmul / 1e12,
         "copy_tb_s": 2 * big.nbytes / copy / 1e12,
     }
+
+
+def reset_peak() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_gib() -> float:
+    return torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else 0.0
 
 
 def document_ends(name: str, prefix: int, documents: int, vocab: int) -> Any:
@@ -78,14 +94,14 @@ def exactness(options: argparse.Namespace) -> list[dict[str, Any]]:
     """CUDA graphs and fused attention against eager code, on the small model; relative to the largest number."""
     rows = []
     for dtype in (torch.float32, BF16):
-        model = harness.build("qwen3 4x256", "cuda").to(dtype)
+        model = harness.build("qwen3 4x256", DEVICE).to(dtype)
         enable(model)
         form, settings = FORM, harness.settings(40, 3, 4)
         windows = [harness.window(n, 3, 4096, seed=n) for n in (80, 97, 64)]
         positions = at_positions(windows, [[t - 1 for t in harness.stops(n, 3)] for n in (80, 97, 64)], 1)
         noise = draw_noise((4, 40), [make_generator(0, i) for i in range(9)])
         plain = NativeEngine(model, form, settings.method, 64).sample(positions, noise)
-        for compiled in (False, True):
+        for compiled in (False, True) if DEVICE == "cuda" else (False,):
             graphs = CUDAGraphDecoder(model, form, settings.method, 64, compiled)
             found = NativeEngine(model, form, settings.method, 64, graphs=graphs).sample(positions, noise)
             same = float((plain.tokens == found.tokens).all(-1).float().mean())
@@ -105,7 +121,7 @@ def exactness(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _gradient(lengths: tuple[int, ...], kernel: bool, dtype: torch.dtype = BF16) -> torch.Tensor:
     """Of the key projection of the first layer, through merged attention; without the kernel in plain products."""
-    model = harness.build("qwen3 4x256", "cuda").to(dtype)
+    model = harness.build("qwen3 4x256", DEVICE).to(dtype)
     enable(model)
     documents = [harness.window(n, 1, 4096, seed=n).tokens for n in lengths]
     stops = [[n // 2, n] if len(set(lengths)) > 1 else [n] for n in lengths]
@@ -113,7 +129,7 @@ def _gradient(lengths: tuple[int, ...], kernel: bool, dtype: torch.dtype = BF16)
     try:
         prefix = read(model, documents, stops)
         at = [position for position in range(sum(map(len, stops))) for _ in range(3)]
-        tokens = torch.randint(10, 4096, (len(at), 24), generator=torch.Generator().manual_seed(1)).cuda()
+        tokens = torch.randint(10, 4096, (len(at), 24), generator=torch.Generator().manual_seed(1)).to(DEVICE)
         cache = SuffixCache(prefix, at)
         out = backbone(model, tokens, cache, cache.position_ids(24))
         weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out)
@@ -127,30 +143,30 @@ class Step:
     """A whole RLP step as the loop takes it, by phases."""
 
     def __init__(self, name: str, settings: Config, prefix: int, documents: int):
-        self.weights = harness.build(name, "cuda")
+        self.weights = harness.build(name, DEVICE)
         self.settings, self.number = settings, 0
         self.network = Network(self.weights, "bf16")
         self.engine = TimedEngine(rollout.engine(self.network.model, FORM, settings))
         vocab = self.weights.config.vocab_size
         self.method = RLP(self.network, self.engine, FORM, harness.tokenizer(vocab), settings)
-        self.optimizer = torch.optim.AdamW(self.weights.parameters(), lr=1e-6, fused=True)
+        self.optimizer = torch.optim.AdamW(self.weights.parameters(), lr=1e-6, fused=DEVICE == "cuda")
         self.windows = [harness.window(prefix, 1, vocab, seed=i) for i in range(documents)]
 
     def __call__(self) -> dict[str, float]:
         """Seconds of each phase, and the peak memory in GiB."""
         self.number += 1
-        torch.cuda.reset_peak_memory_stats()
+        reset_peak()
         marks = [time.perf_counter()]
 
         def mark() -> None:
-            torch.cuda.synchronize()
+            synchronise()
             marks.append(time.perf_counter())
 
         sampled = self.engine.seconds
         record = self.method.collect(self.windows, self.number)
         microbatches = self.method.microbatches(record)
         mark()
-        collect_peak = torch.cuda.max_memory_allocated() / 2**30
+        collect_peak = peak_gib()
         for microbatch in microbatches:
             self.method.forward_backward(microbatch)
         mark()
@@ -176,7 +192,7 @@ class Step:
             "step_s": marks[-1] - marks[0],
             "update_tflops": work.update / steps[1] / 1e12,
             "collect_peak_gib": collect_peak,
-            "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+            "peak_gib": peak_gib(),
         }
 
 
@@ -213,7 +229,7 @@ def steps(options: argparse.Namespace, rates: dict[str, Any]) -> list[dict[str, 
             | {
                 "first_step_s": found[0]["step_s"],
                 "decoding": options.decoding,
-                "chunk": step.method.learner.reading.tokens,
+                "chunk": step.method.policy_gradient.scoring.tokens,
             }
             | {
                 "rollout_tokens_per_s": decoded,
@@ -231,6 +247,60 @@ def steps(options: argparse.Namespace, rates: dict[str, Any]) -> list[dict[str, 
         gc.collect()
         torch.cuda.empty_cache()
     return rows
+
+
+def update(options: argparse.Namespace, rates: dict[str, Any]) -> list[dict[str, Any]]:
+    """The update alone, of the same thoughts again and again."""
+    length = options.lengths[0]
+    settings = harness.settings(length, 1, options.group, batch=options.places, chunk=options.chunk)
+    step = Step(options.model, _replaced(settings, options.rows, options), options.prefix, options.places)
+    record = step.method.collect(step.windows, 1)
+    microbatches = step.method.microbatches(record)
+    seconds = timed(lambda: list(map(step.method.forward_backward, microbatches)), options.repeats)
+    work = step_flops(Shape.of(step.weights.config), record.work(FORM, step.settings)).update
+    rate = work / min(seconds) / 1e12
+    row = {"model": options.model, "P": options.prefix, "L": length, "K": 1, "G": options.group, "phase": "update"}
+    row |= {"documents": options.places, "chunk": step.method.policy_gradient.scoring.tokens, "seconds": min(seconds)}
+    row |= {"update_tflops": rate, "update_of_matmul": rate / rates["matmul_tflops"]}
+    print(row, flush=True)
+    return [row]
+
+
+RESUMED: dict[str, list[str]] = {"plain": [], "lora": ["--lora.r", "4"], "fsdp2": ["--parallel.shard", "zero1"]}
+
+
+def resumed(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Whether two steps, a cut and two more end with the bits of four: plain, with adapters, and sharded by FSDP2."""
+    rows = []
+    for name, words in RESUMED.items():
+        with tempfile.TemporaryDirectory() as folder, _one_process(name == "fsdp2"):
+            ends = []
+            for steps in (4, 2):
+                path = Path(folder) / str(steps)
+                small = ["--method.group", "4", "--train.batch", "8", "--optim.schedule", "constant", "--evaluate.path"]
+                sized = ["--train.steps", str(steps), "--run", str(path), "--model.precision", "bf16"]
+                config = load("quickstart", [*small, "", *sized, *words])
+                train(config)
+                if steps == 2:
+                    (path / "summary.json").unlink()
+                    resume(path, config=dataclasses.replace(config, train=dataclasses.replace(config.train, steps=4)))
+                ends.append(load_file(path / "policy" / "model.safetensors"))
+            whole, again = ends
+            same = all(torch.equal(tensor, again[key]) for key, tensor in whole.items())
+            rows.append({"check": f"resume, {name}", "same_bits": same})
+            print(rows[-1], flush=True)
+    return rows
+
+
+@contextlib.contextmanager
+def _one_process(wanted: bool) -> Iterator[None]:
+    """A process group of this process alone, which is enough to shard."""
+    if wanted:
+        backend = "cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, rank=0, world_size=1, store=torch.distributed.HashStore())
+    yield
+    if wanted:
+        torch.distributed.destroy_process_group()
 
 
 def profile(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -261,7 +331,7 @@ def _replaced(settings: Config, rows: int, options: argparse.Namespace) -> Confi
 
 def decoding(options: argparse.Namespace, rates: dict[str, Any]) -> list[dict[str, Any]]:
     """Sampling alone, in bf16: eager, CUDA graphs, of a compiled model too, and Hugging Face's `generate`."""
-    model = Network(harness.build(options.model, "cuda"), "bf16").model
+    model = Network(harness.build(options.model, DEVICE), "bf16").model
     enable(model)
     rows = []
     for length in [length for length in options.lengths if length <= 256]:
@@ -300,7 +370,7 @@ def _sampling(engine: NativeEngine, positions: Any, noise: torch.Tensor) -> Call
 
 
 def _generate(model: Any, positions: Any, length: int, group: int) -> Callable[[], None]:
-    prompts = torch.tensor([[*context, *OPEN] for context in positions.contexts()], device="cuda")
+    prompts = torch.tensor([[*context, *OPEN] for context in positions.contexts()], device=DEVICE)
     options: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}
     options |= {"min_new_tokens": length, "max_new_tokens": length, "num_return_sequences": group}
 
@@ -346,11 +416,13 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=["exactness", "decoding", "steps"])
     parser.add_argument("--quick", action="store_true", help="the small model, short thoughts")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
+    if DEVICE == "cpu" and not options.quick:
         parser.exit(2, "benchmarks/gpu.py: there is no CUDA device\n")
     warnings.simplefilter("ignore")
     if options.quick:
         options.model, options.lengths, options.prefix, options.places = "qwen3 4x256", [16], 128, 4
+        options.kinds = [kind for kind in options.kinds if DEVICE == "cuda" or "cuda" not in kind]
+        options.decoding = options.decoding if DEVICE == "cuda" else "auto"
     rates = ceilings()
     print(rates, flush=True)
     rows: list[dict[str, Any]] = [rates]
@@ -358,6 +430,8 @@ def main() -> None:
         "exactness": lambda: exactness(options),
         "decoding": lambda: decoding(options, rates),
         "steps": lambda: steps(options, rates),
+        "update": lambda: update(options, rates),
+        "resume": lambda: resumed(options),
         "profile": lambda: profile(options),
     }
     failed = 0
@@ -371,7 +445,7 @@ def main() -> None:
             for row in found:
                 print({k: f"{v:.2e}" if isinstance(v, float) else v for k, v in row.items()}, flush=True)
         rows += found
-        torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # does nothing on a CPU
         if options.json:
             options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     if failed:

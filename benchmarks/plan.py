@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from forethought.config import load
+from forethought.memory import memory
 from forethought.tools.plan.job import Job, Options, job, shipped_shape
-from forethought.tools.plan.memory import memory
 from forethought.tools.plan.timing import step
 
 RESULTS = Path(__file__).parent / "results"

@@ -266,7 +266,7 @@ class ThinkingModel:
         rule = thinking_rule(think_when, thoughts)
         scores: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
         order = sorted(range(len(pairs)), key=lambda i: (-len(pairs[i][0]), pairs[i][0]))
-        for batch in _by_context(order, pairs, self.config.train.rollout_batch):
+        for batch in _by_context(order, pairs, self.config.train.rows):
             contexts = list(dict.fromkeys(tuple(pairs[i][0]) for i in batch))
             seeds = [seed] * len(contexts)
             found = self._think([list(one) for one in contexts], thoughts, seeds, thought_temperature, rule=rule)
@@ -454,7 +454,7 @@ class ThinkingModel:
         sampling = Sampling(
             limit=self.config.method.thought_length,
             temperature=temperature,
-            rows=self.config.train.rollout_batch,
+            rows=self.config.train.rows,
             not_first=closing.never_first,
             form=self.form,
         )
@@ -481,7 +481,7 @@ class ThinkingModel:
     ) -> Iterator[tuple[Positions, Thoughts]]:
         """Positions with the thoughts there and the `horizon` tokens that follow. The text is padded at its end."""
         window = _window([*tokens, *[self.form.pad] * (horizon - 1)])
-        size = max(1, self.config.train.rollout_batch // max(1, thoughts))
+        size = max(1, self.config.train.rows // max(1, thoughts))
         for start in range(0, len(starts), size):
             positions = at_positions([window], [starts[start : start + size]], horizon)
             yield positions, self._sample(positions, thoughts, [seed] * len(positions))
@@ -516,7 +516,7 @@ class ThinkingModel:
         """Chunks of pairs whose rows fit into one forward pass."""
         vocabulary = self.model.get_output_embeddings().weight.shape[0]
         longest = max((len(pairs[i][1]) for i in order), default=1)
-        rows = min(self.config.train.rollout_batch, _MAX_LOGITS // (longest * vocabulary))
+        rows = min(self.config.train.rows, _MAX_LOGITS // (longest * vocabulary))
         size = max(1, rows // max(1, thoughts))
         yield from (list(order[start : start + size]) for start in range(0, len(order), size))
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import math
 import shutil
 import time
@@ -20,8 +21,15 @@ from forethought.data import corpus
 from forethought.data.positions import Positions, thought_format
 from forethought.eval import heldout
 from forethought.flops import Flops, Shape, step_flops, t_flop
+from forethought.memory import Device, Setup, sized
 from forethought.models import lora, sharding
-from forethought.models.loading import check_context_length, load_tokenizer, save_thinking_options
+from forethought.models.loading import (
+    check_context_length,
+    device,
+    load_architecture,
+    load_tokenizer,
+    save_thinking_options,
+)
 from forethought.rollout import Responses, Thoughts, engine
 from forethought.run import checkpoint, distributed
 from forethought.run.diagnostics import Diagnosis, Monitor, diagnose_evaluation
@@ -34,15 +42,79 @@ TERM_NORMS_EVERY = 50
 LESS_MEMORY = "a smaller update.tokens_per_chunk or train.rollout_batch, update.checkpointing True and model.device cpu"
 
 
+class OutOfMemory(RunError):
+    """The GPU's memory ran out; where there is one process, the state is saved."""
+
+
 def train(config: Config, callbacks: Callbacks | None = None) -> dict[str, Any]:
-    """Run a config from its start. Returns what summary.json holds. Raises UserError, RunError, Stopped."""
+    """Run a config from its start. Returns what summary.json holds. Raises UserError, RunError, Stopped.
+
+    If memory runs out at sizes that were chosen here, a single process goes on once with half of them.
+    """
+    callbacks = callbacks or Callbacks()
+    try:
+        return _begin(config, callbacks)
+    except OutOfMemory:
+        if all(_sizes(config)) or distributed.launcher_rank_and_size()[1] > 1:
+            raise
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing where there is no GPU
+    saved = RunLog.open(config.run).config()
+    halves = (max(1, saved.train.rows // 2), saved.update.tokens_per_chunk // 2)
+    return resume(config.run, callbacks, _with_sizes(config, halves))
+
+
+def _begin(config: Config, callbacks: Callbacks) -> dict[str, Any]:
     with distributed.process_group(config):
         log = RunLog(Path(config.run))
         distributed.run_on_rank0(lambda: check_free(log.path, config.overwrite))
-        trainer = _trainer(config)
-        distributed.run_on_rank0(lambda: RunLog.create(config))
+        *sizes, free = _fitting_sizes(config)
+        chosen = _with_sizes(config, sizes)
+        trainer = _trainer(chosen)
+        distributed.run_on_rank0(lambda: RunLog.create(chosen))
+        if any(sizes):
+            where = f"({free / 1e9:.1f} GB free)" if free else "(fixed on a CPU)"
+            callbacks.note(f"train.rollout_batch = {sizes[0]}, update.tokens_per_chunk = {sizes[1]} {where}")
         with _held(log):
-            return trainer.run(log, callbacks or Callbacks())
+            return trainer.run(log, callbacks)
+
+
+def _sizes(config: Config) -> tuple[int, int]:
+    return config.train.rollout_batch, config.update.tokens_per_chunk
+
+
+def _with_sizes(config: Config, sizes: Sequence[int]) -> Config:
+    """The config with these sizes in place of 0."""
+    rows, tokens = (own or other for own, other in zip(_sizes(config), sizes, strict=True))
+    train = dataclasses.replace(config.train, rollout_batch=rows)
+    return dataclasses.replace(config, train=train, update=dataclasses.replace(config.update, tokens_per_chunk=tokens))
+
+
+def _fitting_sizes(config: Config) -> list[int]:
+    """The sizes that fit on all ranks, and the free bytes; 0 where both are given or memory is not modelled."""
+    if all(_sizes(config)):
+        return [0, 0, 0]
+    found = distributed.all_gather(distributed.run_on_all_ranks(lambda: _fitting_here(config)))
+    return [min(column) for column in zip(*found, strict=True)]
+
+
+def _fitting_here(config: Config) -> tuple[int, int, int]:
+    """The same of this rank."""
+    where, shape = device(config.model), Shape.known(load_architecture(config.model).get_text_config())
+    method, ranks = config.method, distributed.world_size()
+    modelled = method.samples_thoughts and method.name != "mixed" and config.rollout.engine == "native"
+    if shape is None or not modelled:
+        return 0, 0, 0
+    free = torch.cuda.mem_get_info(where)[0] + torch.cuda.memory_reserved(where) if where.type == "cuda" else 0
+    job = Setup(
+        config=config,
+        shape=shape.adapted(config.lora),
+        machine=Device(name=where.type, memory=float(free)),
+        gpus=ranks,
+        layout="one" if ranks == 1 else "zero1" if config.parallel.shard == "zero1" else "ddp",
+        max_prefix=config.corpus.window - method.horizon,
+    )
+    return *_sizes(sized(job).config), free
 
 
 def resume(run: str | Path, callbacks: Callbacks | None = None, config: Config | None = None) -> dict[str, Any]:
@@ -54,6 +126,7 @@ def resume(run: str | Path, callbacks: Callbacks | None = None, config: Config |
     log, callbacks = RunLog.open(run), callbacks or Callbacks()
     saved = log.config()
     config = dataclasses.replace(config or saved, run=str(log.path))
+    config = _with_sizes(config, _sizes(saved))
     changes = changed_on_resume(saved, config)
     with distributed.process_group(config), _held(log):
         finished, stage = ((log.path / name).is_file() for name in ("summary.json", "stage.json"))
@@ -141,7 +214,7 @@ class Trainer:
         self.engine = TimedEngine(engine(self.network.model, self.form, config))
         method = registry.load("method", config.method.name)
         self.method: Method = method(self.network, self.engine, self.form, self.tokenizer, config)
-        if config.parallel.shard == "zero1" and distributed.world_size() > 1:
+        if config.parallel.shard == "zero1" and torch.distributed.is_initialized():
             self.network.shard([one for name, one in self.method.state().items() if name == "teacher"])
         options = config.optim
         self.optimizer = torch.optim.AdamW(
@@ -209,7 +282,7 @@ class Trainer:
                 if isinstance(error, torch.OutOfMemoryError):
                     good = f"saved after step {self.saved}" if self.saved >= 0 else "no state was saved"
                     what = f"{str(error).partition('. ')[0]} after step {self.step}; {good}"
-                    raise RunError(f"{what}; train --resume {log.path} takes {LESS_MEMORY}") from error
+                    raise OutOfMemory(f"{what}; train --resume {log.path} takes {LESS_MEMORY}") from error
                 raise
             network, to = self.network, {"device": "cpu", "dtype": torch.float32}
             with sharding.full_model(network.weights, network.model, **to) as policy:

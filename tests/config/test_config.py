@@ -96,7 +96,7 @@ def test_the_options_are_these():
         ("--optim.beta2 1", "less than 1"),
         ("--optim.gradient_clip -1", "greater than or equal to 0"),
         ("--train.steps 0", "greater than or equal to 1"),
-        ("--train.rollout_batch 0", "greater than or equal to 1"),
+        ("--train.rollout_batch -1", "greater than or equal to 0"),
         ("--update.tokens_per_chunk -1", "greater than or equal to 0"),
         ("--train.keep_checkpoints 0", "greater than or equal to 1"),
         ("--train.tracker neptune", "'tensorboard'"),

@@ -95,7 +95,7 @@ def test_a_resumed_run_takes_other_sizes_and_keeps_its_results(
     assert list(checkpoints(run)) == [6]
     [said] = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert said.startswith(
-        "warning: step 2: model.decoding = 'eager' (was 'auto'), train.rollout_batch = 2 (was 128), "
+        "warning: step 2: model.decoding = 'eager' (was 'auto'), train.rollout_batch = 2 (was 126), "
     )
     assert "update.tokens_per_chunk = 64 (was 48)" in said
     assert "; results stay the same up to rounding (docs/diagnostics.md: options-changed)" in said
@@ -235,7 +235,7 @@ def out_of_memory() -> None:
 
 @pytest.mark.parametrize("forwards", [1000, 2000])
 def test_out_of_memory_is_a_line_that_loses_nothing(forwards: int, tmp_path: Path, whole: Path):
-    run, values = tmp_path / "run", options(tmp_path, "run", train={"checkpoint_every": 100})
+    run, values = tmp_path / "run", options(tmp_path, "run", train={"checkpoint_every": 100, "rollout_batch": 128})
     after_forwards(forwards, out_of_memory)
     with pytest.raises(RunError, match=r"^CUDA out of memory after step") as error:
         train(from_dict(values))

@@ -251,8 +251,8 @@ class Train:
     """Stop after the step that has spent this many FLOPs (docs/flops.md); 0: never. The schedule follows."""
     batch: Positive = 512
     """Positions per step (rlp, rpt) or windows per step (cpt)."""
-    rollout_batch: Positive = 128
-    """Thoughts decoded at once; changes speed and memory, not the result."""
+    rollout_batch: Count = 0
+    """Thoughts decoded at once; 0: as many as fit, chosen at the start. Changes speed and memory, not the result."""
     log_every: Positive = 1
     """Steps between lines of metrics.jsonl."""
     log_thoughts: Count = 2
@@ -264,6 +264,11 @@ class Train:
     tracker: Literal["none", "tensorboard", "wandb", "mlflow", "trackio"] = "none"
     """Also send metrics to a tracker, and every checkpoint_every steps the logged thoughts, as a table or text."""
 
+    @property
+    def rows(self) -> int:
+        """Thoughts decoded at once; 128 where none were chosen."""
+        return self.rollout_batch or 128
+
     def logs(self, step: int) -> bool:
         """Whether a step is logged: every log_every-th, the first and the last."""
         return step % self.log_every == 0 or step in (1, self.steps)
@@ -274,7 +279,7 @@ class Update:
     """The backward pass."""
 
     tokens_per_chunk: Count = 0
-    """Tokens in one forward and backward pass; 0: as many as fit about 1 GiB. Changes speed and memory, not results."""
+    """Tokens in one forward and backward pass; 0: as many as fit. Changes speed and memory, not results."""
     checkpointing: bool = False
     """Activation checkpointing: keep only the inputs of each layer and recompute the rest. Less memory, more time."""
 

@@ -134,7 +134,7 @@ def best_thought(subject: Subject, windows: Sequence[Window], progress: Progress
     def tell(done: int) -> None:
         progress("choosing a generic thought", done, total)
 
-    chunks = asked.chunks(max(1, config.train.rollout_batch // shape[0]))
+    chunks = asked.chunks(max(1, config.train.rows // shape[0]))
     groups = [group for some in over_ranks(chunks, sample, tell) for group in some]
     different = dict.fromkeys(tuple(thought) for turn in zip(*groups, strict=True) for thought in turn if thought)
     candidates = list(map(list, different))[:CANDIDATES]
@@ -174,5 +174,5 @@ def _target_logp(
         targets = chunk.targets()[:, :1, None].to(logp.device)
         return logp.gather(-1, targets.expand(-1, logp.shape[1], 1)).squeeze(-1).cpu()  # (part, group)
 
-    chunks = positions.chunks(max(1, config.train.rollout_batch // len(given[0])))
+    chunks = positions.chunks(max(1, config.train.rows // len(given[0])))
     return torch.cat(over_ranks(chunks, score, progress))

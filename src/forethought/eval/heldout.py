@@ -108,7 +108,7 @@ def sample_groups(subject: Subject, windows: Sequence[Window], progress: Progres
     for name, chosen in groups.items():
         positions = at_positions(windows, chosen, config.method.horizon)
         found = over_ranks(
-            positions.chunks(max(1, config.train.rollout_batch // config.evaluate.thoughts)),
+            positions.chunks(max(1, config.train.rows // config.evaluate.thoughts)),
             lambda chunk, start, name=name, before=done: _measure_chunk(subject, chunk, (name, before + start)),
             lambda now, before=done: progress(before + now, total),
         )

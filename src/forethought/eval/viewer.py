@@ -79,7 +79,7 @@ def _chunks(subject: Subject, window: Window, every: int) -> list[Positions]:
     """Every `every`-th position of a window, in chunks that decode together."""
     config = subject.config
     indices = list(range(1, len(window.tokens) - config.method.horizon + 1, every))
-    size = max(1, config.train.rollout_batch // config.evaluate.view_thoughts)
+    size = max(1, config.train.rows // config.evaluate.view_thoughts)
     pieces = [indices[start : start + size] for start in range(0, len(indices), size)]
     return [at_positions([window], [piece], config.method.horizon) for piece in pieces]
 

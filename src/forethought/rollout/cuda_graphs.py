@@ -19,13 +19,13 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from forethought.config import Method
 from forethought.data.positions import Positions, ThoughtFormat
 from forethought.data.token_bytes import Closing
+from forethought.memory import MOST_DOCUMENTS
 from forethought.prefix import CacheCapacity, StaticCache, SuffixCache
 from forethought.rollout.decoder import DecodeState, EagerBackend, SharedBatch, matching_prefix, sample
 
 _LOOK = 8  # steps between two checks by the host which rows are finished
 _FEWEST = 16  # rows below which rows are no longer moved together
 _GRAIN = 256  # the documents' capacity is a multiple of this many tokens, so that few shapes occur
-_WINDOWS = 4  # documents in memory at once: this many times those that a step's groups would fill
 _SHAPES = 64  # numbers of rows for which a step may be compiled
 _CELL = 128  # tokens of the vocabulary that are summed together before one of them is drawn
 
@@ -148,7 +148,7 @@ class CUDAGraphDecoder:
     def _end(self, positions: Positions, start: int, group: int) -> int:
         """The end of the next positions that decode together: as many as fit, in a bounded number of windows."""
         end = positions.window_boundary(start, max(1, self.rows // group), at_least=True)
-        most = max(1, _WINDOWS * self.rows // self.options.group)
+        most = max(MOST_DOCUMENTS, self.rows // self.options.group)
         owners = positions.window[start:end]
         return start + int((owners < owners[0] + most).sum())
 

@@ -76,7 +76,7 @@ class NativeEngine:
 
 def native_engine(model: Any, form: ThoughtFormat, config: Config) -> NativeEngine:
     """What `rollout.engine` builds. Raises UserError where the model does not support what the config asks for."""
-    rows, shared, bf16 = config.train.rollout_batch, config.model.prefix == "shared", config.rollout.precision == "bf16"
+    rows, shared, bf16 = config.train.rows, config.model.prefix == "shared", config.rollout.precision == "bf16"
     backend = _cpp(model, config) or EagerBackend(model, rows, prepack=config.model.decoding != "eager")
     if bf16 and not isinstance(backend, CppBackend):
         raise UserError("rollout.precision = 'bf16': takes model.decoding cpp or rollout.engine vllm")
@@ -100,7 +100,7 @@ def _cuda_graphs(model: Any, form: ThoughtFormat, config: Config) -> CUDAGraphDe
     if reason and decoding != "auto":
         raise UserError(f"model.decoding = {decoding!r}: {reason}; use 'auto' or 'eager'")
     compiled = decoding == "cuda_graphs_compiled"
-    return None if reason else CUDAGraphDecoder(model, form, config.method, config.train.rollout_batch, compiled)
+    return None if reason else CUDAGraphDecoder(model, form, config.method, config.train.rows, compiled)
 
 
 def _cpp(model: Any, config: Config) -> CppBackend | None:

@@ -279,7 +279,7 @@ def start(policy: Any, form: ThoughtFormat, config: Config) -> VLLMEngine:
             "enable_chunked_prefill": policy.device.type != "cpu",  # vLLM 0.32 on a CPU fails to split seeded prompts
             "logprobs_mode": "processed_logprobs",  # at the sampling temperature
             "max_model_len": config.corpus.window + form.overhead + config.method.thought_length,
-            "max_num_seqs": config.train.rollout_batch,
+            "max_num_seqs": config.train.rows,
             "kv_cache_memory_bytes": int(config.rollout.cache_gb * 2**30),
         }
         return VLLMEngine(policy, form, config, vllm, options)

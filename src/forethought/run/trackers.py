@@ -23,6 +23,9 @@ class Callbacks:
     def step(self, step: int, total: int, metrics: dict[str, float]) -> None:
         """A training step is done."""
 
+    def note(self, text: str) -> None:
+        """One line on how the run is computed."""
+
     def warning(self, found: Diagnosis) -> None:
         """Diagnostics found a problem; the run goes on."""
 

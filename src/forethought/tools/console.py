@@ -110,6 +110,10 @@ class ProgressBar(Callbacks):
         figures = [f"{short} {metrics[name]:.3g}" for short, name in names.items() if name in metrics]
         self._show("training", step, total, ", ".join(figures))
 
+    def note(self, text: str) -> None:
+        """One line."""
+        line(self._console, self._part + text)
+
     def warning(self, found: Diagnosis) -> None:
         """One yellow line; the run goes on."""
         text = f"warning: step {found.step}: {found.evidence}; {found.advice} (docs/diagnostics.md: {found.name})"

@@ -179,7 +179,7 @@ class ForethoughtLM(TemplateLM):
         for i, (context, options) in enumerate(requests):
             groups.setdefault(repr(sorted(options.items())), []).append((i, seen[context]))
             seen[context] += 1
-        size = self.thinker.config.train.rollout_batch
+        size = self.thinker.config.train.rows
         for members in groups.values():
             options: dict[str, Any] = dict(normalize_gen_kwargs(requests[members[0][0]][1], self.max_gen_toks))
             if odd := sorted(options.keys() - _KNOWN):

@@ -16,11 +16,11 @@ from transformers import AutoConfig
 from forethought.cli import main
 from forethought.config import UserError, load, own_options
 from forethought.flops import Shape, forward_flops, rlp_step
+from forethought.memory import GIB, chunk_tokens, chunk_windows, fits, memory, uses_cuda_graphs
 from forethought.tools import plan as planner
-from forethought.tools.plan import Options, as_dict, plan, shipped_shape
-from forethought.tools.plan.job import GIB, MACHINES, Job, machine
+from forethought.tools.plan import Options, advice, as_dict, largest, plan, shipped_shape
+from forethought.tools.plan.job import MACHINES, Job, machine
 from forethought.tools.plan.job import job as read_job
-from forethought.tools.plan.memory import advice, chunk_tokens, chunk_windows, fits, largest, memory, uses_cuda_graphs
 from forethought.tools.plan.timing import (
     RANKS,
     Lengths,

@@ -19,11 +19,11 @@ from forethought.algo.rlp import RLP
 from forethought.config import Config, from_dict
 from forethought.data.corpus import Window
 from forethought.flops import Shape, mamba_saved
+from forethought.memory import chunk_tokens, memory
 from forethought.models.compute_copy import Network
 from forethought.models.logprobs import chunk_tokens as real_chunk_tokens
 from forethought.models.lora import add_adapters
 from forethought.prefix import SuffixCache, backbone, enable, read
-from forethought.tools.plan.memory import chunk_tokens, memory
 from helpers.architectures import CONFIGS, model
 from helpers.models import LONG, collected
 from helpers.plans import CPU, job

@@ -1,19 +1,32 @@
 """Estimates a run's memory, FLOPs, time and cost before it starts, and how it scales. Imports no torch."""
 
 import json
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from forethought.config import Config, UserError
+from forethought.config import Config, UserError, from_dict, merge, to_dict
 from forethought.flops import Shape
-from forethought.tools.plan.job import MACHINES, Job, Layout, Machine, Options, job, shipped_shape
-from forethought.tools.plan.memory import Bytes, Change, adapters, advice, chunk_tokens, fits, largest, memory
+from forethought.memory import Bytes, Layout, chunk_tokens, fits, largest_that, memory
+from forethought.tools.plan.job import MACHINES, Job, Machine, Options, job, shipped_shape
 from forethought.tools.plan.timing import ASSUMPTIONS, Lengths, Scale, Step, lengths_of_run, lognormal, simulate, step
 
 __all__ = [
-    "MACHINES", "Machine", "Options", "Plan", "as_dict", "plan", "shipped_shape", "write",
+    "MACHINES", "Machine", "Options", "Plan", "adapters", "advice", "as_dict", "largest", "plan", "shipped_shape",
+    "write",
 ]  # fmt: skip
+_LORA_RANK = 16  # of the adapters that `adapters` proposes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """One change, on top of those before it."""
+
+    what: str
+    costs: str
+    saved: float  # bytes of the peak
+    peak: float  # bytes, after this change and all before it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,3 +145,120 @@ def write(result: Plan, file: str) -> None:
             Path(file).write_text(json.dumps(as_dict(result), indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--json {file}: cannot be written: {error.strerror}") from None
+
+
+def advice(job: Job) -> list[Change]:
+    """Changes that make a run fit, mildest first; empty where it fits. Changes that save nothing are left out."""
+    changes: list[Change] = []
+    for what, costs, candidates in _CHANGES:
+        before, candidate = memory(job).peak, (None, job)
+        if before <= job.machine.usable:
+            break
+        for candidate in candidates(job):
+            if fits(candidate[1]):
+                break
+        value, changed = candidate
+        peak = memory(changed).peak
+        if peak < before * 0.999:
+            changes.append(Change(what=what.format(value), costs=costs, saved=before - peak, peak=peak))
+            job = changed
+    return changes
+
+
+def adapters(job: Job) -> Change | None:
+    """Training adapters only, and what else must change with it; None where the run fits or has adapters already."""
+    if job.shape.adapter or not job.shape.linears or fits(job):
+        return None
+    options = from_dict(merge(to_dict(job.config), {"lora": {"r": _LORA_RANK}, "parallel": {"shard": "none"}}))
+    layout = "ddp" if job.layout == "zero1" else job.layout
+    other = replace(job, config=options, shape=job.shape.adapted(options.lora), layout=layout)
+    more = advice(other)
+    peak = more[-1].peak if more else memory(other).peak
+    what = " ".join([f"--lora.r {_LORA_RANK}", *(change.what for change in more)])
+    return Change(what=what, costs="only adapters are trained", saved=memory(job).peak - peak, peak=peak)
+
+
+def largest(job: Job) -> dict[str, int] | None:
+    """The largest train.rollout_batch and train.batch (positions of a step, all GPUs) that fit, one at a time.
+
+    None where not even the smallest of both fits.
+    """
+    per_gpu = job.gpus * job.config.method.positions
+
+    def with_rows(n: int) -> Job:
+        batch = max(job.config.train.batch, n * per_gpu)  # enough windows to decode together
+        return job.with_option("train", rollout_batch=n * job.thoughts_per_window, batch=batch)
+
+    rows = largest_that(lambda n: fits(with_rows(n)))
+    batch = largest_that(lambda n: fits(job.with_option("train", batch=n * per_gpu)))
+    return {"rollout_batch": rows * job.thoughts_per_window, "batch": batch * per_gpu} if rows and batch else None
+
+
+_Candidates = Iterable[tuple[object, Job]]  # values of a change, mildest first, each with the changed job
+
+
+def _set(section: str, option: str, values: Callable[[Job], Iterable[object]]) -> Callable[[Job], _Candidates]:
+    """Candidates that set an option of the config to each of some values."""
+    return lambda job: ((value, job.with_option(section, **{option: value})) for value in values(job))
+
+
+def _halved(value: int, least: int) -> Iterator[int]:
+    while value > least:
+        value = max(value // 2, least)
+        yield value
+
+
+def _fewer_rows(job: Job) -> list[int]:
+    """The most rows that fit beside the smallest chunks, or one window's."""
+    window = job.thoughts_per_window
+    small = job.with_option("update", tokens_per_chunk=min(chunk_tokens(job), job.between + job.longest_row))
+    most = largest_that(lambda n: fits(small.with_option("train", rollout_batch=n * window)), 2**12)
+    return [min(max(most, 1) * window, job.decode_rows)]
+
+
+def _smaller_chunks(job: Job) -> Iterator[int]:
+    """Down to one thought."""
+    return _halved(chunk_tokens(job), job.between + job.longest_row)
+
+
+def _shorter_windows(job: Job) -> _Candidates:
+    for window in _halved(job.config.corpus.window, 128):
+        longest = min(job.max_prefix, window - job.config.method.horizon)
+        yield window, replace(job.with_option("corpus", window=window), max_prefix=longest)
+
+
+def _sharded(job: Job) -> _Candidates:
+    """Adapters do not profit, since each GPU has all frozen weights."""
+    return [(job.gpus, replace(job, layout="zero1"))] if job.layout == "ddp" and not job.shape.adapter else []
+
+
+def _more_gpus(job: Job) -> _Candidates:
+    """Sharded, twice as many until it fits; none where 1,024 do not."""
+    more = (replace(job, gpus=job.gpus * 2**k, layout="zero1") for k in range(1, 11))
+    return ((one.gpus, one) for one in more if one.gpus < 2048 and not job.shape.adapter and fits(one))
+
+
+_CHANGES: tuple[tuple[str, str, Callable[[Job], _Candidates]], ...] = (
+    ("--train.rollout_batch {}", "slower decoding", _set("train", "rollout_batch", _fewer_rows)),
+    ("--update.tokens_per_chunk {}", "a slower update", _set("update", "tokens_per_chunk", _smaller_chunks)),
+    ("--layout zero1 on {} GPUs", "weights are sent once more a step", _sharded),
+    (
+        "--update.checkpointing {}", "layers are recomputed in the update",
+        _set("update", "checkpointing", lambda job: [True]),
+    ),
+    ("--method.kl_weight {}", "no KL penalty", _set("method", "kl_weight", lambda job: [0])),
+    (
+        "--method.teacher_every {}", "the gain is not logged; the update stays the same",
+        _set("method", "teacher_every", lambda job: [0] * job.config.shift_invariant),
+    ),
+    (
+        "--gradients {}", "gradients are rounded (not an option of train yet)",
+        lambda job: [("bf16", replace(job, gradient_bytes=2))],
+    ),
+    ("--gpus {} --layout zero1", "more GPUs", _more_gpus),
+    (
+        "--method.thought_length {}", "shorter thoughts",
+        _set("method", "thought_length", lambda job: _halved(job.config.method.thought_length, 64)),
+    ),
+    ("--corpus.window {}", "shorter documents", _shorter_windows),
+)  # fmt: skip

@@ -13,20 +13,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from forethought.config import Config, RenamedWarning, UserError, registry
+from forethought.config import Config, RenamedWarning, UserError
 from forethought.flops import Shape, Work, forward_flops
+from forethought.memory import Device, Layout, Setup, sized
 
-Layout = Literal["one", "ddp", "zero1"]
-"""How the model is distributed over the GPUs.
-
-- one: one process
-- ddp: a full replica on each GPU; gradients are all-reduced once a step
-- zero1: fp32 weights, optimizer state and teacher are sharded; each GPU keeps full gradients until the step's one
-  reduce-scatter, and full compute weights, all-gathered once a step
-"""
-GIB = 2**30
 _SHAPES = Path(__file__).parent / "shapes"
-_CHARACTERS = 4  # of a prompt, per token
 _ABSENT = {  # what a shipped shape may leave out
     "moe_latent_size": None, "moe_intermediate_size": 0, "moe_shared_expert_intermediate_size": 0,
     "num_experts_per_tok": 0, "num_local_experts": 0,
@@ -34,11 +25,9 @@ _ABSENT = {  # what a shipped shape may leave out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
+class Machine(Device):
     """One GPU (or the CPU) and its interconnect. Rates are peaks, of which the shares are reached."""
 
-    name: str
-    memory: float  # bytes
     bf16: float  # FLOP/s of a matrix product, dense
     fp32: float  # the same in fp32, without TF32
     bandwidth: float  # bytes/s, read and written
@@ -64,11 +53,6 @@ class Machine:
     def copy(self) -> float:
         """Bytes/s that large copies reach."""
         return self.copy_share * self.bandwidth
-
-    @property
-    def usable(self) -> float:
-        """Bytes available to tensors: 6 % headroom for fragmentation, and 1 GiB of a GPU for context and libraries."""
-        return 0.94 * self.memory - (0 if self.name == "cpu" else GIB)
 
 
 _ASSUMED = (
@@ -153,114 +137,14 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """A run to plan. Lengths are in tokens; `prefix`, `document` and `length` are typical, limits the config's."""
+class Job(Setup):
+    """A run to plan. `prefix`, `document` and `length` are typical, limits the config's."""
 
-    config: Config
-    shape: Shape
     machine: Machine
-    gpus: int = 1
     gpus_per_node: int = 8
-    layout: Layout = "one"
     prefix: int  # before the last position of a document, without the template
     document: int  # read by the teacher
-    max_prefix: int  # prefix of the longest document
     length: float  # mean length of a thought, with the sampled closing delimiter
-    opening: int = 1
-    closing: int = 1
-    gradient_bytes: int = 4  # per parameter
-
-    @property
-    def template(self) -> int:
-        """Tokens of the template before a context, at four characters per token: no tokenizer is loaded."""
-        return math.ceil(len(self.config.method.prompt.partition("{context}")[0]) / _CHARACTERS)
-
-    @property
-    def between(self) -> int:
-        """Tokens between a prefix and a thought: the rest of the template, the opening delimiter."""
-        return math.ceil(len(self.config.method.prompt.partition("{context}")[2]) / _CHARACTERS) + self.opening
-
-    @property
-    def prediction(self) -> int:
-        """Tokens of the prediction written after each thought (RPT)."""
-        return self.config.method.prediction_length if self.config.method.entry.writes else 0
-
-    @property
-    def max_new_tokens(self) -> int:
-        """The longest thought with its prediction."""
-        return self.config.method.thought_length + self.prediction
-
-    @property
-    def longest_row(self) -> int:
-        """Tokens that the update reads after the opening delimiter, at most: with a prediction term, to the targets."""
-        after = self.closing + self.config.method.horizon if self.config.method.prediction_weight else 0
-        return self.max_new_tokens + after
-
-    @property
-    def trainable(self) -> int:
-        """Parameters with gradients: all of them, or those of adapters."""
-        return self.shape.adapter or self.shape.parameters
-
-    @property
-    def local_trainable(self) -> float:
-        """Of these, those whose fp32 weights and moments are on each GPU."""
-        return self.trainable / (self.gpus if self.layout == "zero1" else 1)
-
-    @property
-    def teacher(self) -> bool:
-        """Whether there is a teacher."""
-        return self.config.method.entry.teacher and self.config.method.teacher_every > 0
-
-    @property
-    def entropies(self) -> bool:
-        """Whether the policy or its frozen start chooses positions by entropy; other proxies' shapes are unknown."""
-        entry = registry.entry("position_policy", self.config.method.policy)
-        return entry.proxy and self.config.method.proxy in ("", "policy")
-
-    @property
-    def frozen_start(self) -> bool:
-        """Whether a copy of the start is kept: the KL reference or the proxy, or one for both."""
-        return self.config.method.kl_weight > 0 or (self.entropies and not self.config.method.proxy)
-
-    @property
-    def shared(self) -> bool:
-        """Whether a document is read once for all its thoughts."""
-        return self.config.model.prefix == "shared"
-
-    @property
-    def compute_bytes(self) -> int:
-        """Bytes of a number in compute precision: a weight, a cached key."""
-        return 2 if self.config.model.precision == "bf16" else 4
-
-    @property
-    def windows(self) -> int:
-        """Windows of a step, on all GPUs."""
-        return self.config.train.batch // self.config.method.positions
-
-    @property
-    def local_windows(self) -> int:
-        """Windows of a step on the GPU with the most."""
-        return math.ceil(self.windows / self.gpus)
-
-    @property
-    def thoughts_per_window(self) -> int:
-        """Thoughts of all positions of a window."""
-        return self.config.method.positions * self.config.method.group
-
-    @property
-    def local_thoughts(self) -> int:
-        """Thoughts of a step on the GPU with the most."""
-        return self.local_windows * self.thoughts_per_window
-
-    @property
-    def decode_windows(self) -> int:
-        """Windows whose thoughts are decoded together."""
-        return min(max(1, self.config.train.rollout_batch // self.thoughts_per_window), self.local_windows)
-
-    @property
-    def decode_rows(self) -> int:
-        """Thoughts that are decoded together."""
-        return self.decode_windows * self.thoughts_per_window
 
     def window_work(self) -> Work:
         """The tokens that a typical window takes in one step; its positions are evenly spaced."""
@@ -283,11 +167,6 @@ class Job:
             written=((self.prediction,) * method.group,) * positions if self.prediction else (),
             proxy=forward_flops(self.shape, [(self.max_prefix, 0)], self.max_prefix) if self.entropies else 0,
         )
-
-    def with_option(self, section: str, **changes: object) -> "Job":
-        """The job with some options of a section of its config changed."""
-        part = replace(getattr(self.config, section), **changes)
-        return replace(self, config=replace(self.config, **{section: part}))
 
 
 def job(config: Config, shape: Shape, options: Options) -> Job:
@@ -312,7 +191,7 @@ def job(config: Config, shape: Shape, options: Options) -> Job:
         raise UserError(f"--layout zero1: with lora.r = {config.lora.r} few parameters are trained; use ddp")
     if (layout == "one") != (gpus == 1):
         raise UserError(f"--layout {layout}: does not fit --gpus {gpus}")
-    return Job(
+    planned = Job(
         config=config,
         shape=shape.adapted(config.lora),
         machine=machine(options.gpu, options.ceilings, options.price),
@@ -325,6 +204,7 @@ def job(config: Config, shape: Shape, options: Options) -> Job:
         length=float(length),
         gradient_bytes=2 if options.gradients == "bf16" else 4,
     )
+    return sized(planned)
 
 
 def shipped_shape(path: str) -> Shape | None:

@@ -6,8 +6,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from forethought.memory import SCANS, chunk_tokens
 from forethought.tools.plan import Plan
-from forethought.tools.plan.memory import SCANS, chunk_tokens
 from forethought.tools.plan.timing import ASSUMPTIONS, Scale
 
 _LAYOUTS = {"one": "one process", "ddp": "data parallel", "zero1": "ZeRO-1"}

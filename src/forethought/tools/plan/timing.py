@@ -10,8 +10,8 @@ import numpy as np
 
 from forethought.config import UserError
 from forethought.flops import Flops, decode_flops, forward_flops, rlp_step, t_flop
+from forethought.memory import cache_numbers, chunk_tokens, chunk_windows, uses_cuda_graphs
 from forethought.tools.plan.job import Job
-from forethought.tools.plan.memory import cache_numbers, chunk_tokens, chunk_windows, uses_cuda_graphs
 
 KERNELS = {"fp32": 57, "bf16": 39}  # per layer of Qwen3 and decoded token; bf16 with fused norms
 OTHER_KERNELS = 80  # per decoded token outside the layers: embedding, head, sampling, bookkeeping

@@ -1,23 +1,177 @@
-"""Bytes on one GPU by part, what fits, and what to change where a run does not.
+"""Bytes on one GPU by part, and the sizes of batches that fit: arithmetic on a config and a model's shape, no torch.
 
 The parts are those of this package's own engine and update: tests/tools/plan/test_plan_memory.py compares them with
 measured peaks on a CPU. What only a GPU does (CUDA graphs, fused norms) is arithmetic.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
 
-from forethought.config import from_dict, merge, to_dict
-from forethought.flops import MAX_LOGITS, PREPACK_MIN_WEIGHTS, SavedBytes, automatic_chunk, mamba_saved
-from forethought.tools.plan.job import Job
+from forethought.config import Config, registry
+from forethought.flops import MAX_LOGITS, PREPACK_MIN_WEIGHTS, SavedBytes, Shape, automatic_chunk, mamba_saved
 
+Layout = Literal["one", "ddp", "zero1"]
+"""How the model is distributed over the GPUs.
+
+- one: one process
+- ddp: a full replica on each GPU; gradients are all-reduced once a step
+- zero1: fp32 weights, optimizer state and teacher are sharded; each GPU keeps full gradients until the step's one
+  reduce-scatter, and full compute weights, all-gathered once a step
+"""
+GIB = 2**30
+MOST_DOCUMENTS = 32
+"""Documents in the buffers of CUDA graphs, or as many as a step's thoughts fill."""
 SCANS = "Mamba scans without mamba_ssm"
+_PREPACKED = "prepacked weights"
 _SAMPLED_TOKEN = 29  # bytes of a sampled token: noise, tokens and log-probabilities, and their copies
 _SAMPLED_LOGIT = {4: 28, 2: 26}  # bytes of a logit while a token is sampled, by compute precision
 _GRAPH_LOGIT = 48  # the same in CUDA graphs, which keep their buffers, for as many rows, half as many, and so on
 _GRAPH_LOOK = 32  # tokens that CUDA graphs may run on before the host looks (forethought.rollout.cuda_graphs)
 _SCAN_PEAK = 1.4  # temporary tensors of a scan add two fifths
-_LORA_RANK = 16  # of the adapters that `adapters` proposes
+_CHARACTERS = 4  # of a prompt, per token
+_UNDERESTIMATE = 1.06  # peaks on one H100 over those computed here, at most (benchmarks/plan.py)
+_CPU_DECODE = 2 * GIB  # of what decodes at once on a CPU where train.rollout_batch is 0
+_PIECE = 256  # update.tokens_per_chunk is chosen in such steps, from one of them
+_MOST_TOKENS = 2**16  # up to so many
+
+
+J = TypeVar("J", bound="Setup")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """A GPU or the CPU."""
+
+    name: str
+    memory: float  # bytes
+
+    @property
+    def usable(self) -> float:
+        """Bytes available to tensors: 6 % headroom for fragmentation, and 1 GiB of a GPU for context and libraries."""
+        return 0.94 * self.memory - (0 if self.name == "cpu" else GIB)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """A run on one kind of device: all that its memory depends on. Lengths are in tokens."""
+
+    config: Config
+    shape: Shape
+    machine: Device
+    gpus: int = 1
+    layout: Layout = "one"
+    max_prefix: int  # prefix of the longest document
+    opening: int = 1
+    closing: int = 1
+    gradient_bytes: int = 4  # per parameter
+
+    @property
+    def template(self) -> int:
+        """Tokens of the template before a context, at four characters per token: no tokenizer is loaded."""
+        return math.ceil(len(self.config.method.prompt.partition("{context}")[0]) / _CHARACTERS)
+
+    @property
+    def between(self) -> int:
+        """Tokens between a prefix and a thought: the rest of the template, the opening delimiter."""
+        return math.ceil(len(self.config.method.prompt.partition("{context}")[2]) / _CHARACTERS) + self.opening
+
+    @property
+    def prediction(self) -> int:
+        """Tokens of the prediction written after each thought (RPT)."""
+        return self.config.method.prediction_length if self.config.method.entry.writes else 0
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The longest thought with its prediction."""
+        return self.config.method.thought_length + self.prediction
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens that the update reads after the opening delimiter, at most: with a prediction term, to the targets."""
+        after = self.closing + self.config.method.horizon if self.config.method.prediction_weight else 0
+        return self.max_new_tokens + after
+
+    @property
+    def trainable(self) -> int:
+        """Parameters with gradients: all of them, or those of adapters."""
+        return self.shape.adapter or self.shape.parameters
+
+    @property
+    def local_trainable(self) -> float:
+        """Of these, those whose fp32 weights and moments are on each GPU."""
+        return self.trainable / (self.gpus if self.layout == "zero1" else 1)
+
+    @property
+    def teacher(self) -> bool:
+        """Whether there is a teacher."""
+        return self.config.method.entry.teacher and self.config.method.teacher_every > 0
+
+    @property
+    def entropies(self) -> bool:
+        """Whether the policy or its frozen start chooses positions by entropy; other proxies' shapes are unknown."""
+        entry = registry.entry("position_policy", self.config.method.policy)
+        return entry.proxy and self.config.method.proxy in ("", "policy")
+
+    @property
+    def frozen_start(self) -> bool:
+        """Whether a copy of the start is kept: the KL reference or the proxy, or one for both."""
+        return self.config.method.kl_weight > 0 or (self.entropies and not self.config.method.proxy)
+
+    @property
+    def shared(self) -> bool:
+        """Whether a document is read once for all its thoughts."""
+        return self.config.model.prefix == "shared"
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of a number in compute precision: a weight, a cached key."""
+        return 2 if self.config.model.precision == "bf16" else 4
+
+    @property
+    def windows(self) -> int:
+        """Windows of a step, on all GPUs."""
+        return self.config.train.batch // self.config.method.positions
+
+    @property
+    def local_windows(self) -> int:
+        """Windows of a step on the GPU with the most."""
+        return math.ceil(self.windows / self.gpus)
+
+    @property
+    def thoughts_per_window(self) -> int:
+        """Thoughts of all positions of a window."""
+        return self.config.method.positions * self.config.method.group
+
+    @property
+    def local_thoughts(self) -> int:
+        """Thoughts of a step on the GPU with the most."""
+        return self.local_windows * self.thoughts_per_window
+
+    @property
+    def decode_windows(self) -> int:
+        """Windows whose thoughts are decoded together."""
+        return min(max(1, self.config.train.rows // self.thoughts_per_window), self.local_windows)
+
+    @property
+    def decode_documents(self) -> int:
+        """Documents in memory at once, in training or in an evaluation, which has fewer thoughts in each."""
+        held_out, rows = self.config.evaluate, self.config.train.rows
+        at_once = min(max(1, rows // held_out.thoughts), held_out.documents) if held_out.path else 0
+        if uses_cuda_graphs(self):
+            at_once = min(at_once, MOST_DOCUMENTS)
+        return max(self.decode_windows, at_once)
+
+    @property
+    def decode_rows(self) -> int:
+        """Thoughts that are decoded together."""
+        return self.decode_windows * self.thoughts_per_window
+
+    def with_option(self: J, section: str, **changes: object) -> J:
+        """The same with some options of a section of its config changed."""
+        part = replace(getattr(self.config, section), **changes)
+        return replace(self, config=replace(self.config, **{section: part}))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,35 +194,35 @@ class Bytes:
         return sum(self.held.values()) + max(self.phases.values())
 
 
-def memory(job: Job) -> Bytes:
+def memory(job: Setup) -> Bytes:
     """Bytes on the GPU with the most work."""
     return Bytes(held=_held(job), decode=_decode(job), score=_score(job), update=_update(job))
 
 
-def fits(job: Job) -> bool:
+def fits(job: Setup) -> bool:
     """Whether the peak fits the usable memory of the machine."""
     return memory(job).peak <= job.machine.usable
 
 
-def chunk_tokens(job: Job) -> int:
+def chunk_tokens(job: Setup) -> int:
     """Tokens in one forward and backward pass, as in `forethought.models.logprobs.chunk_tokens`."""
     shape, memory = job.shape, None if job.machine.name == "cpu" else job.machine.memory
     automatic = automatic_chunk(shape.layers, shape.hidden, shape.intermediate, job.compute_bytes, memory)
     return job.config.update.tokens_per_chunk or automatic
 
 
-def chunk_windows(job: Job) -> int:
+def chunk_windows(job: Setup) -> int:
     """Windows that are read at once: as many as fit in a chunk, or one."""
     return min(max(1, chunk_tokens(job) // (job.max_prefix + 1)), job.local_windows)
 
 
-def uses_cuda_graphs(job: Job) -> bool:
+def uses_cuda_graphs(job: Setup) -> bool:
     """Whether thoughts are decoded in CUDA graphs: on a GPU, without Mamba (forethought.rollout.cuda_graphs)."""
     eager = job.config.model.decoding in ("eager", "cpp") or job.config.method.entry.writes
     return job.machine.name != "cpu" and not job.shape.mamba and job.shared and not eager
 
 
-def saved_bytes(job: Job, rows: int, width: int) -> tuple[float, float]:
+def saved_bytes(job: Setup, rows: int, width: int) -> tuple[float, float]:
     """Bytes that a pass over `rows` rows of `width` tokens saves for its backward pass: without scans, of scans."""
     total, scans = job.shape.saved * width, SavedBytes()
     for mixer in job.shape.mamba:
@@ -80,13 +234,13 @@ def saved_bytes(job: Job, rows: int, width: int) -> tuple[float, float]:
     return float(rows * (total.bf16 if job.machine.name == "cpu" else total.fused)), float(rows * scans.bf16)
 
 
-def cache_numbers(job: Job) -> tuple[int, int]:
+def cache_numbers(job: Setup) -> tuple[int, int]:
     """Numbers in the keys and values of one token, and in the Mamba states of one row, over all layers."""
     keys = sum(2 * one.kv_heads * one.head_dim for one in job.shape.attention)
     return keys, sum(one.inner * one.state + one.channels * one.kernel for one in job.shape.mamba)
 
 
-def _held(job: Job) -> dict[str, float]:
+def _held(job: Setup) -> dict[str, float]:
     part, adapter = job.local_trainable, job.shape.adapter
     held = {
         "adapters, fp32" if adapter else "weights, fp32": 4.0 * part,
@@ -102,9 +256,9 @@ def _held(job: Job) -> dict[str, float]:
     return held
 
 
-def _caches(job: Job) -> tuple[float, float]:
+def _caches(job: Setup) -> tuple[float, float]:
     """Bytes of the caches of the documents and of the thoughts that are decoded together."""
-    rows, documents, positions = job.decode_rows, job.decode_windows, job.config.method.positions
+    rows, documents, positions = job.decode_rows, job.decode_documents, job.config.method.positions
     capacity = job.between + job.max_new_tokens + job.closing + job.config.method.horizon
     capacity += _GRAPH_LOOK if uses_cuda_graphs(job) else 0
     (keys, states), size = cache_numbers(job), job.compute_bytes
@@ -113,13 +267,13 @@ def _caches(job: Job) -> tuple[float, float]:
     return prefix, rows * (capacity * keys * size + 4.0 * states)
 
 
-def _decode(job: Job) -> dict[str, float]:
-    shape, rows, documents = job.shape, job.decode_rows, job.decode_windows
+def _decode(job: Setup) -> dict[str, float]:
+    shape, rows, documents = job.shape, job.decode_rows, job.decode_documents
     prefix, suffix = _caches(job)
     prefill = documents * (job.max_prefix + job.template) * _one_layer(job)
     if uses_cuda_graphs(job):  # documents are read into a cache of their own, then copied to the buffers
         return {"prefill": prefix + prefill}
-    prefetched = job.local_windows > documents  # the next documents are read before the last ones are freed
+    prefetched = job.local_windows > job.decode_windows  # the next documents are read before the last ones are freed
     width = job.max_prefix + job.template + job.between + job.max_new_tokens
     scores = 16 * max((one.heads for one in shape.attention), default=0) * rows * width
     sampling = _SAMPLED_LOGIT[job.compute_bytes] * rows * shape.vocab + scores
@@ -131,13 +285,13 @@ def _decode(job: Job) -> dict[str, float]:
     linear, model = shape.matmul_weights + shape.vocab * shape.hidden, job.config.model
     if job.machine.name == "cpu" and model.precision == "fp32" and model.decoding != "eager":
         if model.decoding == "cpp" or linear >= PREPACK_MIN_WEIGHTS:
-            parts["prepacked weights"] = (2.0 if job.config.rollout.precision == "bf16" else 4.0) * linear
+            parts[_PREPACKED] = (2.0 if job.config.rollout.precision == "bf16" else 4.0) * linear
         if model.decoding == "cpp":  # of the newest documents only
             parts["prepacked KV cache"] = prefix
     return parts
 
 
-def _score(job: Job) -> dict[str, float]:
+def _score(job: Setup) -> dict[str, float]:
     """The teacher reads as many windows at once as fit in a chunk, with the logits of the targets; a proxy with all."""
     if not job.teacher and not job.entropies:
         return {}
@@ -151,7 +305,7 @@ def _score(job: Job) -> dict[str, float]:
     return parts
 
 
-def _update(job: Job) -> dict[str, float]:
+def _update(job: Setup) -> dict[str, float]:
     """One chunk of thoughts, on top of documents that were read with gradients."""
     shape, method, size = job.shape, job.config.method, job.compute_bytes
     on_cpu, checkpointing = job.machine.name == "cpu", job.config.update.checkpointing
@@ -189,12 +343,12 @@ def _update(job: Job) -> dict[str, float]:
     return parts | {SCANS: scans}
 
 
-def _layer_inputs(job: Job, tokens: int) -> float:
+def _layer_inputs(job: Setup, tokens: int) -> float:
     """Bytes of the inputs of all layers, which is all that activation checkpointing keeps."""
     return float(job.compute_bytes * tokens * job.shape.hidden * job.shape.layers)
 
 
-def _recomputed_layer(job: Job, rows: int, width: int) -> float:
+def _recomputed_layer(job: Setup, rows: int, width: int) -> float:
     """Bytes saved by the largest layer when it is recomputed. Layers without Mamba are taken as equal."""
     shape = replace(job.shape, mamba=())
     attention = saved_bytes(replace(job, shape=shape), rows, width)[0]
@@ -205,7 +359,7 @@ def _recomputed_layer(job: Job, rows: int, width: int) -> float:
     return attention / job.shape.layers + _SCAN_PEAK * max(mamba, default=0.0)
 
 
-def _one_layer(job: Job) -> float:
+def _one_layer(job: Setup) -> float:
     """Bytes per token that a layer holds in a forward pass without gradients."""
     shape, half = job.shape, job.compute_bytes == 2
     inner = (4 if shape.adapter else 3) * shape.intermediate  # with an adapter's output
@@ -214,64 +368,36 @@ def _one_layer(job: Job) -> float:
     return float(max([plain, *(_SCAN_PEAK * (one.bf16 if half else one.fp32) for one in mixers)]))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
-    """One change, on top of those before it."""
+def sized(job: J) -> J:
+    """The job with sizes in place of 0 in train.rollout_batch and update.tokens_per_chunk.
 
-    what: str
-    costs: str
-    saved: float  # bytes of the peak
-    peak: float  # bytes, after this change and all before it
-
-
-def advice(job: Job) -> list[Change]:
-    """Changes that make a run fit, mildest first; empty where it fits. Changes that save nothing are left out."""
-    changes: list[Change] = []
-    for what, costs, candidates in _CHANGES:
-        before, candidate = memory(job).peak, (None, job)
-        if before <= job.machine.usable:
-            break
-        for candidate in candidates(job):
-            if fits(candidate[1]):
-                break
-        value, changed = candidate
-        peak = memory(changed).peak
-        if peak < before * 0.999:
-            changes.append(Change(what=what.format(value), costs=costs, saved=before - peak, peak=peak))
-            job = changed
-    return changes
-
-
-def adapters(job: Job) -> Change | None:
-    """Training adapters only, and what else must change with it; None where the run fits or has adapters already."""
-    if job.shape.adapter or not job.shape.linears or fits(job):
-        return None
-    options = from_dict(merge(to_dict(job.config), {"lora": {"r": _LORA_RANK}, "parallel": {"shard": "none"}}))
-    layout = "ddp" if job.layout == "zero1" else job.layout
-    other = replace(job, config=options, shape=job.shape.adapted(options.lora), layout=layout)
-    more = advice(other)
-    peak = more[-1].peak if more else memory(other).peak
-    what = " ".join([f"--lora.r {_LORA_RANK}", *(change.what for change in more)])
-    return Change(what=what, costs="only adapters are trained", saved=memory(job).peak - peak, peak=peak)
-
-
-def largest(job: Job) -> dict[str, int] | None:
-    """The largest train.rollout_batch and train.batch (positions of a step, all GPUs) that fit, one at a time.
-
-    None where not even the smallest of both fits.
+    On a GPU what fits: first thoughts, at most a step's, then tokens of a chunk. On a CPU what fits a fixed number of
+    bytes, so that the same run has the same sizes again.
     """
-    per_gpu = job.gpus * job.config.method.positions
+    rows, tokens = job.config.train.rollout_batch, job.config.update.tokens_per_chunk
+    window, on_gpu = job.thoughts_per_window, job.machine.name != "cpu"
 
-    def with_rows(n: int) -> Job:
-        batch = max(job.config.train.batch, n * per_gpu)  # enough windows to decode together
-        return job.with_option("train", rollout_batch=n * job.thoughts_per_window, batch=batch)
+    def at(windows: int, tokens: int) -> J:
+        one = job.with_option("update", tokens_per_chunk=tokens)
+        return one.with_option("train", rollout_batch=rows or windows * window)
 
-    rows = _largest(lambda n: fits(with_rows(n)))
-    batch = _largest(lambda n: fits(job.with_option("train", batch=n * per_gpu)))
-    return {"rollout_batch": rows * job.thoughts_per_window, "batch": batch * per_gpu} if rows and batch else None
+    def holds(windows: int, tokens: int) -> bool:
+        one = at(windows, tokens)
+        if on_gpu:
+            return _UNDERESTIMATE * memory(one).peak <= job.machine.usable
+        return sum(size for part, size in _decode(one).items() if part != _PREPACKED) <= _CPU_DECODE
+
+    chunk = chunk_tokens(job)
+    while on_gpu and not tokens and chunk > _PIECE and not holds(1, chunk):
+        chunk = max(chunk // 2, _PIECE)
+    most = max(job.local_windows, job.config.train.rows // window, 1)
+    windows = largest_that(lambda count: holds(count, chunk), most) or 1
+    if on_gpu and not tokens:
+        chunk = _PIECE * largest_that(lambda count: holds(windows, _PIECE * count), _MOST_TOKENS // _PIECE) or chunk
+    return at(windows, chunk)
 
 
-def _largest(holds: Callable[[int], bool], limit: int = 2**20) -> int:
+def largest_that(holds: Callable[[int], bool], limit: int = 2**20) -> int:
     """The largest n up to a limit for which a property holds, by bisection; 0 where it does not hold for 1."""
     if not holds(1):
         return 0
@@ -283,73 +409,3 @@ def _largest(holds: Callable[[int], bool], limit: int = 2**20) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if holds(middle) else (low, middle)
     return low
-
-
-_Candidates = Iterable[tuple[object, Job]]  # values of a change, mildest first, each with the changed job
-
-
-def _set(section: str, option: str, values: Callable[[Job], Iterable[object]]) -> Callable[[Job], _Candidates]:
-    """Candidates that set an option of the config to each of some values."""
-    return lambda job: ((value, job.with_option(section, **{option: value})) for value in values(job))
-
-
-def _halved(value: int, least: int) -> Iterator[int]:
-    while value > least:
-        value = max(value // 2, least)
-        yield value
-
-
-def _fewer_rows(job: Job) -> list[int]:
-    """The most rows that fit beside the smallest chunks, or one window's."""
-    window = job.thoughts_per_window
-    small = job.with_option("update", tokens_per_chunk=min(chunk_tokens(job), job.between + job.longest_row))
-    most = _largest(lambda n: fits(small.with_option("train", rollout_batch=n * window)), 2**12)
-    return [min(max(most, 1) * window, job.decode_rows)]
-
-
-def _smaller_chunks(job: Job) -> Iterator[int]:
-    """Down to one thought."""
-    return _halved(chunk_tokens(job), job.between + job.longest_row)
-
-
-def _shorter_windows(job: Job) -> _Candidates:
-    for window in _halved(job.config.corpus.window, 128):
-        longest = min(job.max_prefix, window - job.config.method.horizon)
-        yield window, replace(job.with_option("corpus", window=window), max_prefix=longest)
-
-
-def _sharded(job: Job) -> _Candidates:
-    """Adapters do not profit, since each GPU has all frozen weights."""
-    return [(job.gpus, replace(job, layout="zero1"))] if job.layout == "ddp" and not job.shape.adapter else []
-
-
-def _more_gpus(job: Job) -> _Candidates:
-    """Sharded, twice as many until it fits; none where 1,024 do not."""
-    more = (replace(job, gpus=job.gpus * 2**k, layout="zero1") for k in range(1, 11))
-    return ((one.gpus, one) for one in more if one.gpus < 2048 and not job.shape.adapter and fits(one))
-
-
-_CHANGES: tuple[tuple[str, str, Callable[[Job], _Candidates]], ...] = (
-    ("--train.rollout_batch {}", "slower decoding", _set("train", "rollout_batch", _fewer_rows)),
-    ("--update.tokens_per_chunk {}", "a slower update", _set("update", "tokens_per_chunk", _smaller_chunks)),
-    ("--layout zero1 on {} GPUs", "weights are sent once more a step", _sharded),
-    (
-        "--update.checkpointing {}", "layers are recomputed in the update",
-        _set("update", "checkpointing", lambda job: [True]),
-    ),
-    ("--method.kl_weight {}", "no KL penalty", _set("method", "kl_weight", lambda job: [0])),
-    (
-        "--method.teacher_every {}", "the gain is not logged; the update stays the same",
-        _set("method", "teacher_every", lambda job: [0] * job.config.shift_invariant),
-    ),
-    (
-        "--gradients {}", "gradients are rounded (not an option of train yet)",
-        lambda job: [("bf16", replace(job, gradient_bytes=2))],
-    ),
-    ("--gpus {} --layout zero1", "more GPUs", _more_gpus),
-    (
-        "--method.thought_length {}", "shorter thoughts",
-        _set("method", "thought_length", lambda job: _halved(job.config.method.thought_length, 64)),
-    ),
-    ("--corpus.window {}", "shorter documents", _shorter_windows),
-)  # fmt: skip
