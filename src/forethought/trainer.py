@@ -100,15 +100,19 @@ def _fitting_sizes(config: Config) -> list[int]:
 
 def _fitting_here(config: Config) -> tuple[int, int, int]:
     """The same of this rank."""
-    where, shape = device(config.model), Shape.known(load_architecture(config.model).get_text_config())
     method, ranks = config.method, distributed.world_size()
     modelled = method.samples_thoughts and method.name != "mixed" and config.rollout.engine == "native"
+    try:
+        where, shape = device(config.model), Shape.known(load_architecture(config.model).get_text_config())
+        shape = shape and shape.adapted(config.lora)
+    except UserError:  # reported when the model is loaded, after what comes before it
+        return 0, 0, 0
     if shape is None or not modelled:
         return 0, 0, 0
     free = torch.cuda.mem_get_info(where)[0] + torch.cuda.memory_reserved(where) if where.type == "cuda" else 0
     job = Setup(
         config=config,
-        shape=shape.adapted(config.lora),
+        shape=shape,
         machine=Device(name=where.type, memory=float(free)),
         gpus=ranks,
         layout="one" if ranks == 1 else "zero1" if config.parallel.shard == "zero1" else "ddp",
