@@ -54,6 +54,15 @@ def write(path: Path, *rows: Any) -> Path:
         ("The answer is 5. No, wait. The answer is 6", "6"),
         ("The answer is\n7", "7"),
         ("from 3 down to -4", "-4"),
+        ("The answer is −5.", "-5"),
+        ("The answer is –5", "-5"),
+        ("pages 3–5", "3"),
+        ("The answer is 5-10=-5.", "-5"),
+        (r"\boxed{3/4} then \boxed{1/2}", r"\frac{1}{2}"),
+        (r"\boxed{7}. Wait, I forgot one. The answer is $x = \boxed{8}$, not 9.", "8"),
+        (r"\boxed{7} then \boxed{8", "7"),
+        (r"\boxed{1}. $x = \boxed{2}$, and $y = \boxed{3}$", "2 and 3"),
+        (r"\boxed{2}\text{ or }\boxed{3}", "2,3"),
         ("no number here", None),
         ("", None),
     ],
@@ -512,7 +521,7 @@ def test_a_model_leaves_figures_and_every_answer(
     folder = tmp_path / "runs" / "questions-model"
     figures = json.loads((folder / "questions.json").read_text())
     assert figures["checker"] == benchmarks.checker()
-    assert figures["version/gsm8k"] == "2"
+    assert figures["version/gsm8k"] == "3"
     names = {name.removesuffix("/se").split("/")[-1] for name in figures if name.split("/")[0] != "version"}
     assert names <= backticked("docs/metrics.md")
     rows = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]

@@ -50,6 +50,11 @@ _FIELDS = {  # names of the hub's data sets and of their common copies
     "id": ("id", "unique_id", "question_id", "Record ID"),
     "subject": ("subject", "category", "Subdomain"),
 }
+_MINUS = re.compile(r"[−﹣－]|(?<![\w)}])[‐‑‒–](?=[\d.$\\])")
+_BOX = re.compile(  # with a group where it continues a list of boxes
+    r"(\}\$*\s*(?:[,;]|(?:[,;]\s*|\\text\{\s*)?\b(?:and|or)\b)[\s}]*)?"
+    r"\${0,2}(?:\b\w{1,9} ?= ?)?\\(?:boxed|fbox)\b(?=[^}]*\})"
+)
 _GPQA = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
 
 Progress = Callable[[int, int], None]
@@ -273,7 +278,7 @@ def grade(text: str, reference: str, choices: int = 0, tolerance: float = 0.0) -
 
     # The library interrupts itself by a signal, which only the main thread can receive.
     timeout = _TIMEOUT_S if threading.current_thread() is threading.main_thread() else 0
-    plain = (_plain_numbers(one) for one in (f"$\\boxed{{{reference}}}$", text))
+    plain = (_plain(one) for one in (f"$\\boxed{{{reference}}}$", text))
     gold, answer = (math_verify.parse(one, parsing_timeout=timeout) for one in plain)
     if not answer:
         return Grade(None, False)
@@ -284,8 +289,14 @@ def grade(text: str, reference: str, choices: int = 0, tolerance: float = 0.0) -
     return Grade(str(answer[-1]), right)
 
 
-def _plain_numbers(text: str) -> str:
-    """4.5e-3 as 0.0045 and 5. as 5, which math-verify reads anywhere."""
+def _plain(text: str) -> str:
+    """What math-verify reads anywhere: 0.0045 for 4.5e-3, 5 for 5., hyphen for minus, "= 5" for "=5", no ", and".
+
+    A text with several boxes begins at the last one, or at the first of those that are joined by commas, and, or.
+    """
+    alone = [found.start() for found in _BOX.finditer(text) if not found[1]]
+    text = _MINUS.sub("-", text[alone[-1] :] if len(alone) > 1 else text)
+    text = re.sub(r"=(?=-?\d)", "= ", re.sub(r"(?<=\$),\s+(?=(?:and|or)\b)", " ", text))
     text = re.sub(r"(?<=\d)\.(?=\s*[}/])", "", text)
     return re.sub(r"(?<![\w.])\d+(?:\.\d*)?[eE][-+]?\d{1,2}(?![\w])", lambda found: f"{Decimal(found[0]):f}", text)
 
