@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forethought.config import Config, Method, RunError, UserError, from_dict
-from forethought.run.folder import RunLog, checkpoints, read_lines, sync
+from forethought.run.folder import RunLog, check_free, checkpoints, read_lines, sync
 
 HOLD = """
 import sys
@@ -329,3 +329,12 @@ def test_checkpoints_are_sorted_by_step_and_whole(tmp_path: Path):
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="no /proc")
 def test_a_file_system_that_cannot_sync_folders_is_no_error():
     sync(Path("/proc"))
+
+
+def test_a_stage_of_post_training_is_not_to_be_resumed(tmp_path: Path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="continue it"):
+        check_free(tmp_path, overwrite=False)
+    (tmp_path / "stage.json").write_text("{}")
+    with pytest.raises(UserError, match=r"is not empty; name another one \(--run PATH\) or replace it"):
+        check_free(tmp_path, overwrite=False)

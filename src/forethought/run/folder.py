@@ -420,9 +420,10 @@ def check_free(path: Path, overwrite: bool) -> None:
     if not _contents(path):
         return
     if not overwrite:
+        resume = "" if (path / "stage.json").exists() else f"continue it (--resume {path}), "  # a stage starts again
         raise UserError(
-            f"run = {str(path)!r}: exists and is not empty; continue it (--resume {path}), "
-            "name another one (--run PATH) or replace it (--overwrite True)"
+            f"run = {str(path)!r}: exists and is not empty; {resume}name another one (--run PATH) "
+            "or replace it (--overwrite True)"
         )
     try:
         RunLog.open(path)

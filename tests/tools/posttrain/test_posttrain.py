@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from forethought import load, load_tokenizer
 from forethought.cli import main
-from forethought.config import Config, UserError
+from forethought.config import Config, Notice, UserError
 from forethought.data import worlds
 from forethought.data.positions import ThoughtFormat, thought_format
 from forethought.models.loading import EMBEDDED, load_model
@@ -131,11 +131,25 @@ def test_questions_show_the_way_as_a_thought(questions, think):
         f"Question: What is 1 + 1?\nAnswer:{opened}| One and one make two.{closed} The answer is 2.\0",
         f"Question: What is 2 + 2?\nAnswer:{opened}| Two and two make four.{closed} The answer is 4.\0",
     }
+    ending, _, _ = made(dataclasses.replace(stage, end="!"), tokenizer=Letters())
+    assert {chr(row.completion[-1]) for row in ending} == {"!"}
     for package in ("lm_eval", "math_verify"):
         pytest.importorskip(package, reason="make test-lm-eval installs the extra eval")
     reward = Verified(stage, tokenizer, form)
     ids = [tokenizer.encode(f"so{closed} The answer is {n}.", add_special_tokens=False) for n in ("2", "2.0", "3")]
     assert reward(ids, ["2"] * 3) == [1, 1, 0]
+
+
+def test_examples_that_are_too_long_are_skipped_whole_and_counted(questions):
+    """The first question has 72 letters with its answer, the second 73: one in two is skipped."""
+    stage = Stage(stage="sft", data=str(questions), think=False, max_tokens=72, train={"steps": 2, "batch": 2})
+    with pytest.warns(Notice, match=r"^max_tokens = 72: \d of \d examples are longer and are skipped$") as told:
+        rows, tokenizer, _ = made(stage, tokenizer=Letters())
+    assert {tokenizer.decode(row.prompt + row.completion) for row in rows} == {
+        "Question: What is 1 + 1?\nAnswer: One and one make two. The answer is 2.\0"
+    }
+    skipped, seen = (int(word) for word in str(told[0].message).split() if word.isdigit() and word != "72")
+    assert (len(rows), seen) == (4, 4 + skipped)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import dataclasses
 import random
 import re
 import reprlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,6 +30,7 @@ from forethought.config import (
     Lora,
     Method,
     Name,
+    Notice,
     Optim,
     Positive,
     UserError,
@@ -64,7 +66,7 @@ class Stage:
     group: Annotated[int, Field(ge=2)] = 8
     """Completions per prompt (rlvr)."""
     max_tokens: Positive = 512
-    """Maximum tokens of a completion (rlvr), or of prompt and completion (sft); longer examples are skipped."""
+    """Maximum tokens of a completion (rlvr), or of prompt and completion (sft); longer ones are skipped and counted."""
     temperature: Above0 = 1.0
     """Sampling temperature (rlvr)."""
     optim: Optim = dataclasses.field(default_factory=Optim)
@@ -144,7 +146,12 @@ def examples(stage: Stage, config: Config, tokenizer: Any, form: ThoughtFormat) 
             continue
         skipped += 1
         if skipped > 100 * (len(found) + 1):
-            raise UserError(f"max_tokens = {stage.max_tokens}: {skipped} of {skipped + len(found)} examples are longer")
+            break
+    if skipped:
+        text = f"max_tokens = {stage.max_tokens}: {skipped} of {skipped + len(found)} examples are longer"
+        if skipped > 100 * (len(found) + 1):
+            raise UserError(text)
+        warnings.warn(f"{text} and are skipped", Notice, stacklevel=2)
     return found
 
 
@@ -173,7 +180,8 @@ def _question_examples(stage: Stage, config: Config, tokenizer: Any, form: Thoug
     """Questions of a file with the prompt of `forethought questions`; the worked solution is the thought."""
     rows = _read_questions(stage.data)
     rng = random.Random(f"stage {config.seed}")
-    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    end = end_token(stage, tokenizer)
+    ends = [] if (last := tokenizer.eos_token_id if end is None else end) is None else [last]
 
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
