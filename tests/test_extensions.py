@@ -144,5 +144,6 @@ def test_outside_code_that_returns_nonsense_is_one_line(
     module = f"nonsense_{option.replace('.', '_')}"
     Path(f"{module}.py").write_text(code)
     assert train(f"--{option}", f"{module}:bad", "--evaluate.path", "") == 2
-    [line] = capsys.readouterr().err.splitlines()
+    *sizes, line = capsys.readouterr().err.splitlines()
+    assert all(one.startswith("train.rollout_batch = ") for one in sizes)
     assert option in line and message in line

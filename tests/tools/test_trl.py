@@ -41,7 +41,7 @@ def settings(tmp_path: Path) -> Config:
         small,
         corpus=Corpus(path=str(file), min_tokens=4),
         model=Model(device="cpu"),
-        train=dataclasses.replace(small.train, steps=2, checkpoint_every=1, rollout_batch=128),
+        train=dataclasses.replace(small.train, steps=2, checkpoint_every=1, rollout_batch=0),
         optim=dataclasses.replace(small.optim, learning_rate=0.01, gradient_clip=0.0),
     )
 
@@ -257,7 +257,8 @@ HONORED = (
 OTHERS = {
     "method.name": "cpt", "method.baseline": "batch", "method.scale": "std", "method.clamp_gain": True,
     "method.length_norm": "none",
-    "method.min_gain": 0.0, "method.unclosed": "drop", "rollout.engine": "vllm", "train.tracker": "wandb",
+    "method.min_gain": 0.0, "method.unclosed": "drop", "rollout.engine": "vllm", "rollout.precision": "bf16",
+    "train.tracker": "wandb",
     "parallel.shard": "zero1",
 }  # fmt: skip
 

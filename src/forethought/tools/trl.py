@@ -41,7 +41,8 @@ MAX_DRAWN_PER_PROMPT = 20
 FIXED = (
     "method.name", "method.baseline", "method.scale", "method.clamp_gain", "method.min_gain", "method.kl_weight",
     "method.length_norm", "method.inner_steps", "method.unclosed", "method.teacher_every", "rollout.engine",
-    "rollout.importance_cap", "lora.r", "train.tokens", "train.flops", "train.tracker", "parallel.shard",
+    "rollout.precision", "rollout.importance_cap", "lora.r", "train.tokens", "train.flops", "train.tracker",
+    "parallel.shard",
 )  # fmt: skip
 """Options that must keep their defaults: this adapter implements no other value."""
 

@@ -136,7 +136,7 @@ def test_a_run_exports_its_card_and_its_way_of_thinking(tmp_path: Path):
     train(from_dict(values))
     folder = tmp_path / "run" / "policy"
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    config = from_dict(values)
+    config = RunLog.open(tmp_path / "run").config()  # with the sizes that were chosen
     assert (folder / "README.md").read_text() == text(config, summary)
     saved = json.loads((folder / THINKING_FILE).read_text())
     method = saved["method"]
@@ -158,7 +158,7 @@ def test_an_evaluation_writes_the_controls_into_the_card(tmp_path: Path):
     said = "On `world:cups/heldout` with `method.thought_length = 3`, `evaluate.documents = 5`, "
     assert said in card.read_text()
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert card.read_text() == text(from_dict(values), summary, figures)
+    assert card.read_text() == text(RunLog.open(tmp_path / "run").config(), summary, figures)
     assert "Gain of another's thought" in card.read_text() and "Gain of a generic thought" in card.read_text()
     assert f"The generic thought, chosen on training text: `{figures['generic_thought']}`" in card.read_text()
     written = card.read_text()
