@@ -79,6 +79,15 @@ def test_flops_are_those_of_the_start_that_samples_itself_whatever_engine_evalua
     assert rlp_step(shape, works[1]) == rlp_step(shape, works[0])
 
 
+def test_flops_count_that_rounded_weights_make_the_start_read_again():
+    model = qwen3(scale=0.2, seed=3)
+    method, low = mixed(model), dataclasses.replace(SETTINGS, rollout=Rollout(precision="bf16"))
+    record = method.collect(WINDOWS, 1)
+    work, again = (record.work(method.form, settings) for settings in (SETTINGS, low))
+    shape = Shape.of(model.config)
+    assert rlp_step(shape, again) == rlp_step(shape, dataclasses.replace(work, reread=True)) != rlp_step(shape, work)
+
+
 def test_the_thoughts_stay_those_of_the_start():
     model = qwen3(scale=0.2, seed=3)
     method = mixed(model)
