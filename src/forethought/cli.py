@@ -337,7 +337,8 @@ def _report(words: list[str], out: Console, err: Console) -> None:
         line(out, f"report: {report.write(runs, target)}")
         return
     for number, page in enumerate(report.follow(runs, target)):
-        line(out, f"report: {page}, written again until the run ends or Ctrl-C") if number == 0 else None
+        if number == 0:
+            line(out, f"report: {page}, written again until the run ends or Ctrl-C")
     for run in runs:
         line(out, f"{run}: {state(Path(run)).state}")
 

@@ -56,6 +56,11 @@ class Positions:
             yield self.slice(start, end)
             start = end
 
+    def chunks_of_tokens(self, tokens: int) -> "Iterator[Positions]":
+        """Chunks of whole windows that hold about `tokens` tokens once padded, or a single window."""
+        longest = max(len(window.tokens) for window in self.windows)
+        return self.chunks(max(1, tokens // longest) * max(1, len(self) // len(self.windows)))
+
     def window_boundary(self, start: int, size: int, at_least: bool) -> int:
         """The end of the positions from `start` on that fill whole windows, at most `size` of them.
 

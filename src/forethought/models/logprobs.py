@@ -298,10 +298,8 @@ def _plain_logits(
     model: Any, positions: Positions, tokens: int
 ) -> Iterator[tuple[Float[Tensor, "part horizon vocab"], Int[Tensor, "part horizon"]]]:
     """The logits that predict the targets of each position, a bounded number of positions at a time; the targets."""
-    longest = max(len(window.tokens) for window in positions.windows)
     tokens *= _NO_GRAD_FACTOR if model.device.type == "cuda" else 1
-    windows = max(1, tokens // longest) * max(1, len(positions) // len(positions.windows))
-    for chunk in positions.chunks(windows):
+    for chunk in positions.chunks_of_tokens(tokens):
         targets = chunk.targets().to(model.device)
         used, owner = chunk.window.unique(return_inverse=True)
         ends = torch.zeros(len(used), dtype=torch.long).scatter_reduce(0, owner, chunk.at, "amax") + chunk.horizon - 1

@@ -91,9 +91,8 @@ def rescored(thoughts: Thoughts, positions: Positions, policy: Any, form: Though
     """The same thoughts with the policy's own evidence, where the sampler is not quite the policy."""
     tokens, contents = chunk_tokens(policy, config.update.tokens_per_chunk), thought_tokens(thoughts, form)
     options = ScoringOptions(temperature=1.0, tokens=tokens, shared=config.model.prefix == "shared")
-    per_window = max(1, len(positions) // len(positions.windows))
-    longest, start, parts = max(len(window.tokens) for window in positions.windows), 0, []
-    for chunk in positions.chunks(per_window * max(1, tokens // longest)):
+    start, parts = 0, []
+    for chunk in positions.chunks_of_tokens(tokens):
         some = slice(start, start := start + len(chunk))
         batch = ThoughtBatch.from_positions(form, chunk, thoughts.tokens[some], thoughts.mask[some])
         batch = batch.with_targets(form, chunk, contents[some])

@@ -103,11 +103,14 @@ def _cuda_graphs(model: Any, form: ThoughtFormat, config: Config) -> CUDAGraphDe
     return None if reason else CUDAGraphDecoder(model, form, config.method, config.train.rows, compiled)
 
 
+def _exceeds_cache(model: Any) -> bool:
+    return sum(one.weight.numel() for one in model.modules() if isinstance(one, nn.Linear)) >= PREPACK_MIN_WEIGHTS
+
+
 def _cpp(model: Any, config: Config) -> CppBackend | None:
     """The C++ backend, if requested or (`auto`, for weights that exceed a core's cache) if it supports the model."""
     automatic = config.model.decoding == "auto"
-    large = sum(one.weight.numel() for one in model.modules() if isinstance(one, nn.Linear)) >= PREPACK_MIN_WEIGHTS
-    if config.model.decoding != "cpp" and not (automatic and large and model.device.type == "cpu"):
+    if config.model.decoding != "cpp" and not (automatic and model.device.type == "cpu" and _exceeds_cache(model)):
         return None
     try:
         if config.model.prefix != "shared":
