@@ -131,6 +131,18 @@ def test_rows_hold_every_metric_seed_and_difference(finished: Any):
     assert ("base", "all", "cost/flops") not in found
 
 
+def test_the_page_shows_the_generic_thought_of_every_arm(finished: Any):
+    run, _ = finished
+    texts = json.loads((run / "experiment.json").read_text())["generic"]
+    folders = {"base": "base", "rlp": "rlp/seed-0", "cpt-flops": "cpt-flops/seed-0", "group=3": "group=3/seed-0"}
+    own = {name: json.loads((run / folder / "generic.json").read_text())["text"] for name, folder in folders.items()}
+    assert all(own.values())
+    assert {name: texts[name] for name in folders} == own
+    page = (run / "compare.html").read_text()
+    for name, text in texts.items():
+        assert re.search(rf'<th scope="row">{name}</th><td class="mono">{re.escape(text)}</td>', page), name
+
+
 def test_equal_means_every_bit_of_the_weights(finished: Any):
     _, verdicts = finished
     said = {one.claim: one for one in verdicts}

@@ -103,10 +103,20 @@ def _publish(experiment: Experiment, failed: dict[str, str], began: float) -> tu
         ],
         claims=verdicts,
         missing={job.name: failed.get(job.name, "") for job in experiment.jobs if job.name not in names},
+        generic=_generic(log, done),
         spent=_spent(log, done, time.perf_counter() - began),
     )
     log.write_json(DESCRIBED, asdict(described))
     return verdicts, report.write_comparison(experiment.run)
+
+
+def _generic(log: RunLog, done: Sequence[Job]) -> dict[str, str]:
+    """The generic thought of the base and of each arm's first seed."""
+    first = {BASE: BASE}
+    for job in done:
+        first.setdefault(job.arm, job.name)
+    files = {name: log.path / folder / arms.GENERIC for name, folder in first.items()}
+    return {name: RunLog(file.parent).read_json(file.name)["text"] for name, file in files.items() if file.is_file()}
 
 
 def _spent(log: RunLog, done: Sequence[Job], seconds: float) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """One job of an experiment: train an arm with one seed, or resume it, then measure it. Finished parts are kept.
 
-RUN/base/records.json              measurements of the start
-RUN/ARM/seed-N/                    the arm's run folder, and its records.json
+RUN/base/records.json              measurements of the start; beside them generic.json, its generic thought
+RUN/ARM/seed-N/                    the arm's run folder, its records.json and generic.json
 RUN/ARM/seed-N/documents.json      for the thought viewer, with the first seed
 RUN/ARM/seed-N/answers.json        results of the experiment's questions (questions.py); also base/answers.json
 RUN/ARM/seed-N/spent.json          seconds and CPU seconds of the job
@@ -26,7 +26,7 @@ from forethought.tools.experiment import questions
 from forethought.tools.experiment.design import BASE, Experiment, Job
 from forethought.tools.posttrain import chain
 
-RECORDS, SPENT, POST = "records.json", "spent.json", "post"
+RECORDS, GENERIC, SPENT, POST = "records.json", "generic.json", "spent.json", "post"
 Recorded = dict[str, heldout.Records]
 """Held-out records by group of positions."""
 
@@ -157,6 +157,8 @@ def _measure(log: RunLog, subject: heldout.Subject, observer: Callbacks, view_as
     if view_as and subject.config.evaluate.view:
         reference = subject.model if subject.teacher is None else subject.teacher
         log.write_json("documents.json", viewer.documents(subject, reference, windows, view_as, observer.phase))
+    if generic is not None:
+        log.write_json(GENERIC, {"text": subject.tokenizer.decode(generic)})
     log.write_json(RECORDS, {name: dataclasses.asdict(fields) for name, fields in found.items()})
 
 

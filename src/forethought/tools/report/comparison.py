@@ -108,6 +108,7 @@ class Described:
     sweeps: list[Sweep]
     claims: list[Verdict]
     missing: dict[str, str]  # unfinished jobs and the reason, if it is known
+    generic: dict[str, str] = field(default_factory=dict)  # text of the generic thought of the base and each first seed
     spent: dict[str, float] = field(default_factory=dict)
     """`seconds` of all calls and `cpu_seconds` of all runs, loading and evaluation included."""
 
