@@ -176,6 +176,15 @@ def test_seconds_by_hand():
     assert decode_step(job(machine=weak), 4)[1] == "matmul"
 
 
+def test_what_another_engine_samples_is_read_again():
+    """Window of 8 tokens once, each of two thoughts with opening and target over it; scored rows have the target."""
+    again = job(config(rollout={"engine": "vllm"}))
+    cost = rlp_step(TINY, again.window_work())
+    assert cost.score == forward_flops(TINY, [(8, 0), (1 + 4 + 1, 8), (1 + 4 + 1, 8)], 2)
+    assert {phase.name: phase.flops for phase in step(again).phases}["score"] == 2 * (cost.teacher + cost.score)
+    assert rlp_step(TINY, job().window_work()).score == 0
+
+
 def test_rings_by_hand():
     """8 GPUs in a node at 50 GB/s; 16 in nodes of 4, whose cards send 4 x 5 GB/s together."""
     assert ring(job(gpus=8), 80e9, 2) == pytest.approx(2 * 7 / 8 * 80e9 / 50e9)

@@ -164,6 +164,7 @@ class Job(Setup):
             kl=method.kl_weight > 0,
             inner_steps=method.inner_steps,
             predicts=method.prediction_weight > 0,
+            reread=self.config.rescores,
             written=((self.prediction,) * method.group,) * positions if self.prediction else (),
             proxy=forward_flops(self.shape, [(self.max_prefix, 0)], self.max_prefix) if self.entropies else 0,
         )
