@@ -6,16 +6,17 @@ BIN := .venv/bin
 READY := .venv/.ready
 VLLM := .venv-vllm/bin
 
-.PHONY: quickstart test test-kills test-vllm bench-vllm env-vllm test-lm-eval test-wheel test-extras env check docs notebook base smollm2 clean
+.PHONY: quickstart test test-slow test-vllm bench-vllm env-vllm test-lm-eval test-wheel test-extras env check docs notebook base smollm2 clean
 
 quickstart: env  ## train RLP on the embedded world, evaluate before and after, write a report
 	$(BIN)/forethought train quickstart --run $(RUN) --seed $(SEED) --overwrite True
 
-test: check  ## everything that CI checks
+test: check  ## what a change has to pass; CI runs test-slow, docs, test-lm-eval and test-wheel too
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q
 
-test-kills: env  ## ten kills of one of two processes at random moments, which the default run of the tests leaves out
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 0 -s -m slow tests/run/test_distributed.py
+test-slow: env  ## the tests that `make test` leaves out: kills at random moments, experiments that are stopped, large models
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m slow
+
 test-lm-eval: env  ## benchmarks and lm-evaluation-harness: the extra eval brings 40 packages that the environment lacks otherwise
 	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[eval]'
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/tools/test_lm_eval.py tests/tools/test_benchmarks.py tests/tools/experiment/test_questions.py tests/tools/posttrain

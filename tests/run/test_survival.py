@@ -146,6 +146,7 @@ def test_a_signal_that_is_ignored_or_handled_stays_so(handler: Any):
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.slow
 def test_twenty_kills_leave_no_trace(tmp_path: Path, processes: ForkServerContext):
     """Of four lives one is killed at its start, one in a forward pass, and two in or after a save."""
     steps, changes = 24, {"train": {"steps": 24}}

@@ -200,6 +200,7 @@ def waits(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> str:
     return text.replace("[arms.rlp]", '[arms.rlp]\noptions = { method.reward = "waiting_reward:gain" }', 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_stopped_experiment_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int):
     text = SMALL[: SMALL.index("[arms.cpt-tokens]")] + "[arms.twin]\noptions = { method.freeze_teacher = true }\n"
