@@ -38,7 +38,7 @@ from forethought.models.compute_copy import Network
 from forethought.prefix import SuffixCache, backbone, enable, read
 from forethought.prefix import attention as merged
 from forethought.rollout import draw_noise
-from forethought.rollout.cuda_graphs import CUDAGraphDecoder
+from forethought.rollout.cuda_graphs import CUDAGraphDecoder, attention_only
 from forethought.rollout.native import NativeEngine
 from forethought.trainer import TimedEngine, resume, train
 
@@ -91,23 +91,23 @@ def document_ends(name: str, prefix: int, documents: int, vocab: int) -> Any:
 
 
 def exactness(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """CUDA graphs and fused attention against eager code, on the small model; relative to the largest number."""
+    """CUDA graphs and fused attention against eager code, on small models; relative to the largest number."""
     rows = []
-    for dtype in (torch.float32, BF16):
-        model = harness.build("qwen3 4x256", DEVICE).to(dtype)
+    for name, dtype in itertools.product(("qwen3 4x256", "nemotron_h 8x256"), (torch.float32, BF16)):
+        model = harness.build(name, DEVICE).to(dtype)
         enable(model)
         form, settings = FORM, harness.settings(40, 3, 4)
         windows = [harness.window(n, 3, 4096, seed=n) for n in (80, 97, 64)]
         positions = at_positions(windows, [[t - 1 for t in harness.stops(n, 3)] for n in (80, 97, 64)], 1)
         noise = draw_noise((4, 40), [make_generator(0, i) for i in range(9)])
         plain = NativeEngine(model, form, settings.method, 64).sample(positions, noise)
-        for compiled in (False, True) if DEVICE == "cuda" else (False,):
+        for compiled in (False, True) if DEVICE == "cuda" and attention_only(model) else (False,):
             graphs = CUDAGraphDecoder(model, form, settings.method, 64, compiled)
             found = NativeEngine(model, form, settings.method, 64, graphs=graphs).sample(positions, noise)
             same = float((plain.tokens == found.tokens).all(-1).float().mean())
             gap = float((plain.logp - found.logp).abs()[(plain.tokens == found.tokens).cumprod(-1).bool()].max())
             what = f"decoding, {'cuda_graphs_compiled' if compiled else 'cuda_graphs'}"
-            rows.append({"check": what, "dtype": str(dtype), "same_thoughts": same, "logp_gap": gap})
+            rows.append({"check": what, "model": name, "dtype": str(dtype), "same_thoughts": same, "logp_gap": gap})
     for windows_of, name in (((96, 96), "whole documents"), ((96, 57), "documents of other lengths, two places")):
         grads = []
         for kernel in (True, False):
@@ -199,9 +199,10 @@ class Step:
 def decode_ceiling(config: Any, grid: dict[str, int], rows: int, copy_tb_s: float) -> float:
     """Tokens a second if each step only reads weights, one copy of each document and half-grown suffixes once."""
     shape = Shape.of(config)
-    token = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    token = 2 * sum(2 * one.kv_heads * one.head_dim for one in shape.attention)
+    states = 2 * 4 * sum(one.inner * one.state + one.channels * one.kernel for one in shape.mamba)  # read and written
     documents = rows // grid["G"]
-    read = 2 * shape.parameters + documents * grid["P"] * token + rows * grid["L"] / 2 * token
+    read = 2 * shape.parameters + documents * grid["P"] * token + rows * (grid["L"] / 2 * token + states)
     return rows / (read / (copy_tb_s * 1e12))
 
 
@@ -420,7 +421,8 @@ def main() -> None:
         parser.exit(2, "benchmarks/gpu.py: there is no CUDA device\n")
     warnings.simplefilter("ignore")
     if options.quick:
-        options.model, options.lengths, options.prefix, options.places = "qwen3 4x256", [16], 128, 4
+        options.model = "qwen3 4x256" if options.model == "qwen3 1.7b" else options.model
+        options.lengths, options.prefix, options.places = [16], 128, 4
         options.kinds = [kind for kind in options.kinds if DEVICE == "cuda" or "cuda" not in kind]
         options.decoding = options.decoding if DEVICE == "cuda" else "auto"
     rates = ceilings()

@@ -18,7 +18,7 @@ quick=${QUICK:+--quick}
 part() {
     local name=$1 limit=$2 begun=$SECONDS
     shift 2
-    if [ -n "${DRY:-}" ]; then echo "$name $limit $*"; return; fi
+    if [ -n "${DRY:-}" ]; then printf '%q ' "$name" "$limit" "$@"; echo; return; fi
     limit=$((limit < LIMIT - SECONDS ? limit : LIMIT - SECONDS))
     [ "$limit" -gt 5 ] || { echo "$name: no time left" | tee -a "$OUT/summary.txt"; return 1; }
     timeout --kill-after=5 "$limit" "$@" > "$OUT/$name.log" 2>&1
@@ -37,6 +37,7 @@ for length in 64 256 1024; do  # a few steps and the compilation of what follows
 done
 gpu update 45 --parts update --repeats 2 --lengths 256
 gpu decoding 60 --parts decoding --kinds cuda_graphs generate --lengths 64
+gpu decoding-hybrid 30 --parts decoding --kinds eager cuda_graphs --lengths 64 --model "nemotron_h 8x256"
 
 # SmolLM2: the prediction term and its control, for as many steps as the rest allows, each evaluated before and after
 [ -n "$MODEL" ] && { [ -n "${DRY:-}" ] || [ -e "$MODEL" ]; } || { echo "smollm2: no model"; exit 0; }

@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -18,16 +19,18 @@ def suite(folder: Path, **environment: str) -> list[list[str]]:
     command = ["bash", str(ROOT / "benchmarks" / "gpu_suite.sh"), str(folder)]
     values = {**os.environ, "PYTHON": sys.executable, "MODEL": "model.gguf", **environment}
     done = subprocess.run(command, env=values, capture_output=True, text=True, check=True)
-    return [line.split() for line in done.stdout.splitlines()]
+    return [shlex.split(line) for line in done.stdout.splitlines()]
 
 
-def test_every_part_is_a_command_that_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_every_part_is_a_command_that_is_understood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     """Without running any: options of `train` are checked, those of gpu.py parsed up to the missing card."""
     rows = suite(tmp_path, DRY="1")
     names = [name for name, *_ in rows]
     lengths = ["steps-64", "steps-256", "steps-1024"]
     runs = ["smollm2-probe", "rlp-full", "rlp-full-random"]
-    assert names == ["exactness", "resume", *lengths, "update", "decoding", *runs]
+    assert names == ["exactness", "resume", *lengths, "update", "decoding", "decoding-hybrid", *runs]
     assert sum(int(limit) for name, limit, *_ in rows if name not in runs) <= 540
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     main = runpy.run_path(str(ROOT / "benchmarks" / "gpu.py"))["main"]
@@ -43,11 +46,12 @@ def test_every_part_is_a_command_that_is_understood(tmp_path: Path, monkeypatch:
             monkeypatch.setitem(main.__globals__, "DEVICE", "cpu")
             with pytest.raises(SystemExit) as ended:
                 main()
-            assert ended.value.code == 2  # the options are fine, the card is missing
+            assert ended.value.code == 2
+            assert capsys.readouterr().err == "benchmarks/gpu.py: there is no CUDA device\n", "the options are fine"
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
 def test_the_suite_runs_on_a_cpu_at_tiny_shapes(tmp_path: Path):
     rows = suite(tmp_path, QUICK="1", MODEL="")
-    assert [row[1] for row in rows[:-1]] == ["0"] * 7
+    assert [row[1] for row in rows[:-1]] == ["0"] * 8

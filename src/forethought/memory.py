@@ -217,9 +217,11 @@ def chunk_windows(job: Setup) -> int:
 
 
 def uses_cuda_graphs(job: Setup) -> bool:
-    """Whether thoughts are decoded in CUDA graphs: on a GPU, without Mamba (forethought.rollout.cuda_graphs)."""
-    eager = job.config.model.decoding in ("eager", "cpp") or job.config.method.entry.writes
-    return job.machine.name != "cpu" and not job.shape.mamba and job.shared and not eager
+    """Whether thoughts are decoded in CUDA graphs: on a GPU; with Mamba if asked for (rollout.cuda_graphs)."""
+    decoding = job.config.model.decoding
+    eager = decoding in ("eager", "cpp") or job.config.method.entry.writes
+    asked = decoding == "cuda_graphs" or not job.shape.mamba
+    return job.machine.name != "cpu" and asked and job.shared and not eager
 
 
 def saved_bytes(job: Setup, rows: int, width: int) -> tuple[float, float]:

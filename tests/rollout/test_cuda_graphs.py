@@ -13,7 +13,7 @@ from forethought.config import Config, Model, UserError
 from forethought.data.positions import ThoughtFormat, at_positions, draw_positions, make_generator
 from forethought.prefix import enable
 from forethought.rollout import draw_noise
-from forethought.rollout.cuda_graphs import capturable, sample_by_cells
+from forethought.rollout.cuda_graphs import attention_only, not_capturable, sample_by_cells
 from forethought.rollout.decoder import sample
 from helpers import architectures as tiny
 from helpers.models import CLOSE, FORM, MERGED, MODELS, WINDOWS, A, config, engine
@@ -41,7 +41,13 @@ def test_thoughts_that_close_inside_a_larger_token():
     assert eager.closed.any() and not eager.closed.all()
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma3_text", "smollm3"])
+HYBRIDS = [
+    "nemotron_h", "nemotron_h-biased-experts", "granitemoehybrid", "granitemoehybrid-experts", "bamba", "falcon_h1",
+    "mixtral",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma3_text", "smollm3", *HYBRIDS])
 def test_families_windows_and_delimiters_of_several_tokens(name: str):
     model = tiny.model(name, "sdpa")
     enable(model)
@@ -49,14 +55,18 @@ def test_families_windows_and_delimiters_of_several_tokens(name: str):
     assert_same(*both(model, LONG, settings, 64, horizon=2))
 
 
-def test_unfinished_rows_move_to_the_front_when_half_are_finished():
-    model = MODELS["qwen3"]()
+@pytest.mark.parametrize("name", ["qwen3", "nemotron_h"])
+def test_unfinished_rows_move_to_the_front_when_half_are_finished(name: str):
+    """Of a hybrid their states too."""
+    hybrid = name == "nemotron_h"
+    model = tiny.model(name, "sdpa") if hybrid else MODELS[name]()
+    form = ThoughtFormat(before=(4,), after=(8,), open=(5, 6), close=(7,), bos=None, pad=0) if hybrid else FORM
     enable(model)
-    settings = config(group=32, thought_length=70, positions=1, temperature=1.0)
+    settings = config(group=32, thought_length=70, positions=1, temperature=5.0 if hybrid else 1.0)
     positions = draw_positions(WINDOWS, settings.method, make_generator(1))
     noise = draw_noise((32, 70), [make_generator(2, i) for i in range(len(positions))])
-    eager = engine(model, settings).sample(positions, noise)
-    graphs = cuda_graphs(model, FORM, settings.method)
+    eager = engine(model, settings, form).sample(positions, noise)
+    graphs = cuda_graphs(model, form, settings.method)
     assert_same(eager, graphs.sample(positions, noise))
     assert graphs.graphs is not None and {32, 64, 128} <= set(graphs.graphs.steps)  # 128 rows, halved as they ended
     again = graphs.sample(positions, noise)  # buffers that were used before
@@ -95,8 +105,15 @@ def test_draws_at_the_ends_have_weight():
 
 
 def test_models_that_cannot_be_captured_are_refused():
-    assert capturable(tiny.model("llama")) and capturable(tiny.model("qwen3"))
-    assert not capturable(tiny.model("mixtral")) and not capturable(tiny.model("nemotron_h"))
+    assert attention_only(tiny.model("llama")) and attention_only(tiny.model("qwen3"))
+    assert not attention_only(tiny.model("mixtral")) and not attention_only(tiny.model("nemotron_h"))
+    assert not not_capturable(tiny.model("nemotron_h"), compiled=False)
+    assert "compiled as a whole" in not_capturable(tiny.model("nemotron_h"), compiled=True)
+    experts = tiny.model("mixtral")
+    assert "grouped products" in not_capturable(experts.bfloat16(), compiled=False), "one product for each expert"
+    experts.set_experts_implementation("grouped_mm")
+    assert not not_capturable(experts, compiled=False)
+    assert "bf16" in not_capturable(experts.float(), compiled=False)
     settings = Config(model=Model(decoding="cuda_graphs"))
     with pytest.raises(UserError, match=r"^model.decoding = 'cuda_graphs': there is no GPU; use 'auto' or 'eager'$"):
         rollout.engine(MODELS["qwen3"](), FORM, settings)

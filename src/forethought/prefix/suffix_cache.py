@@ -1,12 +1,12 @@
 """KV caches of rows that continue documents: each document once, and each row's own suffix.
 
 `SuffixCache` grows and shrinks with its rows. `StaticCache` never changes shape: every number that changes between two
-decoding steps is a tensor on the device, so that a step can be captured as a CUDA graph (attention layers only).
+decoding steps is a tensor on the device, so that a step can be captured as a CUDA graph.
 """
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -307,41 +307,29 @@ class StaticKV:
 class StaticCache(_UnmaskedCache):
     """The cache of rows that read one token each, all at the same column."""
 
-    def __init__(self, table: Table, layers: Sequence["_StaticLayer"]):
+    def __init__(self, table: Table, layers: Sequence["_StaticAttention | _StaticRecurrent"]):
         self.table, self.own = table, list(layers)
         super().__init__(layers=[*self.own])
 
     @classmethod
     def like(cls, cache: SuffixCache, capacity: CacheCapacity) -> "StaticCache":
-        """Buffers of a capacity, for a model that has read some tokens into `cache`.
-
-        Raises ValueError for a model with layers other than attention.
-        """
-        layers = []
-        for own in cache.rows:
-            if getattr(own, "keys", None) is None or own.state.conv or own.state.recurrent:
-                raise ValueError("its cache has Mamba states, which a static cache does not support")
-            layers.append([_buffers(some, capacity) for some in (own.keys, own.values)])
+        """Buffers of a capacity, for a model that has read some tokens into `cache`."""
         table = Table.of(capacity, cache.prefix.device)
-        return cls(table, [_StaticLayer(table, keys, values) for keys, values in layers])
+        return cls(table, [_static_layer(table, _Buffers.like(own, capacity)) for own in cache.rows])
 
     def head(self, rows: int) -> "StaticCache":
         """A view of the first rows."""
         part = self.table.head(rows)
-        layers = [
-            _StaticLayer(part, (x.keys[0], x.keys[1][:rows]), (x.values[0], x.values[1][:rows])) for x in self.own
-        ]
-        return StaticCache(part, layers)
+        return StaticCache(part, [_static_layer(part, layer.buffers.head(rows)) for layer in self.own])
+
+    def states(self) -> list[Tensor]:
+        """The Mamba states, which a step reads and writes."""
+        return [state for layer in self.own for state in layer.buffers.states()]
 
     def load(self, cache: SuffixCache) -> None:
         """Copy the documents and rows of a cache, with the tokens that it has read."""
         for mine, theirs in zip(self.own, cache.rows, strict=True):
-            for (prefix, suffix), shared, own in (
-                (mine.keys, theirs.state.keys, theirs.keys),
-                (mine.values, theirs.state.values, theirs.values),
-            ):
-                prefix[: shared.shape[0], :, : shared.shape[2]] = shared
-                suffix[: own.shape[0], :, : cache.length] = own[:, :, : cache.length]
+            mine.buffers.load(theirs, cache.length)
         self.table.fill(*cache.documents_and_lengths())
         self.table.column.fill_(cache.length)
 
@@ -349,19 +337,66 @@ class StaticCache(_UnmaskedCache):
         """Move some rows to the front, in this order; the first `known` of them continue a document."""
         count, table = len(rows), self.table
         for layer in self.own:
-            for _, suffix in (layer.keys, layer.values):
-                suffix[:count] = suffix[rows]
+            for tensor in [*(suffix for _, suffix in layer.buffers.pairs), *layer.buffers.states()]:
+                tensor[:count] = tensor[rows]
         table.fill(table.documents[rows[:known]].tolist(), table.prefix_lengths[rows[:known]].tolist())
 
 
-class _StaticLayer(_UnmaskedLayer):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Buffers:
+    """The tensors of a layer of a static cache; absent parts are empty."""
+
+    pairs: tuple[tuple[Tensor, Tensor], ...] = ()  # keys and values: (document, head, prefix, size), (row, head, ...)
+    conv: dict[int, Tensor] = field(default_factory=dict)  # (row, channels, kernel)
+    recurrent: dict[int, Tensor] = field(default_factory=dict)  # (row, ...)
+    kernels: dict[int, Any] = field(default_factory=dict)
+
+    @classmethod
+    def like(cls, own: Any, capacity: CacheCapacity) -> "_Buffers":
+        """Empty buffers of the kind of a layer of a `SuffixCache`."""
+
+        def rows(states: dict[int, Tensor]) -> dict[int, Tensor]:
+            return {i: state.new_zeros(capacity.rows, *state.shape[1:]) for i, state in states.items()}
+
+        pairs, state = [], own.state
+        for like in (own.keys, own.values) if state.keys is not None else ():
+            _, heads, _, size = like.shape
+            prefix = like.new_zeros(capacity.documents, heads, capacity.prefix, size)
+            pairs.append((prefix, like.new_zeros(capacity.rows, heads, capacity.suffix, size)))
+        return cls(pairs=tuple(pairs), conv=rows(state.conv), recurrent=rows(state.recurrent), kernels=state.kernels)
+
+    def head(self, rows: int) -> "_Buffers":
+        """Views of the first rows, and all documents."""
+        return replace(
+            self,
+            pairs=tuple((prefix, suffix[:rows]) for prefix, suffix in self.pairs),
+            conv={i: state[:rows] for i, state in self.conv.items()},
+            recurrent={i: state[:rows] for i, state in self.recurrent.items()},
+        )
+
+    def states(self) -> list[Tensor]:
+        """The Mamba states, which a step reads and writes."""
+        return [*self.conv.values(), *self.recurrent.values()]
+
+    def load(self, own: Any, length: int) -> None:
+        """Copy a layer of a `SuffixCache` whose rows have read `length` tokens."""
+        given = ((own.state.keys, own.keys), (own.state.values, own.values)) if self.pairs else ()
+        for (prefix, suffix), (shared, read) in zip(self.pairs, given, strict=True):
+            prefix[: shared.shape[0], :, : shared.shape[2]] = shared
+            suffix[: read.shape[0], :, :length] = read[:, :, :length]
+        for i, state in self.conv.items():
+            state[: len(own.conv_states[i])] = own.conv_states[i]
+        for i, state in self.recurrent.items():
+            state[: len(own.recurrent_states[i])] = own.recurrent_states[i]
+
+
+class _StaticAttention(_UnmaskedLayer):
     """A layer's prefix and suffix, keys and values."""
 
-    def __init__(self, table: Table, keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor]):
+    def __init__(self, table: Table, buffers: _Buffers):
         super().__init__()
         self.table: Any = table
-        self.keys: Any = keys
-        self.values: Any = values
+        self.buffers: Any = buffers
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -369,17 +404,47 @@ class _StaticLayer(_UnmaskedLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         updated = []
-        for (prefix, suffix), new in ((self.keys, key_states), (self.values, value_states)):
+        for (prefix, suffix), new in zip(self.buffers.pairs, (key_states, value_states), strict=True):
             suffix.index_copy_(2, self.table.column, new)
             updated.append(StaticKV(prefix, suffix, self.table))
         return tuple(updated)
 
 
-def _buffers(like: Tensor, capacity: CacheCapacity) -> tuple[Tensor, Tensor]:
-    """Of documents and of suffixes, for keys or values of the kind of `like`."""
-    _, heads, _, size = like.shape
-    prefix = like.new_zeros(capacity.documents, heads, capacity.prefix, size)
-    return prefix, like.new_zeros(capacity.rows, heads, capacity.suffix, size)
+class _StaticRecurrent(RecurrentLayer):
+    """Mamba states in buffers that are written into."""
+
+    is_sliding = False
+
+    def __init__(self, table: Table, buffers: _Buffers):
+        super().__init__(max(len(buffers.conv), len(buffers.recurrent), 1))
+        self.table, self.buffers = table, buffers
+        for i, state in buffers.conv.items():
+            super()._set_conv(i, state, buffers.kernels[i])
+        for i, state in buffers.recurrent.items():
+            super().update_recurrent_state(state, i)
+
+    def _set_conv(self, state_idx: int, tensor: Tensor, kernel: Any) -> None:
+        self.buffers.conv[state_idx].copy_(tensor)
+
+    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        return self.buffers.recurrent[state_idx].copy_(recurrent_states)
+
+
+class _StaticBoth(_StaticRecurrent, _StaticAttention):
+    """A layer that has a Mamba mixer and attention side by side."""
+
+    def __init__(self, table: Table, buffers: _Buffers):
+        CacheLayerMixin.__init__(self)
+        _StaticRecurrent.__init__(self, table, buffers)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: the buffers are given."""
+
+
+def _static_layer(table: Table, buffers: _Buffers) -> Any:
+    if not buffers.conv and not buffers.recurrent:
+        return _StaticAttention(table, buffers)
+    return (_StaticBoth if buffers.pairs else _StaticRecurrent)(table, buffers)
 
 
 def static_kv_attention(

@@ -38,12 +38,27 @@ class GraphState(DecodeState):
     next: Int[Tensor, " row"]  # the token that it reads now
 
 
-def capturable(model: Any) -> bool:
-    """Whether a step of a model can be captured: attention layers only, and no data-dependent experts."""
-    options = model.config.get_text_config()
+def attention_only(model: Any) -> bool:
+    """Whether all layers are attention and dense MLPs: what was measured on a GPU, so that `auto` captures it."""
     kinds = (DynamicLayer, DynamicSlidingWindowLayer)
-    experts = any(getattr(options, name, 0) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
-    return not experts and all(type(layer) in kinds for layer in DynamicCache(config=model.config).layers)
+    return not _has_experts(model) and all(type(layer) in kinds for layer in DynamicCache(config=model.config).layers)
+
+
+def not_capturable(model: Any, compiled: bool) -> str:
+    """Why a step of a model that shares prefixes cannot be captured; empty where it can."""
+    if compiled and not attention_only(model):
+        return f"{type(model).__name__} has layers (Mamba, experts) that were not compiled as a whole so far"
+    if not _has_experts(model):
+        return ""
+    chosen = model.config.get_text_config()._experts_implementation
+    can_set = getattr(type(model), "_can_set_experts_implementation", lambda: False)  # since transformers 5
+    if not can_set() or chosen != "grouped_mm" or model.dtype != torch.bfloat16:
+        return "experts take grouped products of transformers (grouped_mm) and model.precision bf16"
+    return ""
+
+
+def _has_experts(model: Any) -> bool:
+    return any(name.endswith("experts") for name, _ in model.named_modules())
 
 
 def sample_by_cells(logits: Float[Tensor, "row vocab"], noise: Float[Tensor, " row"]) -> Int[Tensor, " row"]:
@@ -269,7 +284,7 @@ class CUDAGraphDecoder:
             run = torch.compile(step, fullgraph=True, dynamic=False)
         if not state.length.is_cuda:
             return run
-        tensors = [*state.tensors().values(), column]
+        tensors = [*state.tensors().values(), *cache.states(), column]
         kept = [tensor.clone() for tensor in tensors]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

@@ -15,7 +15,7 @@ from forethought.data.positions import Positions, ThoughtFormat
 from forethought.flops import PREPACK_MIN_WEIGHTS
 from forethought.rollout import Responses, Thoughts, rescored
 from forethought.rollout.cpp import CppBackend
-from forethought.rollout.cuda_graphs import CUDAGraphDecoder, capturable
+from forethought.rollout.cuda_graphs import CUDAGraphDecoder, attention_only, not_capturable
 from forethought.rollout.decoder import Backend, Decoder, DecodeState, EagerBackend
 
 
@@ -90,16 +90,17 @@ def _cuda_graphs(model: Any, form: ThoughtFormat, config: Config) -> CUDAGraphDe
     decoding = config.model.decoding
     if decoding in ("eager", "cpp"):
         return None
-    reason = None
+    reason, compiled = "", decoding == "cuda_graphs_compiled"
     if config.model.prefix != "shared":
         reason = "model.prefix must be 'shared'"
     elif model.device.type != "cuda":
         reason = "there is no GPU"
-    elif not capturable(model):
-        reason = f"{type(model).__name__} has layers (Mamba, experts) that a CUDA graph cannot capture"
+    elif decoding != "auto":
+        reason = not_capturable(model, compiled)
+    elif not attention_only(model):
+        return None
     if reason and decoding != "auto":
         raise UserError(f"model.decoding = {decoding!r}: {reason}; use 'auto' or 'eager'")
-    compiled = decoding == "cuda_graphs_compiled"
     return None if reason else CUDAGraphDecoder(model, form, config.method, config.train.rows, compiled)
 
 

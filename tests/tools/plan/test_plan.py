@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from forethought.cli import main
 from forethought.config import UserError, load, own_options
-from forethought.flops import Shape, forward_flops, rlp_step
+from forethought.flops import Mamba, Shape, forward_flops, rlp_step
 from forethought.memory import GIB, chunk_tokens, chunk_windows, fits, memory, uses_cuda_graphs
 from forethought.tools import plan as planner
 from forethought.tools.plan import Options, advice, as_dict, largest, plan, shipped_shape
@@ -320,6 +320,13 @@ def test_captured_steps_are_for_attention_on_a_gpu():
     assert not uses_cuda_graphs(job(machine=CPU))
     assert not uses_cuda_graphs(job(config(model={"decoding": "eager"})))
     assert not uses_cuda_graphs(job(config(model={"prefix": "replicated"})))
+    scan = Mamba(heads=2, head_dim=2, state=3, groups=1, kernel=2, chunk=4)
+    hybrid = dataclasses.replace(TINY, mamba=(scan,))
+    asked = job(config(model={"decoding": "cuda_graphs"}), shape=hybrid)
+    assert uses_cuda_graphs(asked) and not uses_cuda_graphs(job(shape=hybrid)), "where Mamba is captured if asked for"
+    states = 4 * (4 * 3 + 10 * 2)  # bytes of a row, also of each of a document's positions
+    buffers = memory(asked).held["CUDA-graph buffers"] - memory(job()).held["CUDA-graph buffers"]
+    assert buffers == states * (4 + asked.decode_documents)
     assert "CUDA-graph buffers" not in memory(job(machine=CPU)).held
 
 
