@@ -32,6 +32,7 @@ gpu() {
 
 gpu exactness 60 --parts exactness
 gpu resume 60 --parts resume
+gpu offload 45 --parts offload --lengths 64
 for length in 64 256 1024; do  # a few steps and the compilation of what follows the logits
     gpu "steps-$length" 90 --parts steps --repeats 1 --lengths "$length"
 done
