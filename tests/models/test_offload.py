@@ -113,6 +113,44 @@ def test_an_unchanged_copy_is_not_made_again_and_a_changed_one_is(monkeypatch: p
     assert_same_tensors(one.copies(), before)
 
 
+class Stream:
+    """A stream that notes what it waits for, and what is allocated then."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, name: str, one: Setting, said: list[str]):
+        self.name, self.one, self.said = name, one, said
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.said.append(f"{self.name} waits, {'all' if self.one.held() else 'nothing'} is allocated")
+
+    @contextlib.contextmanager
+    def current(self) -> Iterator[None]:
+        self.said.append("copy")
+        yield
+        self.said.append("copied")
+
+
+def test_nothing_is_freed_before_it_is_copied_or_copied_before_it_is_allocated(monkeypatch: pytest.MonkeyPatch):
+    """And only moments come back later. `main` is the stream of everything else, `side` that of the copies."""
+    one, said = Setting(), list[str]()
+    one.step()
+    main, side = (Stream(name, one, said) for name in ("main", "side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", Stream.current)
+    monkeypatch.setattr(one.offload, "_stream", side)
+    one.offload.settle()
+    said.clear()
+    copy = ["side waits, all is allocated", "copy", "copied"]
+    with one.offload.away():
+        assert said == [*copy, "main waits, all is allocated"]
+        said.clear()
+    assert said == [*copy, "main waits, all is allocated", *copy]  # weights, then moments
+    said.clear()
+    one.offload.settle()
+    assert said[-1] == "main waits, all is allocated"
+
+
 def interrupted(lines: int, act: Any) -> bool:
     """Whether `act` was interrupted at the `lines`-th line of the module that it runs."""
     left = lines

@@ -167,7 +167,7 @@ def test_offloaded_bytes_and_seconds_by_hand():
     assert not offloaded(job(config(update={"offload": True}), machine=CPU))
 
 
-def test_more_thoughts_at_once_where_idle_state_is_offloaded():
+def test_more_thoughts_at_once_where_idle_state_is_offloaded(capsys: pytest.CaptureFixture[str]):
     """Three times as many of 1,024 tokens on 80 GB. Of 1,024 of them the keys and values alone are larger."""
     rows: dict[tuple[int, bool], int] = {}
     for length, offload in itertools.product((256, 1024), (False, True)):
@@ -177,6 +177,9 @@ def test_more_thoughts_at_once_where_idle_state_is_offloaded():
         rows[length, offload] = planned.job.config.train.rollout_batch
     assert rows == {(256, False): 384, (256, True): 1104, (1024, False): 144, (1024, True): 448}
     assert 1024 * 1024 * 2 * cache_numbers(planned.job)[0] > 120e9
+    assert as_dict(planned)["host_memory"] == 16 * QWEN_SHAPE.parameters
+    assert main(["plan", "qwen3-1.7b", *words]) == 0
+    assert "27.53 GB of host memory" in " ".join(capsys.readouterr().out.split())
 
 
 def test_bytes_of_decoding_and_update_by_hand():
