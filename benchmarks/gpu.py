@@ -6,7 +6,8 @@ Random weights at Qwen3-1.7B's shape, bf16 over fp32 masters, prefixes of 1,024 
 of `--places` documents. The ceiling of decoding is what has to be read from memory in a step (weights, one copy of each
 document, the suffixes) over the card's copy rate, that of the update the card's matmul rate; both are measured in the
 same run. `generate` is Hugging Face's, on the same documents. Part `update`: the update alone, of one step's thoughts;
-part `resume`: whether a run that is cut and resumed ends with the same bits. `--quick`: the small model, on a CPU where
+part `resume`: whether a run that is cut and resumed ends with the same bits; part `offload`: whether one with
+update.offload does, and steps with it (peaks without it: part `steps`). `--quick`: the small model, on a CPU where
 there is no GPU, to see that it all runs. benchmarks/gpu_suite.sh runs every part within nine minutes.
 """
 
@@ -34,6 +35,7 @@ from forethought.algo.rlp import RLP
 from forethought.config import Config, Update, load
 from forethought.data.positions import at_positions, make_generator
 from forethought.flops import Shape, step_flops
+from forethought.models import offload
 from forethought.models.compute_copy import Network
 from forethought.prefix import SuffixCache, backbone, enable, read
 from forethought.prefix import attention as merged
@@ -151,6 +153,9 @@ class Step:
         self.method = RLP(self.network, self.engine, FORM, harness.tokenizer(vocab), settings)
         self.optimizer = torch.optim.AdamW(self.weights.parameters(), lr=1e-6, fused=DEVICE == "cuda")
         self.windows = [harness.window(prefix, 1, vocab, seed=i) for i in range(documents)]
+        if settings.update.offload:
+            networks = [self.weights, *self.method.state().values()]
+            self.engine.offload = offload.Offload(self.weights.device, networks, self.optimizer)
 
     def __call__(self) -> dict[str, float]:
         """Seconds of each phase, and the peak memory in GiB."""
@@ -171,6 +176,8 @@ class Step:
             self.method.forward_backward(microbatch)
         mark()
         norm = float(torch.nn.utils.clip_grad_norm_(self.weights.parameters(), 1.0))
+        if self.engine.offload:
+            self.engine.offload.settle()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         mark()
@@ -178,6 +185,8 @@ class Step:
         mark()
         self.method.after_step()
         mark()
+        if self.engine.offload:
+            self.engine.offload.start()
         steps = [b - a for a, b in itertools.pairwise(marks)]
         rollout = self.engine.seconds - sampled
         work = step_flops(Shape.of(self.weights.config), record.work(FORM, self.settings))
@@ -304,6 +313,30 @@ def _one_process(wanted: bool) -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
+def offloaded(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """update.offload: whether four steps end with the same bits, and two steps of the large model."""
+    rows, ends = [], []
+    for wanted in ("False", "True"):
+        with tempfile.TemporaryDirectory() as folder:
+            words = ["--method.group", "4", "--train.batch", "8", "--train.steps", "4", "--evaluate.path", ""]
+            train(
+                load("quickstart", [*words, "--model.precision", "bf16", "--update.offload", wanted, "--run", folder])
+            )
+            ends.append(load_file(Path(folder) / "policy" / "model.safetensors"))
+    rows.append({"check": "offload", "same_bits": all(torch.equal(one, ends[1][key]) for key, one in ends[0].items())})
+    print(rows[-1], flush=True)
+    length = options.lengths[0]
+    settings = harness.settings(length, 1, options.group, batch=options.places, chunk=options.chunk)
+    settings = _replaced(settings, options.rows, options)
+    settings = dataclasses.replace(settings, update=dataclasses.replace(settings.update, offload=True))
+    step = Step(options.model, settings, options.prefix, options.places)
+    grid = {"model": options.model, "P": options.prefix, "L": length, "K": 1, "G": options.group, "rows": options.rows}
+    for _ in range(3):  # moments leave from the second on
+        rows.append({**grid, "phase": "step, offload", "documents": options.places, **step()})
+        print({name: round(one, 4) if isinstance(one, float) else one for name, one in rows[-1].items()}, flush=True)
+    return rows
+
+
 def profile(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Where the time of an update and of sampling goes: the kernels that take longest, printed."""
     settings = harness.settings(options.lengths[0], 1, options.group, batch=options.places, chunk=options.chunk)
@@ -425,6 +458,7 @@ def main() -> None:
         options.lengths, options.prefix, options.places = [16], 128, 4
         options.kinds = [kind for kind in options.kinds if DEVICE == "cuda" or "cuda" not in kind]
         options.decoding = options.decoding if DEVICE == "cuda" else "auto"
+        offload.DEVICES = ("cpu", "cuda")
     rates = ceilings()
     print(rates, flush=True)
     rows: list[dict[str, Any]] = [rates]
@@ -434,6 +468,7 @@ def main() -> None:
         "steps": lambda: steps(options, rates),
         "update": lambda: update(options, rates),
         "resume": lambda: resumed(options),
+        "offload": lambda: offloaded(options),
         "profile": lambda: profile(options),
     }
     failed = 0

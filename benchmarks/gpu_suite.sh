@@ -31,12 +31,13 @@ gpu() {
 }
 
 gpu exactness 60 --parts exactness
-gpu resume 60 --parts resume
+gpu resume 45 --parts resume
+gpu offload 45 --parts offload --lengths 64
 for length in 64 256 1024; do  # a few steps and the compilation of what follows the logits
     gpu "steps-$length" 90 --parts steps --repeats 1 --lengths "$length"
 done
 gpu update 45 --parts update --repeats 2 --lengths 256
-gpu decoding 60 --parts decoding --kinds cuda_graphs generate --lengths 64
+gpu decoding 45 --parts decoding --kinds cuda_graphs generate --lengths 64
 gpu decoding-hybrid 30 --parts decoding --kinds eager cuda_graphs --lengths 64 --model "nemotron_h 8x256"
 
 # SmolLM2: the prediction term and its control, for as many steps as the rest allows, each evaluated before and after

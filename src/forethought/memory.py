@@ -24,7 +24,7 @@ GIB = 2**30
 MOST_DOCUMENTS = 32
 """Documents in the buffers of CUDA graphs, or as many as a step's thoughts fill."""
 SCANS = "Mamba scans without mamba_ssm"
-_PREPACKED = "prepacked weights"
+_PREPACKED, _COMPUTE, _GRAPH_BUFFERS = "prepacked weights", "compute weights", "CUDA-graph buffers"
 _SAMPLED_TOKEN = 29  # bytes of a sampled token: noise, tokens and log-probabilities, and their copies
 _SAMPLED_LOGIT = {4: 28, 2: 26}  # bytes of a logit while a token is sampled, by compute precision
 _GRAPH_LOGIT = 48  # the same in CUDA graphs, which keep their buffers, for as many rows, half as many, and so on
@@ -120,6 +120,11 @@ class Setup:
         return self.config.method.kl_weight > 0 or (self.entropies and not self.config.method.proxy)
 
     @property
+    def offloads(self) -> bool:
+        """Whether what is idle while thoughts are sampled is in host memory then."""
+        return self.config.update.offload and self.machine.name != "cpu"
+
+    @property
     def shared(self) -> bool:
         """Whether a document is read once for all its thoughts."""
         return self.config.model.prefix == "shared"
@@ -195,8 +200,21 @@ class Bytes:
 
 
 def memory(job: Setup) -> Bytes:
-    """Bytes on the GPU with the most work."""
-    return Bytes(held=_held(job), decode=_decode(job), score=_score(job), update=_update(job))
+    """Bytes on the GPU with the most work. With update.offload, what is idle while decoding counts only after it."""
+    held, idle = _held(job), offloaded(job)
+    buffers = {_GRAPH_BUFFERS: held[_GRAPH_BUFFERS]} if job.offloads and _GRAPH_BUFFERS in held else {}
+    held = {part: size for part, size in held.items() if part not in idle and part not in buffers}
+    return Bytes(held=held, decode=buffers | _decode(job), score=idle | _score(job), update=idle | _update(job))
+
+
+def offloaded(job: Setup) -> dict[str, float]:
+    """What update.offload moves to host memory while thoughts are sampled (forethought.models.offload)."""
+    held, kinds = _held(job), ["Adam", "teacher"] if job.offloads else []
+    if kinds and _COMPUTE in held:
+        kinds += ["weights", "adapters"]
+    if kinds and job.config.method.kl_weight:  # a proxy without it is not moved
+        kinds += ["KL"]
+    return {part: size for part, size in held.items() if part.startswith(tuple(kinds)) and size}
 
 
 def fits(job: Setup) -> bool:
@@ -252,9 +270,9 @@ def _held(job: Setup) -> dict[str, float]:
         "sampled tokens and noise": float(_SAMPLED_TOKEN * job.local_thoughts * job.max_new_tokens),
     }
     if job.compute_bytes == 2 or job.layout == "zero1" or adapter:
-        held["compute weights"] = float(job.compute_bytes * (job.shape.parameters + adapter))
+        held[_COMPUTE] = float(job.compute_bytes * (job.shape.parameters + adapter))
     if uses_cuda_graphs(job):
-        held["CUDA-graph buffers"] = sum(_caches(job)) + float(_GRAPH_LOGIT * job.decode_rows * job.shape.vocab)
+        held[_GRAPH_BUFFERS] = sum(_caches(job)) + float(_GRAPH_LOGIT * job.decode_rows * job.shape.vocab)
     return held
 
 

@@ -22,7 +22,7 @@ from forethought.data.positions import Positions, thought_format
 from forethought.eval import heldout
 from forethought.flops import Flops, Shape, step_flops, t_flop
 from forethought.memory import Device, Setup, sized
-from forethought.models import lora, sharding
+from forethought.models import lora, offload, sharding
 from forethought.models.loading import (
     check_context_length,
     device,
@@ -169,10 +169,11 @@ def _held(log: RunLog) -> Iterator[None]:
 
 
 class TimedEngine:
-    """An engine whose sampling time is added up in `seconds`."""
+    """An engine whose sampling time is added up in `seconds`. What `offload` moves is away while it samples."""
 
     def __init__(self, engine: Any):
         self.engine, self.seconds = engine, 0.0
+        self.offload: offload.Offload | None = None
 
     def sample(self, positions: Positions, noise: torch.Tensor) -> Thoughts:
         """The engine's `sample`."""
@@ -191,7 +192,8 @@ class TimedEngine:
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:
         started = time.perf_counter()
-        yield
+        with self.offload.away() if self.offload else contextlib.nullcontext():
+            yield
         self.seconds += time.perf_counter() - started
 
 
@@ -228,6 +230,7 @@ class Trainer:
             weight_decay=options.weight_decay,
             fused=self.policy.device.type == "cuda" or None,  # in place, without a copy of all weights
         )
+        self.offload = self.engine.offload = self._offload()
         self.stream = corpus.Windows(config.corpus, self.tokenizer, config.seed)
         self.monitor = Monitor(config.method.inner_steps)
         self.step, self.saved = 0, -1
@@ -240,6 +243,14 @@ class Trainer:
             raise UserError(f"train.flops = {config.train.flops}: the FLOPs of a {kind} model are not known; use steps")
         self.consistent = True  # False from a batch's first optimizer step until its last one is taken and logged
         self._seconds, self._started = 0.0, time.perf_counter()
+
+    def _offload(self) -> offload.Offload | None:
+        """What moves idle tensors to the host, where that is wanted and saves anything."""
+        config, network, device = self.config, self.network, self.policy.device
+        if not (config.update.offload and config.method.samples_thoughts and device.type in offload.DEVICES):
+            return None
+        masters = [network.weights] if network.weights is not network.model else []  # else they sample
+        return offload.Offload(device, [*masters, *self.method.state().values()], self.optimizer)
 
     @property
     def spent(self) -> float:
@@ -329,6 +340,8 @@ class Trainer:
             self._warn(log, callbacks, self.monitor.observe(number, metrics))
             tracker.log(number, metrics, rows)
         self.consistent = True
+        if self.offload:
+            self.offload.start()
         done = max(self.spent, number / self.config.train.steps)
         callbacks.step(number, max(number, round(number / done)), metrics)
 
@@ -429,6 +442,8 @@ class Trainer:
         return norms
 
     def _update(self) -> dict[str, float]:
+        if self.offload:
+            self.offload.settle()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)  # frees memory for the next thoughts
         self.network.sync()
@@ -490,6 +505,8 @@ class Trainer:
         """A checkpoint of this moment, unless there is one."""
         if self.saved == self.step:
             return
+        if self.offload:
+            self.offload.settle()
         tensors = sharding.local_state(self._networks(), self.optimizer)
         state = {"step": self.step, "seconds": self.seconds, "cursor": self.stream.cursor()}
         state["cost"] = dataclasses.asdict(self.cost)

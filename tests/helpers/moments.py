@@ -68,6 +68,16 @@ class Moment:
             os.kill(os.getpid(), self.number)
 
 
+class OffloadOnCPU(Moment):
+    """From its start, a process moves to the host what update.offload names, although that is there already."""
+
+    def install(self) -> None:
+        """Do so in this process."""
+        from forethought.models import offload
+
+        offload.DEVICES = ("cpu", "cuda")
+
+
 def after_forwards(count: int, act: Callable[[], None]) -> None:
     """Call `act` inside the forward pass of a module, the `count`-th from now; at once if `count` is 0."""
     if not count:

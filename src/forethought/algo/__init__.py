@@ -54,5 +54,5 @@ class Method(Protocol):
         ...
 
     def state(self) -> dict[str, torch.nn.Module]:
-        """Further networks that a checkpoint must hold, by name."""
+        """Further networks that a checkpoint must hold, by name. With update.offload none may be used for sampling."""
         ...

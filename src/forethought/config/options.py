@@ -282,6 +282,9 @@ class Update:
     """Tokens in one forward and backward pass; 0: as many as fit. Changes speed and memory, not results."""
     checkpointing: bool = False
     """Activation checkpointing: keep only the inputs of each layer and recompute the rest. Less memory, more time."""
+    offload: bool = False
+    """On a GPU: keep Adam's moments, the teacher and what else is idle in host memory while thoughts are sampled, for
+    more of them at once. CUDA graphs are then captured in every step: for long thoughts. Results stay the same."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

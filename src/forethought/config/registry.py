@@ -101,7 +101,10 @@ METHODS = _table(
     Entry(
         name="mixed", target="forethought.algo.mixed:Mixed", label="mixed supervised training", paper="2608.23256",
         help="next-token prediction with and without thoughts of the start", rewards=("information_gain",),
-        teacher=False, excluded={"method.prediction_weight": "trains on all text"},
+        teacher=False,
+        excluded={
+            "method.prediction_weight": "trains on all text", "update.offload": "samples with a copy of the start",
+        },
     ),
 )  # fmt: skip
 REWARDS = _table(

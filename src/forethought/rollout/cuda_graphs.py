@@ -160,6 +160,11 @@ class CUDAGraphDecoder:
             self._decode(positions.slice(start, end), state, start * group, end * group)
             start = end
 
+    def free(self) -> None:
+        """Drop graphs and buffers. The next positions create them again, as large as these need."""
+        self.steps.clear()
+        self.capacity = self.cache = self.state = None
+
     def _end(self, positions: Positions, start: int, group: int) -> int:
         """The end of the next positions that decode together: as many as fit, in a bounded number of windows."""
         end = positions.window_boundary(start, max(1, self.rows // group), at_least=True)
@@ -208,8 +213,7 @@ class CUDAGraphDecoder:
         if self.capacity is not None and self.capacity.fits(need) and self.shape == shape:
             return
         old = self.capacity or need
-        self.steps.clear()
-        self.cache = self.state = None
+        self.free()
         self.capacity = CacheCapacity(
             rows=max(need.rows, old.rows),
             documents=max(need.documents, old.documents),

@@ -26,7 +26,8 @@ class NativeEngine:
 
     At most `rows` thoughts decode at once. With `shared` (a model that `prefix.enable` prepared) a document is stored
     once for all its thoughts; without, each thought has a copy of its prefix. A `backend` other than eager PyTorch is
-    for shared documents. With `graphs` thoughts are decoded by CUDA graphs; responses are not.
+    for shared documents. With `graphs` thoughts are decoded by CUDA graphs; responses are not. Without `keep_buffers`
+    graphs and their buffers are freed after each call.
     """
 
     def __init__(
@@ -40,8 +41,10 @@ class NativeEngine:
         backend: Backend | None = None,
         graphs: CUDAGraphDecoder | None = None,
         score: Callable[[Thoughts, Positions], Thoughts] | None = None,
+        keep_buffers: bool = True,
     ):
         self.model, self.form, self.graphs, self.score = model, form, graphs, score
+        self.keep_buffers = keep_buffers
         self.decoder = Decoder(backend or EagerBackend(model, rows), form, options, rows, shared)
 
     def sync(self) -> None:
@@ -51,7 +54,11 @@ class NativeEngine:
     def sample(self, positions: Positions, noise: Float[Tensor, "batch group thought"]) -> Thoughts:
         """Sample, force the closing delimiter where needed, and score the targets with the logits that follow."""
         state = DecodeState.start(positions.targets(), self.form, noise, self.model.device)
-        (self.graphs or self.decoder).decode(positions, state)
+        try:
+            (self.graphs or self.decoder).decode(positions, state)
+        finally:
+            if self.graphs and not self.keep_buffers:
+                self.graphs.free()
         thoughts = state.thoughts(len(positions))
         return self.score(thoughts, positions) if self.score else thoughts
 
@@ -80,9 +87,10 @@ def native_engine(model: Any, form: ThoughtFormat, config: Config) -> NativeEngi
     backend = _cpp(model, config) or EagerBackend(model, rows, prepack=config.model.decoding != "eager")
     if bf16 and not isinstance(backend, CppBackend):
         raise UserError("rollout.precision = 'bf16': takes model.decoding cpp or rollout.engine vllm")
-    graphs = _cuda_graphs(model, form, config)
+    graphs, keep = _cuda_graphs(model, form, config), not config.update.offload
     score = partial(rescored, policy=model, form=form, config=config) if bf16 else None
-    return NativeEngine(model, form, config.method, rows, shared, backend=backend, graphs=graphs, score=score)
+    more: dict[str, Any] = {"backend": backend, "graphs": graphs, "score": score, "keep_buffers": keep}
+    return NativeEngine(model, form, config.method, rows, shared, **more)
 
 
 def _cuda_graphs(model: Any, form: ThoughtFormat, config: Config) -> CUDAGraphDecoder | None:
@@ -93,6 +101,8 @@ def _cuda_graphs(model: Any, form: ThoughtFormat, config: Config) -> CUDAGraphDe
     reason, compiled = "", decoding == "cuda_graphs_compiled"
     if config.model.prefix != "shared":
         reason = "model.prefix must be 'shared'"
+    elif config.update.offload and decoding == "cuda_graphs_compiled":
+        reason = "update.offload would have the model compiled again in every step"
     elif model.device.type != "cuda":
         reason = "there is no GPU"
     elif decoding != "auto":

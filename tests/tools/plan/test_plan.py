@@ -1,6 +1,7 @@
 """The planner: numbers by hand, what must grow and shrink, the paper's budget, its command."""
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -16,7 +17,16 @@ from transformers import AutoConfig
 from forethought.cli import main
 from forethought.config import UserError, load, own_options
 from forethought.flops import Mamba, Shape, forward_flops, rlp_step
-from forethought.memory import GIB, chunk_tokens, chunk_windows, fits, memory, uses_cuda_graphs
+from forethought.memory import (
+    GIB,
+    cache_numbers,
+    chunk_tokens,
+    chunk_windows,
+    fits,
+    memory,
+    offloaded,
+    uses_cuda_graphs,
+)
 from forethought.tools import plan as planner
 from forethought.tools.plan import Options, advice, as_dict, largest, plan, shipped_shape
 from forethought.tools.plan.job import MACHINES, Job, machine
@@ -136,6 +146,40 @@ def test_the_papers_12b_fits_with_adapters_alone():
         assert found.adapters.peak <= found.job.machine.usable
     assert list(plan(adapted, shape, Options(gpus=32)).memory) == ["one", "ddp"]
     assert plan(adapted, shape, Options(gpus=32)).adapters is None
+
+
+def test_offloaded_bytes_and_seconds_by_hand():
+    """Moments and teacher count only after decoding, buffers only in it; fp32 weights that sample stay."""
+    plain, moved = (job(config(update={"offload": way})) for way in (False, True))
+    before, found = memory(plain), memory(moved)
+    buffers, idle = "CUDA-graph buffers", {"Adam moments, fp32": 8000.0, "teacher (EMA), fp32": 4000.0}
+    assert offloaded(moved) == idle
+    assert found.held == {name: size for name, size in before.held.items() if name not in {buffers, *idle}}
+    assert found.decode == {buffers: before.held[buffers], **before.decode}
+    assert (found.score, found.update) == (idle | before.score, idle | before.update)
+    seconds = [{phase.name: phase.seconds for phase in step(one).phases}["offload"] for one in (plain, moved)]
+    assert seconds == [0, 2 * 12_000 / 25e9]
+    half = config(update={"offload": True}, model={"precision": "bf16"}, method={"kl_weight": 1.0})
+    assert list(offloaded(job(half)).values()) == [4000, 8000, 4000, 4000]  # weights and reference too
+    proxy = {"position_policy": "entropy"}  # a copy of the start that is not the reference stays
+    assert list(offloaded(job(config(update={"offload": True}, method=proxy))).values()) == [8000, 4000]
+    assert memory(job(config(update={"offload": True}), machine=CPU)) == memory(job(config(), machine=CPU))
+    assert not offloaded(job(config(update={"offload": True}), machine=CPU))
+
+
+def test_more_thoughts_at_once_where_idle_state_is_offloaded(capsys: pytest.CaptureFixture[str]):
+    """Three times as many of 1,024 tokens on 80 GB. Of 1,024 of them the keys and values alone are larger."""
+    rows: dict[tuple[int, bool], int] = {}
+    for length, offload in itertools.product((256, 1024), (False, True)):
+        words = ["--method.thought_length", str(length), "--corpus.window", "1025", "--update.offload", str(offload)]
+        planned = plan(load("qwen3-1.7b", words), QWEN_SHAPE, Options(prefix=1024))
+        assert planned.fits
+        rows[length, offload] = planned.job.config.train.rollout_batch
+    assert rows == {(256, False): 384, (256, True): 1104, (1024, False): 144, (1024, True): 448}
+    assert 1024 * 1024 * 2 * cache_numbers(planned.job)[0] > 120e9
+    assert as_dict(planned)["host_memory"] == 16 * QWEN_SHAPE.parameters
+    assert main(["plan", "qwen3-1.7b", *words]) == 0
+    assert "27.53 GB of host memory" in " ".join(capsys.readouterr().out.split())
 
 
 def test_bytes_of_decoding_and_update_by_hand():

@@ -8,7 +8,7 @@ from typing import Any
 
 from forethought.config import Config, UserError, from_dict, merge, to_dict
 from forethought.flops import Shape
-from forethought.memory import Bytes, Layout, chunk_tokens, fits, largest_that, memory
+from forethought.memory import Bytes, Layout, chunk_tokens, fits, largest_that, memory, offloaded
 from forethought.tools.plan.job import MACHINES, Job, Machine, Options, job, shipped_shape
 from forethought.tools.plan.timing import ASSUMPTIONS, Lengths, Scale, Step, lengths_of_run, lognormal, simulate, step
 
@@ -109,6 +109,7 @@ def as_dict(result: Plan) -> dict[str, Any]:
         "steps": steps,
         "machine": asdict(one.machine),
         "memory": {name: {**asdict(parts), "peak": parts.peak} for name, parts in result.memory.items()},
+        "host_memory": sum(offloaded(one).values()),
         "usable": one.machine.usable,
         "fits": result.fits,
         "changes": [asdict(change) for change in result.changes],
@@ -241,6 +242,7 @@ def _more_gpus(job: Job) -> _Candidates:
 _CHANGES: tuple[tuple[str, str, Callable[[Job], _Candidates]], ...] = (
     ("--train.rollout_batch {}", "slower decoding", _set("train", "rollout_batch", _fewer_rows)),
     ("--update.tokens_per_chunk {}", "a slower update", _set("update", "tokens_per_chunk", _smaller_chunks)),
+    ("--update.offload {}", "idle state leaves and returns every step", _set("update", "offload", lambda job: [True])),
     ("--layout zero1 on {} GPUs", "weights are sent once more a step", _sharded),
     (
         "--update.checkpointing {}", "layers are recomputed in the update",

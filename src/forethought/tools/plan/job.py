@@ -33,6 +33,7 @@ class Machine(Device):
     bandwidth: float  # bytes/s, read and written
     inside: float = 0.0  # bytes/s that a GPU sends to others in its node
     across: float = 0.0  # bytes/s that a GPU sends to other nodes
+    host: float = 25e9  # bytes/s to or from the host's memory: PCIe 4.0 x16, assumed
     price: float = 0.0  # dollars per GPU hour; 0: unknown, no cost is reported
     matmul_share: float = 0.8  # of the peak, in large square products
     copy_share: float = 0.9  # of the bandwidth, in large copies
@@ -87,6 +88,7 @@ _MEASURED = {  # figures of a --ceilings file: field of Machine, scale; the last
     "memory_gb": ("memory", 1e9),
     "inside_gb_s": ("inside", 1e9),
     "across_gb_s": ("across", 1e9),
+    "host_gb_s": ("host", 1e9),
     "launch_us": ("launch", 1e-6),
     "replay_us": ("replay", 1e-6),
     "latency_us": ("latency", 1e-6),

@@ -6,7 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from forethought.memory import SCANS, chunk_tokens
+from forethought.memory import SCANS, chunk_tokens, offloaded
 from forethought.tools.plan import Plan
 from forethought.tools.plan.timing import ASSUMPTIONS, Scale
 
@@ -71,6 +71,8 @@ def _largest(result: Plan) -> str:
     if largest is None:
         return f"{usable}; no batch fits"
     faster = f" (a step in {_seconds(result.faster)} s)" if result.faster else ""
+    if moved := sum(offloaded(result.job).values()):
+        usable += f", and {_gb(moved)} GB of host memory hold what is idle while thoughts are sampled"
     return (
         f"{usable}; the largest that fit, one at a time: train.rollout_batch {largest['rollout_batch']:,}{faster}, "
         f"train.batch {largest['batch']:,}"

@@ -10,7 +10,7 @@ import numpy as np
 
 from forethought.config import UserError
 from forethought.flops import Flops, decode_flops, forward_flops, rlp_step, t_flop
-from forethought.memory import cache_numbers, chunk_tokens, chunk_windows, uses_cuda_graphs
+from forethought.memory import cache_numbers, chunk_tokens, chunk_windows, offloaded, uses_cuda_graphs
 from forethought.tools.plan.job import Job
 
 KERNELS = {"fp32": 57, "bf16": 39}  # per layer of Qwen3 and decoded token; bf16 with fused norms
@@ -77,6 +77,7 @@ def step(job: Job) -> Step:
             _streaming(job, "ema", _EMA * job.teacher * (not method.freeze_teacher)),
             _streaming(job, "bf16 copy", _COPY * (job.compute_bytes == 2)),
             sync(job),
+            _offload(job),
         ),
         text=text,
         thought=round(job.windows * job.thoughts_per_window * job.length),
@@ -130,6 +131,12 @@ def sync(job: Job) -> Phase:
     gradients, weights = job.gradient_bytes * job.trainable, job.compute_bytes * job.shape.parameters
     seconds = ring(job, gradients, 1) + ring(job, weights, 1) if job.layout == "zero1" else ring(job, gradients, 2)
     return Phase(name="sync", flops=0.0, seconds=seconds, bound="links" if seconds else "")
+
+
+def _offload(job: Job) -> Phase:
+    """What update.offload moves, to the host and back. No overlap is assumed."""
+    seconds = 2 * sum(offloaded(job).values()) / job.machine.host
+    return Phase(name="offload", flops=0.0, seconds=seconds, bound="links" if seconds else "")
 
 
 def _rate(job: Job, update: bool = False) -> float:
@@ -246,7 +253,7 @@ def simulate(job: Job, lengths: Lengths, seed: int, weak: bool, ranks: tuple[int
         drawn = [_rank_seconds(job, costs, lengths, gpus, windows, generator) for _ in range(ROUNDS)]
         work, slowest = float(np.mean(drawn)), float(np.mean([seconds.max() for seconds in drawn]))
         phases = {phase.name: phase.seconds for phase in step(replace(job, gpus=gpus)).phases}
-        fixed, links = phases["optimizer"] + phases["ema"], phases["sync"]
+        fixed, links = phases["optimizer"] + phases["ema"] + phases["offload"], phases["sync"]
         total, positions = slowest + links + fixed, windows * job.config.method.positions
         speed = positions / total / gpus
         base = base or speed
