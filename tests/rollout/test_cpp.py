@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from forethought import rollout
 from forethought.cli import main
 from forethought.config import Config, Method, Model, Notice, Rollout, UserError
 from forethought.data.positions import Positions, ThoughtFormat, at_positions, make_generator
+from forethought.models.compute_copy import compute_copy
 from forethought.prefix import SuffixCache, backbone, enable, lm_head, read
 from forethought.rollout import draw_noise, native
 from forethought.rollout.cpp import CppBackend, library
@@ -44,6 +46,7 @@ CONFIGS: dict[str, Any] = {
 }  # fmt: skip
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 THREE = ThoughtFormat(before=(), after=(4, 5), open=(3,), close=(CLOSE, 5, 6), bos=None, pad=0)
+CPUINFO = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 NEEDS_COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 
 
@@ -85,10 +88,41 @@ def test_thoughts_are_those_of_eager_decoding(name: str, form: ThoughtFormat):
     assert form is THREE or (0.1 if form is FORM else 0) < eager.closed.float().mean() < 1
 
 
+@pytest.fixture(params=["fp32 products", "bf16 products"])
+def pair(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """The library without AVX512-BF16 (1), as for any other processor, and with it (2)."""
+    pair = 1 + (request.param == "bf16 products")
+    if pair == 2 and "avx512_bf16" not in CPUINFO:
+        pytest.skip("this processor has no AVX512-BF16")
+    if pair == 1:
+        monkeypatch.setenv("CXX", "c++ -U__AVX512BF16__")
+    library.cache_clear()
+    yield pair
+    library.cache_clear()
+
+
 @NEEDS_COMPILER
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
-def test_bf16_samples_from_rounded_weights_and_scores_with_the_policy(name: str):
-    """To the bit what fp32 samples from a model whose matrices are numbers of bf16."""
+@pytest.mark.parametrize("threads", [1, 2])
+def test_products_are_those_of_numbers_of_bf16(pair: int, threads: int):
+    """Up to the rounding of fp32 sums, for every remainder of rows, columns and inputs; what lies beyond is kept."""
+    backend = CppBackend(network("llama"), bf16=True)
+    assert backend.library.pair() == pair
+    for rows, n, k in [(1, 1, 1), (3, 33, 15), (8, 32, 64), (17, 70, 77), (70, 5, 32), (13, 100, 601)]:
+        torch.manual_seed(rows)
+        x, w = torch.randn(rows, k), torch.randn(n, k)
+        [[panels]] = [one.values() for one in backend._panels([{"product": [w]}])]
+        y = torch.full((rows + 1, n), 7.0)
+        backend.library.multiply(x.data_ptr(), rows, panels.data_ptr(), n, k, 1, threads, y.data_ptr())
+        given, rounded = (x.bfloat16() if pair == 2 else x).double(), w.bfloat16().double()
+        bound = (k + 1) * 2**-23 * given.abs() @ rounded.abs().T
+        assert ((y[:rows] - given @ rounded.T).abs() <= bound).all(), (rows, n, k)
+        assert (y[rows] == 7.0).all()
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_bf16_samples_from_rounded_weights_and_scores_with_the_policy(name: str, pair: int):
+    """What fp32 samples from a model whose matrices are numbers of bf16: to the bit, if products are in fp32."""
     model, positions = network(name), positions_of_documents()
     rounded = copy.deepcopy(model)
     for module in rounded.modules():
@@ -102,13 +136,66 @@ def test_bf16_samples_from_rounded_weights_and_scores_with_the_policy(name: str)
         rollout.engine(one, FORM, some).sample(positions, noise)
         for one, some in ((rounded, settings), (model, settings), (model, low))
     )
-    assert torch.equal(found.tokens, wanted.tokens) and torch.equal(found.logp, wanted.logp)
+    if pair == 1:
+        assert torch.equal(found.tokens, wanted.tokens) and torch.equal(found.logp, wanted.logp)
     assert not torch.equal(found.logp, plain.logp)
     again = rollout.rescored(found, positions, model, FORM, settings)
     same = (found.tokens == plain.tokens).all(dim=-1)
     assert same.float().mean() > 0.3
     assert torch.allclose(found.evidence[same], plain.evidence[same], atol=2e-5), "the policy's own, in fp32"
     assert torch.equal(found.evidence, again.evidence) and torch.equal(found.hit[same], plain.hit[same])
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("name", ["llama-biased-tied", "qwen3"])
+def test_a_policy_in_bf16_is_sampled_to_the_bit_as_its_numbers_in_fp32(name: str, pair: int):
+    """What is not a matrix computes in fp32; the evidence is that of the policy, in bf16."""
+    model, positions = network(name), positions_of_documents()
+    half = compute_copy(copy.deepcopy(model), "bf16")
+    wide = copy.deepcopy(half).float()
+    noise = draw_noise((4, 9), [make_generator(0, i) for i in range(len(positions))])
+    settings = dataclasses.replace(config(thought_length=9), model=Model(decoding="cpp", precision="bf16"))
+    low = dataclasses.replace(settings, model=Model(decoding="cpp"), rollout=Rollout(precision="bf16"))
+    assert settings.rescores and low.rescores and not dataclasses.replace(low, rollout=Rollout()).rescores
+    found, wanted = (
+        rollout.engine(one, FORM, some).sample(positions, noise) for one, some in ((half, settings), (wide, low))
+    )
+    assert torch.equal(found.tokens, wanted.tokens) and torch.equal(found.logp, wanted.logp)
+    assert not torch.equal(found.evidence, wanted.evidence)
+    assert torch.equal(found.evidence, rollout.rescored(found, positions, half, FORM, settings).evidence)
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("name", ["llama-biased-tied", "qwen2"])
+def test_bf16_computes_the_logits_of_a_model_that_rounds_the_same(name: str, pair: int):
+    """Matrices, and with bf16 products the inputs of linear layers.
+
+    There sums in another order move an input by some 1e-7, so that a few inputs round to the other side, by a part in
+    2**8: the logits are nearer to those of this model than to those of one that does not round its inputs.
+    """
+    model = network(name)
+    documents, stops = [[5 + i % 60 for i in range(83)], [9, 8, 7]], [[64, 82], [3]]
+    with torch.no_grad(), (backend := CppBackend(model, bf16=True)).prepared():
+        exact = copy.deepcopy(model)
+        for module in exact.modules():
+            if isinstance(module, torch.nn.Linear):  # not the embeddings that are tied to the head
+                module.weight = torch.nn.Parameter(module.weight.bfloat16().float())
+        rounding = copy.deepcopy(exact)
+        for module in rounding.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_pre_hook(lambda _, given: given[0].bfloat16().float())
+        ours = SuffixCache(backend.read(documents, stops), [0] * 5 + [1] * 20 + [2], 32)
+        tokens = torch.arange(26 * 6).view(26, 6) % 75
+        found = torch.stack([backend.step(tokens[:, i : i + 1], ours) for i in range(6)], dim=1)
+        gaps = []
+        for one in (exact, rounding):
+            fork = SuffixCache(read(one, documents, stops), [0] * 5 + [1] * 20 + [2], 6)
+            wanted = lm_head(one, backbone(one, tokens, fork, fork.position_ids(6)))
+            gaps.append((found - wanted).abs() / wanted.abs().max())
+    if pair == 1:
+        assert gaps[0].max() < 1e-5
+    else:
+        assert gaps[1].max() < 2**-6 and gaps[1].mean() < gaps[0].mean() / 3
 
 
 @NEEDS_COMPILER
@@ -147,7 +234,7 @@ def test_logits_and_caches_are_the_models_own_over_many_steps(threads: int):
         torch.set_num_threads(before)
 
 
-def agree(model: Any, backend: CppBackend, pair: list[SuffixCache], step: int) -> None:
+def agree(model: Any, backend: CppBackend, pair: list[SuffixCache], step: int, tolerance: float = 1e-5) -> None:
     """One more token of each row, by the model itself and by the backend."""
     eager, ours = pair
     token = (step + torch.arange(len(eager.positions))) % 75
@@ -155,7 +242,7 @@ def agree(model: Any, backend: CppBackend, pair: list[SuffixCache], step: int) -
     hidden = backbone(model, token[:, None], eager, eager.position_ids(1))
     eager.length += 1
     wanted, found = lm_head(model, hidden[:, -1]), backend.step(token[:, None], ours)
-    assert float((wanted - found).abs().max() / wanted.abs().max()) < 1e-5
+    assert float((wanted - found).abs().max() / wanted.abs().max()) < tolerance
 
 
 @NEEDS_COMPILER
@@ -254,7 +341,7 @@ def adapted() -> Any:
         (lambda: tiny.model("llama-biased-tied"), "its head or its MLPs have biases"),
         (lambda: biased({3: 1.0}), "its head or its MLPs have biases"),
         (lambda: AutoModelForCausalLM.from_config(MistralConfig(**SIZES, sliding_window=5)), "has a sliding window"),
-        (lambda: network("llama").bfloat16(), "it takes fp32 weights on a CPU"),
+        (lambda: network("llama").double(), "it takes fp32 or bf16 weights on a CPU"),
         (adapted, "its linear layers are modified"),
     ],
 )
@@ -315,19 +402,25 @@ def test_a_run_trains_on_such_thoughts(tmp_path: Path, monkeypatch: pytest.Monke
         assert main([*words, "--model.decoding", decoding, "--run", decoding]) == 0
     eager, cpp = (Path(name, "thoughts.jsonl").read_text() for name in ("eager", "cpp"))
     assert eager.count("\n") == cpp.count("\n") > 0
-    assert main([*words, "--model.decoding", "cpp", "--rollout.precision", "bf16", "--run", "bf16"]) == 0
+    assert main([*words, "--rollout.precision", "bf16", "--run", "bf16"]) == 0
     exact, rounded = (
-        [json.loads(line)["objective/mismatch"] for line in Path(name, "metrics.jsonl").read_text().splitlines()]
-        for name in ("cpp", "bf16")
+        [json.loads(line) for line in Path(name, "metrics.jsonl").read_text().splitlines()] for name in ("cpp", "bf16")
     )
-    assert max(exact) < 1e-5 < min(rounded) <= max(rounded) < 0.1
-    rows = [json.loads(line) for line in Path("bf16/metrics.jsonl").read_text().splitlines()]
-    assert [row["objective/ratio"] for row in rows] == [1.0, 1.0]
+    assert max(row["objective/mismatch"] for row in exact) < 1e-5
+    assert all(1e-5 < row["objective/mismatch"] < 0.1 and row["objective/ratio"] == 1.0 for row in rounded)
 
 
-def test_bf16_is_refused_where_nothing_rounds(capsys: pytest.CaptureFixture[str]):
-    assert main(["train", "quickstart", "--rollout.precision", "bf16", "--run", "unused"]) == 2
-    assert "rollout.precision = 'bf16': takes model.decoding cpp" in capsys.readouterr().err
+@NEEDS_COMPILER
+@pytest.mark.parametrize(
+    ("model", "line"),
+    [
+        (Model(decoding="eager"), "takes model.decoding auto or cpp, or rollout.engine vllm"),
+        (Model(prefix="replicated"), "model.prefix must be 'shared'; use 'policy' or rollout.engine vllm"),
+    ],
+)
+def test_bf16_is_refused_where_nothing_rounds(model: Model, line: str):
+    with pytest.raises(UserError, match=f"^rollout.precision = 'bf16': {line}$"):
+        rollout.engine(network("llama"), FORM, Config(model=model, rollout=Rollout(precision="bf16")))
 
 
 @NEEDS_COMPILER
@@ -335,11 +428,20 @@ def test_auto_decodes_in_cpp_what_exceeds_a_cache(monkeypatch: pytest.MonkeyPatc
     model, settings = network("qwen3"), config()
     assert isinstance(rollout.engine(model, FORM, settings).decoder.backend, EagerBackend)
     monkeypatch.setattr(native, "PREPACK_MIN_WEIGHTS", 1000)
-    with pytest.warns(Notice, match="decoded in C"):
+    with pytest.warns(Notice, match=r"decoded in C\+\+$"):
         assert isinstance(rollout.engine(model, FORM, settings).decoder.backend, CppBackend)
+    half = compute_copy(copy.deepcopy(model), "bf16")
+    assert isinstance(rollout.engine(half, FORM, settings).decoder.backend, EagerBackend)
+    monkeypatch.undo()
+    low = dataclasses.replace(settings, rollout=Rollout(precision="bf16"))
+    for one in (model, half):  # of any size
+        with pytest.warns(Notice, match=r"decoded in C\+\+ with bf16 weights$"):
+            assert rollout.engine(one, FORM, low).decoder.backend.bf16
     monkeypatch.setenv("CXX", "no-such-compiler")
     library.cache_clear()
     try:
         assert isinstance(rollout.engine(model, FORM, settings).decoder.backend, EagerBackend)
+        with pytest.raises(UserError, match=r"^rollout.precision = 'bf16': no C.. compiler found .*; use 'policy' or "):
+            rollout.engine(model, FORM, low)
     finally:
         library.cache_clear()
