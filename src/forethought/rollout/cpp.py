@@ -2,8 +2,9 @@
 
 Weights are packed into panels once for each batch of thoughts, keys and values of documents when they are read or
 joined; norms, rotary embeddings, attention and gates are computed in place. With `bf16` the matrices of weights are
-rounded to bf16, so that half as much is read from memory; sums are fp32. The model is read and never changed. The
-supported families are listed, and a probe compares the backend (in fp32) with the model.
+rounded to bf16, so that half as much is read from memory; sums are fp32. A processor with AVX512-BF16 also multiplies
+in bf16: then the inputs of these products are rounded too. The model is read and never changed. The supported families
+are listed, and a probe compares the backend (in fp32) with the model.
 """
 
 import contextlib
@@ -75,13 +76,14 @@ def library() -> Any:
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
         what = f"{built} cannot be built or loaded: {error}"
         raise ValueError(f"{what}; set XDG_CACHE_HOME to a folder that can be written") from error
-    library.panel_width.restype = ctypes.c_int64
+    library.panel_width.restype = library.pair.restype = ctypes.c_int64
     number, pointer = ctypes.c_int64, ctypes.c_void_p
     library.large_pages.argtypes = [pointer, number]
     for function in (library.pack, library.pack_bf16):
         function.argtypes = [pointer, number, number, number, number, number, pointer]
     library.draw.argtypes = [pointer, number, number, ctypes.c_double, pointer, number, pointer, pointer]
     library.pack_columns.argtypes = [pointer, number, number, number, pointer]
+    library.multiply.argtypes = [pointer, number, pointer, number, number, number, number, pointer]
     return library
 
 
@@ -236,8 +238,10 @@ class CppBackend:
     def _panels(self, products: Sequence[dict[str, list[Tensor]]]) -> list[dict[str, Tensor]]:
         """The (output, input) matrices of each product in panels that hold equally many outputs of each matrix."""
         named = [(number, name, some) for number, one in enumerate(products) for name, some in one.items()]
+        pair = self.library.pair() if self.bf16 else 1
         shapes = [
-            (-(-some[0].shape[0] * len(some) // self.width), some[0].shape[1], self.width) for _, _, some in named
+            (-(-some[0].shape[0] * len(some) // self.width), some[0].shape[1] + some[0].shape[1] % pair, self.width)
+            for _, _, some in named
         ]
         dtype, pack = (torch.bfloat16, self.library.pack_bf16) if self.bf16 else (torch.float32, self.library.pack)
         whole = torch.empty(sum(math.prod(shape) for shape in shapes), dtype=dtype)  # one allocation

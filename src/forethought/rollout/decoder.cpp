@@ -4,8 +4,10 @@
 //
 // Every product multiplies few rows by a matrix whose columns are packed into panels of NR: panel p holds, for each of the
 // k inputs, its NR columns side by side. Weights, the documents' keys (columns: keys) and values (columns: their entries)
-// are all packed in advance (`pack`), so that the same loop multiplies by all of them. A panel in bf16 is widened to fp32
-// by the first rows that use it, so that half as much is read from memory.
+// are all packed in advance (`pack`), so that the same loop multiplies by all of them. Panels in bf16 are half as much to
+// read from memory. With AVX512-BF16 the rows are rounded to bf16 as well, and one instruction multiplies pairs of inputs
+// and adds them in fp32; the panels then hold the two inputs of a pair side by side. Elsewhere a panel is widened to fp32
+// by the first rows that use it.
 
 #include <algorithm>
 #include <cmath>
@@ -16,6 +18,12 @@
 
 #ifdef __linux__
 #include <sys/mman.h>
+#endif
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+constexpr int PAIR = 2;  // inputs side by side in a panel in bf16
+#else
+constexpr int PAIR = 1;
 #endif
 
 #if defined(__AVX512F__)
@@ -137,6 +145,24 @@ float exponentials(const float *x, int64_t count, float top, float factor, float
 
 enum Then { SET, ADD, GATE };  // y = xw; y += xw; y = silu(x gate) * (x up), whose panels hold W columns of each
 
+template <int M, Then then>
+void put(const Vector *low, const Vector *high, float *y, int64_t y_row, int columns) {
+    for (int m = 0; m < M; m++) {
+        float *to = y + m * y_row, some[NR];
+        if (then == GATE) {
+            store(some, low[m] / (1.0f + exponential(-low[m])) * high[m]);
+        } else {
+            store(some, low[m]);
+            store(some + W, high[m]);
+        }
+        if (columns == (then == GATE ? W : NR)) {
+            for (int i = 0; i < (then == GATE ? W : NR); i++) to[i] = then == ADD ? to[i] + some[i] : some[i];
+        } else {
+            for (int i = 0; i < columns; i++) to[i] = then == ADD ? to[i] + some[i] : some[i];
+        }
+    }
+}
+
 // With `narrow` the panel is read from there, in bf16, and left in w for the next tiles.
 template <int M, Then then, bool widens>
 void tile(const float *x, int64_t x_row, float *w, int64_t k, float *y, int64_t y_row, int columns, const float *bias,
@@ -159,33 +185,54 @@ void tile(const float *x, int64_t x_row, float *w, int64_t k, float *y, int64_t 
             high[m] += x[m * x_row + i] * b;
         }
     }
-    for (int m = 0; m < M; m++) {
-        float *to = y + m * y_row, some[NR];
-        if (then == GATE) {
-            store(some, low[m] / (1.0f + exponential(-low[m])) * high[m]);
-        } else {
-            store(some, low[m]);
-            store(some + W, high[m]);
-        }
-        if (columns == (then == GATE ? W : NR)) {
-            for (int i = 0; i < (then == GATE ? W : NR); i++) to[i] = then == ADD ? to[i] + some[i] : some[i];
-        } else {
-            for (int i = 0; i < columns; i++) to[i] = then == ADD ? to[i] + some[i] : some[i];
-        }
-    }
+    put<M, then>(low, high, y, y_row, columns);
 }
 
+#ifdef __AVX512BF16__
+// The same of rows and a panel in bf16, both in pairs of inputs, of which there are k.
+template <int M, Then then, bool>
+void tile(const uint16_t *x, int64_t x_row, const uint16_t *w, int64_t k, float *y, int64_t y_row, int columns,
+          const float *bias, const float *ahead, int64_t ahead_step, const uint16_t *) {
+    Vector low[M], high[M];
+    for (int m = 0; m < M; m++) {
+        low[m] = bias ? load(bias) : Vector{};
+        high[m] = bias ? load(bias + W) : Vector{};
+    }
+    for (int64_t i = 0; i < k; i++, w += 2 * NR) {
+        const __m512bh a = (__m512bh)_mm512_loadu_si512(w), b = (__m512bh)_mm512_loadu_si512(w + NR);
+        __builtin_prefetch(ahead, 0, 2);
+        ahead += ahead_step;
+        for (int m = 0; m < M; m++) {
+            int32_t pair;
+            std::memcpy(&pair, x + m * x_row + 2 * i, sizeof pair);
+            const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+            low[m] = (Vector)_mm512_dpbf16_ps((__m512)low[m], both, a);
+            high[m] = (Vector)_mm512_dpbf16_ps((__m512)high[m], both, b);
+        }
+    }
+    put<M, then>(low, high, y, y_row, columns);
+}
+
+// A row to the nearest numbers of bf16.
+void round_row(const float *x, int64_t k, uint16_t *y) {
+    for (int64_t i = 0; i < k; i += W) {
+        const auto some = __mmask16(k - i >= W ? 0xffff : (1 << (k - i)) - 1);
+        _mm256_mask_storeu_epi16(y + i, some, (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(some, x + i)));
+    }
+}
+#endif
+
 // All rows by one panel. Each MR rows prefetch a share of the next panel, which begins at `ahead` and has `line` floats
-// (or as many bytes of bf16) for each input, so that memory is always busy.
-template <Then then>
-void tiles(int64_t rows, const float *x, int64_t x_row, float *w, int64_t k, float *y, int64_t y_row, int columns,
+// (or as many bytes of bf16) for each of the k inputs or pairs, so that memory is always busy.
+template <Then then, typename X>
+void tiles(int64_t rows, const X *x, int64_t x_row, X *w, int64_t k, float *y, int64_t y_row, int columns,
            const float *bias, const float *ahead, int64_t line, const uint16_t *narrow = nullptr) {
     const int64_t turns = (rows + MR - 1) / MR, step = line / turns;
     for (int64_t row = 0; row < rows; row += MR, x += MR * x_row, y += MR * y_row, ahead += k * step, narrow = nullptr) {
         switch (std::min<int64_t>(MR, rows - row)) {
 #define CASE(M)                                                                                                  \
     case M:                                                                                                      \
-        if (narrow) tile<M, then, true>(x, x_row, w, k, y, y_row, columns, bias, ahead, step, narrow);           \
+        if (narrow) tile<M, then, sizeof(X) == 4>(x, x_row, w, k, y, y_row, columns, bias, ahead, step, narrow); \
         else tile<M, then, false>(x, x_row, w, k, y, y_row, columns, bias, ahead, step, nullptr);                \
         break;
             CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
@@ -199,6 +246,21 @@ template <Then then>
 void product(const Call &s, const float *x, int64_t x_row, void *w, int64_t n, int64_t k, float *y, int64_t y_row,
              const float *bias = nullptr) {
     const int64_t width = then == GATE ? W : NR, panels = (n + width - 1) / width, line = s.bf16 ? NR / 2 : NR;
+#ifdef __AVX512BF16__
+    if (s.bf16) {
+        const int64_t pairs = (k + 1) / 2;
+        std::vector<uint16_t> rounded(s.rows * 2 * pairs);  // an odd input is paired with a zero
+#pragma omp parallel for num_threads(s.threads) if (s.threads > 1 && s.rows > 64)
+        for (int64_t r = 0; r < s.rows; r++) round_row(x + r * x_row, k, &rounded[r * 2 * pairs]);
+#pragma omp parallel for num_threads(s.threads) if (s.threads > 1)
+        for (int64_t p = 0; p < panels; p++) {
+            uint16_t *own = static_cast<uint16_t *>(w) + p * pairs * 2 * NR;
+            tiles<then>(s.rows, rounded.data(), 2 * pairs, own, pairs, y + p * width, y_row, std::min(width, n - p * width),
+                        bias ? bias + p * NR : nullptr, reinterpret_cast<float *>(own + pairs * 2 * NR), NR);
+        }
+        return;
+    }
+#endif
 #pragma omp parallel for num_threads(s.threads) if (s.threads > 1)
     for (int64_t p = 0; p < panels; p++) {
         static thread_local std::vector<float> kept;  // a panel of bf16 in fp32
@@ -353,13 +415,19 @@ void finish(const Call &s, const Layer &layer, const std::vector<Part> &parts, c
     product<ADD>(s, buf.gated.data(), s.inner, layer.down, s.hidden, s.inner, s.states, s.hidden);
 }
 
-template <typename T>
-void arrange(const T *w, int64_t n, int64_t k, int64_t share, int64_t offset, int64_t threads, T *to) {
-    const int64_t panels = (n + share - 1) / share;
+// T: a number, or a pair of them, of which a row has k. An odd one, which is last, gets a zero beside it.
+template <typename T, typename Number>
+void arrange(const Number *w, int64_t n, int64_t k, int64_t share, int64_t offset, int64_t threads, T *to) {
+    const int64_t panels = (n + share - 1) / share, size = sizeof(T) / sizeof(Number);
+    const int64_t whole = k / size, lines = whole + k % size;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t p = 0; p < panels; p++)
-        for (int64_t j = 0; j < std::min(share, n - p * share); j++)
-            for (int64_t i = 0; i < k; i++) to[(p * k + i) * NR + offset + j] = w[(p * share + j) * k + i];
+        for (int64_t j = 0; j < std::min(share, n - p * share); j++) {
+            const Number *row = w + (p * share + j) * k;
+            T *column = to + p * lines * NR + offset + j;
+            for (int64_t i = 0; i < whole; i++) std::memcpy(column + i * NR, row + i * size, sizeof(T));
+            if (whole < lines) column[whole * NR] = T(row[k - 1]);
+        }
 }
 
 }  // namespace
@@ -367,6 +435,8 @@ void arrange(const T *w, int64_t n, int64_t k, int64_t share, int64_t offset, in
 extern "C" {
 
 int64_t panel_width() { return NR; }
+
+int64_t pair() { return PAIR; }
 
 // Request huge pages before memory is written for the first time: weights that exceed the caches are then read faster.
 void large_pages(void *from, int64_t bytes) {
@@ -384,9 +454,10 @@ void pack(const float *w, int64_t n, int64_t k, int64_t share, int64_t offset, i
     arrange(w, n, k, share, offset, threads, to);
 }
 
-// The same of a matrix in bf16.
+// The same of a matrix in bf16, in pairs of inputs where products take pairs.
 void pack_bf16(const uint16_t *w, int64_t n, int64_t k, int64_t share, int64_t offset, int64_t threads, uint16_t *to) {
-    arrange(w, n, k, share, offset, threads, to);
+    if (PAIR == 2) arrange(w, n, k, share, offset, threads, reinterpret_cast<uint32_t *>(to));
+    else arrange(w, n, k, share, offset, threads, to);
 }
 
 // Pack w (k, n), whose columns are the columns of the product.
@@ -396,6 +467,13 @@ void pack_columns(const float *w, int64_t n, int64_t k, int64_t threads, float *
     for (int64_t p = 0; p < panels; p++)
         for (int64_t i = 0; i < k; i++)
             std::memcpy(to + (p * k + i) * NR, w + i * n + p * NR, std::min<int64_t>(NR, n - p * NR) * sizeof(float));
+}
+
+// y (rows, n) = x (rows, k) times a packed matrix, as a layer's products.
+void multiply(const float *x, int64_t rows, void *w, int64_t n, int64_t k, int64_t bf16, int64_t threads, float *y) {
+    Call s = {};
+    s.rows = rows, s.bf16 = bf16, s.threads = threads;
+    product<SET>(s, x, k, w, n, k, y, n);
 }
 
 // A token per row by inverting the cumulative distribution of softmax(logits / temperature) at a uniform number, and its
