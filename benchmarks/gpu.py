@@ -155,7 +155,7 @@ class Step:
         self.windows = [harness.window(prefix, 1, vocab, seed=i) for i in range(documents)]
         if settings.update.offload:
             networks = [self.weights, *self.method.state().values()]
-            self.engine.offload = offload.Offload(self.weights.device, networks, self.optimizer)
+            self.engine.make_room(offload.Offload(self.weights.device, networks, self.optimizer))
 
     def __call__(self) -> dict[str, float]:
         """Seconds of each phase, and the peak memory in GiB."""

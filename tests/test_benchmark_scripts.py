@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ def test_a_peer_is_compared_with_ours_or_with_another_side(script: Any) -> None:
     assert (plain["seconds_forethought"], other["seconds_forethought"], other["seconds"]) == (1.0, 2.0, 6.0)
 
 
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 @pytest.mark.filterwarnings("ignore:model.decoding")
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_step_reports_the_decoder_that_sampled(script: Any, shared: bool) -> None:

@@ -88,6 +88,7 @@ class Shape:
     mamba: tuple[Mamba, ...]  # of every layer that has one
     layers: int = 0
     intermediate: int = 0  # width of the widest MLP
+    experts: int = 0  # routed experts, over all layers
     saved: SavedBytes = field(default_factory=SavedBytes)  # of a token, without Mamba layers: see `mamba_saved`
     linears: tuple[tuple[str, int], ...] = ()  # linear layers that LoRA can adapt: name, inputs plus outputs
     adapter: int = 0  # weights of adapters, included in `matmul_weights`; above 0 all other weights are frozen
@@ -110,6 +111,7 @@ class Shape:
             mamba=whole.mamba,
             layers=config.num_hidden_layers,
             intermediate=widest(config),
+            experts=whole.experts,
             saved=whole.saved,
             linears=tuple(whole.linears.items()),
         )
@@ -194,6 +196,7 @@ class _Part:
     other: int = 0  # other parameters: biases, norms, convolutions, inactive experts
     attention: tuple[Attention, ...] = ()
     mamba: tuple[Mamba, ...] = ()
+    experts: int = 0
     saved: SavedBytes = field(default_factory=SavedBytes)
     linears: Counter[str] = field(default_factory=Counter)  # as in `Shape`
 
@@ -252,7 +255,7 @@ def _mlp(inputs: int, inner: int, bias: bool = False, names: tuple[str, ...] = _
 def _experts(expert: _Part, config: Any) -> _Part:
     """A router and num_local_experts experts, of which num_experts_per_tok are active for each token."""
     active, count, expert = config.num_experts_per_tok, config.num_local_experts, replace(expert, linears=Counter())
-    inactive = _Part(other=(count - active) * expert.matmul_weights)
+    inactive = _Part(other=(count - active) * expert.matmul_weights, experts=count)
     numbers = 3 * config.hidden_size  # inputs and outputs of an expert
     gathered = SavedBytes(fp32=4 * numbers, bf16=2 * numbers, fused=2 * numbers)
     used = _Part(matmul_weights=active * expert.matmul_weights, saved=(expert.saved + gathered) * active)

@@ -235,10 +235,10 @@ def chunk_windows(job: Setup) -> int:
 
 
 def uses_cuda_graphs(job: Setup) -> bool:
-    """Whether thoughts are decoded in CUDA graphs: on a GPU; with Mamba if asked for (rollout.cuda_graphs)."""
+    """Whether thoughts are decoded in CUDA graphs: on a GPU; Mamba and experts if asked to (cuda_graphs.py)."""
     decoding = job.config.model.decoding
     eager = decoding in ("eager", "cpp") or job.config.method.entry.writes
-    asked = decoding == "cuda_graphs" or not job.shape.mamba
+    asked = decoding == "cuda_graphs" or not (job.shape.mamba or job.shape.experts)
     return job.machine.name != "cpu" and asked and job.shared and not eager
 
 
@@ -292,7 +292,7 @@ def _decode(job: Setup) -> dict[str, float]:
     prefix, suffix = _caches(job)
     prefill = documents * (job.max_prefix + job.template) * _one_layer(job)
     if uses_cuda_graphs(job):  # documents are read into a cache of their own, then copied to the buffers
-        return {"prefill": prefix + prefill}
+        return {"prefill": prefix + prefill + 4.0 * rows * cache_numbers(job)[1]}  # a capture copies the states
     prefetched = job.local_windows > job.decode_windows  # the next documents are read before the last ones are freed
     width = job.max_prefix + job.template + job.between + job.max_new_tokens
     scores = 16 * max((one.heads for one in shape.attention), default=0) * rows * width

@@ -31,6 +31,7 @@ from forethought.models.loading import (
     save_thinking_options,
 )
 from forethought.rollout import Responses, Thoughts, engine
+from forethought.rollout.native import NativeEngine
 from forethought.run import checkpoint, distributed
 from forethought.run.diagnostics import Diagnosis, Monitor, diagnose_evaluation
 from forethought.run.folder import RunLog, check_free, disk_errors, read_lines
@@ -57,11 +58,15 @@ def train(config: Config, callbacks: Callbacks | None = None) -> dict[str, Any]:
     except OutOfMemory:
         if all(_sizes(config)) or distributed.launcher_rank_and_size()[1] > 1:
             raise
-    gc.collect()
-    torch.cuda.empty_cache()  # does nothing where there is no GPU
+    _free_memory()
     saved = RunLog.open(config.run).config()
     halves = (max(1, saved.train.rows // 2), saved.update.tokens_per_chunk // 2)
     return resume(config.run, callbacks, _with_sizes(config, halves))
+
+
+def _free_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing where there is no GPU
 
 
 def _begin(config: Config, callbacks: Callbacks) -> dict[str, Any]:
@@ -175,6 +180,12 @@ class TimedEngine:
         self.engine, self.seconds = engine, 0.0
         self.offload: offload.Offload | None = None
 
+    def make_room(self, moved: offload.Offload) -> None:
+        """Move what is idle from now on; buffers of CUDA graphs are freed after each call, to take turns with it."""
+        self.offload = moved
+        if isinstance(self.engine, NativeEngine):
+            self.engine.keep_buffers = False
+
     def sample(self, positions: Positions, noise: torch.Tensor) -> Thoughts:
         """The engine's `sample`."""
         with self._timed():
@@ -230,7 +241,9 @@ class Trainer:
             weight_decay=options.weight_decay,
             fused=self.policy.device.type == "cuda" or None,  # in place, without a copy of all weights
         )
-        self.offload = self.engine.offload = self._offload()
+        self.offload = self._offload()
+        if self.offload:
+            self.engine.make_room(self.offload)
         self.stream = corpus.Windows(config.corpus, self.tokenizer, config.seed)
         self.monitor = Monitor(config.method.inner_steps)
         self.step, self.saved = 0, -1
@@ -289,6 +302,8 @@ class Trainer:
                         raise SignalArrived(self.stop_signal)
                 after = self._evaluate(log, callbacks, guard, "after")
             except (SignalArrived, UserError, RunError, torch.OutOfMemoryError) as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    _free_memory()
                 if self.consistent and (distributed.world_size() == 1 or isinstance(error, SignalArrived)):
                     self._save(log)  # ranks that did not agree to stop cannot save together
                 if isinstance(error, SignalArrived):
@@ -506,7 +521,7 @@ class Trainer:
         if self.saved == self.step:
             return
         if self.offload:
-            self.offload.settle()
+            self.offload.ready()
         tensors = sharding.local_state(self._networks(), self.optimizer)
         state = {"step": self.step, "seconds": self.seconds, "cursor": self.stream.cursor()}
         state["cost"] = dataclasses.asdict(self.cost)

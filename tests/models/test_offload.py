@@ -103,6 +103,10 @@ def test_an_unchanged_copy_is_not_made_again_and_a_changed_one_is(monkeypatch: p
         with one.offload.away():
             pass
     assert len(made) == 1
+    one.offload.ready()  # as for a checkpoint
+    with one.offload.away():
+        pass
+    assert len(made) == 1
     one.offload.settle()
     with torch.no_grad():
         one.networks[0].weight.add_(1)
@@ -131,24 +135,28 @@ class Stream:
         self.said.append("copied")
 
 
-def test_nothing_is_freed_before_it_is_copied_or_copied_before_it_is_allocated(monkeypatch: pytest.MonkeyPatch):
-    """And only moments come back later. `main` is the stream of everything else, `side` that of the copies."""
+@pytest.mark.parametrize("steps", [0, 1])
+def test_nothing_is_freed_before_it_is_copied_or_copied_before_it_is_allocated(
+    monkeypatch: pytest.MonkeyPatch, steps: int
+):
+    """And only moments, where there are any, come back later. `main` is the stream of all else, `side` of copies."""
     one, said = Setting(), list[str]()
-    one.step()
+    for _ in range(steps):
+        one.step()
     main, side = (Stream(name, one, said) for name in ("main", "side"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
     monkeypatch.setattr(torch.cuda, "stream", Stream.current)
     monkeypatch.setattr(one.offload, "_stream", side)
     one.offload.settle()
     said.clear()
-    copy = ["side waits, all is allocated", "copy", "copied"]
+    copy, wait = ["side waits, all is allocated", "copy", "copied"], "main waits, all is allocated"
     with one.offload.away():
-        assert said == [*copy, "main waits, all is allocated"]
+        assert said == [*copy, wait]
         said.clear()
-    assert said == [*copy, "main waits, all is allocated", *copy]  # weights, then moments
+    assert said == [*copy, wait, *copy, *[wait] * (steps == 0)]  # weights, then moments
     said.clear()
     one.offload.settle()
-    assert said[-1] == "main waits, all is allocated"
+    assert said[-1] == wait
 
 
 def interrupted(lines: int, act: Any) -> bool:

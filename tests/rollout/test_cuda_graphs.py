@@ -1,6 +1,5 @@
 """Decoding over static buffers gives the thoughts of eager decoding. Captured graphs need a GPU (benchmarks/gpu.py)."""
 
-import dataclasses
 import subprocess
 import sys
 
@@ -10,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forethought import rollout
-from forethought.config import Config, Model, Update, UserError
+from forethought.config import Config, Model, UserError
 from forethought.data.positions import ThoughtFormat, at_positions, draw_positions, make_generator
 from forethought.prefix import enable
 from forethought.rollout import draw_noise
@@ -106,14 +105,20 @@ def test_buffers_that_are_not_kept_are_gone_after_each_call(monkeypatch: pytest.
     assert freed.graphs.cache is None
 
 
-def test_update_offload_frees_buffers_and_excludes_a_compiled_model():
+def test_freed_buffers_come_back_as_large():
+    """Their sizes decide how sums round."""
     model = MODELS["qwen3"]()
-    for offload in (False, True):
-        settings = dataclasses.replace(config(), update=Update(offload=offload))
-        assert rollout.engine(model, FORM, settings).keep_buffers == (not offload)
-    settings = dataclasses.replace(settings, model=Model(decoding="cuda_graphs_compiled"))
-    with pytest.raises(UserError, match=r"update\.offload would have the model compiled again in every step"):
-        rollout.engine(model, FORM, settings)
+    enable(model)
+    settings = config(group=4, thought_length=5)
+    kept, freed = (cuda_graphs(model, FORM, settings.method, 64) for _ in range(2))
+    freed.keep_buffers = False
+    for windows in (WINDOWS, WINDOWS[:1]):
+        positions = at_positions(windows, [[2] for _ in windows], 1)
+        noise = draw_noise((4, 5), [make_generator(2, i) for i in range(len(positions))])
+        assert_same(kept.sample(positions, noise), freed.sample(positions, noise))
+        assert kept.graphs is not None and freed.graphs is not None
+        assert kept.graphs.cache is not None and freed.graphs.cache is None
+        assert kept.graphs.capacity == freed.graphs.capacity
 
 
 @given(st.integers(0, 2**31), st.sampled_from([3, 128, 300, 517]), st.floats(0.1, 8))

@@ -314,6 +314,8 @@ def _conflicts_of_sizes(config: Config) -> Iterator[str]:
         yield f"corpus.min_tokens = {corpus.min_tokens}: must be at most corpus.window = {corpus.window}"
     if corpus.min_tokens <= method.horizon:
         yield f"corpus.min_tokens = {corpus.min_tokens}: must be above method.horizon = {method.horizon}"
+    if config.update.offload and config.model.decoding == "cuda_graphs_compiled":
+        yield "update.offload = True: would have model.decoding cuda_graphs_compiled compile again for every batch"
     if config.lora.r and shard != "none":
         yield f"parallel.shard = {shard!r}: with lora.r = {config.lora.r} the trained weights are few; use 'none'"
 

@@ -66,7 +66,7 @@ class Offload:
             self.back()
 
     def back(self) -> None:
-        """Bring back what is away. The weights may be read after that; the moments only after `settle`."""
+        """Bring back what is away. The weights may be read after that; the moments only after `ready`."""
         for storage, _ in self._away:
             if not storage.untyped_storage().nbytes():
                 storage.untyped_storage().resize_(storage.numel())
@@ -76,13 +76,17 @@ class Offload:
                     storage, host = self._away[0]
                     storage.copy_(host, non_blocking=True)
                     del self._away[0]
-            if left:
+            if left == self._moments:
                 self._wait()
+
+    def ready(self) -> None:
+        """Let all of it be read."""
+        self.back()
+        self._wait()
 
     def settle(self) -> None:
         """Let all of it be read and changed."""
-        self.back()
-        self._wait()
+        self.ready()
         self._copied = False
 
     @contextlib.contextmanager

@@ -50,9 +50,8 @@ def not_capturable(model: Any, compiled: bool) -> str:
         return f"{type(model).__name__} has layers (Mamba, experts) that were not compiled as a whole so far"
     if not _has_experts(model):
         return ""
-    chosen = model.config.get_text_config()._experts_implementation
-    can_set = getattr(type(model), "_can_set_experts_implementation", lambda: False)  # since transformers 5
-    if not can_set() or chosen != "grouped_mm" or model.dtype != torch.bfloat16:
+    grouped = model.config.get_text_config()._experts_implementation == "grouped_mm"
+    if not (type(model)._can_set_experts_implementation() and grouped and model.dtype == torch.bfloat16):
         return "experts take grouped products of transformers (grouped_mm) and model.precision bf16"
     return ""
 
@@ -161,9 +160,9 @@ class CUDAGraphDecoder:
             start = end
 
     def free(self) -> None:
-        """Drop graphs and buffers. The next positions create them again, as large as these need."""
+        """Drop graphs and buffers. The next positions create them again, as large: sizes decide how sums round."""
         self.steps.clear()
-        self.capacity = self.cache = self.state = None
+        self.cache = self.state = None
 
     def _end(self, positions: Positions, start: int, group: int) -> int:
         """The end of the next positions that decode together: as many as fit, in a bounded number of windows."""
@@ -182,6 +181,7 @@ class CUDAGraphDecoder:
         self.cache.load(batch.cache)
         ids = torch.arange(first, last, device=self.model.device)
         self._load_rows(state, ids, logits)
+        del batch, logits  # the memory of all rows' states
         count = self.capacity.rows
         while True:
             step = self._step(count)
@@ -210,7 +210,7 @@ class CUDAGraphDecoder:
             prefix=max(cache.prefix.length),
             suffix=cache.length + limit + width + 2 * _LOOK,
         )
-        if self.capacity is not None and self.capacity.fits(need) and self.shape == shape:
+        if self.cache is not None and self.capacity is not None and self.capacity.fits(need) and self.shape == shape:
             return
         old = self.capacity or need
         self.free()

@@ -26,7 +26,7 @@ class NativeEngine:
 
     At most `rows` thoughts decode at once. With `shared` (a model that `prefix.enable` prepared) a document is stored
     once for all its thoughts; without, each thought has a copy of its prefix. A `backend` other than eager PyTorch is
-    for shared documents. With `graphs` thoughts are decoded by CUDA graphs; responses are not. Without `keep_buffers`
+    for shared documents. With `graphs` thoughts are decoded by CUDA graphs; responses are not. Unless `keep_buffers`,
     graphs and their buffers are freed after each call.
     """
 
@@ -41,10 +41,9 @@ class NativeEngine:
         backend: Backend | None = None,
         graphs: CUDAGraphDecoder | None = None,
         score: Callable[[Thoughts, Positions], Thoughts] | None = None,
-        keep_buffers: bool = True,
     ):
         self.model, self.form, self.graphs, self.score = model, form, graphs, score
-        self.keep_buffers = keep_buffers
+        self.keep_buffers = True
         self.decoder = Decoder(backend or EagerBackend(model, rows), form, options, rows, shared)
 
     def sync(self) -> None:
@@ -85,11 +84,10 @@ def native_engine(model: Any, form: ThoughtFormat, config: Config) -> NativeEngi
     """What `rollout.engine` builds. Raises UserError where the model does not support what the config asks for."""
     rows, shared = config.train.rows, config.model.prefix == "shared"
     backend = _cpp(model, config) or EagerBackend(model, rows, prepack=config.model.decoding != "eager")
-    graphs, keep = _cuda_graphs(model, form, config), not config.update.offload
+    graphs = _cuda_graphs(model, form, config)
     rounds = isinstance(backend, CppBackend) and backend.bf16
     score = partial(rescored, policy=model, form=form, config=config) if rounds else None
-    more: dict[str, Any] = {"backend": backend, "graphs": graphs, "score": score, "keep_buffers": keep}
-    return NativeEngine(model, form, config.method, rows, shared, **more)
+    return NativeEngine(model, form, config.method, rows, shared, backend=backend, graphs=graphs, score=score)
 
 
 def _cuda_graphs(model: Any, form: ThoughtFormat, config: Config) -> CUDAGraphDecoder | None:
@@ -100,8 +98,6 @@ def _cuda_graphs(model: Any, form: ThoughtFormat, config: Config) -> CUDAGraphDe
     reason, compiled = "", decoding == "cuda_graphs_compiled"
     if config.model.prefix != "shared":
         reason = "model.prefix must be 'shared'"
-    elif config.update.offload and decoding == "cuda_graphs_compiled":
-        reason = "update.offload would have the model compiled again in every step"
     elif model.device.type != "cuda":
         reason = "there is no GPU"
     elif decoding != "auto":

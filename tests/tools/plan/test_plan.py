@@ -371,6 +371,11 @@ def test_captured_steps_are_for_attention_on_a_gpu():
     states = 4 * (4 * 3 + 10 * 2)  # bytes of a row, also of each of a document's positions
     buffers = memory(asked).held["CUDA-graph buffers"] - memory(job()).held["CUDA-graph buffers"]
     assert buffers == states * (4 + asked.decode_documents)
+    assert memory(asked).decode["prefill"] > memory(job()).decode["prefill"] + states * 4
+    experts = dataclasses.replace(TINY, experts=2)
+    assert not uses_cuda_graphs(job(shape=experts))
+    assert uses_cuda_graphs(job(config(model={"decoding": "cuda_graphs"}), shape=experts))
+    assert [Shape.of(CONFIGS[name]).experts for name in ("llama", "mixtral")] == [0, 3 * 4]
     assert "CUDA-graph buffers" not in memory(job(machine=CPU)).held
 
 

@@ -239,10 +239,15 @@ def _more_gpus(job: Job) -> _Candidates:
     return ((one.gpus, one) for one in more if one.gpus < 2048 and not job.shape.adapter and fits(one))
 
 
+def _can_offload(job: Job) -> list[bool]:
+    refused = "update.offload" in job.config.method.entry.excluded
+    return [True] * (not refused and job.config.model.decoding != "cuda_graphs_compiled")
+
+
 _CHANGES: tuple[tuple[str, str, Callable[[Job], _Candidates]], ...] = (
     ("--train.rollout_batch {}", "slower decoding", _set("train", "rollout_batch", _fewer_rows)),
     ("--update.tokens_per_chunk {}", "a slower update", _set("update", "tokens_per_chunk", _smaller_chunks)),
-    ("--update.offload {}", "idle state leaves and returns every step", _set("update", "offload", lambda job: [True])),
+    ("--update.offload {}", "idle state leaves and returns every step", _set("update", "offload", _can_offload)),
     ("--layout zero1 on {} GPUs", "weights are sent once more a step", _sharded),
     (
         "--update.checkpointing {}", "layers are recomputed in the update",
