@@ -10,7 +10,8 @@ All sample G thoughts of L tokens after each of K prefixes, at temperature 1 and
 one run. `generate` takes the prefixes one after the other; vLLM takes them together, with prefix caching, its cache
 empty at each call. Forethought also closes the thoughts and scores the targets, L + 4 tokens per row in all, and
 returns each token's log-probability, which the others do not. With --precision bf16 it samples with bf16 weights; that
-the policy then scores what was sampled is not timed, here or for vLLM. A model is a name, a folder or a GGUF file.
+the policy then scores what was sampled is not timed, here or for vLLM, but for peers named `rescored`. `half` has the
+policy in bf16. A model is a name, a folder or a GGUF file.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from harness import CLOSE, FORM, OPEN
 from forethought import rollout
 from forethought.config import Model
 from forethought.data.positions import at_positions, make_generator
+from forethought.models.compute_copy import compute_copy
 from forethought.models.loading import load_model
 from forethought.rollout import draw_noise
 
@@ -47,19 +49,26 @@ def build(name: str, device: str) -> Any:
 
 
 def forethought(
-    name: str, grid: tuple[int, ...], device: str, decoding: Any = "auto", precision: Any = "policy"
+    name: str,
+    grid: tuple[int, ...],
+    device: str,
+    decoding: Any = "auto",
+    precision: Any = "policy",
+    *,
+    rescored: bool = False,
+    half: bool = False,
 ) -> Callable[[], None]:
-    """Our engine on one document, as a job."""
+    """Our engine on one document, as a job; `rescored` with the policy's pass for the evidence, `half` in bf16."""
     prefix, length, count, group = grid
     settings = harness.settings(length, count, group)
     settings = dataclasses.replace(
         settings,
-        model=dataclasses.replace(settings.model, decoding=decoding),
+        model=dataclasses.replace(settings.model, decoding=decoding, precision="bf16" if half else "fp32"),
         rollout=dataclasses.replace(settings.rollout, precision=precision),
     )
-    model = build(name, device)
+    model = compute_copy(build(name, device), settings.model.precision)
     engine = rollout.engine(model, FORM, settings)
-    engine.score = None
+    engine.score = engine.score if rescored else None
     window = harness.window(prefix, count, model.config.vocab_size)
     positions = at_positions([window], [harness.stops(prefix, count)], 1)
     noise = draw_noise((group, length), [make_generator(0, i) for i in range(count)])
@@ -202,6 +211,9 @@ def row(name: str, grid: tuple[int, ...], peer: str, seconds: dict[str, list[flo
 SIDES: dict[str, Callable[[str, tuple[int, ...], str], Callable[[], None]]] = {
     **{decoding: functools.partial(forethought, decoding=decoding) for decoding in ("auto", "eager", "cpp")},
     "cpp-bf16": functools.partial(forethought, decoding="cpp", precision="bf16"),
+    "cpp-bf16-rescored": functools.partial(forethought, decoding="cpp", precision="bf16", rescored=True),
+    "half-cpp-rescored": functools.partial(forethought, decoding="cpp", half=True, rescored=True),
+    "half-eager": functools.partial(forethought, decoding="eager", half=True),
     "generate": generate,
     "vllm-cpu": vllm,
     "vllm-cpu-bf16": functools.partial(vllm, dtype="bfloat16"),

@@ -261,7 +261,7 @@ def _caches(job: Setup) -> tuple[float, float]:
     rows, documents, positions = job.decode_rows, job.decode_documents, job.config.method.positions
     capacity = job.between + job.max_new_tokens + job.closing + job.config.method.horizon
     capacity += _GRAPH_LOOK if uses_cuda_graphs(job) else 0
-    (keys, states), size = cache_numbers(job), job.compute_bytes
+    (keys, states), size = cache_numbers(job), 4 if _decodes_in_cpp(job) else job.compute_bytes
     copies = documents if job.shared else rows
     prefix = copies * (job.max_prefix + job.template) * keys * size + 4.0 * states * positions * documents * job.shared
     return prefix, rows * (capacity * keys * size + 4.0 * states)
@@ -283,12 +283,18 @@ def _decode(job: Setup) -> dict[str, float]:
         "prefill or sampling": float(max(prefill - suffix * (not prefetched), sampling)),
     }
     linear, model = shape.matmul_weights + shape.vocab * shape.hidden, job.config.model
-    if job.machine.name == "cpu" and model.precision == "fp32" and model.decoding != "eager":
-        if model.decoding == "cpp" or linear >= PREPACK_MIN_WEIGHTS:
-            parts[_PREPACKED] = (2.0 if job.config.rollout.precision == "bf16" else 4.0) * linear
-        if model.decoding == "cpp":  # of the newest documents only
-            parts["prepacked KV cache"] = prefix
+    large = model.precision == "fp32" and model.decoding != "eager" and linear >= PREPACK_MIN_WEIGHTS
+    if _decodes_in_cpp(job) or (job.machine.name == "cpu" and large):
+        parts[_PREPACKED] = (2.0 if job.config.samples_in_bf16 else 4.0) * linear
+    if _decodes_in_cpp(job):  # of the newest documents only
+        parts["prepacked KV cache"] = prefix
     return parts
+
+
+def _decodes_in_cpp(job: Setup) -> bool:
+    """Whether C++ was requested; `auto` also takes it where the model's family and a compiler allow."""
+    config = job.config
+    return job.machine.name == "cpu" and (config.model.decoding == "cpp" or config.rollout.precision == "bf16")
 
 
 def _score(job: Setup) -> dict[str, float]:

@@ -16,6 +16,7 @@ from forethought import rollout
 from forethought.cli import main
 from forethought.config import Config, Method, Model, Notice, Rollout, UserError
 from forethought.data.positions import Positions, ThoughtFormat, at_positions, make_generator
+from forethought.models.compute_copy import compute_copy
 from forethought.prefix import SuffixCache, backbone, enable, lm_head, read
 from forethought.rollout import draw_noise, native
 from forethought.rollout.cpp import CppBackend, library
@@ -143,6 +144,25 @@ def test_bf16_samples_from_rounded_weights_and_scores_with_the_policy(name: str,
     assert same.float().mean() > 0.3
     assert torch.allclose(found.evidence[same], plain.evidence[same], atol=2e-5), "the policy's own, in fp32"
     assert torch.equal(found.evidence, again.evidence) and torch.equal(found.hit[same], plain.hit[same])
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("name", ["llama-biased-tied", "qwen3"])
+def test_a_policy_in_bf16_is_sampled_to_the_bit_as_its_numbers_in_fp32(name: str, pair: int):
+    """What is not a matrix computes in fp32; the evidence is that of the policy, in bf16."""
+    model, positions = network(name), positions_of_documents()
+    half = compute_copy(copy.deepcopy(model), "bf16")
+    wide = copy.deepcopy(half).float()
+    noise = draw_noise((4, 9), [make_generator(0, i) for i in range(len(positions))])
+    settings = dataclasses.replace(config(thought_length=9), model=Model(decoding="cpp", precision="bf16"))
+    low = dataclasses.replace(settings, model=Model(decoding="cpp"), rollout=Rollout(precision="bf16"))
+    assert settings.rescores and low.rescores and not dataclasses.replace(low, rollout=Rollout()).rescores
+    found, wanted = (
+        rollout.engine(one, FORM, some).sample(positions, noise) for one, some in ((half, settings), (wide, low))
+    )
+    assert torch.equal(found.tokens, wanted.tokens) and torch.equal(found.logp, wanted.logp)
+    assert not torch.equal(found.evidence, wanted.evidence)
+    assert torch.equal(found.evidence, rollout.rescored(found, positions, half, FORM, settings).evidence)
 
 
 @NEEDS_COMPILER
@@ -321,7 +341,7 @@ def adapted() -> Any:
         (lambda: tiny.model("llama-biased-tied"), "its head or its MLPs have biases"),
         (lambda: biased({3: 1.0}), "its head or its MLPs have biases"),
         (lambda: AutoModelForCausalLM.from_config(MistralConfig(**SIZES, sliding_window=5)), "has a sliding window"),
-        (lambda: network("llama").bfloat16(), "it takes fp32 weights on a CPU"),
+        (lambda: network("llama").double(), "it takes fp32 or bf16 weights on a CPU"),
         (adapted, "its linear layers are modified"),
     ],
 )
@@ -382,19 +402,25 @@ def test_a_run_trains_on_such_thoughts(tmp_path: Path, monkeypatch: pytest.Monke
         assert main([*words, "--model.decoding", decoding, "--run", decoding]) == 0
     eager, cpp = (Path(name, "thoughts.jsonl").read_text() for name in ("eager", "cpp"))
     assert eager.count("\n") == cpp.count("\n") > 0
-    assert main([*words, "--model.decoding", "cpp", "--rollout.precision", "bf16", "--run", "bf16"]) == 0
+    assert main([*words, "--rollout.precision", "bf16", "--run", "bf16"]) == 0
     exact, rounded = (
-        [json.loads(line)["objective/mismatch"] for line in Path(name, "metrics.jsonl").read_text().splitlines()]
-        for name in ("cpp", "bf16")
+        [json.loads(line) for line in Path(name, "metrics.jsonl").read_text().splitlines()] for name in ("cpp", "bf16")
     )
-    assert max(exact) < 1e-5 < min(rounded) <= max(rounded) < 0.1
-    rows = [json.loads(line) for line in Path("bf16/metrics.jsonl").read_text().splitlines()]
-    assert [row["objective/ratio"] for row in rows] == [1.0, 1.0]
+    assert max(row["objective/mismatch"] for row in exact) < 1e-5
+    assert all(1e-5 < row["objective/mismatch"] < 0.1 and row["objective/ratio"] == 1.0 for row in rounded)
 
 
-def test_bf16_is_refused_where_nothing_rounds(capsys: pytest.CaptureFixture[str]):
-    assert main(["train", "quickstart", "--rollout.precision", "bf16", "--run", "unused"]) == 2
-    assert "rollout.precision = 'bf16': takes model.decoding cpp" in capsys.readouterr().err
+@NEEDS_COMPILER
+@pytest.mark.parametrize(
+    ("model", "line"),
+    [
+        (Model(decoding="eager"), "takes model.decoding auto or cpp, or rollout.engine vllm"),
+        (Model(prefix="replicated"), "model.prefix must be 'shared'; use 'policy' or rollout.engine vllm"),
+    ],
+)
+def test_bf16_is_refused_where_nothing_rounds(model: Model, line: str):
+    with pytest.raises(UserError, match=f"^rollout.precision = 'bf16': {line}$"):
+        rollout.engine(network("llama"), FORM, Config(model=model, rollout=Rollout(precision="bf16")))
 
 
 @NEEDS_COMPILER
@@ -402,11 +428,20 @@ def test_auto_decodes_in_cpp_what_exceeds_a_cache(monkeypatch: pytest.MonkeyPatc
     model, settings = network("qwen3"), config()
     assert isinstance(rollout.engine(model, FORM, settings).decoder.backend, EagerBackend)
     monkeypatch.setattr(native, "PREPACK_MIN_WEIGHTS", 1000)
-    with pytest.warns(Notice, match="decoded in C"):
+    with pytest.warns(Notice, match=r"decoded in C\+\+$"):
         assert isinstance(rollout.engine(model, FORM, settings).decoder.backend, CppBackend)
+    half = compute_copy(copy.deepcopy(model), "bf16")
+    assert isinstance(rollout.engine(half, FORM, settings).decoder.backend, EagerBackend)
+    monkeypatch.undo()
+    low = dataclasses.replace(settings, rollout=Rollout(precision="bf16"))
+    for one in (model, half):  # of any size
+        with pytest.warns(Notice, match=r"decoded in C\+\+ with bf16 weights$"):
+            assert rollout.engine(one, FORM, low).decoder.backend.bf16
     monkeypatch.setenv("CXX", "no-such-compiler")
     library.cache_clear()
     try:
         assert isinstance(rollout.engine(model, FORM, settings).decoder.backend, EagerBackend)
+        with pytest.raises(UserError, match=r"^rollout.precision = 'bf16': no C.. compiler found .*; use 'policy' or "):
+            rollout.engine(model, FORM, low)
     finally:
         library.cache_clear()

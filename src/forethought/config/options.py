@@ -197,8 +197,8 @@ class Rollout:
     engine: Annotated[Name, _registered("engine")] = "native"
     """The engine that samples thoughts, or `module:attribute` for one of your own."""
     precision: Literal["policy", "bf16"] = "policy"
-    """Weights that thoughts are sampled with. bf16 (`model.decoding cpp`, vLLM): half as much to read from memory; the
-    evidence is then computed by the policy, in another pass."""
+    """Weights that thoughts are sampled with. bf16 (in C++ on a CPU, or vLLM): half as much to read from memory, and
+    products in bf16 where the processor has them; the evidence is then computed by the policy, in another pass."""
     cache_gb: Above0 = 1.0
     """Size of vLLM's key-value cache, in GiB, in addition to its copy of the weights."""
     timeout_s: Above0 = 600.0
@@ -361,7 +361,12 @@ class Config:
     @property
     def rescores(self) -> bool:
         """Whether the policy reads the thoughts again for their evidence, since something else sampled them."""
-        return self.rollout.engine == "vllm" or self.rollout.precision == "bf16"
+        return self.rollout.engine == "vllm" or self.samples_in_bf16
+
+    @property
+    def samples_in_bf16(self) -> bool:
+        """Whether the native engine samples in C++ with bf16 weights."""
+        return self.rollout.precision == "bf16" or (self.model.precision, self.model.decoding) == ("bf16", "cpp")
 
     @property
     def shift_invariant(self) -> bool:

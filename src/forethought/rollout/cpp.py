@@ -4,7 +4,7 @@ Weights are packed into panels once for each batch of thoughts, keys and values 
 joined; norms, rotary embeddings, attention and gates are computed in place. With `bf16` the matrices of weights are
 rounded to bf16, so that half as much is read from memory; sums are fp32. A processor with AVX512-BF16 also multiplies
 in bf16: then the inputs of these products are rounded too. The model is read and never changed. The supported families
-are listed, and a probe compares the backend (in fp32) with the model.
+are listed, and a probe compares the backend (with panels in fp32) with the model.
 """
 
 import contextlib
@@ -95,21 +95,24 @@ def _run(words: list[str]) -> str:
 
 
 class CppBackend:
-    """A `decoder.Backend`. Raises ValueError without a compiler, or for a model that it does not support."""
+    """A `decoder.Backend`. Raises ValueError without a compiler, or for a model that it does not support.
+
+    `bf16` is always on for a model in bf16; what is not a matrix is then computed in fp32.
+    """
 
     def __init__(self, model: Any, bf16: bool = False):
+        _check(model)
         self.model, self.bf16 = model, False
         self.library = library()
         self.width = int(self.library.panel_width())
-        _check(model)
         self._sizes: dict[str, Any] = {}
         self._weights: list[dict[str, Tensor]] = []
         self._documents: list[dict[str, Tensor]] = []
         self._known: tuple[Any, ...] = ()  # the last result of `_tables`
-        self._head = torch.empty(0)
+        self._head = self._norm = torch.empty(0)
         with torch.no_grad(), self.prepared():
             _probe(model, self)  # in fp32
-        self.bf16 = bf16
+        self.bf16 = bf16 or model.dtype == torch.bfloat16
 
     @contextlib.contextmanager
     def prepared(self) -> Iterator["CppBackend"]:
@@ -120,11 +123,12 @@ class CppBackend:
         try:
             self._sizes = {**_sizes(self.model), "bf16": int(self.bf16)}
             *weights, head = self._panels(products)
-            self._head = head["head"]
+            self._head, self._norm = head["head"], self.model.base_model.norm.weight.float()
             self._weights = [{**own, **self._vectors(layer)} for own, layer in zip(weights, layers, strict=True)]
             yield self
         finally:
-            self._weights, self._documents, self._known, self._head = [], [], (), torch.empty(0)
+            self._weights, self._documents, self._known = [], [], ()
+            self._head = self._norm = torch.empty(0)
 
     def read(self, documents: Sequence[Sequence[int]], prefix_lengths: Sequence[Sequence[int]]) -> Prefix:
         """Read documents, as `prefix.read`."""
@@ -132,7 +136,7 @@ class CppBackend:
         shape = (len(documents), self._sizes["key_heads"], max(ends), self._sizes["size"])
         layers = [_empty_documents(shape, self.width) for _ in base.layers]
         for number, (tokens, end) in enumerate(zip(documents, ends, strict=True)):
-            hidden = base.embed_tokens(torch.tensor(tokens[:end]))
+            hidden = base.embed_tokens(torch.tensor(tokens[:end])).float()
             document = ({name: tensor[number] for name, tensor in layer.items()} for layer in layers)
             table = _table({**own, **one} for own, one in zip(self._weights, document, strict=True))
             self._call(self.library.read, hidden, torch.arange(end), table, capacity=max(ends), length=max(ends))
@@ -146,7 +150,7 @@ class CppBackend:
 
     def _step(self, tokens: Int[Tensor, " row"], cache: SuffixCache) -> Float[Tensor, "row vocab"]:
         cache.reserve(1)
-        states = self.model.base_model.embed_tokens(tokens)
+        states = self.model.base_model.embed_tokens(tokens).float()
         logits = states.new_empty(len(tokens), self.model.lm_head.weight.shape[0])
         table, spans, start = self._tables(cache)
         self._call(
@@ -198,7 +202,7 @@ class CppBackend:
         rotary = base.rotary_emb(states[None], at[None])
         cosines, sines = (some.expand(1, len(at), -1).contiguous() for some in rotary)
         function(ctypes.byref(_Call(
-            **self._sizes, **more, rows=len(at), threads=torch.get_num_threads(), norm=_pointer(base.norm.weight),
+            **self._sizes, **more, rows=len(at), threads=torch.get_num_threads(), norm=_pointer(self._norm),
             head=_pointer(self._head), cosines=_pointer(cosines), sines=_pointer(sines), states=_pointer(states),
             layer=ctypes.addressof(table),
         )))  # fmt: skip
@@ -214,7 +218,7 @@ class CppBackend:
             "out_bias": self._bias([attention.o_proj.bias]),
             "second_norm": layer.post_attention_layernorm.weight,
         }
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        return {name: tensor.float() for name, tensor in found.items() if tensor is not None}
 
     def _bias(self, parts: Sequence[Tensor | None]) -> Tensor | None:
         if parts[0] is None:
@@ -314,8 +318,8 @@ def _check(model: Any) -> None:
     if (family := model.config.model_type) not in _FAMILIES:
         raise ValueError(f"{type(model).__name__} is not supported ({family} is none of {', '.join(_FAMILIES)})")
     weight = model.get_input_embeddings().weight
-    if (weight.device.type, weight.dtype) != ("cpu", torch.float32):
-        raise ValueError("it takes fp32 weights on a CPU")
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError("it takes fp32 or bf16 weights on a CPU")
     base, linear = model.base_model, [one for one in model.modules() if isinstance(one, nn.Linear)]
     mlps = [one for layer in base.layers for one in layer.mlp.children() if isinstance(one, nn.Linear)]
     size = base.layers[0].self_attn.head_dim
@@ -346,5 +350,5 @@ def _probe(model: Any, backend: CppBackend) -> None:
     for column in range(2):
         found = backend.step(tokens[:, column : column + 1], ours)
         gap = float((found - wanted[:, column]).abs().max() / wanted[:, column].abs().max().clamp(min=1e-6))
-        if not gap < 1e-4:
+        if not gap < (1e-4 if model.dtype == torch.float32 else 0.1):
             raise ValueError(f"{type(model).__name__} is not supported (its logits differ by {gap:.1e})")

@@ -76,12 +76,11 @@ class NativeEngine:
 
 def native_engine(model: Any, form: ThoughtFormat, config: Config) -> NativeEngine:
     """What `rollout.engine` builds. Raises UserError where the model does not support what the config asks for."""
-    rows, shared, bf16 = config.train.rows, config.model.prefix == "shared", config.rollout.precision == "bf16"
+    rows, shared = config.train.rows, config.model.prefix == "shared"
     backend = _cpp(model, config) or EagerBackend(model, rows, prepack=config.model.decoding != "eager")
-    if bf16 and not isinstance(backend, CppBackend):
-        raise UserError("rollout.precision = 'bf16': takes model.decoding cpp or rollout.engine vllm")
     graphs = _cuda_graphs(model, form, config)
-    score = partial(rescored, policy=model, form=form, config=config) if bf16 else None
+    rounds = isinstance(backend, CppBackend) and backend.bf16
+    score = partial(rescored, policy=model, form=form, config=config) if rounds else None
     return NativeEngine(model, form, config.method, rows, shared, backend=backend, graphs=graphs, score=score)
 
 
@@ -108,18 +107,24 @@ def _exceeds_cache(model: Any) -> bool:
 
 
 def _cpp(model: Any, config: Config) -> CppBackend | None:
-    """The C++ backend, if requested or (`auto`, for weights that exceed a core's cache) if it supports the model."""
-    automatic = config.model.decoding == "auto"
-    if config.model.decoding != "cpp" and not (automatic and model.device.type == "cpu" and _exceeds_cache(model)):
+    """The C++ backend, if requested (as by bf16), or by `auto` for fp32 weights that exceed a core's cache."""
+    automatic, bf16 = config.model.decoding == "auto", config.rollout.precision == "bf16"
+    if bf16 and config.model.decoding not in ("auto", "cpp"):
+        raise UserError("rollout.precision = 'bf16': takes model.decoding auto or cpp, or rollout.engine vllm")
+    in_fp32 = (model.device.type, model.dtype) == ("cpu", torch.float32)
+    if not (bf16 or config.model.decoding == "cpp" or (automatic and in_fp32 and _exceeds_cache(model))):
         return None
     try:
         if config.model.prefix != "shared":
             raise ValueError("model.prefix must be 'shared'")
-        backend = CppBackend(model, config.rollout.precision == "bf16")
+        backend = CppBackend(model, bf16)
     except ValueError as error:
+        if automatic and bf16:
+            raise UserError(f"rollout.precision = 'bf16': {error}; use 'policy' or rollout.engine vllm") from error
         if automatic:
             return None
         raise UserError(f"model.decoding = 'cpp': {error}; use 'auto' or 'eager'") from error
     if automatic:
-        warnings.warn("model.decoding = 'auto': thoughts are decoded in C++", Notice, stacklevel=2)
+        weights = " with bf16 weights" if bf16 else ""
+        warnings.warn(f"model.decoding = 'auto': thoughts are decoded in C++{weights}", Notice, stacklevel=2)
     return backend

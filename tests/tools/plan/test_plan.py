@@ -319,6 +319,11 @@ def test_compiled_decoding_holds_weights_and_documents_once_more():
     assert set(compiled) - set(plain) == {"prepacked weights", "prepacked KV cache"}
     assert compiled["prepacked weights"] == 4 * (job().shape.matmul_weights + job().shape.vocab * job().shape.hidden)
     assert 0 < compiled["prepacked KV cache"] <= plain["documents' KV cache and states"]
+    low = memory(job(config(rollout={"precision": "bf16"}), machine=CPU)).decode
+    assert low == {**compiled, "prepacked weights": compiled["prepacked weights"] / 2}
+    half = memory(job(config(model={"decoding": "cpp", "precision": "bf16"}), machine=CPU)).decode
+    assert half["prepacked weights"] == low["prepacked weights"]
+    assert half["thoughts' KV cache and states"] == plain["thoughts' KV cache and states"], "in fp32"
 
 
 def test_usable_memory_leaves_a_share():
