@@ -1,12 +1,15 @@
 """The FLOPs of RLP with the shape of Qwen3-1.7B. Nothing is run. Prints the tables of docs/flops.md.
 
+The last lines are of rollout.py's samples: 16 thoughts of 64 tokens, and the closing delimiter of three.
+
 python benchmarks/flops_budget.py
 """
 
 import dataclasses
 from typing import get_args
 
-from transformers import Qwen3Config
+from harness import CLOSE, MODELS, OPEN
+from transformers import LlamaConfig, Qwen3Config
 
 from forethought.flops import (
     Flops,
@@ -92,7 +95,36 @@ def budget() -> None:
         )
 
 
+def samples() -> None:
+    smollm2 = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+    print()
+    for name, config in {"SmolLM2-135M": smollm2, "qwen3 8x512": MODELS["qwen3 8x512"]()}.items():
+        for prefix in (512, 1024):
+            work = Work(
+                windows=(prefix + 1,),
+                owners=(0,),
+                prefixes=(prefix,),
+                opening=len(OPEN),
+                thoughts=((64,) * GROUP,),
+                tails=((len(CLOSE) + 1,) * GROUP,),
+            )
+            cost = rlp_step(Shape.of(config), work)
+            print(
+                f"{name}, P = {prefix}: {cost.prefill / 1e9:.0f} GFLOP for the document, "
+                f"{(cost.decode + cost.score) / 1e9:.0f} for the thoughts"
+            )
+
+
 if __name__ == "__main__":
     per_token()
     by_length()
     budget()
+    samples()
