@@ -1,7 +1,9 @@
-"""What the speed benchmarks report: ratios between sides, and the decoder that sampled."""
+"""What scripts report: ratios between sides, the decoder that sampled, gains by the kind of the next token."""
 
 import argparse
 import importlib
+import json
+import runpy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -33,3 +35,16 @@ def test_a_step_reports_the_decoder_that_sampled(script: Any, shared: bool) -> N
     step = script("step")
     ours = step.Ours("qwen3 4x256", (8, 2, 1, 2), shared, argparse.Namespace(clock="cpu", device="cpu", chunk=0))
     assert ours.engine.decoding == ("cpp" if shared else "eager")  # C++ takes shared prefixes only
+
+
+def test_gains_are_told_apart_by_white_space_before_the_token(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def at(target: str, nothink: float, *evidence: float) -> dict[str, Any]:
+        return {"target": target, "nothink": nothink, "thoughts": [{"evidence": one} for one in evidence]}
+
+    positions = [at(" a", -1.0, -2.0, -1.0), at("\n", -1.0, -1.0), at("s", -0.5, -4.0)]
+    (tmp_path / "documents.json").write_text(json.dumps({"documents": [{"positions": positions}]}))
+    assert runpy.run_path(str(BENCHMARKS.parent / "tools" / "word_starts.py"))["main"]([str(tmp_path)]) == 0
+    said = "after white space -0.25 at 2 positions, joined to the text before -3.50 at 1 positions"
+    assert capsys.readouterr().out == f"{tmp_path}: {said}\n"
