@@ -397,6 +397,7 @@ def test_out_of_memory_while_sampling_saves_what_was_away(tmp_path: Path, monkey
     assert drift(Path(other["run"]), Path(values["run"])) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_shards_of_two_processes_end_with_the_same_bits(tmp_path: Path, processes: ForkServerContext):
     changes = merge(SLOW, {"parallel": {"shard": "zero1"}, "train": {"steps": 3, "batch": 8}})

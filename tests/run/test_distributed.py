@@ -35,7 +35,7 @@ from helpers.runs import (
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("model", ["attention", "hybrid"])
+@pytest.mark.parametrize("model", ["attention", pytest.param("hybrid", marks=pytest.mark.slow)])
 def test_processes_shards_and_resuming_on_another_count_do_not_change_the_trajectory(
     model: str, tmp_path: Path, processes: ForkServerContext
 ):

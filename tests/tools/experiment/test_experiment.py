@@ -304,6 +304,7 @@ def test_a_resumed_experiment_measures_the_text_of_its_base_or_none(tmp_path: Pa
     assert {seed for _, seed, _ in rows(tmp_path / "run")} == {0, 1, "all"}
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_names_its_arm(tmp_path: Path):
     (tmp_path / "small.toml").write_text(SMALL)
     (tmp_path / "run" / "rlp" / "seed-0").mkdir(parents=True)
@@ -312,6 +313,7 @@ def test_a_process_that_fails_names_its_arm(tmp_path: Path):
         compare(tmp_path / "small.toml", {"run": str(tmp_path / "run"), "processes": 2, "seeds": 0})
 
 
+@pytest.mark.slow
 def test_a_process_takes_several_jobs_and_one_that_is_killed_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

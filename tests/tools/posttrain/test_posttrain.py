@@ -291,6 +291,7 @@ metrics = ["post:answer/accuracy_think"]
 """
 
 
+@pytest.mark.slow
 def test_an_experiment_takes_every_arm_and_the_base_through_the_same_stages(tmp_path):
     for name, stage in (("sft", SFT), ("rlvr", RLVR)):
         more = "".join(
