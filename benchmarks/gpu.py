@@ -35,6 +35,7 @@ from forethought.algo.rlp import RLP
 from forethought.config import Config, Update, load
 from forethought.data.positions import at_positions, make_generator
 from forethought.flops import Shape, step_flops
+from forethought.memory import cache_numbers
 from forethought.models import offload
 from forethought.models.compute_copy import Network
 from forethought.prefix import SuffixCache, backbone, enable, read
@@ -208,8 +209,8 @@ class Step:
 def decode_ceiling(config: Any, grid: dict[str, int], rows: int, copy_tb_s: float) -> float:
     """Tokens a second if each step only reads weights, one copy of each document and half-grown suffixes once."""
     shape = Shape.of(config)
-    token = 2 * sum(2 * one.kv_heads * one.head_dim for one in shape.attention)
-    states = 2 * 4 * sum(one.inner * one.state + one.channels * one.kernel for one in shape.mamba)  # read and written
+    keys, numbers = cache_numbers(shape)
+    token, states = 2 * keys, 2 * 4 * numbers  # states are fp32, read and written
     documents = rows // grid["G"]
     read = 2 * shape.parameters + documents * grid["P"] * token + rows * (grid["L"] / 2 * token + states)
     return rows / (read / (copy_tb_s * 1e12))

@@ -1,7 +1,7 @@
 """Sampling a document's thoughts, against Hugging Face's `generate(num_return_sequences=G)` and vLLM's CPU build.
 
     python benchmarks/rollout.py [--json FILE] [--models NAME ...] [--grid 1024,64,1,16] [--repeats 5] [--clock cpu]
-    python benchmarks/rollout.py --decoding cpp --peers auto,generate  (the C++ backend, docs/gpu.md)
+    python benchmarks/rollout.py --decoding cpp --peers eager,generate  (the C++ backend, docs/gpu.md)
     python benchmarks/rollout.py --peers vllm-cpu,vllm-cpu-bf16/cpp-bf16  (in the environment of `make bench-vllm`; the
         second ratio is vLLM's in bf16 against ours in bf16)
     python benchmarks/rollout.py --against CHECKOUT [--against-decoding NAME]  (another version of Forethought)

@@ -254,10 +254,10 @@ def saved_bytes(job: Setup, rows: int, width: int) -> tuple[float, float]:
     return float(rows * (total.bf16 if job.machine.name == "cpu" else total.fused)), float(rows * scans.bf16)
 
 
-def cache_numbers(job: Setup) -> tuple[int, int]:
+def cache_numbers(shape: Shape) -> tuple[int, int]:
     """Numbers in the keys and values of one token, and in the Mamba states of one row, over all layers."""
-    keys = sum(2 * one.kv_heads * one.head_dim for one in job.shape.attention)
-    return keys, sum(one.inner * one.state + one.channels * one.kernel for one in job.shape.mamba)
+    keys = sum(2 * one.kv_heads * one.head_dim for one in shape.attention)
+    return keys, sum(one.inner * one.state + one.channels * one.kernel for one in shape.mamba)
 
 
 def _held(job: Setup) -> dict[str, float]:
@@ -281,7 +281,7 @@ def _caches(job: Setup) -> tuple[float, float]:
     rows, documents, positions = job.decode_rows, job.decode_documents, job.config.method.positions
     capacity = job.between + job.max_new_tokens + job.closing + job.config.method.horizon
     capacity += _GRAPH_LOOK if uses_cuda_graphs(job) else 0
-    (keys, states), size = cache_numbers(job), 4 if _decodes_in_cpp(job) else job.compute_bytes
+    (keys, states), size = cache_numbers(job.shape), 4 if _decodes_in_cpp(job) else job.compute_bytes
     copies = documents if job.shared else rows
     prefix = copies * (job.max_prefix + job.template) * keys * size + 4.0 * states * positions * documents * job.shared
     return prefix, rows * (capacity * keys * size + 4.0 * states)
@@ -292,7 +292,7 @@ def _decode(job: Setup) -> dict[str, float]:
     prefix, suffix = _caches(job)
     prefill = documents * (job.max_prefix + job.template) * _one_layer(job)
     if uses_cuda_graphs(job):  # documents are read into a cache of their own, then copied to the buffers
-        return {"prefill": prefix + prefill + 4.0 * rows * cache_numbers(job)[1]}  # a capture copies the states
+        return {"prefill": prefix + prefill + 4.0 * rows * cache_numbers(job.shape)[1]}  # a capture copies the states
     prefetched = job.local_windows > job.decode_windows  # the next documents are read before the last ones are freed
     width = job.max_prefix + job.template + job.between + job.max_new_tokens
     scores = 16 * max((one.heads for one in shape.attention), default=0) * rows * width
@@ -336,7 +336,7 @@ def _update(job: Setup) -> dict[str, float]:
     shape, method, size = job.shape, job.config.method, job.compute_bytes
     on_cpu, checkpointing = job.machine.name == "cpu", job.config.update.checkpointing
     prefix, tokens = job.max_prefix + job.template, chunk_tokens(job)
-    keys, states = cache_numbers(job)
+    keys, states = cache_numbers(job.shape)
     documents, width = chunk_windows(job), job.between + job.longest_row + (0 if job.shared else prefix)
     rows = min(max(1, tokens // width), documents * job.thoughts_per_window)
     at_once = min(rows, max(1, MAX_LOGITS["cpu" if on_cpu else "cuda"] // (job.longest_row * shape.vocab)))

@@ -176,7 +176,7 @@ def test_more_thoughts_at_once_where_idle_state_is_offloaded(capsys: pytest.Capt
         assert planned.fits
         rows[length, offload] = planned.job.config.train.rollout_batch
     assert rows == {(256, False): 384, (256, True): 1104, (1024, False): 144, (1024, True): 448}
-    assert 1024 * 1024 * 2 * cache_numbers(planned.job)[0] > 120e9
+    assert 1024 * 1024 * 2 * cache_numbers(planned.job.shape)[0] > 120e9
     assert as_dict(planned)["host_memory"] == 16 * QWEN_SHAPE.parameters
     assert main(["plan", "qwen3-1.7b", *words]) == 0
     assert "27.53 GB of host memory" in " ".join(capsys.readouterr().out.split())

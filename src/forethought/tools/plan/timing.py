@@ -96,7 +96,7 @@ def decode_step(job: Job, rows: int | float) -> tuple[float, str]:
     Bound by memory or by FLOPs, whichever takes longer, and by the rate at which kernels can be launched.
     """
     shape, machine, precision = job.shape, job.machine, job.config.model.precision
-    keys, states = cache_numbers(job)
+    keys, states = cache_numbers(job.shape)
     half_way = job.between + (job.length + job.prediction) / 2
     prefix, size = job.prefix + job.template, job.compute_bytes
     documents = rows / job.thoughts_per_window if job.shared else rows
