@@ -23,6 +23,7 @@ from forethought.flops import (
     rlp_step,
     t_flop,
 )
+from forethought.memory import cache_numbers
 
 SHAPE = Shape.of(
     Qwen3Config(
@@ -61,8 +62,7 @@ def per_token() -> None:
     print(f"FLOPs a token: reading {PREFIX} tokens {read:.4g}")
     print(f"FLOPs a token: decoding behind {PREFIX} tokens, head included {decode_flops(SHAPE, [(1, PREFIX)]):.4g}")
     print(f"FLOPs a token: next-token training on {PREFIX} tokens {cpt_step(SHAPE, [PREFIX]).total / PREFIX:.4g}")
-    cache = SHAPE.cache_bytes(PREFIX, element=2)
-    print(f"bytes: training {SHAPE.training_bytes:,}, cache of {PREFIX} tokens in bf16 {cache:,}")
+    print(f"bytes: keys and values of {PREFIX} tokens in bf16 {2 * PREFIX * cache_numbers(SHAPE)[0]:,}")
 
 
 def by_length() -> None:

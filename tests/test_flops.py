@@ -35,13 +35,13 @@ from forethought.flops import (
     step_flops,
     t_flop,
 )
-from forethought.models.compute_copy import Teacher
+from forethought.memory import cache_numbers
 from forethought.prefix import enable
 from forethought.run.folder import RunLog
 from forethought.trainer import resume, train
 from helpers.architectures import CONFIGS, model
 from helpers.flops import counted
-from helpers.models import FORM, LONG, MODELS, collected, config, cpt, gpt2, rlp, window
+from helpers.models import FORM, LONG, MODELS, REPEATING, collected, config, cpt, gpt2, rlp, window
 from helpers.runs import figures, options
 
 ATTENTION = Attention(heads=2, kv_heads=1, head_dim=3, window=None)
@@ -266,6 +266,15 @@ def test_a_real_step_with_everything_on_equals_torchs_count(more: dict[str, Any]
     assert expected.reference > 0
 
 
+def test_a_real_step_that_repeats_the_context_equals_torchs_count():
+    policy = MODELS["qwen3"]()
+    shape = Shape.of(policy.config)
+    work, rollout, update = run_step(policy, REPEATING, horizon=2, prediction_weight=0.1)
+    expected = rlp_step(shape, work, causal=False)
+    assert counted(rollout) + counted(update) == expected.total
+    assert min(n for some in work.tails for n in some) >= REPEATING.repeat
+
+
 def test_a_real_step_with_shared_prefixes_equals_torchs_count_outside_attention():
     """Without attention: the counter does not see fused kernels, and the plain ones of decoding read padding.
 
@@ -428,26 +437,14 @@ def test_qwen3_1_7b_by_hand():
     layer = 2048 * 2048 * 2 + 2048 * 1024 * 2 + 3 * 2048 * 6144
     assert shape.matmul_weights == 28 * layer == 1_409_286_144
     assert shape.parameters == 28 * (layer + 2 * 2048 + 2 * 128) + 151936 * 2048 + 2048 == 1_720_574_976
-    assert shape.cache_bytes(1024, element=2) == 1024 * 28 * 2 * 8 * 128 * 2
+    assert cache_numbers(shape) == (28 * 2 * 8 * 128, 0)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("tokens", [2, 11])
-def test_cache_bytes_are_those_of_the_tensors(name: str, tokens: int):
-    policy = model(name)
+def test_cached_numbers_are_those_of_the_tensors(name: str):
+    policy, tokens = model(name), 2
     cache = DynamicCache(config=policy.config)
     with torch.no_grad():
         policy(input_ids=torch.ones(1, tokens, dtype=torch.long), past_key_values=cache, use_cache=True)
-    assert Shape.of(policy.config).cache_bytes(tokens) == sum(floats(vars(layer)) for layer in cache.layers)
-
-
-@pytest.mark.parametrize("name", ["llama-biased-tied", "nemotron_h"])
-def test_training_bytes_are_those_of_the_tensors(name: str):
-    policy = model(name)
-    teacher = Teacher(policy, 0.9)
-    optimizer = torch.optim.AdamW(policy.parameters())
-    policy(input_ids=torch.ones(1, 3, dtype=torch.long), use_cache=False).logits.sum().backward()
-    optimizer.step()
-    moments = [one[name] for one in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    weights = [*policy.parameters(), *teacher.model.parameters(), *(one.grad for one in policy.parameters())]
-    assert Shape.of(policy.config).training_bytes == sum(one.nbytes for one in [*weights, *moments])
+    keys, states = cache_numbers(Shape.of(policy.config))
+    assert 4 * (keys * tokens + states) == sum(floats(vars(layer)) for layer in cache.layers)

@@ -74,17 +74,6 @@ def test_the_limit():
     assert generate(model, [], sampling, never, []) == []
 
 
-def test_a_forbidden_first_token_may_follow_later():
-    model = qwen3()
-    free = generate(model, PROMPTS * 4, Sampling(limit=12, temperature=1.5), never, streams(20))
-    token = free[0][0]
-    texts = generate(
-        model, PROMPTS * 4, Sampling(limit=12, temperature=1.5, not_first=torch.tensor([token])), never, streams(20)
-    )
-    assert all(text[0] != token for text in texts)
-    assert any(token in text for text in texts)
-
-
 @torch.no_grad()
 def test_sampling_follows_the_distribution():
     model = qwen3()

@@ -25,6 +25,7 @@ from helpers.models import (
     plain_logits,
     plain_targets,
     qwen3,
+    read_through,
     window,
     word_tokenizer,
 )
@@ -36,11 +37,16 @@ TOKENS = [5, 6, 7, 8, 9]
 
 
 def thinker(model: Any = None, tokenizer: Any = None, **method: Any) -> ThinkingModel:
-    return ThinkingModel(model or qwen3(), tokenizer or word_tokenizer(), config(thought_length=5, **method))
+    """Repeats two tokens of the context after a thought, unless told otherwise."""
+    settings = config(**({"thought_length": 5, "repeat_context": 2} | method))
+    return ThinkingModel(model or qwen3(), tokenizer or word_tokenizer(), settings)
 
 
 def rows(one: ThinkingModel, context: list[int], place: ScoredToken | Prediction) -> list[list[int]]:
-    return [[*one.form.prompt_tokens(context), *thought.tokens, *one.form.close] for thought in place.thoughts]
+    return [
+        [*one.form.prompt_tokens(context), *read_through([*thought.tokens, CLOSE], one.form, context)]
+        for thought in place.thoughts
+    ]
 
 
 @torch.no_grad()
@@ -354,7 +360,7 @@ def test_thoughts_may_be_empty_where_training_allowed_it(allow_empty: bool, tmp_
     saved = from_dict(merge(load_thinking_options(str(tmp_path)), {"model": {"device": "cpu"}}))
     one = ThinkingModel(biased({CLOSE: 30.0}), word_tokenizer(), saved)
     [engine] = one.next_token(TEXT).thoughts
-    [[greedy]] = one._think_at(0.0, [TOKENS], 1, [0])
+    [[greedy]] = one._think([TOKENS], 1, [0], 0.0)
     assert [thought.closed for thought in (engine, greedy)] == [True, True]
     assert [len(thought.tokens) for thought in (engine, greedy)] == ([0, 0] if allow_empty else [1, 1])
 
@@ -389,7 +395,7 @@ def test_a_template_and_long_delimiters():
     )
     assert one.form == thought_format(one.tokenizer, one.config.method) == dataclasses.replace(LONG, vocabulary=12)
     found = one.next_token([2, *TOKENS], thoughts=2)
-    prompts = rows(one, [2, *TOKENS], found)
+    prompts = [[*one.form.prompt_tokens([2, *TOKENS]), *some.tokens, *one.form.close] for some in found.thoughts]
     assert prompts[0][:8] == [2, 6, 7, *TOKENS]
     [(logp, _)] = one.score([([2, *TOKENS], [6])], thoughts=2)
     assert logp == pytest.approx(float(found.logp[6]), abs=1e-5)
@@ -418,7 +424,7 @@ def test_mixture_worked_by_hand():
     ("call", "message"),
     [
         (lambda one: one.next_token([]), "text = ''"),
-        (lambda one: one.next_token([5] * 125), "a text of 126 tokens with 7 for a thought takes 133 tokens"),
+        (lambda one: one.next_token([5] * 125), "a text of 126 tokens with 9 for a thought takes 135 tokens"),
         (lambda one: one.gains([5] * 122), "a text of 122 tokens"),
         (lambda one: one.generate([5] * 100, max_tokens=40), "a text of 140 tokens"),
         (lambda one: one.generate(TEXT, max_tokens=0), "max_tokens and think_every"),
@@ -445,8 +451,8 @@ def test_what_cannot_be_is_refused(call: Any, message: str):
 
 def test_the_longest_text_that_is_taken_can_be_thought_about():
     one = thinker()
-    assert len(one.gains([5] * 121, thoughts=1)) == 120
-    assert len(list(one.generate([5] * 118, max_tokens=3))) == 3
+    assert len(one.gains([5] * 119, thoughts=1)) == 118
+    assert len(list(one.generate([5] * 116, max_tokens=3))) == 3
 
 
 def test_the_embedded_base_carries_how_it_thinks():

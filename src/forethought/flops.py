@@ -138,20 +138,6 @@ class Shape:
         """The shape, frozen, with adapters of so many weights."""
         return replace(self, matmul_weights=self.matmul_weights + weights, adapter=weights)
 
-    @property
-    def training_bytes(self) -> int:
-        """fp32 weights, gradients, Adam's two moments and the teacher; no activations, KL reference, fragmentation."""
-        return 20 * self.parameters
-
-    def cache_bytes(self, tokens: int, element: int = 4) -> int:
-        """Keys, values and Mamba states of one sequence, with `element` bytes per number."""
-        keys = sum(
-            2 * one.kv_heads * one.head_dim * min(tokens, one.window - 1 if one.window else tokens)
-            for one in self.attention
-        )
-        states = sum(one.inner * one.state + one.channels * one.kernel for one in self.mamba)
-        return element * (keys + states)
-
 
 def automatic_chunk(layers: int, hidden: int, intermediate: int, element: int, gpu_memory: float | None) -> int:
     """Tokens of one forward and backward pass where update.tokens_per_chunk is 0, `element` bytes per number.

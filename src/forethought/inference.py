@@ -35,13 +35,13 @@ from forethought.models.loading import (
 from forethought.models.logprobs import (
     chunk_tokens,
     entropy,
-    mask_tokens,
     no_think_entropy,
     no_think_scores,
     suffix_logits,
 )
 from forethought.rollout import Thoughts, draw_noise, engine, thought_tokens
 from forethought.rollout.decoder import COMPACT, ReplicatedBatch, probe_copies, sample
+from forethought.rollout.native import NativeEngine
 
 _TAIL = 8  # tokens decoded to find the text that the last one adds; a character has at most 4
 _STRONGEST = 6  # tokens in the table of gains
@@ -61,7 +61,6 @@ class Sampling:
     temperature: float  # 0: greedy
     top_p: float = 1.0
     rows: int = 64  # changes speed and memory, not the result
-    not_first: Int[Tensor, " masked"] | None = None  # tokens that no text begins with
     form: ThoughtFormat | None = None  # of whose tokenizer; ids that it cannot decode are never drawn
 
 
@@ -399,8 +398,6 @@ class ThinkingModel:
 
     def _sample_token(self, logp: Float[Tensor, " vocab"], before: list[int], temperature: float, seed: int) -> int:
         logp = self.form.decodable(logp)
-        if temperature == 0:
-            return int(logp.argmax())
         noise = torch.rand(1, generator=make_generator(seed, "write", before)).to(logp.device)
         return int(sample(logp[None], noise, temperature, 1.0))
 
@@ -440,41 +437,18 @@ class ThinkingModel:
             some = self._think([contexts[i] for i in chosen], thoughts, [seeds[i] for i in chosen], temperature)
             told = dict(zip(chosen, some, strict=True))
             return [told.get(i, ()) for i in range(len(contexts))]
-        if temperature is not None:
-            return self._think_at(temperature, contexts, thoughts, seeds)
-        return self._thoughts(self._sample(positions, thoughts, seeds))
+        return self._thoughts(self._sample(positions, thoughts, seeds, temperature))
 
-    def _think_at(
-        self, temperature: float, contexts: Sequence[list[int]], thoughts: int, seeds: Sequence[int]
-    ) -> list[tuple[Thought, ...]]:
-        """Thoughts at any temperature, including 0, which the rollout engines do not support."""
-        closing = self.form.closing
-        prompts = [self.form.prompt_tokens(context) for context in contexts for _ in range(thoughts)]
-        generators = [make_generator(seed, "think", context) for seed, context in zip(seeds, contexts, strict=True)]
-        sampling = Sampling(
-            limit=self.config.method.thought_length,
-            temperature=temperature,
-            rows=self.config.train.rows,
-            not_first=closing.never_first,
-            form=self.form,
-        )
-        generators, ending = [one for one in generators for _ in range(thoughts)], set(closing.ending.tolist())
-
-        def stop(tokens: Sequence[int]) -> bool:
-            return tokens[-1] in ending and closing.length(tokens) is not None
-
-        found = generate(self.model, prompts, sampling, stop, generators)
-        sampled = []
-        for tokens in found:
-            closed = closing.length(tokens) is not None
-            inside = self.form.content(tokens, closed)
-            sampled.append(Thought(text=self.tokenizer.decode(inside), tokens=tuple(inside), closed=closed))
-        return [tuple(sampled[i : i + thoughts]) for i in range(0, len(sampled), thoughts)]
-
-    def _sample(self, positions: Positions, thoughts: int, seeds: Sequence[int]) -> Thoughts:
-        pairs = zip(seeds, positions.contexts(), strict=True)
+    def _sample(
+        self, positions: Positions, thoughts: int, seeds: Sequence[int], temperature: float | None = None
+    ) -> Thoughts:
+        pairs, config = zip(seeds, positions.contexts(), strict=True), self.config
         generators = [make_generator(seed, "think", context) for seed, context in pairs]
-        return self.engine.sample(positions, draw_noise((thoughts, self.config.method.thought_length), generators))
+        sampler = self.engine
+        if temperature is not None:
+            options = replace(config.method, temperature=temperature)
+            sampler = NativeEngine(self.model, self.form, options, config.train.rows, config.model.prefix == "shared")
+        return sampler.sample(positions, draw_noise((thoughts, config.method.thought_length), generators))
 
     def _chunks(
         self, tokens: list[int], starts: Sequence[int], horizon: int, thoughts: int, seed: int
@@ -510,7 +484,7 @@ class ThinkingModel:
 
     def _rows(self, context: list[int], sampled: Sequence[Thought]) -> list[list[int]]:
         """What the model reads before it predicts: a row for each thought."""
-        return [[*self.form.prompt_tokens(context), *thought.tokens, *self.form.close] for thought in sampled]
+        return [[*self.form.prompt_tokens(context), *thought.tokens, *self.form.bridge(context)] for thought in sampled]
 
     def _fitting(self, order: Sequence[int], pairs: Sequence[Pair], thoughts: int) -> Iterator[list[int]]:
         """Chunks of pairs whose rows fit into one forward pass."""
@@ -526,12 +500,12 @@ class ThinkingModel:
         """`score` in one forward pass; pairs of one context are adjacent."""
         contexts = list(dict.fromkeys(tuple(context) for context, _ in pairs))
         thinks = bool(sampled[contexts[0]])
-        form = self.form if thinks else replace(self.form, before=(), after=(), open=(), close=())
+        form = self.form if thinks else replace(self.form, before=(), after=(), open=(), close=(), repeat=0)
         tokens = {context: [thought.tokens for thought in sampled[context]] or [()] for context in contexts}
         suffixes: list[list[list[int]]] = [[] for _ in contexts]
         for context, continuation in pairs:
             suffixes[contexts.index(tuple(context))] += [
-                [*form.after, *form.open, *thought, *form.close, *continuation[:-1]]
+                [*form.after, *form.open, *thought, *form.bridge(context), *continuation[:-1]]
                 for thought in tokens[tuple(context)]
             ]
         windows = [_window([*context, form.pad]) for context in contexts]
@@ -658,8 +632,6 @@ def _generate_batch(
     texts: list[list[int]] = [[] for _ in prompts]
     rows, running = list(range(len(prompts))), [True] * len(prompts)  # the rows in the batch, and which continue
     for step in range(sampling.limit):
-        if step == 0 and sampling.not_first is not None:
-            logits = mask_tokens(logits, sampling.not_first)
         drawn = _draw(logits, noise[rows, step], sampling)
         for i, (row, token) in enumerate(zip(rows, drawn.tolist(), strict=True)):
             if running[i]:
@@ -678,6 +650,4 @@ def _generate_batch(
 
 def _draw(logits: Float[Tensor, "row vocab"], noise: Float[Tensor, " row"], sampling: Sampling) -> Int[Tensor, " row"]:
     logits = logits if sampling.form is None else sampling.form.decodable(logits)
-    if sampling.temperature == 0:
-        return logits.argmax(dim=-1)
     return sample(logits, noise, sampling.temperature, sampling.top_p)

@@ -78,6 +78,11 @@ class Setup:
         return math.ceil(len(self.config.method.prompt.partition("{context}")[2]) / _CHARACTERS) + self.opening
 
     @property
+    def bridge(self) -> int:
+        """Tokens between a thought and the text: the closing delimiter and what method.repeat_context repeats."""
+        return self.closing + self.config.method.repeat_context
+
+    @property
     def prediction(self) -> int:
         """Tokens of the prediction written after each thought (RPT)."""
         return self.config.method.prediction_length if self.config.method.entry.writes else 0
@@ -90,7 +95,7 @@ class Setup:
     @property
     def longest_row(self) -> int:
         """Tokens that the update reads after the opening delimiter, at most: with a prediction term, to the targets."""
-        after = self.closing + self.config.method.horizon if self.config.method.prediction_weight else 0
+        after = self.bridge + self.config.method.horizon if self.config.method.prediction_weight else 0
         return self.max_new_tokens + after
 
     @property
@@ -279,7 +284,7 @@ def _held(job: Setup) -> dict[str, float]:
 def _caches(job: Setup) -> tuple[float, float]:
     """Bytes of the caches of the documents and of the thoughts that are decoded together."""
     rows, documents, positions = job.decode_rows, job.decode_documents, job.config.method.positions
-    capacity = job.between + job.max_new_tokens + job.closing + job.config.method.horizon
+    capacity = job.between + job.max_new_tokens + job.bridge + job.config.method.horizon
     capacity += _GRAPH_LOOK if uses_cuda_graphs(job) else 0
     (keys, states), size = cache_numbers(job.shape), 4 if _decodes_in_cpp(job) else job.compute_bytes
     copies = documents if job.shared else rows

@@ -33,7 +33,14 @@ from forethought.models.loading import (
 from forethought.rollout import Responses, Thoughts, engine
 from forethought.rollout.native import NativeEngine
 from forethought.run import checkpoint, distributed
-from forethought.run.diagnostics import Diagnosis, Monitor, diagnose_evaluation
+from forethought.run.diagnostics import (
+    Diagnosis,
+    Monitor,
+    diagnose_evaluation,
+    diagnose_resume,
+    diagnose_split,
+    diagnose_text,
+)
 from forethought.run.folder import RunLog, check_free, disk_errors, read_lines
 from forethought.run.signals import SignalArrived, SignalGuard, Stopped
 from forethought.run.trackers import Callbacks, Tracker, check_tracker
@@ -292,7 +299,8 @@ class Trainer:
         guard, train = SignalGuard(deferred=distributed.world_size() > 1), self.config.train
         with Tracker(self.config, log.path) as tracker, guard.installed():
             try:
-                distributed.run_on_rank0(lambda: self._warn(log, callbacks, self._trained_on()))
+                split = partial(corpus.trained_on, self.config.corpus, self.config.evaluate.path)
+                distributed.run_on_rank0(lambda: self._warn(log, callbacks, diagnose_split(split())))
                 before = self._evaluate(log, callbacks, guard, "before")
                 while not self.over:
                     self._step(log, callbacks, guard, tracker)
@@ -348,7 +356,8 @@ class Trainer:
         sums, rows = self._gather(record, sums | more, guard)
         metrics |= norms | means(sums) | self._rates(sums, time.perf_counter() - started, spent)
         if distributed.is_rank0() and number == 1:
-            self._warn(log, callbacks, self._unknown(windows))
+            tokens, unknown = [token for window in windows for token in window.tokens], self.tokenizer.unk_token_id
+            self._warn(log, callbacks, diagnose_text(tokens, unknown, self.tokenizer.unk_token))
         if distributed.is_rank0() and self._logged:
             log.append("metrics", [{"step": number, **metrics}])
             log.append("thoughts", [{"step": number, **row} for row in rows])
@@ -395,24 +404,6 @@ class Trainer:
         """Log and report new warnings; a run that was killed after its evaluation finds the same ones again."""
         for row in log.warn([one.row() for one in found]):
             callbacks.warning(Diagnosis(**row))
-
-    def _trained_on(self) -> list[Diagnosis]:
-        """A warning where text that is held out is trained on."""
-        held_out = self.config.evaluate.path
-        if not held_out or not (shared := corpus.trained_on(self.config.corpus, held_out)):
-            return []
-        what = f"evaluate.path and corpus.path share {len(shared)} files, {shared[0]} among them"
-        advice = "hold out text that the run does not read: figures of text that it is trained on are too good"
-        return [Diagnosis(step=0, name="held-out-trained-on", evidence=what, advice=advice)]
-
-    def _unknown(self, windows: list[corpus.Window]) -> list[Diagnosis]:
-        """A warning where most of the text is unknown to the tokenizer."""
-        tokens = [token for window in windows for token in window.tokens]
-        share = sum(token == self.tokenizer.unk_token_id for token in tokens) / len(tokens)
-        if share <= 0.5:
-            return []
-        what = f"{share:.0%} of the tokens of the first step are {self.tokenizer.unk_token}"
-        return [Diagnosis(step=1, name="text-unknown", evidence=what, advice="take a model that knows these words")]
 
     def _windows_per_step(self) -> int:
         """Windows that hold train.batch positions, or (cpt) train.batch windows."""
@@ -568,21 +559,12 @@ class Trainer:
         self, log: RunLog, callbacks: Callbacks, changes: dict[str, tuple[Any, Any]], files: list[str]
     ) -> None:
         """Save the options that a resumed run changes, and warn of them and of files that have changed."""
-        found: list[Diagnosis] = []
+        raised = not changes.keys().isdisjoint(BUDGET)
+        if raised:
+            (log.path / "evaluation-after.json").unlink(missing_ok=True)  # of the old end
         if changes:
-            raised = not changes.keys().isdisjoint(BUDGET)
-            if raised:
-                (log.path / "evaluation-after.json").unlink(missing_ok=True)  # of the old end
             log.write_config(self.config)
-            what = ", ".join(f"{option} = {now!r} (was {before!r})" for option, (before, now) in changes.items())
-            follows = "from the next step on, the schedule of the learning rate follows the new end"
-            advice = follows if raised else "results stay the same up to rounding"
-            found += [Diagnosis(step=self.step, name="options-changed", evidence=what, advice=advice)]
-        if files:
-            what = f"{len(files)} files of the corpus have changed, {files[0]} among them"
-            advice = "the run goes on at the same file and row, and reads what is there now"
-            found += [Diagnosis(step=self.step, name="corpus-changed", evidence=what, advice=advice)]
-        self._warn(log, callbacks, found)
+        self._warn(log, callbacks, diagnose_resume(self.step, changes, raised, files))
 
     def _export(self, log: RunLog, policy: Any) -> None:
         """The trained model as a Hugging Face folder, RUN/policy, with the options of its thoughts."""

@@ -114,6 +114,23 @@ def test_the_gradient_is_that_of_next_token_prediction_on_all_rows():
     assert_close(update(method, pieces), gradients(model, total / count))
 
 
+def test_what_is_repeated_after_a_thought_is_read_and_not_learned():
+    form = dataclasses.replace(FORM, repeat=2)
+    seen = 0
+    for piece in collected(mixed(qwen3(scale=0.2, seed=3), form=form), WINDOWS, 1).microbatches:
+        for row, mask, learned in zip(piece.tokens, piece.mask, piece.learned, strict=True):
+            tokens = row[mask].tolist()
+            if OPEN in tokens:
+                at, end, seen = tokens.index(OPEN), tokens.index(CLOSE), seen + 1
+                context = [tokens[0], *tokens[:at]]
+                assert tokens[end + 1 : end + 3] == context[-2:] and tokens[:at] + tokens[end + 3 :] in [
+                    window.tokens for window in WINDOWS
+                ]
+                skipped = {at, end + 1, end + 2}
+                assert learned[: len(tokens) - 1].tolist() == [i not in skipped for i in range(1, len(tokens))]
+    assert seen > 0
+
+
 @pytest.mark.parametrize("bos", [None, 5], ids=["no-bos", "bos"])
 def test_the_template_is_read_and_not_learned(bos: int | None):
     """Even where its tokens are those of the text: what is inserted is known by its place."""

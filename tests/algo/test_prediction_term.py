@@ -21,6 +21,7 @@ from helpers.models import (
     LONG,
     MERGED,
     MODELS,
+    REPEATING,
     WINDOWS,
     assert_close,
     collected,
@@ -29,6 +30,7 @@ from helpers.models import (
     plain_targets,
     plain_thought,
     qwen3,
+    read_through,
     rlp,
     update,
     window,
@@ -69,7 +71,7 @@ def test_both_terms_are_the_gradient_of_the_expected_evidence(form: ThoughtForma
     assert_close([-sum(some) for some in zip(*parts, strict=True)], wanted)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("form", [FORM, LONG, MERGED], ids=["short", "long", "merged"])
+@pytest.mark.parametrize("form", [FORM, LONG, MERGED, REPEATING], ids=["short", "long", "merged", "repeating"])
 @pytest.mark.parametrize("prefix", ["shared", "replicated"])
 @pytest.mark.parametrize("tokens", [0, 40, 1])
 @pytest.mark.parametrize("name", sorted(MODELS))
@@ -85,13 +87,14 @@ def test_a_step_adds_the_term_to_that_of_the_paper(name: str, tokens: int, prefi
     losses, rows = [], [row for piece in paper for row in written(piece, form)]
     closed = record.thoughts.closed.flatten().tolist()
     targets = record.shard.positions.targets().repeat_interleave(4, 0).tolist()
-    assert 0 < sum(closed) < len(closed) or form is LONG
+    assert 0 < sum(closed) < len(closed) or form in (LONG, REPEATING)
+    contexts = [context for context in record.shard.positions.contexts() for _ in range(4)]
     never_first = form.closing.never_first.tolist()
     for piece in paper:
         for advantage, (prompt, thought) in zip(piece.advantage, written(piece, form), strict=True):
             losses.append(-advantage * plain_thought(model, prompt, thought, 0.7, never_first).mean())
-    for (prompt, thought), done, true in zip(rows, closed, targets, strict=True):
-        read = [*prompt, *form.content(thought, done), *form.close]
+    for (prompt, thought), done, context, true in zip(rows, closed, contexts, targets, strict=True):
+        read = [*prompt, *read_through(form.content(thought, done), form, context)]
         losses.append(-weight * plain_targets(model, read, true) @ torch.tensor([1.0, 0.5]))
     assert_close(update(method, pieces), gradients(model, *[loss / len(rows) for loss in losses]))
 

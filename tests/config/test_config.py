@@ -22,7 +22,7 @@ method.min_entropy method.proxy method.prediction_length method.end
 method.horizon method.discount method.temperature method.top_p method.reward method.baseline method.scale
 method.clamp_gain method.min_gain method.clip_low method.clip_high method.inner_steps method.ema
 method.teacher_every method.freeze_teacher method.prediction_weight method.warmup_steps method.length_norm
-method.allow_empty method.kl_weight method.unclosed method.unclosed_penalty method.open
+method.allow_empty method.repeat_context method.kl_weight method.unclosed method.unclosed_penalty method.open
 method.close method.prompt
 rollout.engine rollout.precision rollout.cache_gb rollout.timeout_s rollout.importance_cap
 optim.learning_rate optim.schedule optim.warmup optim.weight_decay optim.beta1 optim.beta2 optim.gradient_clip
@@ -79,7 +79,7 @@ def test_the_options_are_these():
         ("--method.positions 0", "greater than or equal to 1"),
         ("--method.ema 0", "greater than 0"),
         ("--method.ema 1", "less than 1"),
-        ("--method.temperature 0", "greater than 0"),
+        ("--method.temperature 0", "must be above 0"),
         ("--method.temperature nan", "finite number"),
         ("--method.temperature inf", "finite number"),
         ("--method.top_p 0", "greater than 0"),

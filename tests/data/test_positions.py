@@ -126,6 +126,13 @@ def test_positions_example():
     assert positions.targets().tolist() == [[9]]
 
 
+def test_the_end_of_the_context_is_repeated_after_the_delimiter():
+    form = thought_format(word_tokenizer(), Method(close="</think> b", repeat_context=2))
+    assert form.bridge([7, 8, 9]) == [CLOSE, 6, 8, 9]
+    assert form.bridge([7]) == [CLOSE, 6, 7, 7]  # as long at the second token of a text
+    assert form.overhead == 5
+
+
 def test_thought_format_encodes_delimiters_and_template():
     options = Method(open="<think> a", close="</think> b", prompt="c d {context} e")
     form = thought_format(word_tokenizer(), options)

@@ -37,6 +37,7 @@ WORDS = ("<pad>", "<unk>", "<bos>", "<think>", "</think>", "a", "b", "c", "d", "
 OPEN, CLOSE, A = 3, 4, 5
 FORM = ThoughtFormat(before=(), after=(), open=(OPEN,), close=(CLOSE,), bos=None, pad=0)
 LONG = ThoughtFormat(before=(6, 7), after=(8,), open=(OPEN, 5, 6), close=(CLOSE, 5, 5), bos=2, pad=0)
+REPEATING = ThoughtFormat(before=(6,), after=(8,), open=(OPEN,), close=(CLOSE, 5), bos=2, pad=0, repeat=3)
 TEXTS = ("", "?", "!", "<think>", "</", "think>", ">b", "<", "/think>", "so</think>.", "thi", "think>n")
 """Texts of the same tokens, many of which may take part in the delimiter </think>."""
 MERGED = ThoughtFormat(
@@ -252,3 +253,9 @@ def closed_by_force(thought: list[int], form: ThoughtFormat) -> list[int]:
         return [*thought[: len(thought) - 1 - begun], *form.close]
     ends = len(thought) > size and tuple(thought[-size:]) == form.close
     return thought if ends else [*thought, *form.close]
+
+
+def read_through(thought: list[int], form: ThoughtFormat, context: list[int]) -> list[int]:
+    """What is read between the opening delimiter and the text."""
+    repeated = [([context[0]] * form.repeat + context)[-i] for i in range(form.repeat, 0, -1)]
+    return [*closed_by_force(thought, form), *repeated]

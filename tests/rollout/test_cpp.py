@@ -23,7 +23,7 @@ from forethought.rollout.cpp import CppBackend, library
 from forethought.rollout.decoder import EagerBackend, sample_with_logp
 from forethought.rollout.native import NativeEngine
 from helpers import architectures as tiny
-from helpers.models import CLOSE, FORM, MERGED, WINDOWS, config, window
+from helpers.models import CLOSE, FORM, MERGED, REPEATING, WINDOWS, config, window
 from helpers.sampling import biased
 
 SIZES: dict[str, Any] = {
@@ -69,7 +69,7 @@ def positions_of_documents() -> Positions:
 
 
 @NEEDS_COMPILER
-@pytest.mark.parametrize("form", [FORM, THREE, MERGED], ids=["one", "three", "merged"])
+@pytest.mark.parametrize("form", [FORM, THREE, MERGED, REPEATING], ids=["one", "three", "merged", "repeating"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_thoughts_are_those_of_eager_decoding(name: str, form: ThoughtFormat):
     """With all rows at once, and with few, which others replace as they end."""
@@ -85,7 +85,7 @@ def test_thoughts_are_those_of_eager_decoding(name: str, form: ThoughtFormat):
         assert torch.equal(eager.closed[same], found.closed[same])
         assert torch.allclose(eager.logp[same], found.logp[same], atol=2e-5)
         assert torch.allclose(eager.evidence[same], found.evidence[same], atol=2e-5)
-    assert form is THREE or (0.1 if form is FORM else 0) < eager.closed.float().mean() < 1
+    assert form in (THREE, REPEATING) or (0.1 if form is FORM else 0) < eager.closed.float().mean() < 1
 
 
 @pytest.fixture(params=["fp32 products", "bf16 products"])

@@ -18,6 +18,7 @@ from helpers.models import (
     FORM,
     LONG,
     MERGED,
+    REPEATING,
     TEXTS,
     WINDOWS,
     A,
@@ -28,6 +29,7 @@ from helpers.models import (
     plain_targets,
     plain_thought,
     qwen3,
+    read_through,
     rlp,
     window,
 )
@@ -35,6 +37,7 @@ from helpers.sampling import assert_same, biased, cuda_graphs
 
 PLACES = [[1, 3], [2, 4, 5], [1], [2]]
 THREE = ThoughtFormat(before=(), after=(), open=(3,), close=(CLOSE, 5, 6), bos=None, pad=0)
+FORMS = {FORM: "short", LONG: "long", THREE: "three", MERGED: "merged", REPEATING: "repeating"}
 
 
 WAYS = pytest.mark.parametrize("way", [(128, True), (5, True), (5, False)], ids=["shared", "few at once", "copied"])
@@ -118,7 +121,7 @@ def test_a_thought_ends_with_its_whole_closing_sequence(way):
 
 
 @WAYS
-@pytest.mark.parametrize("form", [FORM, LONG, THREE, MERGED], ids=["short", "long", "three", "merged"])
+@pytest.mark.parametrize("form", [FORM, LONG, THREE, MERGED, REPEATING], ids=lambda form: FORMS[form])
 @pytest.mark.parametrize("horizon", [1, 3])
 def test_evidence_follows_the_closing_delimiter_forced_or_not(form, horizon, way):
     """With `merged` a thought closes by its text: the closing token is credited as sampled, `close` is read."""
@@ -134,7 +137,7 @@ def test_evidence_follows_the_closing_delimiter_forced_or_not(form, horizon, way
             for g in range(8):
                 text = thoughts.tokens[i, g][thoughts.mask[i, g]].tolist()
                 prompt = form.prompt_tokens(context)
-                evidence = plain_targets(model, prompt + closed_by_force(text, form), targets)
+                evidence = plain_targets(model, prompt + read_through(text, form, context), targets)
                 assert torch.allclose(thoughts.evidence[i, g], evidence, atol=1e-5)
                 plain = plain_thought(model, prompt, text, 0.7, form.closing.first.tolist())
                 assert torch.allclose(thoughts.logp[i, g, : len(text)], plain, atol=1e-5)

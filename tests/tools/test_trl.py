@@ -23,7 +23,7 @@ from forethought.data.corpus import Windows
 from forethought.data.positions import draw_positions, make_generator
 from forethought.rollout import Thoughts
 from forethought.tools import trl
-from helpers.models import CLOSE, FORM, assert_close, config, plain_targets, qwen3, rlp, word_tokenizer
+from helpers.models import CLOSE, FORM, assert_close, config, plain_targets, qwen3, read_through, rlp, word_tokenizer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pin_memory.*"),
@@ -69,11 +69,12 @@ def one_step(trainer: GRPOTrainer) -> dict[str, Any]:
     return trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.5])
-def test_reward_advantages_loss_and_gradient_are_those_of_our_trainer(settings, tmp_path, weight):
+@pytest.mark.parametrize(("weight", "repeat"), [(0.0, 0), (0.5, 0), (0.5, 2)])
+def test_reward_advantages_loss_and_gradient_are_those_of_our_trainer(settings, tmp_path, weight, repeat):
     """Our first thought token cannot be the closing delimiter; TRL's loss has no such rule: its logit is -30 there."""
     model = qwen3(scale=0.2, seed=3)
-    settings = dataclasses.replace(settings, method=dataclasses.replace(settings.method, prediction_weight=weight))
+    changed = dataclasses.replace(settings.method, prediction_weight=weight, repeat_context=repeat)
+    settings, form = dataclasses.replace(settings, method=changed), dataclasses.replace(FORM, repeat=repeat)
     windows = Windows(settings.corpus, word_tokenizer(), settings.seed)
     text = [next(windows) for _ in range(4)]
     positions = draw_positions(text, settings.method, make_generator(settings.seed, "positions", 1))
@@ -95,17 +96,17 @@ def test_reward_advantages_loss_and_gradient_are_those_of_our_trainer(settings, 
     assert closed.any() and not closed.all()
 
     values = []
-    for prompt, true, group, kept in zip(prompts, positions.targets().tolist(), tokens, mask, strict=True):
+    truth = positions.targets().tolist()
+    for prompt, context, true, group, kept in zip(prompts, positions.contexts(), truth, tokens, mask, strict=True):
         for row, some in zip(group, kept, strict=True):
             thought = row[some].tolist()
-            thought += [] if thought[-1] == CLOSE else [CLOSE]
-            logp = plain_targets(ours, prompt + thought, true).detach()
+            logp = plain_targets(ours, prompt + read_through(thought, form, context), true).detach()
             values.append(float(logp[0] + 0.5 * logp[1]))
     advantages = group_advantages(torch.tensor(values).view(4, 4))
     assert advantages.abs().max() > 0.05
     assert torch.allclose(inputs["advantages"][order], advantages, atol=1e-5)
 
-    method = rlp(ours, settings)
+    method = rlp(ours, settings, form)
     sampled = Thoughts(
         tokens=tokens,
         mask=mask,
@@ -249,7 +250,7 @@ HONORED = (
     "method.group", "method.thought_length", "method.positions", "method.position_policy", "method.marked_share",
     "method.horizon", "method.discount", "method.temperature", "method.top_p", "method.reward", "method.clip_low",
     "method.clip_high", "method.ema", "method.freeze_teacher", "method.prediction_weight", "method.warmup_steps",
-    "method.allow_empty", "method.open", "method.close", "method.prompt", "optim.",
+    "method.allow_empty", "method.repeat_context", "method.open", "method.close", "method.prompt", "optim.",
     "train.steps", "train.batch", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints",
     "update.tokens_per_chunk", "update.checkpointing",
 )  # fmt: skip

@@ -136,7 +136,7 @@ class ThoughtRecord:
         said = zip(thought_tokens(self.thoughts, form), lengths, self.thoughts.closed.tolist(), strict=True)
         tails = [
             tuple(
-                after - 1 + (0 if done and written else len(own) + len(form.close) - length)
+                after - 1 + (0 if done and written else len(own) + len(form.close) - length) + form.repeat
                 for own, length, done in zip(*group, strict=True)
             )
             for group in said

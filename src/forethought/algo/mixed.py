@@ -104,7 +104,7 @@ class Mixed(RLP):
     def _with_thoughts(
         self, positions: Positions, thoughts: Thoughts, kept: Bool[Tensor, "batch group"]
     ) -> list[Window]:
-        """Each window that has a kept thought, with it: `before x_<t after open c close x_t ...`.
+        """Each window that has a kept thought, with it: `before x_<t after open c bridge x_t ...`.
 
         What the template adds is marked as inserted.
         """
@@ -119,8 +119,10 @@ class Mixed(RLP):
                 *range(head, head + len(form.before)),
                 *range(len(prompt) - len(form.after) - len(form.open), len(prompt)),
             )
-            row = [*prompt, *tokens[i][member], *form.close, *rest]
-            found.append(replace(window, tokens=row, marks={INSERTED: inserted}))
+            thinking = [*prompt, *tokens[i][member], *form.close]
+            repeated = range(len(thinking), len(thinking) + form.repeat)
+            row = [*thinking, *form.bridge(contexts[i])[len(form.close) :], *rest]
+            found.append(replace(window, tokens=row, marks={INSERTED: (*inserted, *repeated)}))
         return found
 
 

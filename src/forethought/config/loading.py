@@ -7,7 +7,6 @@ and what is allowed.
 
 import dataclasses
 import difflib
-import importlib
 import json
 import math
 import tomllib
@@ -28,7 +27,7 @@ _RENAMED = {"rollout.patience_s": "rollout.timeout_s"}
 _RENAMED_VALUES = {
     ("model.decoding", "plain"): "eager",
     ("model.decoding", "graphs"): "cuda_graphs",
-    ("model.decoding", "compiled"): "",  # depends on the device
+    ("model.decoding", "compiled"): "auto",  # CUDA graphs of a compiled model, or C++
     ("method.unclosed", "penalise"): "penalize",
     ("parallel.shard", "fsdp2"): "zero1",
 }
@@ -263,17 +262,9 @@ def _new_values(values: dict[str, Any]) -> dict[str, Any]:
     flat = flatten(values)
     for (option, old), new in _RENAMED_VALUES.items():
         if flat.get(option) == old:
-            now = new or _compiled(flat.get("model.device", "auto"))
-            warnings.warn(f"{option} = {old!r} is now {now!r}", RenamedWarning, stacklevel=4)
-            values = merge(values, _nested(option, now))
+            warnings.warn(f"{option} = {old!r} is now {new!r}", RenamedWarning, stacklevel=4)
+            values = merge(values, _nested(option, new))
     return values
-
-
-def _compiled(device: str) -> str:
-    """The decoding that version 0.1 called `compiled`. Whether there is a GPU, only torch can say."""
-    if device == "auto":
-        device = "cuda" if importlib.import_module("torch").cuda.is_available() else "cpu"
-    return "cuda_graphs_compiled" if device == "cuda" else "cpp"
 
 
 def _check_together(config: Config) -> None:
@@ -293,6 +284,8 @@ def _conflicts_of_rewards(config: Config) -> Iterator[str]:
         yield f"method.group = {method.group}: comparing thoughts takes at least 2 (or another method.baseline)"
     if method.baseline != "group" and method.scale == "std":
         yield f"method.baseline = {method.baseline!r}: method.scale std divides by a group's deviation, which may be 0"
+    if not method.temperature:
+        yield "method.temperature = 0.0: must be above 0, or the thoughts of a group would all be the same"
     if method.teacher_every != 1 and not config.shift_invariant:
         yield (
             f"method.teacher_every = {method.teacher_every}: must be 1 with a baseline, clamp or filter that is not "

@@ -116,7 +116,7 @@ class Method:
     """Target tokens scored after a thought (H); 1 in the paper."""
     discount: Share = 1.0
     """Weight gamma^k of the k-th scored token."""
-    temperature: Above0 = 0.7
+    temperature: NonNegative = 0.7
     """Sampling temperature of thoughts and of the ratios; targets are always scored at temperature 1."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling of thoughts. Below 1 the ratios are still those of the untruncated distribution."""
@@ -152,6 +152,8 @@ class Method:
     """Mean over the sampled tokens of a thought (1/|c|, the paper), or their sum."""
     allow_empty: bool = False
     """Allow thoughts that close at once; otherwise their first token never closes them."""
+    repeat_context: Count = 0
+    """Tokens at the end of the context that are repeated after a thought, before the text goes on; 0 in the paper."""
     kl_weight: NonNegative = 0.0
     """Weight (beta) of a token-level KL to the frozen start on thought tokens; above 0 keeps one more copy."""
     unclosed: Literal["score", "drop", "penalize"] = "score"

@@ -90,6 +90,7 @@ METHODS = _table(
         defaults={"method.reward": "prefix_match", "method.position_policy": "entropy"},
         excluded={
             "method.clamp_gain": "has no gain to clamp", "method.min_gain": "has no gain to filter by",
+            "method.repeat_context": "writes its prediction right after the thought",
             "method.prediction_weight": "samples its predictions, so that eq. 8 is the whole gradient",
         },
     ),

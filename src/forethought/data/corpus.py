@@ -73,7 +73,9 @@ def check_corpus(options: Corpus, option: str = "corpus.path") -> None:
 
 
 def trained_on(options: Corpus, held_out: str) -> list[str]:
-    """The files (or the stream) of held-out text that the corpus has too, by whatever names."""
+    """The files (or the stream) of held-out text ("": none) that the corpus has too, by whatever names."""
+    if not held_out:
+        return []
     both = (options, "corpus.path"), (replace(options, path=held_out), "evaluate.path")
     ours, theirs = ({os.path.realpath(part): part for part in find_source(some, 0, name).parts} for some, name in both)
     return [part for real, part in theirs.items() if real in ours]

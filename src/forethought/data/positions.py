@@ -82,6 +82,9 @@ class Positions:
 class ThoughtFormat:
     """The template around a thought: `before x_<t after open c close x_t`. The no-think score sees only x_<t.
 
+    With `repeat` the last tokens of the context are read again before x_t: with 2 of `The cat sat`, `... close cat sat
+    x_t`. What is read between a thought and the text, the delimiter and these tokens, is the bridge.
+
     A thought ends with the sampled token that completes the text of the closing delimiter, in whatever tokens: that
     token is credited as it was sampled, and what is read after the thought is `close`, in the place of that token and
     of those before it that begin `close`. Example: close = `</` `think` `>`, sampled `so` `</` `think` `>\\n`: the
@@ -95,6 +98,7 @@ class ThoughtFormat:
     bos: int | None
     pad: int  # fills masked positions; never seen by the model
     end: tuple[int, ...] = ()  # after a prediction (RPT); empty: predictions have a fixed length
+    repeat: int = 0  # tokens at the end of the context that are repeated after `close`
     vocabulary: int | None = None  # token ids from here on cannot be decoded, and are never sampled
     holes: tuple[int, ...] = ()  # smaller token ids that cannot be decoded either
     closing: Closing = field(default=cast(Closing, None), compare=False, repr=False)
@@ -127,6 +131,10 @@ class ThoughtFormat:
         head = context[:1] if self.bos is not None and context[:1] == [self.bos] else []
         return [*head, *self.before, *context[len(head) :]]
 
+    def bridge(self, context: Sequence[int]) -> list[int]:
+        """What is read between a thought and the text. A context shorter than `repeat` starts with its first token."""
+        return [*self.close, *(context[max(0, len(context) - k)] for k in range(self.repeat, 0, -1))]
+
     def documents_and_prefix_lengths(self, positions: Positions) -> tuple[list[list[int]], list[list[int]]]:
         """Each window's tokens up to its last position, and how many of them precede each of its positions."""
         lengths: dict[int, list[int]] = {}
@@ -141,7 +149,7 @@ class ThoughtFormat:
     @property
     def overhead(self) -> int:
         """Tokens that the template adds to a context and a thought."""
-        return len(self.before) + len(self.after) + len(self.open) + len(self.close)
+        return len(self.before) + len(self.after) + len(self.open) + len(self.close) + self.repeat
 
 
 def thought_format(tokenizer: Any, options: Method) -> ThoughtFormat:
@@ -166,6 +174,7 @@ def thought_format(tokenizer: Any, options: Method) -> ThoughtFormat:
         before=encode("prompt", before),
         after=encode("prompt", after),
         bos=tokenizer.bos_token_id,
+        repeat=options.repeat_context,
         pad=next(token for token in pads if token in known),
         vocabulary=vocabulary,
         holes=tuple(sorted(set(range(vocabulary)) - known)),

@@ -24,10 +24,11 @@ EMBEDDED = {"embedded": _ASSETS / "base", "embedded:notes": _ASSETS / "notes"}
 HUB_TIMEOUT_S = 5.0
 THINKING_FILE = "forethought.json"
 """How a trained model thinks, saved with it: delimiters, template, length and sampling."""
-_THINKING = {
+THINKING = {
     "model": ("prefix",),
-    "method": ("open", "close", "prompt", "thought_length", "temperature", "top_p", "allow_empty"),
+    "method": ("open", "close", "prompt", "thought_length", "temperature", "top_p", "allow_empty", "repeat_context"),
 }
+"""The options that are saved there, by section."""
 
 
 def load_tokenizer(options: Model) -> PreTrainedTokenizerBase:
@@ -87,7 +88,7 @@ def load_architecture(options: Model) -> Any:
 def save_thinking_options(folder: Path, config: Config) -> None:
     """Save with an exported model how it was trained to think. Raises OSError."""
     options = to_dict(config)
-    values = {section: {name: options[section][name] for name in names} for section, names in _THINKING.items()}
+    values = {section: {name: options[section][name] for name in names} for section, names in THINKING.items()}
     (folder / THINKING_FILE).write_text(json.dumps({"version": 1, **values}, indent=2) + "\n", encoding="utf-8")
 
 
@@ -111,7 +112,7 @@ def load_thinking_options(source: str) -> dict[str, Any]:
             raise ValueError(f"{THINKING_FILE} must have version 1, the only one that this Forethought reads")
         return {
             section: {name: values[section][name] for name in names if name in values.get(section, {})}
-            for section, names in _THINKING.items()
+            for section, names in THINKING.items()
         }
 
 

@@ -102,14 +102,14 @@ class ThoughtBatch:
     def with_targets(
         self, form: ThoughtFormat, positions: Positions, contents: Sequence[Sequence[Sequence[int]]]
     ) -> "ThoughtBatch":
-        """The same thoughts, each read through the closing delimiter and the targets of its position.
+        """The same thoughts, each read through the bridge and the targets of its position.
 
         `contents` are their tokens without those of a closing delimiter, by position and group member. All sampled
         tokens but the last are among what is read, so that one row scores both: sampled `so` `>\\n`, read `so` `>`
         `x_t`.
         """
-        targets = positions.targets().tolist()
-        rows = [[*one, *form.close, *true] for group, true in zip(contents, targets, strict=True) for one in group]
+        after = zip(contents, positions.contexts(), positions.targets().tolist(), strict=True)
+        rows = [[*one, *form.bridge(context), *true] for group, context, true in after for one in group]
         read, real = (some.to(self.tokens.device) for some in pad_rows(rows, form.pad, left=False))
         return replace(self, read=(read, real), horizon=positions.horizon)
 
@@ -325,7 +325,10 @@ def thought_evidence(
     tokens is the empty thought. At x_t this is the evidence that an engine reports for a thought that it sampled. With
     `shared` (a model that `prefix.enable` prepared) each window is read once for all of them.
     """
-    rows = [[[*form.after, *form.open, *thought, *form.close] for thought in group] for group in thoughts]
+    rows = [
+        [[*form.after, *form.open, *thought, *form.bridge(context)] for thought in group]
+        for context, group in zip(positions.contexts(), thoughts, strict=True)
+    ]
     logits = suffix_logits(model, positions, form, rows, 1, shared)
     return logits.float().log_softmax(dim=-1).view(len(positions), -1, logits.shape[-1])
 

@@ -89,11 +89,11 @@ def advance(
     options: Method,
 ) -> None:
     """Sample or score with each row's logits, and set the token that it reads next: decoder.py's with masks."""
-    limit, width, size = state.tokens.shape[1], state.forced_tokens.shape[1], len(close)
+    limit, width = state.tokens.shape[1], state.forced_tokens.shape[1]
     thinking, index = state.forced_index < 0, state.forced_index
     logits = state.logits.float()
     forced = state.forced_tokens.gather(1, index.clamp(0, width - 1)[:, None]).squeeze(1)
-    index = _score(state, logits, forced, size)
+    index = _score(state, logits, forced)
     at = state.length.clamp(max=limit - 1)[:, None]
     masked = (thinking & (state.length == 0))[:, None]
     logits = torch.where(masked & never_first | never, float("-inf"), logits[:, : len(never_first)])
@@ -116,11 +116,9 @@ def advance(
     state.next.copy_(torch.where(closed, close[begun], torch.where(thinking, token, forced)))
 
 
-def _score(
-    state: GraphState, logits: Float[Tensor, "row vocab"], forced: Int[Tensor, " row"], size: int
-) -> Int[Tensor, " row"]:
+def _score(state: GraphState, logits: Float[Tensor, "row vocab"], forced: Int[Tensor, " row"]) -> Int[Tensor, " row"]:
     """Record the evidence of rows at a target; returns the new index of each row that does not think."""
-    index, width = state.forced_index, state.forced_tokens.shape[1]
+    index, width, size = state.forced_index, state.forced_tokens.shape[1], state.bridge
     scored = ((index >= size) & (index < width))[:, None]
     column = (index - size).clamp(0, state.evidence.shape[1] - 1)[:, None]
     evidence = logits.gather(1, forced[:, None]) - logits.logsumexp(dim=-1, keepdim=True)

@@ -30,8 +30,11 @@ def sample(
 ) -> Int[Tensor, " row"]:
     """Draw a token per row by inverting the cumulative distribution at a uniform number; sums in float64.
 
-    With top_p < 1 the draw is from the smallest set of likeliest tokens whose probability reaches top_p.
+    With top_p < 1 the draw is from the smallest set of likeliest tokens whose probability reaches top_p. At temperature
+    0 it is the likeliest token.
     """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
     probability = (logits.float() / temperature).softmax(dim=-1)
     if top_p < 1:
         ordered, order = probability.sort(dim=-1, descending=True)
@@ -45,19 +48,19 @@ def sample(
 def sample_with_logp(
     logits: Float[Tensor, "row vocab"], noise: Float[Tensor, " row"], options: Method
 ) -> tuple[Int[Tensor, " row"], Float[Tensor, " row"]]:
-    """A token per row by `sample`, and its log-probability at the temperature."""
+    """A token per row by `sample`, and its log-probability at the temperature (0: at 1)."""
     token = sample(logits, noise, options.temperature, options.top_p)
-    return token, log_probabilities(logits, token, options.temperature)
+    return token, log_probabilities(logits, token, options.temperature or 1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeState:
     """The state of all rows, position by position; its tensors are updated in place.
 
-    A row samples its thought (`forced_index` is -1), then reads `forced_tokens`: what is left of the closing delimiter,
-    and the targets, whose log-probabilities are its evidence. `forced_index` is the index of the
-    token that the row reads next; past the last one the row is finished. Rows need not be at the same step. With
-    `response_noise` a row writes: what it samples replaces the target that was scored there.
+    A row samples its thought (`forced_index` is -1), then reads `forced_tokens`: what is left of the bridge to the
+    text, and the targets, whose log-probabilities are its evidence. `forced_index` is the index of the token that the
+    row reads next; past the last one the row is finished. Rows need not be at the same step. With `response_noise` a
+    row writes: what it samples replaces the target that was scored there.
     """
 
     noise: Float[Tensor, "row thought"]  # a uniform number for each token
@@ -76,20 +79,22 @@ class DecodeState:
     @classmethod
     def start(
         cls,
-        targets: Int[Tensor, "batch horizon"],
+        positions: Positions,
         form: ThoughtFormat,
         noise: Float[Tensor, "batch group thought"],
         device: torch.device,
         response_noise: Float[Tensor, "batch group horizon"] | None = None,
     ) -> "DecodeState":
-        """Rows that have not sampled a token yet."""
+        """Rows that have not sampled a token yet. With `response_noise` they write in place of the targets."""
         group, limit = noise.shape[1:]
+        targets = positions.targets()
+        if response_noise is not None:
+            targets = targets[:, :1].expand(-1, response_noise.shape[2])
         rows, horizon = noise.shape[0] * group, targets.shape[1]
-        close = torch.tensor(form.close, device=device).expand(rows, -1)
-        writes = response_noise is not None
+        bridges = torch.tensor([form.bridge(context) for context in positions.contexts()])
         return cls(
             noise=noise.reshape(rows, limit).to(device),
-            forced_tokens=torch.cat([close, targets.to(device).repeat_interleave(group, 0)], dim=1),
+            forced_tokens=torch.cat([bridges, targets], dim=1).repeat_interleave(group, 0).to(device),
             forced_index=torch.full((rows,), -1, device=device),
             tokens=torch.full((rows, limit), form.pad, device=device),
             logp=torch.zeros(rows, limit, device=device),
@@ -98,9 +103,14 @@ class DecodeState:
             closed=torch.zeros(rows, dtype=torch.long, device=device),
             evidence=torch.zeros(rows, horizon, device=device),
             hit=torch.zeros(rows, horizon, dtype=torch.long, device=device),
-            response_noise=response_noise.flatten(0, 1).to(device) if writes else None,
-            response_logp=torch.zeros(rows, horizon, device=device) if writes else None,
+            response_noise=None if response_noise is None else response_noise.flatten(0, 1).to(device),
+            response_logp=None if response_noise is None else torch.zeros(rows, horizon, device=device),
         )
+
+    @property
+    def bridge(self) -> int:
+        """Forced tokens ahead of the targets."""
+        return self.forced_tokens.shape[1] - self.evidence.shape[1]
 
     def tensors(self) -> dict[str, Tensor]:
         """Each tensor by its name."""
@@ -390,8 +400,8 @@ class _ActiveRows:
     ) -> None:
         """Score rows at a target (and let them write), and move all rows past their thought forward by one token."""
         state, options = self.state, self.options
-        scored = ((index >= len(self.close)) & (index < state.forced_tokens.shape[1])).nonzero().squeeze(-1)
-        rows, column = self.rows[scored], index[scored] - len(self.close)
+        scored = ((index >= state.bridge) & (index < state.forced_tokens.shape[1])).nonzero().squeeze(-1)
+        rows, column = self.rows[scored], index[scored] - state.bridge
         if scored.numel():
             here = logits[scored]
             state.evidence[rows, column] = log_probabilities(here, forced[scored])

@@ -52,7 +52,7 @@ class NativeEngine:
     @torch.no_grad()
     def sample(self, positions: Positions, noise: Float[Tensor, "batch group thought"]) -> Thoughts:
         """Sample, force the closing delimiter where needed, and score the targets with the logits that follow."""
-        state = DecodeState.start(positions.targets(), self.form, noise, self.model.device)
+        state = DecodeState.start(positions, self.form, noise, self.model.device)
         try:
             (self.graphs or self.decoder).decode(positions, state)
         finally:
@@ -69,8 +69,7 @@ class NativeEngine:
         writing: Float[Tensor, "batch group prediction"],
     ) -> Responses:
         """Sample a thought, score the target with the logits that follow, and continue to sample from them."""
-        targets = positions.targets()[:, :1].expand(-1, writing.shape[2])
-        state = DecodeState.start(targets, self.form, noise, self.model.device, writing)
+        state = DecodeState.start(positions, self.form, noise, self.model.device, writing)
         self.decoder.decode(positions, state)
         found = state.responses(len(positions))
         if self.score is None:
@@ -109,17 +108,14 @@ def _cuda_graphs(model: Any, form: ThoughtFormat, config: Config) -> CUDAGraphDe
     return None if reason else CUDAGraphDecoder(model, form, config.method, config.train.rows, compiled)
 
 
-def _exceeds_cache(model: Any) -> bool:
-    return sum(one.weight.numel() for one in model.modules() if isinstance(one, nn.Linear)) >= PREPACK_MIN_WEIGHTS
-
-
 def _cpp(model: Any, config: Config) -> CppBackend | None:
     """The C++ backend, if requested (as by bf16), or by `auto` for fp32 weights that exceed a core's cache."""
     automatic, bf16 = config.model.decoding == "auto", config.rollout.precision == "bf16"
     if bf16 and config.model.decoding not in ("auto", "cpp"):
         raise UserError("rollout.precision = 'bf16': takes model.decoding auto or cpp, or rollout.engine vllm")
-    in_fp32 = (model.device.type, model.dtype) == ("cpu", torch.float32)
-    if not (bf16 or config.model.decoding == "cpp" or (automatic and in_fp32 and _exceeds_cache(model))):
+    large = sum(one.weight.numel() for one in model.modules() if isinstance(one, nn.Linear)) >= PREPACK_MIN_WEIGHTS
+    suits = large and (model.device.type, model.dtype) == ("cpu", torch.float32)
+    if not (bf16 or config.model.decoding == "cpp" or (automatic and suits)):
         return None
     try:
         if config.model.prefix != "shared":

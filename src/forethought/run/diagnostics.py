@@ -6,7 +6,7 @@ lower threshold. docs/diagnostics.md explains every check.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any, Literal, TypeGuard
@@ -173,6 +173,41 @@ def diagnose_evaluation(figures: Mapping[str, Any], step: int) -> list[Diagnosis
                     advice="do not take the gain for reasoning: that there is a thought helps, hardly its content",
                 )
             )
+    return found
+
+
+def diagnose_split(shared: Sequence[str]) -> list[Diagnosis]:
+    """Held-out files that are trained on too."""
+    if not shared:
+        return []
+    what = f"evaluate.path and corpus.path share {len(shared)} files, {shared[0]} among them"
+    advice = "hold out text that the run does not read: figures of text that it is trained on are too good"
+    return [Diagnosis(step=0, name="held-out-trained-on", evidence=what, advice=advice)]
+
+
+def diagnose_text(tokens: Sequence[int], unknown: Any, name: Any) -> list[Diagnosis]:
+    """Text of the first step most of which is the tokenizer's unknown token: its id (None: there is none), its name."""
+    share = sum(token == unknown for token in tokens) / len(tokens)
+    if share <= 0.5:
+        return []
+    what = f"{share:.0%} of the tokens of the first step are {name}"
+    return [Diagnosis(step=1, name="text-unknown", evidence=what, advice="take a model that knows these words")]
+
+
+def diagnose_resume(
+    step: int, changes: Mapping[str, tuple[Any, Any]], raised: bool, files: Sequence[str]
+) -> list[Diagnosis]:
+    """Options (with the values before and now) and files of the corpus that changed; `raised`: a budget among them."""
+    found = []
+    if changes:
+        what = ", ".join(f"{option} = {now!r} (was {before!r})" for option, (before, now) in changes.items())
+        follows = "from the next step on, the schedule of the learning rate follows the new end"
+        advice = follows if raised else "results stay the same up to rounding"
+        found.append(Diagnosis(step=step, name="options-changed", evidence=what, advice=advice))
+    if files:
+        what = f"{len(files)} files of the corpus have changed, {files[0]} among them"
+        advice = "the run goes on at the same file and row, and reads what is there now"
+        found.append(Diagnosis(step=step, name="corpus-changed", evidence=what, advice=advice))
     return found
 
 

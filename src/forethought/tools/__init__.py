@@ -20,20 +20,20 @@ def train(config: Config, callbacks: "Callbacks | None" = None) -> dict[str, Any
     Returns what summary.json holds. Raises UserError, RunError, Stopped.
     """
     from forethought import trainer
-    from forethought.tools.report import card
 
-    summary = trainer.train(config, callbacks)
-    if launcher_rank_and_size()[0] == 0:
-        card.write(Path(config.run))
-    return summary
+    return _with_card(config.run, trainer.train(config, callbacks))
 
 
 def resume(run: str | Path, callbacks: "Callbacks | None" = None, config: Config | None = None) -> dict[str, Any]:
     """Continue a run from its last checkpoint, see `forethought.trainer.resume`, and write the model card."""
     from forethought import trainer
+
+    return _with_card(run, trainer.resume(run, callbacks, config))
+
+
+def _with_card(run: str | Path, summary: dict[str, Any]) -> dict[str, Any]:
     from forethought.tools.report import card
 
-    summary = trainer.resume(run, callbacks, config)
     if launcher_rank_and_size()[0] == 0:
         card.write(Path(run))
     return summary

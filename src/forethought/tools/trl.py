@@ -9,7 +9,7 @@ method.prediction_weight the trainer is an `RLPTrainer`, which adds the predicti
 
 import copy
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,8 @@ class InformationGain:
         """One reward per completion, in nats. `context` and `target` are columns of `prompts`."""
         method, ends = self.config.method, closing_tokens(self.form)
         closed = [ids[-1] in ends for ids in completion_ids]
-        prefixes = _think_prefixes(self.form, map(self.form.prompt_tokens, context), completion_ids)
+        prompts, bridges = (list(map(made, context)) for made in (self.form.prompt_tokens, self.form.bridge))
+        prefixes = _think_prefixes(self.form, prompts, completion_ids, bridges)
         keys = [(*before, -1, *true) for before, true in zip(context, target, strict=True)]
         unique = dict(zip(keys, zip(context, target, strict=True), strict=True))  # the teacher scores a position once
         kind, bf16 = self.policy.device.type, self.config.model.precision == "bf16"
@@ -162,13 +163,13 @@ class InformationGain:
 
 
 def _think_prefixes(
-    form: ThoughtFormat, prompts: Iterable[Sequence[int]], completions: Iterable[Sequence[int]]
+    form: ThoughtFormat, prompts: Sequence[list[int]], completions: Sequence[list[int]], bridges: Sequence[list[int]]
 ) -> list[list[int]]:
-    """What is read before the targets: each prompt, its thought, and the closing delimiter, sampled or not."""
+    """What is read before the targets: each prompt, its thought, and the bridge to the text."""
     ends = closing_tokens(form)
     return [
-        [*prompt, *form.content(ids, ids[-1] in ends), *form.close]
-        for prompt, ids in zip(prompts, completions, strict=True)
+        [*prompt, *form.content(ids, ids[-1] in ends), *bridge]
+        for prompt, ids, bridge in zip(prompts, completions, bridges, strict=True)
     ]
 
 
@@ -197,7 +198,9 @@ class RLPTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
-        output["target"] = torch.tensor([row["target"] for row in inputs], device=output["completion_ids"].device)
+        bridges = [self.reward.form.bridge(row["context"]) for row in inputs]
+        for name, column in (("target", [row["target"] for row in inputs]), ("bridge", bridges)):
+            output[name] = torch.tensor(column, device=output["completion_ids"].device)
         if self.state.global_step < self.reward.config.method.warmup_steps:
             output["advantages"] = torch.zeros_like(output["advantages"])
         return output
@@ -208,7 +211,8 @@ class RLPTrainer(GRPOTrainer):
             [ids[real.bool()].tolist() for ids, real in zip(inputs[f"{part}_ids"], inputs[f"{part}_mask"], strict=True)]
             for part in ("prompt", "completion")
         )
-        logp = _logp_of_targets(model, form, _think_prefixes(form, prompts, thoughts), inputs["target"])
+        prefixes = _think_prefixes(form, prompts, thoughts, inputs["bridge"].tolist())
+        logp = _logp_of_targets(model, form, prefixes, inputs["target"])
         loss = -discounted(logp, method.discount).mean()
         self._log_metric("prediction_loss", float(loss.detach()))
         scale = method.prediction_weight / self.current_gradient_accumulation_steps

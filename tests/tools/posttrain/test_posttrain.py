@@ -60,6 +60,27 @@ def test_supervised_examples_end_a_prompt_at_the_opened_thought():
         assert tokenizer.decode(row.prompt[1:]).startswith("ball under")
 
 
+def test_a_start_that_repeats_the_context_does_so_in_its_stages():
+    """Its worked thoughts go on with the repeated tokens, which are no part of an answer."""
+    start = dataclasses.replace(QUICK, method=dataclasses.replace(QUICK.method, repeat_context=2))
+    rows, tokenizer, form = made(SFT, start)
+    for row in rows:
+        said = tokenizer.decode(row.completion).split()
+        assert said[said.index("</think>") + 1 :] == ["now", "under", row.answer, "."]
+    reward = Verified(RLVR, tokenizer, form)
+    texts = ["red </think> now under red .", "red </think> now under blue .", "red </think>"]
+    ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    assert reward(ids, ["red"] * 3) == [1, 0, 0]
+
+
+def test_thinking_options_of_the_start_are_kept():
+    """Its delimiters, template and sampling, whatever they are."""
+    changed = {"thought_length": 9, "temperature": 0.3, "top_p": 0.9, "allow_empty": True, "repeat_context": 2}
+    start = dataclasses.replace(QUICK, method=dataclasses.replace(QUICK.method, **changed))
+    method = stage_config(SFT, start, Path("unused"), 0).method
+    assert {name: getattr(method, name) for name in changed} == changed
+
+
 def test_without_thinking_the_answer_itself_is_the_completion():
     rows, tokenizer, _ = made(dataclasses.replace(SFT, data="world:cups/train", think=False))
     for row in rows:

@@ -43,6 +43,7 @@ from forethought.config import (
 )
 from forethought.data.corpus import Windows, check_corpus, context_tokens
 from forethought.data.positions import ThoughtFormat
+from forethought.models.loading import THINKING
 from forethought.run.folder import read_jsonl
 from forethought.tools.benchmarks import grade, require_extra
 
@@ -102,8 +103,8 @@ def stage_config(stage: Stage, start: Config, run: Path, seed: int) -> Config:
     Of the start's method, only options that format, sample and score thoughts are kept, so that post-training does
     not depend on how its start was trained.
     """
-    kept = ("open", "close", "prompt", "thought_length", "temperature", "horizon")
-    method = dataclasses.replace(Method(), **{name: getattr(start.method, name) for name in kept})
+    kept = {name: getattr(start.method, name) for name in (*THINKING["method"], "horizon")}
+    method = dataclasses.replace(Method(), **kept)
     config = dataclasses.replace(
         start, seed=seed, run=str(run), overwrite=True, method=method, optim=stage.optim, lora=Lora()
     )
@@ -168,7 +169,8 @@ def _world_examples(stage: Stage, config: Config, tokenizer: Any, form: ThoughtF
         thought = bool(starts) and tokens[at - len(closing) : at] == closing  # one elsewhere is context
         first = starts[-1] if thought else at
         answer = tokenizer.decode([tokens[at]]).strip()
-        worked = tokens[first + len(opening) :] if thought else []
+        bridge = form.bridge(tokens[:first])
+        worked = [*tokens[first + len(opening) : at - len(closing)], *bridge, *tokens[at:]] if thought else []
         yield Example(
             prompt=form.prompt_tokens(tokens[:first]) if stage.think else tokens[:first],
             completion=worked if stage.think else tokens[at:],
@@ -193,7 +195,7 @@ def _question_examples(stage: Stage, config: Config, tokenizer: Any, form: Thoug
             worked = encode(f" {solution}") if solution else []
             final = [*encode(f" The answer is {answer}."), *ends]
             if stage.think:
-                completion = [*worked, *form.close, *final] if solution else []
+                completion = [*worked, *form.bridge(context), *final] if solution else []
                 yield Example(prompt=form.prompt_tokens(context), completion=completion, answer=answer)
             else:
                 yield Example(prompt=context, completion=[*worked, *final], answer=answer)
@@ -224,17 +226,17 @@ def _read_questions(path: str) -> list[tuple[str, str, str]]:
 class Verified:
     """The verifiable reward: 1 for a completion with a right answer, else 0. Logs `answered`, the share with an answer.
 
-    With `think`, the answer is the text after the first closing delimiter; a thought that never closes has no answer.
-    On an embedded world, an answer is right if its first word is the document's; otherwise it is graded as in
-    `forethought questions`.
+    With `think`, the answer is the text after the first closing delimiter and what method.repeat_context repeats; a
+    thought that never closes has no answer. On an embedded world, an answer is right if its first word is the
+    document's; otherwise it is graded as in `forethought questions`.
     """
 
     def __init__(self, stage: Stage, tokenizer: Any, form: ThoughtFormat):
-        self.tokenizer, self.closing = tokenizer, form.closing if stage.think else None
-        self.is_right: Callable[[str, str], bool] = _first_word
+        self.tokenizer, self.form = tokenizer, form if stage.think else None
+        self.is_right: Callable[[str, str], bool] = lambda text, answer: text.split()[:1] == [answer]
         if not stage.data.startswith("world:"):
             require_extra()
-            self.is_right = _graded
+            self.is_right = lambda text, answer: grade(text, answer).right
 
     def __call__(
         self, completion_ids: Sequence[list[int]], answer: Sequence[str], log_metric: Any = None, **_: Any
@@ -247,13 +249,8 @@ class Verified:
         return [float(text is not None and self.is_right(text, true)) for text, true in pairs]
 
     def _answer(self, ids: list[int]) -> str | None:
-        begin = 0 if self.closing is None else self.closing.length(ids)
-        return None if begin is None else self.tokenizer.decode(ids[begin:], skip_special_tokens=True)
-
-
-def _first_word(text: str, answer: str) -> bool:
-    return text.split()[:1] == [answer]
-
-
-def _graded(text: str, answer: str) -> bool:
-    return grade(text, answer).right
+        if self.form is not None:
+            if (end := self.form.closing.length(ids)) is None:
+                return None
+            ids = ids[end + self.form.repeat :]
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
