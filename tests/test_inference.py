@@ -76,9 +76,10 @@ def test_mamba_layers_whose_bias_reaches_padding_are_refused():
         check_prefixes(model, config(prefix="replicated"))
 
 
+@pytest.mark.parametrize("repeat", [0, 2])
 @pytest.mark.parametrize("name", sorted(MODELS))
-def test_the_next_token_is_predicted_by_the_mean_probability_over_thoughts(name: str):
-    one = thinker(MODELS[name]())
+def test_the_next_token_is_predicted_by_the_mean_probability_over_thoughts(name: str, repeat: int):
+    one = thinker(MODELS[name](), repeat_context=repeat)
     found = one.next_token(TEXT, thoughts=3, seed=4)
     with torch.no_grad():
         wanted = torch.stack([plain_logits(one.model, row)[-1].softmax(-1) for row in rows(one, TOKENS, found)])
@@ -433,6 +434,10 @@ def test_mixture_worked_by_hand():
         (lambda one: one.next_token("a \ud800"), "contains a lone surrogate"),
         (lambda one: one.gains([5, 12]), "token 12 is none of the model's, which are 0 to 11"),
         (lambda one: one.log_likelihood([5, -1]), "token -1 is none"),
+        (
+            lambda one: one.score([([5], [6])], thought_temperature=-1.0),
+            "thought_temperature = -1.0: must be at least 0",
+        ),
         (lambda one: one.gains(TEXT, thoughts=-1), "thoughts = -1: must be at least 0"),
         (lambda one: one.next_token(TEXT, thoughts=-1), "thoughts = -1: must be at least 0"),
         (lambda one: one.gains(TEXT, think_when="entropy < 1"), r"think_when = 'entropy < 1': must be \"entropy > NUM"),

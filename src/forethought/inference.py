@@ -1,7 +1,7 @@
 """Inference with thoughts: next-token predictions, scores of text, and generation.
 
-A thought is inserted before the token that it helps to predict, as in training (x_<t <think> c </think> x_t), and later
-thoughts do not see it. Several thoughts at a position form a mixture: p(x | x_<t) = 1/k sum_i p(x | x_<t, c_i). The
+A thought is inserted before the token that it helps to predict, as in training (x_<t <think> c </think> x_t, and where
+method.repeat_context says so the end of x_<t once more before x_t), and later thoughts do not see it. Several thoughts at a position form a mixture: p(x | x_<t) = 1/k sum_i p(x | x_<t, c_i). The
 probability of several tokens after the same thoughts is the mean over thoughts, too.
 """
 
@@ -11,6 +11,7 @@ import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from forethought.algo.metrics import decode_thoughts
-from forethought.config import Config, UserError, from_dict, merge
+from forethought.config import Config, Method, UserError, from_dict, merge
 from forethought.data.corpus import Window, context_tokens
 from forethought.data.positions import Positions, ThoughtFormat, at_positions, make_generator, thought_format
 from forethought.eval.viewer import token_texts
@@ -35,12 +36,13 @@ from forethought.models.loading import (
 from forethought.models.logprobs import (
     chunk_tokens,
     entropy,
+    log_probabilities,
     no_think_entropy,
     no_think_scores,
     suffix_logits,
 )
 from forethought.rollout import Thoughts, draw_noise, engine, thought_tokens
-from forethought.rollout.decoder import COMPACT, ReplicatedBatch, probe_copies, sample
+from forethought.rollout.decoder import COMPACT, EagerBackend, ReplicatedBatch, probe_copies, sample
 from forethought.rollout.native import NativeEngine
 
 _TAIL = 8  # tokens decoded to find the text that the last one adds; a character has at most 4
@@ -368,7 +370,8 @@ class ThinkingModel:
             assert batch is not None
             logp = logits.float().log_softmax(-1)
             mixed = mixture(evidence[:, None] + logp[: len(evidence)]) - mixture(evidence)
-            token = self._sample_token(mixed, tokens, temperature, seed)
+            noise = torch.rand(1, generator=make_generator(seed, "write", tokens)).to(mixed.device)
+            token = int(sample(self.form.decodable(mixed)[None], noise, temperature, 1.0))
             evidence = evidence + logp[: len(evidence), token]
             tokens.append(token)
             yield ScoredToken(
@@ -396,11 +399,6 @@ class ThinkingModel:
         rows = [*self._rows(tokens, sampled), tokens]
         return sampled, *ReplicatedBatch.read(self.model, rows, self.form.pad)
 
-    def _sample_token(self, logp: Float[Tensor, " vocab"], before: list[int], temperature: float, seed: int) -> int:
-        logp = self.form.decodable(logp)
-        noise = torch.rand(1, generator=make_generator(seed, "write", before)).to(logp.device)
-        return int(sample(logp[None], noise, temperature, 1.0))
-
     def check_length(self, tokens: int, thoughts: int) -> None:
         """Raise UserError for a text that, with a thought in it, exceeds the context window, or thoughts below 0."""
         if thoughts < 0:
@@ -426,6 +424,8 @@ class ThinkingModel:
         rule: Rule | None = None,
     ) -> list[tuple[Thought, ...]]:
         """Thoughts at the end of each context (where a rule holds), at method.temperature unless another is given."""
+        if temperature is not None and not 0 <= temperature < math.inf:
+            raise UserError(f"thought_temperature = {temperature}: must be at least 0 and finite")
         self.check_length(max(map(len, contexts), default=0) + 1, thoughts)
         if thoughts < 1 or not contexts:
             return [()] * len(contexts)
@@ -446,8 +446,10 @@ class ThinkingModel:
         generators = [make_generator(seed, "think", context) for seed, context in pairs]
         sampler = self.engine
         if temperature is not None:
-            options = replace(config.method, temperature=temperature)
-            sampler = NativeEngine(self.model, self.form, options, config.train.rows, config.model.prefix == "shared")
+            rows, shared = config.train.rows, config.model.prefix == "shared"
+            backend = EagerBackend(self.model, rows, prepack=config.model.decoding != "eager")
+            backend.draw = partial(_draw_at, temperature)
+            sampler = NativeEngine(self.model, self.form, config.method, rows, shared, backend=backend)
         return sampler.sample(positions, draw_noise((thoughts, config.method.thought_length), generators))
 
     def _chunks(
@@ -595,6 +597,12 @@ def _stop_at(tokenizer: Any, strings: Sequence[str], ends: frozenset[int]) -> St
 def _before(text: str, strings: Sequence[str]) -> str:
     """The text up to the first of the strings in it."""
     return text[: min((text.find(string) for string in strings if string in text), default=len(text))]
+
+
+def _draw_at(temperature: float, logits: Tensor, noise: Tensor, options: Method) -> tuple[Tensor, Tensor]:
+    """`decoder.sample_with_logp` at another temperature, such as 0; log p, which nobody uses, is of the options'."""
+    token = sample(logits, noise, temperature, options.top_p)
+    return token, log_probabilities(logits, token, options.temperature)
 
 
 def _window(tokens: list[int]) -> Window:

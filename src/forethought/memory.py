@@ -78,7 +78,7 @@ class Setup:
         return math.ceil(len(self.config.method.prompt.partition("{context}")[2]) / _CHARACTERS) + self.opening
 
     @property
-    def bridge(self) -> int:
+    def bridge_length(self) -> int:
         """Tokens between a thought and the text: the closing delimiter and what method.repeat_context repeats."""
         return self.closing + self.config.method.repeat_context
 
@@ -95,7 +95,7 @@ class Setup:
     @property
     def longest_row(self) -> int:
         """Tokens that the update reads after the opening delimiter, at most: with a prediction term, to the targets."""
-        after = self.bridge + self.config.method.horizon if self.config.method.prediction_weight else 0
+        after = self.bridge_length + self.config.method.horizon if self.config.method.prediction_weight else 0
         return self.max_new_tokens + after
 
     @property
@@ -260,7 +260,10 @@ def saved_bytes(job: Setup, rows: int, width: int) -> tuple[float, float]:
 
 
 def cache_numbers(shape: Shape) -> tuple[int, int]:
-    """Numbers in the keys and values of one token, and in the Mamba states of one row, over all layers."""
+    """Numbers in the keys and values of one token, and in the Mamba states of one row, over all layers.
+
+    Of layers with a sliding window too, whose oldest tokens transformers drops.
+    """
     keys = sum(2 * one.kv_heads * one.head_dim for one in shape.attention)
     return keys, sum(one.inner * one.state + one.channels * one.kernel for one in shape.mamba)
 
@@ -284,7 +287,7 @@ def _held(job: Setup) -> dict[str, float]:
 def _caches(job: Setup) -> tuple[float, float]:
     """Bytes of the caches of the documents and of the thoughts that are decoded together."""
     rows, documents, positions = job.decode_rows, job.decode_documents, job.config.method.positions
-    capacity = job.between + job.max_new_tokens + job.bridge + job.config.method.horizon
+    capacity = job.between + job.max_new_tokens + job.bridge_length + job.config.method.horizon
     capacity += _GRAPH_LOOK if uses_cuda_graphs(job) else 0
     (keys, states), size = cache_numbers(job.shape), 4 if _decodes_in_cpp(job) else job.compute_bytes
     copies = documents if job.shared else rows

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import gc
 import math
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -41,7 +40,7 @@ from forethought.run.diagnostics import (
     diagnose_split,
     diagnose_text,
 )
-from forethought.run.folder import RunLog, check_free, disk_errors, read_lines
+from forethought.run.folder import RunLog, check_free, read_lines
 from forethought.run.signals import SignalArrived, SignalGuard, Stopped
 from forethought.run.trackers import Callbacks, Tracker, check_tracker
 
@@ -299,8 +298,7 @@ class Trainer:
         guard, train = SignalGuard(deferred=distributed.world_size() > 1), self.config.train
         with Tracker(self.config, log.path) as tracker, guard.installed():
             try:
-                split = partial(corpus.trained_on, self.config.corpus, self.config.evaluate.path)
-                distributed.run_on_rank0(lambda: self._warn(log, callbacks, diagnose_split(split())))
+                distributed.run_on_rank0(lambda: self._warn(log, callbacks, diagnose_split(self._trained_on())))
                 before = self._evaluate(log, callbacks, guard, "before")
                 while not self.over:
                     self._step(log, callbacks, guard, tracker)
@@ -404,6 +402,9 @@ class Trainer:
         """Log and report new warnings; a run that was killed after its evaluation finds the same ones again."""
         for row in log.warn([one.row() for one in found]):
             callbacks.warning(Diagnosis(**row))
+
+    def _trained_on(self) -> list[str]:
+        return corpus.trained_on(self.config.corpus, self.config.evaluate.path)
 
     def _windows_per_step(self) -> int:
         """Windows that hold train.batch positions, or (cpt) train.batch windows."""
@@ -568,16 +569,10 @@ class Trainer:
 
     def _export(self, log: RunLog, policy: Any) -> None:
         """The trained model as a Hugging Face folder, RUN/policy, with the options of its thoughts."""
-        partial, final = log.path / ".policy-partial", log.path / "policy"
-        shutil.rmtree(partial, ignore_errors=True)
-        with disk_errors(log.path, partial), checkpoint.tensor_errors(partial):
-            lora.export(policy, partial, self.network, self.config.lora)
-            self.tokenizer.save_pretrained(partial)
-            save_thinking_options(partial, self.config)
-            for file in partial.rglob("*.safetensors"):
-                shutil.copymode(partial / "config.json", file)  # safetensors lets nobody but the owner read its files
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
+        with checkpoint.exported(log.path) as folder:
+            lora.export(policy, folder, self.network, self.config.lora)
+            self.tokenizer.save_pretrained(folder)
+            save_thinking_options(folder, self.config)
 
     def _summary(self, before: Any, after: Any) -> dict[str, Any]:
         """What summary.json holds. The paper's T_flop counts method.thought_length tokens per thought, text once."""

@@ -115,18 +115,17 @@ def test_the_gradient_is_that_of_next_token_prediction_on_all_rows():
 
 
 def test_what_is_repeated_after_a_thought_is_read_and_not_learned():
-    form = dataclasses.replace(FORM, repeat=2)
-    seen = 0
+    form = ThoughtFormat(before=(6, 7), after=(8,), open=(OPEN,), close=(CLOSE,), bos=None, pad=0, repeat=2)
+    texts, seen = [window.tokens for window in WINDOWS], 0
     for piece in collected(mixed(qwen3(scale=0.2, seed=3), form=form), WINDOWS, 1).microbatches:
         for row, mask, learned in zip(piece.tokens, piece.mask, piece.learned, strict=True):
             tokens = row[mask].tolist()
             if OPEN in tokens:
                 at, end, seen = tokens.index(OPEN), tokens.index(CLOSE), seen + 1
-                context = [tokens[0], *tokens[:at]]
-                assert tokens[end + 1 : end + 3] == context[-2:] and tokens[:at] + tokens[end + 3 :] in [
-                    window.tokens for window in WINDOWS
-                ]
-                skipped = {at, end + 1, end + 2}
+                context = tokens[2 : at - 1]
+                assert tokens[end + 1 : end + 3] == [context[0], *context][-2:]
+                assert context + tokens[end + 3 :] in texts
+                skipped = {0, 1, at - 1, at, end + 1, end + 2}
                 assert learned[: len(tokens) - 1].tolist() == [i not in skipped for i in range(1, len(tokens))]
     assert seen > 0
 

@@ -79,7 +79,7 @@ def test_the_options_are_these():
         ("--method.positions 0", "greater than or equal to 1"),
         ("--method.ema 0", "greater than 0"),
         ("--method.ema 1", "less than 1"),
-        ("--method.temperature 0", "must be above 0"),
+        ("--method.temperature 0", "greater than 0"),
         ("--method.temperature nan", "finite number"),
         ("--method.temperature inf", "finite number"),
         ("--method.top_p 0", "greater than 0"),

@@ -30,6 +30,7 @@ from helpers.models import (
     FORM,
     LONG,
     MODELS,
+    REPEATING,
     WORDS,
     config,
     engine,
@@ -44,7 +45,7 @@ from helpers.tokenizers import byte_level
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "replicated"])
-@pytest.mark.parametrize("form", [FORM, LONG], ids=["short", "long"])
+@pytest.mark.parametrize("form", [FORM, LONG, REPEATING], ids=["short", "long", "repeating"])
 @pytest.mark.parametrize("name", MODELS)
 def test_evidence_of_sampled_thoughts_is_what_the_engine_reports(name: str, form: ThoughtFormat, shared: bool):
     model, positions = MODELS[name](), at_positions(TEXTS, [[1, 4], [1, 3], [5]], horizon=1)

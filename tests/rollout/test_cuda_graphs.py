@@ -16,7 +16,7 @@ from forethought.rollout import draw_noise
 from forethought.rollout.cuda_graphs import attention_only, not_capturable, sample_by_cells
 from forethought.rollout.decoder import sample
 from helpers import architectures as tiny
-from helpers.models import CLOSE, FORM, MERGED, MODELS, WINDOWS, A, config, engine
+from helpers.models import CLOSE, FORM, MERGED, MODELS, REPEATING, WINDOWS, A, config, engine
 from helpers.sampling import assert_same, biased, both, cuda_graphs
 
 LONG = ThoughtFormat(before=(4,), after=(8,), open=(5, 6), close=(7, 9), bos=None, pad=0)
@@ -53,6 +53,14 @@ def test_families_windows_and_delimiters_of_several_tokens(name: str):
     enable(model)
     settings = config(group=3, thought_length=20, positions=2, temperature=1.0)
     assert_same(*both(model, LONG, settings, 64, horizon=2))
+
+
+def test_what_is_repeated_differs_by_row():
+    """Also in rows that move to the front."""
+    settings = config(group=32, thought_length=40, positions=2, temperature=1.0)
+    eager, static = both(biased({CLOSE: 2.0}), REPEATING, settings, 128, horizon=2)
+    assert_same(eager, static)
+    assert eager.closed.float().mean() < 1 and int(eager.lengths.min()) < 20
 
 
 @pytest.mark.parametrize("name", ["qwen3", "nemotron_h"])

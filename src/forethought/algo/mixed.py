@@ -119,9 +119,8 @@ class Mixed(RLP):
                 *range(head, head + len(form.before)),
                 *range(len(prompt) - len(form.after) - len(form.open), len(prompt)),
             )
-            thinking = [*prompt, *tokens[i][member], *form.close]
-            repeated = range(len(thinking), len(thinking) + form.repeat)
-            row = [*thinking, *form.bridge(contexts[i])[len(form.close) :], *rest]
+            thinking = [*prompt, *tokens[i][member], *form.bridge(contexts[i])]
+            repeated, row = range(len(thinking) - form.repeat, len(thinking)), [*thinking, *rest]
             found.append(replace(window, tokens=row, marks={INSERTED: (*inserted, *repeated)}))
         return found
 

@@ -74,7 +74,9 @@ def from_dict(values: dict[str, Any]) -> Config:
         config = TypeAdapter(Config).validate_json(as_json(_new_values(_new_names(values))))
     except ValidationError as error:
         raise UserError(_explain(error)) from None
-    _check_together(config)
+    for conflicts in (_conflicts_of_rewards, _conflicts_of_sizes, _conflicts_of_entries, _excluded):
+        for conflict in conflicts(config):
+            raise UserError(conflict)
     return config
 
 
@@ -267,13 +269,6 @@ def _new_values(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _check_together(config: Config) -> None:
-    """The rules that take more than one option."""
-    for conflicts in (_conflicts_of_rewards, _conflicts_of_sizes, _conflicts_of_entries, _excluded):
-        for conflict in conflicts(config):
-            raise UserError(conflict)
-
-
 def _conflicts_of_rewards(config: Config) -> Iterator[str]:
     method, filtered = config.method, config.method.min_gain > -math.inf
     if method.unclosed == "drop" and (method.scale == "std" or filtered):
@@ -284,8 +279,6 @@ def _conflicts_of_rewards(config: Config) -> Iterator[str]:
         yield f"method.group = {method.group}: comparing thoughts takes at least 2 (or another method.baseline)"
     if method.baseline != "group" and method.scale == "std":
         yield f"method.baseline = {method.baseline!r}: method.scale std divides by a group's deviation, which may be 0"
-    if not method.temperature:
-        yield "method.temperature = 0.0: must be above 0, or the thoughts of a group would all be the same"
     if method.teacher_every != 1 and not config.shift_invariant:
         yield (
             f"method.teacher_every = {method.teacher_every}: must be 1 with a baseline, clamp or filter that is not "

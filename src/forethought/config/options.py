@@ -116,7 +116,7 @@ class Method:
     """Target tokens scored after a thought (H); 1 in the paper."""
     discount: Share = 1.0
     """Weight gamma^k of the k-th scored token."""
-    temperature: NonNegative = 0.7
+    temperature: Above0 = 0.7
     """Sampling temperature of thoughts and of the ratios; targets are always scored at temperature 1."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling of thoughts. Below 1 the ratios are still those of the untruncated distribution."""

@@ -367,7 +367,7 @@ def target_logp(
 ) -> tuple[Float[Tensor, "row horizon"], Bool[Tensor, "row horizon"]]:
     """log p of each row's last `horizon` tokens at temperature 1 (eq. 3), nats, and whether each was the likeliest.
 
-    `rows` hold thoughts, closing delimiters and targets. What an engine needs that does not see the policy's logits.
+    `rows` hold thoughts, bridges and targets. What an engine needs that does not see the policy's logits.
     """
     evidence = torch.zeros(len(rows.position_index), horizon, device=rows.tokens.device)
     hit = torch.zeros_like(evidence, dtype=torch.bool)

@@ -18,8 +18,8 @@ class Thoughts:
     """Sampled thoughts, their log-probabilities, and the log-probabilities of the true tokens after them (evidence).
 
     Example: L = 4, close = 9. Sampled 5 6 9: mask 1 1 1 0, closed. Sampled 5 6 7 8: mask 1 1 1 1, not closed; the
-    closing delimiter was then forced (and is not part of `tokens`). What was read after a thought is always
-    `ThoughtFormat.content` of its tokens and the delimiter.
+    closing delimiter was then forced (and is not part of `tokens`). What was read of a thought and after it is always
+    `ThoughtFormat.content` of its tokens and `ThoughtFormat.bridge`.
     """
 
     tokens: Int[Tensor, "batch group thought"]  # sampled tokens, a sampled closing delimiter included

@@ -118,7 +118,7 @@ def advance(
 
 def _score(state: GraphState, logits: Float[Tensor, "row vocab"], forced: Int[Tensor, " row"]) -> Int[Tensor, " row"]:
     """Record the evidence of rows at a target; returns the new index of each row that does not think."""
-    index, width, size = state.forced_index, state.forced_tokens.shape[1], state.bridge
+    index, width, size = state.forced_index, state.forced_tokens.shape[1], state.bridge_length
     scored = ((index >= size) & (index < width))[:, None]
     column = (index - size).clamp(0, state.evidence.shape[1] - 1)[:, None]
     evidence = logits.gather(1, forced[:, None]) - logits.logsumexp(dim=-1, keepdim=True)

@@ -48,9 +48,9 @@ def sample(
 def sample_with_logp(
     logits: Float[Tensor, "row vocab"], noise: Float[Tensor, " row"], options: Method
 ) -> tuple[Int[Tensor, " row"], Float[Tensor, " row"]]:
-    """A token per row by `sample`, and its log-probability at the temperature (0: at 1)."""
+    """A token per row by `sample`, and its log-probability at the temperature."""
     token = sample(logits, noise, options.temperature, options.top_p)
-    return token, log_probabilities(logits, token, options.temperature or 1.0)
+    return token, log_probabilities(logits, token, options.temperature)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +108,7 @@ class DecodeState:
         )
 
     @property
-    def bridge(self) -> int:
+    def bridge_length(self) -> int:
         """Forced tokens ahead of the targets."""
         return self.forced_tokens.shape[1] - self.evidence.shape[1]
 
@@ -400,8 +400,8 @@ class _ActiveRows:
     ) -> None:
         """Score rows at a target (and let them write), and move all rows past their thought forward by one token."""
         state, options = self.state, self.options
-        scored = ((index >= state.bridge) & (index < state.forced_tokens.shape[1])).nonzero().squeeze(-1)
-        rows, column = self.rows[scored], index[scored] - state.bridge
+        scored = ((index >= state.bridge_length) & (index < state.forced_tokens.shape[1])).nonzero().squeeze(-1)
+        rows, column = self.rows[scored], index[scored] - state.bridge_length
         if scored.numel():
             here = logits[scored]
             state.evidence[rows, column] = log_probabilities(here, forced[scored])

@@ -209,6 +209,20 @@ def _finish(run: Path, partial: Path, final: Path, keep: int) -> None:
 
 
 @contextmanager
+def exported(run: Path) -> Iterator[Path]:
+    """A new folder for the trained model, which becomes RUN/policy when all is written. Raises RunError."""
+    partial, final = run / ".policy-partial", run / "policy"
+    shutil.rmtree(partial, ignore_errors=True)
+    with disk_errors(run, partial), tensor_errors(partial):
+        partial.mkdir()
+        yield partial
+        for file in partial.rglob("*.safetensors"):
+            shutil.copymode(partial / "config.json", file)  # safetensors lets nobody but the owner read its files
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+
+
+@contextmanager
 def tensor_errors(file: Path) -> Iterator[None]:
     """Turn what safetensors and tokenizers raise for a full or failing disk into OSError, for `disk_errors`."""
     try:

@@ -26,7 +26,7 @@ from forethought.config.registry import entry
 from forethought.data.corpus import Windows
 from forethought.data.positions import ThoughtFormat, draw_positions, make_generator, pad_rows, thought_format
 from forethought.models.compute_copy import Teacher
-from forethought.models.loading import check_context_length, device, load_model, load_tokenizer
+from forethought.models.loading import check_context_length, device, load_model, load_tokenizer, save_thinking_options
 from forethought.models.logprobs import chunk_tokens, forward, log_probabilities
 
 try:
@@ -128,7 +128,7 @@ class InformationGain:
         """One reward per completion, in nats. `context` and `target` are columns of `prompts`."""
         method, ends = self.config.method, closing_tokens(self.form)
         closed = [ids[-1] in ends for ids in completion_ids]
-        prompts, bridges = (list(map(made, context)) for made in (self.form.prompt_tokens, self.form.bridge))
+        prompts, bridges = [self.form.prompt_tokens(one) for one in context], [self.form.bridge(one) for one in context]
         prefixes = _think_prefixes(self.form, prompts, completion_ids, bridges)
         keys = [(*before, -1, *true) for before, true in zip(context, target, strict=True)]
         unique = dict(zip(keys, zip(context, target, strict=True), strict=True))  # the teacher scores a position once
@@ -350,10 +350,11 @@ def closing_tokens(form: ThoughtFormat) -> list[int]:
 
 
 def save(reward: InformationGain, folder: str | Path) -> None:
-    """Save the trained model as a Hugging Face folder, with its original tokenizer and end-of-text tokens."""
+    """Save the trained model as a Hugging Face folder, with its original tokenizer, end-of-text tokens and options."""
     reward.policy.config, reward.policy.generation_config = copy.deepcopy(reward.original_configs)
     reward.policy.save_pretrained(folder)
     reward.tokenizer.save_pretrained(folder)
+    save_thinking_options(Path(folder), reward.config)
 
 
 def common_arguments(config: Config, folder: str | Path) -> dict[str, Any]:

@@ -229,6 +229,16 @@ def test_what_another_engine_samples_is_read_again():
     assert rlp_step(TINY, job().window_work()).score == 0
 
 
+def test_what_is_repeated_after_a_thought_is_planned():
+    one = job(config(method={"repeat_context": 3, "prediction_weight": 0.1}))
+    plain = one.with_option("method", repeat_context=0)
+    tails = zip(one.window_work().tails, plain.window_work().tails, strict=True)
+    assert [mine - theirs for pair in tails for mine, theirs in zip(*pair, strict=True)] == [3, 3]
+    assert one.longest_row == plain.longest_row + 3
+    mine, theirs = (sum(memory(some).held.values()) for some in (one, plain))  # with the buffers of CUDA graphs
+    assert mine - theirs == 4 * one.decode_rows * 3 * cache_numbers(TINY)[0]
+
+
 def test_rings_by_hand():
     """8 GPUs in a node at 50 GB/s; 16 in nodes of 4, whose cards send 4 x 5 GB/s together."""
     assert ring(job(gpus=8), 80e9, 2) == pytest.approx(2 * 7 / 8 * 80e9 / 50e9)

@@ -14,7 +14,7 @@ from forethought.cli import main
 from forethought.config import Config, Notice, UserError
 from forethought.data import worlds
 from forethought.data.positions import ThoughtFormat, thought_format
-from forethought.models.loading import EMBEDDED, load_model
+from forethought.models.loading import EMBEDDED, load_model, load_thinking_options
 from forethought.run.folder import RunLog
 from forethought.run.trackers import Callbacks
 from forethought.tools.experiment import compare
@@ -68,9 +68,9 @@ def test_a_start_that_repeats_the_context_does_so_in_its_stages():
         said = tokenizer.decode(row.completion).split()
         assert said[said.index("</think>") + 1 :] == ["now", "under", row.answer, "."]
     reward = Verified(RLVR, tokenizer, form)
-    texts = ["red </think> now under red .", "red </think> now under blue .", "red </think>"]
-    ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    assert reward(ids, ["red"] * 3) == [1, 0, 0]
+    texts = ["now under red .", "now under blue .", "green blue red .", "red .", ""]
+    ids = [tokenizer.encode(f"red </think> {text}", add_special_tokens=False) for text in texts]
+    assert reward(ids, ["red"] * 5, [rows[0].repeated] * 5) == [1, 0, 0, 0, 0]
 
 
 def test_thinking_options_of_the_start_are_kept():
@@ -107,7 +107,7 @@ def test_verified_rewards_are_those_of_the_checker():
     reward, logged = Verified(RLVR, tokenizer, form), {}
     said = ["1 red </think> red .", "red </think> blue .", "red red red", "red </think> red </think> blue", "</think>"]
     ids = [tokenizer.encode(text, add_special_tokens=False) for text in said]
-    assert reward(ids, ["red"] * 5, log_metric=logged.__setitem__) == [1, 0, 0, 1, 0]
+    assert reward(ids, ["red"] * 5, [[]] * 5, log_metric=logged.__setitem__) == [1, 0, 0, 1, 0]
     assert logged == {"answered": 0.8}
     assert all(not row.completion and tuple(row.prompt[-1:]) == form.open for row in rows)
 
@@ -158,7 +158,7 @@ def test_questions_show_the_way_as_a_thought(questions, think):
         pytest.importorskip(package, reason="make test-lm-eval installs the extra eval")
     reward = Verified(stage, tokenizer, form)
     ids = [tokenizer.encode(f"so{closed} The answer is {n}.", add_special_tokens=False) for n in ("2", "2.0", "3")]
-    assert reward(ids, ["2"] * 3) == [1, 1, 0]
+    assert reward(ids, ["2"] * 3, [[]] * 3) == [1, 1, 0]
 
 
 def test_examples_that_are_too_long_are_skipped_whole_and_counted(questions):
@@ -254,6 +254,7 @@ def test_stages_follow_each_other_are_never_redone_and_repeat_to_the_bit(tmp_pat
     assert all(sft[name].equal(sft_again[name]) and rlvr[name].equal(rlvr_again[name]) for name in sft)
     assert RunLog.open(last).config().model.path == str(tmp_path / "other" / "1-sft" / "policy")
     assert json.loads((last / "policy" / "config.json").read_text())["eos_token_id"] is None
+    assert load_thinking_options(str(last / "policy"))["method"]["thought_length"] == QUICK.method.thought_length
     before = (last / "summary.json").stat().st_mtime_ns
     assert chain([SFT, RLVR], QUICK, tmp_path / "other", Callbacks()) == last
     assert (last / "summary.json").stat().st_mtime_ns == before

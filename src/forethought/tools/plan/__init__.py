@@ -217,11 +217,6 @@ def _fewer_rows(job: Job) -> list[int]:
     return [min(max(most, 1) * window, job.decode_rows)]
 
 
-def _smaller_chunks(job: Job) -> Iterator[int]:
-    """Down to one thought."""
-    return _halved(chunk_tokens(job), job.between + job.longest_row)
-
-
 def _shorter_windows(job: Job) -> _Candidates:
     for window in _halved(job.config.corpus.window, 128):
         longest = min(job.max_prefix, window - job.config.method.horizon)
@@ -246,7 +241,10 @@ def _can_offload(job: Job) -> list[bool]:
 
 _CHANGES: tuple[tuple[str, str, Callable[[Job], _Candidates]], ...] = (
     ("--train.rollout_batch {}", "slower decoding", _set("train", "rollout_batch", _fewer_rows)),
-    ("--update.tokens_per_chunk {}", "a slower update", _set("update", "tokens_per_chunk", _smaller_chunks)),
+    (
+        "--update.tokens_per_chunk {}", "a slower update",  # down to one thought
+        _set("update", "tokens_per_chunk", lambda job: _halved(chunk_tokens(job), job.between + job.longest_row)),
+    ),
     ("--update.offload {}", "idle state leaves and returns every step", _set("update", "offload", _can_offload)),
     ("--layout zero1 on {} GPUs", "weights are sent once more a step", _sharded),
     (

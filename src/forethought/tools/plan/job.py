@@ -153,13 +153,14 @@ class Job(Setup):
         method, positions = self.config.method, self.config.method.positions
         thought = (round(self.length),) * method.group
         before = [max(1, round(self.prefix * (k + 1) / positions)) for k in range(positions)]
+        tail = max(self.prediction, method.horizon) - 1 + method.repeat_context
         return Work(
             windows=(self.document,),
             owners=(0,) * positions,
             prefixes=tuple(self.template + length for length in before),
             opening=self.between,
             thoughts=(thought,) * positions,
-            tails=((max(self.prediction, method.horizon) - 1,) * method.group,) * positions,
+            tails=((tail,) * method.group,) * positions,
             sharing="document" if self.shared else "rollout",
             horizon=method.horizon,
             teacher=self.teacher,

@@ -20,10 +20,10 @@ import torch
 from forethought.config import Config, UserError, from_dict
 from forethought.data.positions import ThoughtFormat, thought_format
 from forethought.eval import started, trained
-from forethought.models.loading import load_model, load_tokenizer, require_context
+from forethought.models.loading import load_model, load_tokenizer, require_context, save_thinking_options
 from forethought.models.logprobs import forward, log_probabilities
-from forethought.run.checkpoint import tensor_errors
-from forethought.run.folder import RunLog, check_free, disk_errors
+from forethought.run.checkpoint import exported
+from forethought.run.folder import RunLog, check_free
 from forethought.run.trackers import Callbacks
 from forethought.tools.posttrain.stage import (
     Example,
@@ -105,7 +105,10 @@ def run_stage(stage: Stage, config: Config, callbacks: Callbacks) -> None:
             reward = Verified(stage, tokenizer, form)
             lines = trainers.grpo((model, tokenizer), rows, reward, stage, config, progress)
         log.write_lines("trl.jsonl", lines)
-        _export(log.path, model, tokenizer)
+        with exported(log.path) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            save_thinking_options(folder, config)
         summary |= {"after/heldout_loss": completion_loss(model, heldout)} if heldout else {}
         seconds = round(time.perf_counter() - began, 2)
         log.write_json("summary.json", {"method": stage.stage, "seed": config.seed, "seconds": seconds, **summary})
@@ -149,12 +152,3 @@ def _check_length(stage: Stage, rows: Sequence[Example], model: Any) -> None:
     longest = max(len(one.prompt) + (further or len(one.completion)) for one in rows)
     what = f"max_tokens = {stage.max_tokens}: the longest prompt with its completion"
     require_context(model.config, longest, what, "lower max_tokens or leave out long examples")
-
-
-def _export(run: Path, model: Any, tokenizer: Any) -> None:
-    """Write RUN/policy atomically. Raises RunError if the disk is full."""
-    partial = run / ".policy-partial"
-    with disk_errors(run, partial), tensor_errors(partial):
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        partial.rename(run / "policy")

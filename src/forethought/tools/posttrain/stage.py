@@ -130,6 +130,7 @@ class Example:
     prompt: list[int]
     completion: list[int]  # empty if the data have none
     answer: str
+    repeated: list[int] = dataclasses.field(default_factory=list)  # what comes between thought and answer
 
 
 def examples(stage: Stage, config: Config, tokenizer: Any, form: ThoughtFormat) -> list[Example]:
@@ -169,12 +170,13 @@ def _world_examples(stage: Stage, config: Config, tokenizer: Any, form: ThoughtF
         thought = bool(starts) and tokens[at - len(closing) : at] == closing  # one elsewhere is context
         first = starts[-1] if thought else at
         answer = tokenizer.decode([tokens[at]]).strip()
-        bridge = form.bridge(tokens[:first])
-        worked = [*tokens[first + len(opening) : at - len(closing)], *bridge, *tokens[at:]] if thought else []
+        repeated = form.bridge(tokens[:first])[len(closing) :]
+        worked = [*tokens[first + len(opening) : at], *repeated, *tokens[at:]] if thought else []
         yield Example(
             prompt=form.prompt_tokens(tokens[:first]) if stage.think else tokens[:first],
             completion=worked if stage.think else tokens[at:],
             answer=answer,
+            repeated=repeated,
         )
 
 
@@ -195,8 +197,10 @@ def _question_examples(stage: Stage, config: Config, tokenizer: Any, form: Thoug
             worked = encode(f" {solution}") if solution else []
             final = [*encode(f" The answer is {answer}."), *ends]
             if stage.think:
-                completion = [*worked, *form.bridge(context), *final] if solution else []
-                yield Example(prompt=form.prompt_tokens(context), completion=completion, answer=answer)
+                bridge = form.bridge(context)
+                completion = [*worked, *bridge, *final] if solution else []
+                prompt, repeated = form.prompt_tokens(context), bridge[len(form.close) :]
+                yield Example(prompt=prompt, completion=completion, answer=answer, repeated=repeated)
             else:
                 yield Example(prompt=context, completion=[*worked, *final], answer=answer)
 
@@ -226,31 +230,37 @@ def _read_questions(path: str) -> list[tuple[str, str, str]]:
 class Verified:
     """The verifiable reward: 1 for a completion with a right answer, else 0. Logs `answered`, the share with an answer.
 
-    With `think`, the answer is the text after the first closing delimiter and what method.repeat_context repeats; a
-    thought that never closes has no answer. On an embedded world, an answer is right if its first word is the
-    document's; otherwise it is graded as in `forethought questions`.
+    With `think`, the answer is the text after the first closing delimiter and the tokens that method.repeat_context
+    repeats; there is none where a thought never closes, or other tokens follow it. On an embedded world, an answer is
+    right if its first word is the document's; otherwise it is graded as in `forethought questions`.
     """
 
     def __init__(self, stage: Stage, tokenizer: Any, form: ThoughtFormat):
-        self.tokenizer, self.form = tokenizer, form if stage.think else None
+        self.tokenizer, self.closing = tokenizer, form.closing if stage.think else None
         self.is_right: Callable[[str, str], bool] = lambda text, answer: text.split()[:1] == [answer]
         if not stage.data.startswith("world:"):
             require_extra()
             self.is_right = lambda text, answer: grade(text, answer).right
 
     def __call__(
-        self, completion_ids: Sequence[list[int]], answer: Sequence[str], log_metric: Any = None, **_: Any
+        self,
+        completion_ids: Sequence[list[int]],
+        answer: Sequence[str],
+        repeated: Sequence[list[int]],
+        log_metric: Any = None,
+        **_: Any,
     ) -> list[float]:
-        """One reward per completion."""
-        answers = [self._answer(ids) for ids in completion_ids]
+        """One reward per completion. `answer` and `repeated` are those of the examples."""
+        answers = [self._answer(*pair) for pair in zip(completion_ids, repeated, strict=True)]
         if log_metric is not None:
             log_metric("answered", sum(text is not None for text in answers) / len(answers))
-        pairs = zip(answers, answer, strict=True)
-        return [float(text is not None and self.is_right(text, true)) for text, true in pairs]
+        return [
+            float(text is not None and self.is_right(text, true)) for text, true in zip(answers, answer, strict=True)
+        ]
 
-    def _answer(self, ids: list[int]) -> str | None:
-        if self.form is not None:
-            if (end := self.form.closing.length(ids)) is None:
+    def _answer(self, ids: list[int], repeated: list[int]) -> str | None:
+        if self.closing is not None:
+            if (end := self.closing.length(ids)) is None or ids[end : end + len(repeated)] != repeated:
                 return None
-            ids = ids[end + self.form.repeat :]
+            ids = ids[end + len(repeated) :]
         return self.tokenizer.decode(ids, skip_special_tokens=True)

@@ -62,7 +62,9 @@ def grpo(
     with TemporaryDirectory() as folder, _restored_configs(model):
         end = end_token(stage, tokenizer)
         stopping = copy.deepcopy(tokenizer) if end is None else stopping_at([end], tokenizer, model)
-        _fix_tokens(stopping, {tokenizer.decode(one.prompt): one.prompt for one in rows})
+        texts = [tokenizer.decode(one.prompt) for one in rows]
+        _fix_tokens(stopping, {text: one.prompt for text, one in zip(texts, rows, strict=True)})
+        columns = {"prompt": texts, "answer": [one.answer for one in rows], "repeated": [one.repeated for one in rows]}
         arguments = GRPOConfig(
             **common_arguments(config, folder),
             **QUIET,
@@ -77,9 +79,7 @@ def grpo(
             model=model,
             reward_funcs=reward,
             args=arguments,
-            train_dataset=Dataset.from_list(
-                [{"prompt": tokenizer.decode(one.prompt), "answer": one.answer} for one in rows]
-            ),
+            train_dataset=Dataset.from_dict(columns),
             processing_class=stopping,
             callbacks=[_ReportProgress(progress)],
         )

@@ -157,8 +157,8 @@ for token in model.generate("Some text", max_tokens=20, thoughts=4):
 ```
 
 Thoughts are enclosed in {_code(method.open)} and {_code(method.close)}, have at most {method.thought_length} tokens and
-are sampled at temperature {method.temperature:g}, with the prompt template {_code(method.prompt)}; `forethought.json`
-contains these options. The weights are those of an ordinary causal language model: without Forethought it predicts
+are sampled at temperature {method.temperature:g}, with the prompt template {_code(method.prompt)}; the last
+{method.repeat_context} tokens before a thought are repeated after it. `forethought.json` contains these options. The weights are those of an ordinary causal language model: without Forethought it predicts
 without thoughts."""
 
 

@@ -403,8 +403,5 @@ def _themed(style: str) -> str:
     style = style.replace(PAPER, "none").replace(INK, "currentColor").replace(GRID, "var(--grid)")
     for index, color in enumerate(COLORS):
         style = style.replace(color, f"var(--series-{index})")
-    return re.sub(r"font-family: [^;\"]*;?|font: ([\d.]+px) [^;\"]*;?", _plain_font, style)
-
-
-def _plain_font(match: re.Match[str]) -> str:
-    return f"font-size: {match.group(1)};" if match.group(1) else ""
+    fonts = r"font-family: [^;\"]*;?|font: ([\d.]+px) [^;\"]*;?"
+    return re.sub(fonts, lambda match: f"font-size: {match[1]};" if match[1] else "", style)
