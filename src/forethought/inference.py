@@ -1,8 +1,9 @@
 """Inference with thoughts: next-token predictions, scores of text, and generation.
 
-A thought is inserted before the token that it helps to predict, as in training (x_<t <think> c </think> x_t, and where
-method.repeat_context says so the end of x_<t once more before x_t), and later thoughts do not see it. Several thoughts at a position form a mixture: p(x | x_<t) = 1/k sum_i p(x | x_<t, c_i). The
-probability of several tokens after the same thoughts is the mean over thoughts, too.
+A thought is inserted before the token that it helps to predict, as in training (x_<t <think> c </think> x_t, with
+method.repeat_context the end of x_<t once more before x_t), and later thoughts do not see it. Several thoughts at a
+position form a mixture: p(x | x_<t) = 1/k sum_i p(x | x_<t, c_i). The probability of several tokens after the same
+thoughts is the mean over thoughts, too.
 """
 
 import itertools

@@ -145,7 +145,8 @@ def _opening(config: Config) -> str:
 
 
 def _usage(config: Config) -> str:
-    method = config.method
+    method, repeat = config.method, config.method.repeat_context
+    repeated = f" The last {repeat} tokens before a thought are repeated after it." if repeat else ""
     return f"""## Usage
 
 ```python
@@ -157,9 +158,9 @@ for token in model.generate("Some text", max_tokens=20, thoughts=4):
 ```
 
 Thoughts are enclosed in {_code(method.open)} and {_code(method.close)}, have at most {method.thought_length} tokens and
-are sampled at temperature {method.temperature:g}, with the prompt template {_code(method.prompt)}; the last
-{method.repeat_context} tokens before a thought are repeated after it. `forethought.json` contains these options. The weights are those of an ordinary causal language model: without Forethought it predicts
-without thoughts."""
+are sampled at temperature {method.temperature:g}, with the prompt template {_code(method.prompt)}.{repeated}
+`forethought.json` contains these options. The weights are those of an ordinary causal language model: without
+Forethought it predicts without thoughts."""
 
 
 def _data(config: Config) -> dict[str, str]:
