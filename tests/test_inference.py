@@ -151,7 +151,7 @@ def test_the_likelihood_of_a_text_is_the_mean_over_thoughts_of_each_stretch(ever
 @pytest.mark.parametrize("prefix", ["shared", "replicated"])
 @pytest.mark.parametrize("rows_at_once", [2, 64])
 def test_continuations_are_scored_after_thinking_once(prefix: Any, rows_at_once: int):
-    one = ThinkingModel(qwen3(), word_tokenizer(), config(rows=rows_at_once, prefix=prefix, thought_length=5))
+    one = thinker(rows=rows_at_once, prefix=prefix)
     pairs = [(TOKENS[:3], [8, 9]), ([6, 5], [10]), (TOKENS[:3], [10]), ([6, 5], [7, 7, 7]), ([9], [5])]
     for (context, continuation), (logp, greedy) in zip(pairs, one.score(pairs, thoughts=3, seed=2), strict=True):
         prompts = rows(one, context, one.next_token(context, thoughts=3, seed=2))
@@ -352,6 +352,22 @@ def test_where_not_to_think_is_found_in_one_forward_pass_of_the_text():
     widths.clear()
     written = list(one.generate(LONGER, max_tokens=5, **never))
     assert widths == [len(LONGER), *[1] * (len(written) - 1)]
+
+
+@torch.no_grad()
+def test_greedy_thoughts_are_the_likeliest_tokens():
+    """At temperature 0, by plain forwards; and at method.temperature they are those of any other call."""
+    one = thinker()
+    (thought, again), (same,) = one._think([TOKENS], 2, [0], 0.0)[0], one._think([TOKENS], 1, [7], 0.0)[0]
+    assert thought == again == same
+    read, first = one.form.prompt_tokens(TOKENS), True
+    for token in thought.tokens:
+        logits = plain_logits(one.model, read)[-1]
+        logits[CLOSE] = -torch.inf if first else logits[CLOSE]
+        assert token == int(logits.argmax())
+        read, first = [*read, token], False
+    assert one._think([TOKENS], 3, [0], one.config.method.temperature) == one._think([TOKENS], 3, [0])
+    assert len(set(one._think([TOKENS], 8, [0], 2.0)[0])) > 1
 
 
 @pytest.mark.parametrize("allow_empty", [False, True])
