@@ -364,4 +364,5 @@ def test_the_example_runs(monkeypatch, tmp_path, capsys):
     assert "runs/trl/policy: " in said
     saved = json.loads((tmp_path / "runs/trl/policy/config.json").read_text())
     assert saved["eos_token_id"] is None
+    assert json.loads((tmp_path / "runs/trl/policy/forethought.json").read_text())["method"]["thought_length"] > 0
     assert len(file.read_text().splitlines()) <= 36
