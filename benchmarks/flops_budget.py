@@ -62,7 +62,8 @@ def per_token() -> None:
     print(f"FLOPs a token: reading {PREFIX} tokens {read:.4g}")
     print(f"FLOPs a token: decoding behind {PREFIX} tokens, head included {decode_flops(SHAPE, [(1, PREFIX)]):.4g}")
     print(f"FLOPs a token: next-token training on {PREFIX} tokens {cpt_step(SHAPE, [PREFIX]).total / PREFIX:.4g}")
-    print(f"bytes: keys and values of {PREFIX} tokens in bf16 {2 * PREFIX * cache_numbers(SHAPE)[0]:,}")
+    cache = 2 * PREFIX * cache_numbers(SHAPE)[0]
+    print(f"bytes: training {20 * SHAPE.parameters:,}, cache of {PREFIX} tokens in bf16 {cache:,}")
 
 
 def by_length() -> None:

@@ -298,7 +298,8 @@ class Trainer:
         guard, train = SignalGuard(deferred=distributed.world_size() > 1), self.config.train
         with Tracker(self.config, log.path) as tracker, guard.installed():
             try:
-                distributed.run_on_rank0(lambda: self._warn(log, callbacks, diagnose_split(self._trained_on())))
+                both = self.config.corpus, self.config.evaluate.path
+                distributed.run_on_rank0(lambda: self._warn(log, callbacks, diagnose_split(corpus.trained_on(*both))))
                 before = self._evaluate(log, callbacks, guard, "before")
                 while not self.over:
                     self._step(log, callbacks, guard, tracker)
@@ -402,9 +403,6 @@ class Trainer:
         """Log and report new warnings; a run that was killed after its evaluation finds the same ones again."""
         for row in log.warn([one.row() for one in found]):
             callbacks.warning(Diagnosis(**row))
-
-    def _trained_on(self) -> list[str]:
-        return corpus.trained_on(self.config.corpus, self.config.evaluate.path)
 
     def _windows_per_step(self) -> int:
         """Windows that hold train.batch positions, or (cpt) train.batch windows."""

@@ -132,8 +132,12 @@ class ThoughtFormat:
         return [*head, *self.before, *context[len(head) :]]
 
     def bridge(self, context: Sequence[int]) -> list[int]:
-        """What is read between a thought and the text. A context shorter than `repeat` starts with its first token."""
-        return [*self.close, *(context[max(0, len(context) - k)] for k in range(self.repeat, 0, -1))]
+        """What is read between a thought and the text."""
+        return [*self.close, *self.repeated(context)]
+
+    def repeated(self, context: Sequence[int]) -> list[int]:
+        """The last `repeat` tokens of a context; a shorter one repeats its first token."""
+        return [context[max(0, len(context) - k)] for k in range(self.repeat, 0, -1)]
 
     def documents_and_prefix_lengths(self, positions: Positions) -> tuple[list[list[int]], list[list[int]]]:
         """Each window's tokens up to its last position, and how many of them precede each of its positions."""

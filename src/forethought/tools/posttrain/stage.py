@@ -170,7 +170,7 @@ def _world_examples(stage: Stage, config: Config, tokenizer: Any, form: ThoughtF
         thought = bool(starts) and tokens[at - len(closing) : at] == closing  # one elsewhere is context
         first = starts[-1] if thought else at
         answer = tokenizer.decode([tokens[at]]).strip()
-        repeated = form.bridge(tokens[:first])[len(closing) :]
+        repeated = form.repeated(tokens[:first])
         worked = [*tokens[first + len(opening) : at], *repeated, *tokens[at:]] if thought else []
         yield Example(
             prompt=form.prompt_tokens(tokens[:first]) if stage.think else tokens[:first],
@@ -197,9 +197,8 @@ def _question_examples(stage: Stage, config: Config, tokenizer: Any, form: Thoug
             worked = encode(f" {solution}") if solution else []
             final = [*encode(f" The answer is {answer}."), *ends]
             if stage.think:
-                bridge = form.bridge(context)
-                completion = [*worked, *bridge, *final] if solution else []
-                prompt, repeated = form.prompt_tokens(context), bridge[len(form.close) :]
+                prompt, repeated = form.prompt_tokens(context), form.repeated(context)
+                completion = [*worked, *form.close, *repeated, *final] if solution else []
                 yield Example(prompt=prompt, completion=completion, answer=answer, repeated=repeated)
             else:
                 yield Example(prompt=context, completion=[*worked, *final], answer=answer)
