@@ -370,16 +370,18 @@ def test_greedy_thoughts_are_the_likeliest_tokens():
     assert len(set(one._think([TOKENS], 8, [0], 2.0)[0])) > 1
 
 
-@pytest.mark.parametrize("allow_empty", [False, True])
-def test_thoughts_may_be_empty_where_training_allowed_it(allow_empty: bool, tmp_path: Path):
-    """With logits that all but close at once, a thought closes at once if it may, and else with its second token."""
-    save_thinking_options(tmp_path, config(thought_length=5, allow_empty=allow_empty))
+@pytest.mark.parametrize(
+    ("options", "shortest"), [({}, 1), ({"allow_empty": True}, 0), ({"min_thought_length": 3}, 3)], ids=str
+)
+def test_thoughts_are_as_short_as_training_allowed(options: dict[str, Any], shortest: int, tmp_path: Path):
+    """With logits that all but close at once, a thought closes as soon as it may."""
+    save_thinking_options(tmp_path, config(thought_length=5, **options))
     saved = from_dict(merge(load_thinking_options(str(tmp_path)), {"model": {"device": "cpu"}}))
     one = ThinkingModel(biased({CLOSE: 30.0}), word_tokenizer(), saved)
     [engine] = one.next_token(TEXT).thoughts
     [[greedy]] = one._think([TOKENS], 1, [0], 0.0)
     assert [thought.closed for thought in (engine, greedy)] == [True, True]
-    assert [len(thought.tokens) for thought in (engine, greedy)] == ([0, 0] if allow_empty else [1, 1])
+    assert [len(thought.tokens) for thought in (engine, greedy)] == [shortest, shortest]
 
 
 def test_writing_stops_at_an_end_token():

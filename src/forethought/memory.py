@@ -334,6 +334,8 @@ def _score(job: Setup) -> dict[str, float]:
     logits = min(windows * targets, 4096) * job.shape.vocab
     name = "teacher or proxy forward pass" if job.entropies else "teacher forward pass"
     parts = {name: float(windows * job.max_prefix * _one_layer(job) + 12 * logits)}
+    if soft := _soft_targets(job):
+        parts["soft targets"] = 2 * soft  # in pieces and whole
     if job.teacher and job.layout == "zero1":  # the teacher's weights replace them
         parts["policy weights, set aside"] = float(job.compute_bytes * job.shape.parameters)
     return parts
@@ -374,7 +376,16 @@ def _update(job: Setup) -> dict[str, float]:
             heads = sum(one.heads for one in shape.attention if size == 4 or one.window)
             scores = heads * rows * width * (prefix + width)
             parts["attention scores (no fused kernel)"] = float((10 if size == 2 else 8) * scores)
+    if soft := _soft_targets(job):
+        parts["soft targets"] = soft
     return parts | {SCANS: scans}
+
+
+def _soft_targets(job: Setup) -> float:
+    """Bytes of the targets of method.distillation: a distribution over the vocabulary for each one of a step."""
+    method = job.config.method
+    targets = job.local_windows * method.positions * method.horizon
+    return 4.0 * targets * job.shape.vocab * (method.distillation > 0)
 
 
 def _layer_inputs(job: Setup, tokens: int) -> float:

@@ -27,6 +27,8 @@ from helpers.models import (
     collected,
     config,
     gradients,
+    patient,
+    plain_logits,
     plain_targets,
     plain_thought,
     qwen3,
@@ -41,7 +43,7 @@ TWO = ThoughtFormat(before=(), after=(), open=(OPEN,), close=(4, 1), bos=None, p
 SETTINGS = {"temperature": 1.0, "length_norm": "none", "prediction_weight": 1.0}
 
 
-@pytest.mark.parametrize("form", [TINY, TWO], ids=["one-token close", "two-token close"])
+@pytest.mark.parametrize("form", [TINY, TWO, patient(TINY, 2)], ids=["one-token close", "two-token close", "patient"])
 @pytest.mark.parametrize("horizon", [1, 2])
 def test_both_terms_are_the_gradient_of_the_expected_evidence(form: ThoughtFormat, horizon: int):
     """Over all thoughts: sum_c pi(c) [(S(c) - b) grad log pi(c) + grad S(c)] = grad sum_c pi(c) S(c)."""
@@ -89,7 +91,7 @@ def test_a_step_adds_the_term_to_that_of_the_paper(name: str, tokens: int, prefi
     targets = record.shard.positions.targets().repeat_interleave(4, 0).tolist()
     assert 0 < sum(closed) < len(closed) or form in (LONG, REPEATING)
     contexts = [context for context in record.shard.positions.contexts() for _ in range(4)]
-    never_first = form.closing.never_first.tolist()
+    never_first = form.closing.early.tolist()
     for piece in paper:
         for advantage, (prompt, thought) in zip(piece.advantage, written(piece, form), strict=True):
             losses.append(-advantage * plain_thought(model, prompt, thought, 0.7, never_first).mean())
@@ -97,6 +99,51 @@ def test_a_step_adds_the_term_to_that_of_the_paper(name: str, tokens: int, prefi
         read = [*prompt, *read_through(form.content(thought, done), form, context)]
         losses.append(-weight * plain_targets(model, read, true) @ torch.tensor([1.0, 0.5]))
     assert_close(update(method, pieces), gradients(model, *[loss / len(rows) for loss in losses]))
+
+
+@pytest.mark.parametrize("form", [FORM, LONG, MERGED, REPEATING], ids=["short", "long", "merged", "repeating"])
+@pytest.mark.parametrize(("tokens", "prefix"), [(0, "shared"), (40, "shared"), (1, "shared"), (40, "replicated")])
+@pytest.mark.parametrize("name", ["qwen3", "nemotron_h"])
+@pytest.mark.parametrize("share", [0.4, 1.0])
+def test_distillation_predicts_what_the_teacher_would(
+    share: float, name: str, tokens: int, prefix: Any, form: ThoughtFormat
+):
+    """A share of each target is the EMA teacher's distribution without a thought: its cross-entropy over all tokens."""
+    model, weight = MODELS[name](), 0.3
+    sizes = {"thought_length": 10, "positions": 2, "horizon": 2, "discount": 0.5, "prediction_weight": weight}
+    windows = [one for one in WINDOWS if len(one.tokens) > 3]
+    method = rlp(model, config(tokens=tokens, prefix=prefix, distillation=share, **sizes), form)
+    assert method.teacher is not None
+    teacher = method.teacher.model
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=make_generator(5)), alpha=0.1)
+    record = method.collect(windows, 1)
+    plain, _ = rlp(model, config(tokens=tokens, prefix=prefix, **sizes), form).teacher_scores(record.shard.positions, 1)
+    pieces, losses = method.microbatches(record), []
+    rows = [row for piece in pieces for row in written(piece, form)]
+    closed = record.thoughts.closed.flatten().tolist()
+    contexts = [context for context in record.shard.positions.contexts() for _ in range(4)]
+    targets = record.shard.positions.targets().repeat_interleave(4, 0).tolist()
+    for (prompt, thought), done, context, true in zip(rows, closed, contexts, targets, strict=True):
+        read = [*prompt, *read_through(form.content(thought, done), form, context)]
+        after = plain_logits(model, [*read, *true])[len(read) - 1 : -1].log_softmax(-1)
+        without = plain_logits(teacher, [*context, *true])[len(context) - 1 : -1].detach().softmax(-1)
+        text = after.gather(-1, torch.tensor(true)[:, None]).squeeze(-1)
+        mean = (1 - share) * text + share * (without * after).sum(-1)
+        losses.append(-weight * mean @ torch.tensor([1.0, 0.5]))
+    got = update(method, [piece.terms()["prediction"] for piece in pieces])
+    assert_close(got, gradients(model, *[loss / len(rows) for loss in losses]))
+    assert record.no_think_logp is not None and plain is not None and not torch.allclose(record.no_think_logp, plain)
+
+
+def test_distillation_leaves_rewards_and_metrics_as_they_are():
+    model = qwen3()
+    with_it = rlp(model, config(prediction_weight=0.3, distillation=0.5)).collect(WINDOWS, 1)
+    without = rlp(model, config(prediction_weight=0.3)).collect(WINDOWS, 1)
+    assert without.soft_targets is None and with_it.soft_targets is not None
+    assert torch.allclose(with_it.soft_targets.sum(-1), torch.ones(with_it.soft_targets.shape[:-1]), atol=1e-5)
+    assert with_it.metrics() == without.metrics()
 
 
 def test_without_the_weight_nothing_is_read_after_a_thought():
@@ -162,7 +209,7 @@ def test_length_norm_none_sums_over_a_thought():
 def test_a_thought_may_be_empty_where_that_is_allowed():
     """It closes at once as often as the policy says, and the evidence after it is that of the empty thought."""
     model, count = tiny(), 5_000
-    form = dataclasses.replace(TINY, closing=TINY.closing.with_empty())
+    form = dataclasses.replace(TINY, closing=TINY.closing.with_minimum(0))
     engine = NativeEngine(model, form, Method(temperature=1.0, thought_length=3))
     positions = at_positions([window(0, 1, 2)], [[2]], horizon=1)
     thoughts = engine.sample(positions, torch.rand(1, count, 3, generator=make_generator(7)))
@@ -206,6 +253,11 @@ def test_the_gradient_norm_of_each_term_is_logged(inner_steps: int, tmp_path: Pa
         ("--method.name cpt --method.prediction_weight 1", "trains on all text"),
         ("--method.prediction_weight -1", "greater than or equal to 0"),
         ("--method.length_norm mean", "'thought' or 'none'"),
+        ("--method.distillation 0.5", "needs a method.prediction_weight above 0"),
+        ("--method.distillation 1.5 --method.prediction_weight 1", "less than or equal to 1"),
+        ("--method.prediction_weight 1 --method.distillation 1 --method.teacher_every 0", "needs the teacher at every"),
+        ("--method.min_thought_length 9 --method.thought_length 8", "at most method.thought_length"),
+        ("--method.min_thought_length 2 --method.allow_empty True", "method.allow_empty allows shorter thoughts"),
     ],
 )
 def test_what_cannot_be_combined_is_refused(words: str, message: str):

@@ -18,6 +18,7 @@ from helpers.models import (
     assert_close,
     closed_by_force,
     gradients,
+    patient,
     plain_logits,
     plain_targets,
     window,
@@ -31,16 +32,23 @@ def every_next(model: Any, tokens: list[int]) -> torch.Tensor:
     return plain_logits(model, tokens)[-1].detach().log_softmax(-1)
 
 
-@pytest.mark.parametrize("form", [FORM, TWO], ids=["one-token close", "two-token close"])
-def test_probabilities_of_all_thoughts_sum_to_one(form):
+FORMATS = pytest.mark.parametrize(
+    ("form", "count"),
+    [(FORM, 84), (TWO, 100), (patient(FORM, 2), 4 * 4 * 5), (patient(TWO, 2), 3 * 3 * 5)],
+    ids=["one-token close", "two-token close", "one-token close, patient", "two-token close, patient"],
+)
+
+
+@FORMATS
+def test_probabilities_of_all_thoughts_sum_to_one(form: ThoughtFormat, count: int):
     thoughts = every_thought(tiny(), [0, 1, OPEN], form, limit=3, temperature=0.7)
-    assert len({tuple(one.thought) for one in thoughts}) == len(thoughts) == (84 if form is FORM else 100)
+    assert len({tuple(one.thought) for one in thoughts}) == len(thoughts) == count
     assert sum(float(one.probability.detach()) for one in thoughts) == pytest.approx(1, abs=1e-6)
 
 
-@pytest.mark.parametrize("form", [FORM, TWO], ids=["one-token close", "two-token close"])
+@FORMATS
 @pytest.mark.parametrize("temperature", [0.7, 1.5])
-def test_engine_samples_the_enumerated_distribution(form, temperature):
+def test_engine_samples_the_enumerated_distribution(form: ThoughtFormat, count: int, temperature: float):
     model, count = tiny(), 20_000
     thoughts = every_thought(model, [0, 1, OPEN], form, limit=3, temperature=temperature)
     engine = NativeEngine(model, form, Method(temperature=temperature, thought_length=3))

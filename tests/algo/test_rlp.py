@@ -137,7 +137,7 @@ def test_nothing_that_is_collected_carries_a_gradient():
     thoughts = method.engine.sample(
         draw_positions(WINDOWS, method.config.method, make_generator(0)), torch.rand(4, 2, 3)
     )
-    nothink = method.teacher_logp(draw_positions(WINDOWS, method.config.method, make_generator(0)), step=1)
+    nothink = method.teacher_scores(draw_positions(WINDOWS, method.config.method, make_generator(0)), step=1)[0]
     (piece,) = collected(method, WINDOWS, step=1).microbatches
     assert nothink is not None and piece.logp_old is not None and piece.logp_reference is not None
     tensors = [nothink, thoughts.evidence, thoughts.logp, piece.logp_old, piece.logp_reference]

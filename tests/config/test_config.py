@@ -21,9 +21,9 @@ method.name method.group method.thought_length method.positions method.position_
 method.min_entropy method.proxy method.prediction_length method.end
 method.horizon method.discount method.temperature method.top_p method.reward method.baseline method.scale
 method.clamp_gain method.min_gain method.clip_low method.clip_high method.inner_steps method.ema
-method.teacher_every method.freeze_teacher method.prediction_weight method.warmup_steps method.length_norm
-method.allow_empty method.repeat_context method.kl_weight method.unclosed method.unclosed_penalty method.open
-method.close method.prompt
+method.teacher_every method.freeze_teacher method.prediction_weight method.distillation method.warmup_steps
+method.length_norm method.allow_empty method.min_thought_length method.repeat_context method.kl_weight method.unclosed
+method.unclosed_penalty method.open method.close method.prompt
 rollout.engine rollout.precision rollout.cache_gb rollout.timeout_s rollout.importance_cap
 optim.learning_rate optim.schedule optim.warmup optim.weight_decay optim.beta1 optim.beta2 optim.gradient_clip
 lora.r lora.alpha lora.target_modules

@@ -65,7 +65,7 @@ def test_evidence_of_sampled_thoughts_is_what_the_engine_reports(name: str, form
 def test_the_plain_distribution_is_that_of_one_row(name: str):
     model, positions = MODELS[name](), at_positions(TEXTS, [[1, 4], [3], [5]], horizon=1)
     with torch.no_grad():
-        found = no_think_distribution(model, positions, tokens=100)
+        found = no_think_distribution(model, positions, tokens=100)[:, 0]
         for row, context in zip(found, positions.contexts(), strict=True):
             assert torch.allclose(row, plain_logits(model, context)[-1].log_softmax(-1), atol=1e-5)
 
@@ -102,7 +102,7 @@ def test_controls_are_those_computed_one_row_at_a_time(form: ThoughtFormat):
 
 def test_the_generic_thought_is_the_best_of_all_candidates_one_row_at_a_time():
     """Duplicates and empty thoughts among them, and more than are compared."""
-    model, form = qwen3(seed=3), dataclasses.replace(FORM, close=(8,), closing=Closing.of_tokens((8,)).with_empty())
+    model, form = qwen3(seed=3), dataclasses.replace(FORM, close=(8,), closing=Closing.of_tokens((8,)).with_minimum(0))
     one = subject(model, thoughts=15, form=form)
     settings = dataclasses.replace(one.config, method=dataclasses.replace(one.config.method, temperature=0.6))
     one = dataclasses.replace(one, config=settings, engine=engine(model, settings, form))

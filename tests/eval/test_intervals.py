@@ -155,6 +155,9 @@ def test_the_new_figures_by_hand():
         "gain_shuffled": 0.25,
         "ce_random": 4.5,
         "gain_random": -1.5,
+        "gain_over_empty": 2.0,
+        "gain_over_shuffled": 1.25,
+        "gain_over_random": 3.0,
         "kept_shuffled": 0.5 / 3,
     }
     assert {name: figures.get(f"all/{name}") for name in expected} == pytest.approx(expected)

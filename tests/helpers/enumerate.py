@@ -41,15 +41,16 @@ def tiny(seed: int = 0) -> Any:
 
 
 def every_thought(model: Any, prompt: list[int], form: ThoughtFormat, limit: int, temperature: float = 1.0):
-    """All thoughts under the sampler's rules: not closed at once, ended by the delimiter, cut off at the limit."""
+    """All thoughts under the sampler's rules: not closed too early, ended by the delimiter, cut off at the limit."""
+    shortest, early = form.closing.shortest, form.closing.early.tolist()
     found, open_ends = [], [[]]
     while open_ends:
         thought = open_ends.pop()
         if thought and (len(thought) == limit or closed_by_force(thought, form) is thought):
-            logp = plain_thought(model, prompt, thought, temperature, form.close[0])
+            logp = plain_thought(model, prompt, thought, temperature, early, shortest)
             found.append(Enumerated(thought, closed_by_force(thought, form), logp))
         else:
-            open_ends += [[*thought, token] for token in range(VOCAB) if thought or token != form.close[0]]
+            open_ends += [[*thought, token] for token in range(VOCAB) if len(thought) >= shortest or token not in early]
     return found
 
 

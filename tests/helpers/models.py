@@ -232,10 +232,18 @@ def plain_logits(model: Any, tokens: list[int]) -> torch.Tensor:
     return model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
 
 
-def plain_thought(model: Any, prompt: list[int], thought: list[int], temperature: float, close: Any) -> torch.Tensor:
-    """log pi of each token of a thought, whose first is none of `close`, by one plain forward."""
+def patient(form: ThoughtFormat, shortest: int) -> ThoughtFormat:
+    """The same format for thoughts of at least so many tokens."""
+    return dataclasses.replace(form, closing=form.closing.with_minimum(shortest))
+
+
+def plain_thought(
+    model: Any, prompt: list[int], thought: list[int], temperature: float, close: Any, shortest: int = 1
+) -> torch.Tensor:
+    """log pi of each token of a thought, whose first `shortest` are none of `close`, by one plain forward."""
     logits = plain_logits(model, prompt + thought)[len(prompt) - 1 : -1] / temperature
-    logits = logits.index_put((torch.tensor(0), torch.tensor(close)), torch.tensor(-torch.inf, dtype=logits.dtype))
+    early = torch.arange(min(shortest, len(logits)))[:, None], torch.tensor(close).view(1, -1)
+    logits = logits.index_put(early, torch.tensor(-torch.inf, dtype=logits.dtype))
     return logits.log_softmax(-1).gather(-1, torch.tensor(thought)[:, None]).squeeze(-1)
 
 

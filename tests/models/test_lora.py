@@ -184,12 +184,12 @@ def test_the_teacher_is_an_average_of_factors_on_the_same_model():
     learned = method(network, options)
     positions = learned.position_sampler.draw(WINDOWS, 1)
     policy = no_think_logp(network.model, positions, 64)[0]
-    assert torch.equal(learned.teacher_logp(positions, 1), policy)
+    assert torch.equal(learned.teacher_scores(positions, 1)[0], policy)
     start = [one.detach().clone() for one in network.weights.parameters()]
     shaken(network)
     learned.after_step()
     moved = no_think_logp(network.model, positions, 64)[0]
-    got = learned.teacher_logp(positions, 1)
+    got = learned.teacher_scores(positions, 1)[0]
     assert torch.equal(no_think_logp(network.model, positions, 64)[0], moved)
     twin = adapted(qwen3(), options)
     with torch.no_grad():

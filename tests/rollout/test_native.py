@@ -26,6 +26,7 @@ from helpers.models import (
     collected,
     config,
     engine,
+    patient,
     plain_targets,
     plain_thought,
     qwen3,
@@ -105,6 +106,25 @@ def test_an_empty_thought_cannot_occur(form, way):
     if form is FORM:
         assert {len(text) for text in texts(thoughts)} == {2}
         assert thoughts.closed.all()
+
+
+@WAYS
+@pytest.mark.parametrize(
+    ("form", "closing"),
+    [(FORM, [CLOSE]), (THREE, [CLOSE, 5, 6]), (MERGED, [7, 8, 9])],
+    ids=str,
+)
+def test_a_thought_has_its_minimum_length(form: ThoughtFormat, closing: list[int], way: tuple[int, bool]):
+    """Even where the model wants nothing but to close, in whatever tokens; CUDA graphs do the same."""
+    form, model = patient(form, 4), biased(dict.fromkeys(closing, 60.0))
+    positions = at_positions(WINDOWS, PLACES, 1)
+    noise = draw_noise((5, 8), [make_generator(0, i) for i in range(len(positions))])
+    thoughts = NativeEngine(model, form, Method(), *way).sample(positions, noise)
+    assert not set(thoughts.tokens[..., :4].flatten().tolist()) & set(form.closing.early.tolist())
+    assert int(thoughts.lengths.min()) > 4 and thoughts.closed.any()
+    if form.close == FORM.close:
+        assert set(thoughts.lengths.flatten().tolist()) == {5} and thoughts.closed.all()
+    assert_same(cuda_graphs(model, form, Method()).sample(positions, noise), thoughts)
 
 
 @WAYS
@@ -245,7 +265,11 @@ def test_sample_never_draws_what_is_impossible():
 
 @pytest.mark.parametrize("prefix", ["shared", "replicated"])
 @pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0, 1.5])
-@pytest.mark.parametrize("form", [FORM, THREE, MERGED], ids=["one-token close", "three-token close", "merged close"])
+@pytest.mark.parametrize(
+    "form",
+    [FORM, THREE, MERGED, patient(FORM, 4), patient(MERGED, 3)],
+    ids=["one-token close", "three-token close", "merged close", "one-token close, patient", "merged close, patient"],
+)
 def test_ratios_to_the_sampler_are_one_before_the_first_step(form, temperature, prefix):
     model = biased({CLOSE: 3.0, 5: 3.0, 6: 3.0})
     method = rlp(model, config(temperature=temperature, prefix=prefix, group=8, thought_length=8), form)

@@ -49,9 +49,9 @@ def scripted(*turns: list[list[list[int]]]) -> tuple[Draw, list[list[Request]]]:
 def test_one_request_a_position_is_enough_for_a_delimiter_of_one_token():
     draw, requested = scripted([[[5, 9], [5, 5, 5, 5, 5]], [[6, 7, 9], [5, 6, 7, 8, 9]]])
     rows = think([[1, 2], [3]], NOISE, NINE, draw)
-    assert [(one.prompt, one.samples, one.limit, one.stops, one.may_stop_first) for one in requested[0]] == [
-        ([1, 2], 2, 5, [9], False),
-        ([3], 2, 5, [9], False),
+    assert [(one.prompt, one.samples, one.limit, one.stops, one.shortest) for one in requested[0]] == [
+        ([1, 2], 2, 5, [9], 1),
+        ([3], 2, 5, [9], 1),
     ]
     assert len(requested) == 1
     assert [closed(row, NINE) for row in rows] == [True, False, True, True]
@@ -64,10 +64,10 @@ def test_a_delimiter_of_several_tokens_is_awaited_thought_by_thought():
     assert [row.tokens for row in rows] == [[5, 8, 9], [5, 5, 5, 5, 5], [6, 8, 7, 9, 5], [6, 7, 8, 7, 6]]
     assert [row.logp for row in rows][2] == [-6, -8, -7, -9, -5]
     assert [closed(row, PAIR) for row in rows] == [True, False, False, False]
-    assert [(one.prompt, one.samples, one.limit, one.stops, one.may_stop_first) for one in requested[1]] == [
-        ([1, 2, 5, 8], 1, 3, [9], True),
-        ([3, 6, 8], 1, 3, [9], True),
-        ([3, 6, 7, 8], 1, 2, [9], True),
+    assert [(one.prompt, one.samples, one.limit, one.stops, one.shortest) for one in requested[1]] == [
+        ([1, 2, 5, 8], 1, 3, [9], 0),
+        ([3, 6, 8], 1, 3, [9], 0),
+        ([3, 6, 7, 8], 1, 2, [9], 0),
     ]
     assert [one.prompt for one in requested[2]] == [[3, 6, 8, 7, 9]]
     seeds = [one.seed for some in requested for one in some]
@@ -91,7 +91,7 @@ def markov(requests: list[Request]) -> list[list[Sample]]:
             tokens: list[int] = []
             while len(tokens) < request.limit and not (tokens and tokens[-1] in request.stops):
                 row = CHAIN[[*request.prompt, *tokens][-1]].clone()
-                if not tokens and not request.may_stop_first:
+                if len(tokens) < request.shortest:
                     row[request.stops] = 0
                 tokens.append(int(torch.multinomial(row, 1, generator=draw)))
             group.append(Sample(tokens=tokens, logp=[0.0] * len(tokens)))
@@ -102,20 +102,26 @@ def markov(requests: list[Request]) -> list[list[Sample]]:
 CHAIN = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.3, 0.1, 0.4, 0.2], [0.2, 0.3, 0.1, 0.4], [0.4, 0.1, 0.4, 0.1]])
 
 
+@pytest.mark.parametrize("shortest", [0, 1, 2])
 @pytest.mark.parametrize("close", [(2,), (2, 3), (3, 3), (2, 3, 2)])
-def test_thoughts_by_requests_have_the_distribution_of_the_definition(close: tuple[int, ...]):
+def test_thoughts_by_requests_have_the_distribution_of_the_definition(close: tuple[int, ...], shortest: int):
     """Every thought of up to four tokens: sampled shares against probabilities, by chi-square at 5 sigma."""
     limit, count, exact = 4, 4000, Counter[tuple[int, ...]]()
+    early = {close[0]} if shortest < 2 else {close[0], close[-1]}
     for tokens in itertools.product(range(4), repeat=limit):
-        if tokens[0] == close[0]:
+        p = 1.0
+        for at, (a, b) in enumerate(itertools.pairwise((1, *tokens))):
+            allowed = [token for token in range(4) if at >= shortest or token not in early]
+            p *= float(CHAIN[a][b] / CHAIN[a][allowed].sum()) if b in allowed else 0.0
+        if not p:
             continue
-        p = float(CHAIN[1][tokens[0]] / (1 - CHAIN[1][close[0]]))
-        p *= math.prod(float(CHAIN[a][b]) for a, b in itertools.pairwise(tokens))
-        ends = [n for n in range(len(close) + 1, limit + 1) if tokens[n - len(close) : n] == close]
+        ends = [n for n in range(len(close), limit + 1) if tokens[n - len(close) : n] == close]
         exact[tokens[: ends[0]] if ends else tokens] += p
     assert sum(exact.values()) == pytest.approx(1, abs=1e-6)
     noise = draw_noise((count, limit), [make_generator(1)])
-    seen = Counter(tuple(row.tokens) for row in think([[0, 1]], noise, Closing.of_tokens(close), markov))
+    seen = Counter(
+        tuple(row.tokens) for row in think([[0, 1]], noise, Closing.of_tokens(close).with_minimum(shortest), markov)
+    )
     assert set(seen) <= set(exact)
     chi = sum((seen[some] - count * p) ** 2 / (count * p) for some, p in exact.items())
     freedom = len(exact) - 1

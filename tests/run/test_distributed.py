@@ -63,9 +63,10 @@ def test_processes_shards_and_resuming_on_another_count_do_not_change_the_trajec
 
 
 VARIANTS = {
-    "rlp, with a prediction term, of shards, at positions of its own entropy": {
+    "rlp, with a distilled prediction term, of shards, at positions of its own entropy": {
         "method": {
             **{"prediction_weight": 0.3, "horizon": 2, "length_norm": "none", "warmup_steps": 1},
+            **{"distillation": 0.5, "min_thought_length": 3},
             **{"position_policy": "entropy", "proxy": "policy"},
         },
         "parallel": {"shard": "zero1"},

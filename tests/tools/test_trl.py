@@ -250,14 +250,15 @@ HONORED = (
     "method.group", "method.thought_length", "method.positions", "method.position_policy", "method.marked_share",
     "method.horizon", "method.discount", "method.temperature", "method.top_p", "method.reward", "method.clip_low",
     "method.clip_high", "method.ema", "method.freeze_teacher", "method.prediction_weight", "method.warmup_steps",
-    "method.allow_empty", "method.repeat_context", "method.open", "method.close", "method.prompt", "optim.",
+    "method.allow_empty", "method.min_thought_length", "method.repeat_context", "method.open", "method.close",
+    "method.prompt", "optim.",
     "train.steps", "train.batch", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints",
     "update.tokens_per_chunk", "update.checkpointing",
 )  # fmt: skip
 """Options that the prompts, the reward, the teacher or TRL's arguments follow; values that they cannot are refused."""
 OTHERS = {
     "method.name": "cpt", "method.baseline": "batch", "method.scale": "std", "method.clamp_gain": True,
-    "method.length_norm": "none",
+    "method.length_norm": "none", "method.distillation": 0.5,
     "method.min_gain": 0.0, "method.unclosed": "drop", "rollout.engine": "vllm", "rollout.precision": "bf16",
     "train.tracker": "wandb",
     "parallel.shard": "zero1",

@@ -58,6 +58,7 @@ class ThoughtRecord:
     advantages: Float[Tensor, "batch group"]  # nats
     kept: Bool[Tensor, "batch group"]  # thoughts that the policy is trained on
     predictions: Predictions | None = None
+    soft_targets: Float[Tensor, "batch horizon vocab"] | None = None  # those of method.distillation
 
     def metrics(self) -> Sums:
         """The metrics rollout/* and reward/* of docs/metrics.md, except those that need text."""

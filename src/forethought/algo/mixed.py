@@ -96,10 +96,10 @@ class Mixed(RLP):
         with torch.no_grad(), self.network.as_model(self.start):
             return super().sample(shard, step)
 
-    def teacher_logp(self, positions: Positions, step: int) -> Float[Tensor, "batch horizon"]:
+    def teacher_scores(self, positions: Positions, step: int) -> tuple[Float[Tensor, "batch horizon"], None]:
         """No-think log-evidence of the start."""
         with torch.no_grad(), self.network.as_model(self.start) as start:
-            return no_think_logp(start, positions, self.policy_gradient.scoring.tokens)[0]
+            return no_think_logp(start, positions, self.policy_gradient.scoring.tokens)[0], None
 
     def _with_thoughts(
         self, positions: Positions, thoughts: Thoughts, kept: Bool[Tensor, "batch group"]

@@ -117,11 +117,11 @@ class PolicyGradient:
                     logp = thought_logp(reference, self.form, batch, self.scoring)
                 microbatch = replace(microbatch, logp_reference=logp)
             if weight:
-                microbatch = replace(
-                    microbatch,
-                    batch=batch.with_targets(self.form, chunk, contents[rows]),
-                    prediction_weight=weight * microbatch.kept.float(),
-                )
+                batch = batch.with_targets(self.form, chunk, contents[rows])
+                if record.soft_targets is not None:
+                    batch = replace(batch, soft_targets=record.soft_targets[rows])
+                predicted = weight * microbatch.kept.float()
+                microbatch = replace(microbatch, batch=batch, prediction_weight=predicted)
             found.append(microbatch)
             start += len(chunk)
         return found

@@ -15,7 +15,7 @@ from forethought.config import Config, registry
 from forethought.data.corpus import Window
 from forethought.data.positions import Positions, ThoughtFormat, make_generator
 from forethought.models.compute_copy import Network, Teacher
-from forethought.models.logprobs import no_think_logp
+from forethought.models.logprobs import no_think_distribution, no_think_logp
 from forethought.rollout import Engine, Thoughts, draw_noise
 
 
@@ -35,7 +35,7 @@ class RLP:
         """Sample G thoughts at each position, score the true tokens with and without them, compare the thoughts."""
         shard = self.position_sampler.shard(windows, step)  # positions t
         thoughts, sampled, predictions = self.sample(shard, step)  # c ~ pi_theta(. | x_<t), log p_theta(x_t | x_<t, c)
-        plain = self.teacher_logp(shard.positions, step)  # log p_phi(x_t | x_<t) (eq. 4)
+        plain, soft_targets = self.teacher_scores(shard.positions, step)  # log p_phi(x_t | x_<t) (eq. 4)
         rewards = self.rewards(shard, thoughts, plain, predictions, step)  # r(c) (eq. 5)
         advantages, kept = compute_advantages(rewards, thoughts.closed, self.config)  # A(c) (eq. 7)
         if self.warms_up(step):
@@ -49,6 +49,7 @@ class RLP:
             advantages=advantages,
             kept=kept,
             predictions=predictions,
+            soft_targets=soft_targets,
         )
 
     def microbatches(self, record: ThoughtRecord) -> list[Microbatch]:
@@ -93,13 +94,25 @@ class RLP:
         seed, group = self.config.seed, self.config.method.group
         return draw_noise((group, length), [make_generator(seed, purpose, step, i) for i in shard.global_indices])
 
-    def teacher_logp(self, positions: Positions, step: int) -> Float[Tensor, "batch horizon"] | None:
-        """No-think log-evidence of the teacher, on the first and every teacher_every-th step."""
-        every = self.config.method.teacher_every
+    def teacher_scores(
+        self, positions: Positions, step: int
+    ) -> tuple[Float[Tensor, "batch horizon"] | None, Float[Tensor, "batch horizon vocab"] | None]:
+        """No-think log-evidence of the teacher, on the first and every teacher_every-th step.
+
+        With method.distillation also the soft targets: its distribution at each target, mixed with the target.
+        """
+        every, share = self.config.method.teacher_every, self.config.method.distillation
         if self.teacher is None or (step % every and step != 1):
-            return None
+            return None, None
+        at_once = self.policy_gradient.scoring.tokens
         with torch.no_grad(), self.network.swapped_weights(self.teacher.model) as teacher:
-            return no_think_logp(teacher, positions, self.policy_gradient.scoring.tokens)[0]
+            if not share:
+                return no_think_logp(teacher, positions, at_once)[0], None
+            soft_targets = no_think_distribution(teacher, positions, at_once)
+            targets = positions.targets().to(soft_targets.device)[..., None]
+            logp = soft_targets.gather(-1, targets)
+            soft_targets.exp_().mul_(share).scatter_add_(-1, targets, torch.full_like(logp, 1 - share))
+            return logp.squeeze(-1), soft_targets
 
     def rewards(
         self,

@@ -286,6 +286,10 @@ def _conflicts_of_rewards(config: Config) -> Iterator[str]:
         )
     if method.warmup_steps and not method.prediction_weight:
         yield f"method.warmup_steps = {method.warmup_steps}: needs a method.prediction_weight above 0, which it trains"
+    if method.distillation and not method.prediction_weight:
+        yield f"method.distillation = {method.distillation}: needs a method.prediction_weight above 0, its weight"
+    if method.distillation and method.teacher_every != 1:
+        yield f"method.distillation = {method.distillation}: needs the teacher at every step (method.teacher_every 1)"
     if not method.min_gain < math.inf:
         yield f"method.min_gain = {method.min_gain}: must be below infinity"
 
@@ -294,6 +298,10 @@ def _conflicts_of_sizes(config: Config) -> Iterator[str]:
     method, corpus, batch, shard = config.method, config.corpus, config.train.batch, config.parallel.shard
     if method.samples_thoughts and batch % method.positions != 0:
         yield f"train.batch = {batch}: must be a multiple of method.positions = {method.positions}"
+    if method.min_thought_length > method.thought_length:
+        yield f"method.min_thought_length = {method.min_thought_length}: must be at most method.thought_length"
+    if method.allow_empty and method.min_thought_length > 1:
+        yield f"method.min_thought_length = {method.min_thought_length}: method.allow_empty allows shorter thoughts"
     if method.prompt.count("{context}") != 1:
         yield f"method.prompt = {method.prompt!r}: must hold {{context}} exactly once"
     if corpus.min_tokens > corpus.window:

@@ -145,6 +145,9 @@ class Method:
     prediction_weight: NonNegative = 0.0
     """Weight of the prediction term: the gradient of log p of the targets after each thought (their discounted sum).
     0: the paper; 1: with length_norm none and temperature 1, the whole gradient of the expected reward."""
+    distillation: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the teacher's distribution without a thought in the targets of the prediction term; the rest is the
+    text. Takes a softmax over the vocabulary for each token of the horizon."""
     warmup_steps: Count = 0
     """Train only the prediction term (and any KL) in the first steps, not the choice of thoughts; see optim.warmup for
     the learning rate's."""
@@ -152,6 +155,8 @@ class Method:
     """Mean over the sampled tokens of a thought (1/|c|, the paper), or their sum."""
     allow_empty: bool = False
     """Allow thoughts that close at once; otherwise their first token never closes them."""
+    min_thought_length: Positive = 1
+    """Minimum length of a thought, in tokens before the closing delimiter; 1 in the paper."""
     repeat_context: Count = 0
     """Tokens at the end of the context that are repeated after a thought, before the text goes on; 0 in the paper."""
     kl_weight: NonNegative = 0.0
@@ -186,6 +191,11 @@ class Method:
     def reward_name(self) -> str:
         """The reward, `auto` resolved."""
         return self.reward if self.reward != "auto" else self._default("method.reward")
+
+    @property
+    def shortest_thought(self) -> int:
+        """How many tokens a thought has before it may close."""
+        return 0 if self.allow_empty else self.min_thought_length
 
     def _default(self, option: str) -> str:
         first = {"method.reward": self.entry.rewards[0]} if self.entry.rewards else {}

@@ -146,6 +146,11 @@ TABLES: dict[Kind, dict[str, Entry]] = {
     "method": METHODS, "reward": REWARDS, "engine": ENGINES, "position_policy": POSITION_POLICIES,
 }  # fmt: skip
 
+CONTROLS = {
+    "empty": "an empty thought", "shuffled": "another's thought", "random": "random tokens",
+    "generic": "a generic thought",
+}  # fmt: skip
+"""What replaces the own thought of a position, to see whether its content counts (forethought.eval.controls)."""
 THINKING_SHARES = {share: f"gain_self_top_{share}" for share in (5, 10, 25, 50, 75, 100)}
 """Percent of a group's positions that think, those of highest entropy -> the metric of their mean gain."""
 _METRICS = (
@@ -211,10 +216,14 @@ _METRICS = (
     Metric("ce_random", "cross-entropy, random tokens", "nats", "with as many random tokens", -1),
     Metric("ce_shuffled", "cross-entropy, another's thought", "nats", "with another position's thought", -1),
     Metric("ce_generic", "cross-entropy, generic thought", "nats", "with one thought for all positions", -1),
-    Metric("gain_empty", "gain of an empty thought", "nats", "ce_nothink minus ce_empty"),
-    Metric("gain_random", "gain of random tokens", "nats", "ce_nothink minus ce_random"),
-    Metric("gain_shuffled", "gain of another's thought", "nats", "ce_nothink minus ce_shuffled"),
-    Metric("gain_generic", "gain of a generic thought", "nats", "ce_nothink minus ce_generic"),
+    *(
+        metric
+        for name, what in CONTROLS.items()
+        for metric in (
+            Metric(f"gain_{name}", f"gain of {what}", "nats", f"ce_nothink minus ce_{name}"),
+            Metric(f"gain_over_{name}", f"gain over {what}", "nats", f"ce_{name} minus ce_think", 1),
+        )
+    ),
     Metric(
         "kept_shuffled", "gain that shuffling keeps", "share", "gain_shuffled / gain_self; near 0 content matters", -1
     ),

@@ -182,7 +182,7 @@ def thought_format(tokenizer: Any, options: Method) -> ThoughtFormat:
         pad=next(token for token in pads if token in known),
         vocabulary=vocabulary,
         holes=tuple(sorted(set(range(vocabulary)) - known)),
-        closing=closing.with_empty() if options.allow_empty else closing,
+        closing=closing.with_minimum(options.shortest_thought),
     )
 
 

@@ -69,14 +69,16 @@ class Closing:
     Attributes:
         table: the state after reading a token in a state. The last column is for every token beyond.
         first: tokens with which an empty thought closes, or begins to.
-        never_first: those of them that no thought begins with: all, unless it may be empty.
         ending: tokens that close a thought in some state.
+        shortest: tokens that a thought has before it may close.
+        early: tokens that may not be among these.
     """
 
     table: Int[Tensor, "state token"]
     first: Int[Tensor, " first"]
-    never_first: Int[Tensor, " first"]
     ending: Int[Tensor, " ending"]
+    shortest: int
+    early: Int[Tensor, " early"]
     _copies: dict[torch.device, "Closing"]
 
     def __init__(self, texts: Sequence[str], delimiter: str, close: Sequence[int]):
@@ -90,8 +92,8 @@ class Closing:
         ends = torch.from_numpy(table[:, :-1] == self.done)
         self.table = torch.from_numpy(np.vstack([table, np.full_like(table[:1], self.done)]))
         self.first = (ends[0] | (torch.arange(ends.shape[1]) == close[0])).nonzero().squeeze(-1)
-        self.never_first = self.first
         self.ending = (ends.any(0) | (torch.arange(ends.shape[1]) == close[-1])).nonzero().squeeze(-1)
+        self.shortest, self.early = 1, self.first
 
     @classmethod
     def of_tokens(cls, close: Sequence[int]) -> "Closing":
@@ -113,10 +115,11 @@ class Closing:
             return cls.of_tokens(close)
         return cls([*(one.decode("latin-1") for one in spelled), ""], wanted.decode("latin-1"), close)
 
-    def with_empty(self) -> "Closing":
-        """The same for thoughts that may be empty."""
+    def with_minimum(self, shortest: int) -> "Closing":
+        """The same for thoughts that may close after `shortest` tokens."""
         found = copy.copy(self)
-        found.never_first, found._copies = self.first[:0], {}
+        found.shortest, found._copies = shortest, {}
+        found.early = self.first if shortest < 2 else torch.cat([self.first, self.ending]).unique()
         return found
 
     def step(self, state: Int[Tensor, " row"], token: Int[Tensor, " row"]) -> Int[Tensor, " row"]:
@@ -129,7 +132,7 @@ class Closing:
             return self
         if device not in self._copies:
             moved = self._copies[device] = copy.copy(self)
-            for name in ("table", "first", "never_first"):
+            for name in ("table", "first", "early"):
                 setattr(moved, name, getattr(self, name).to(device))
         return self._copies[device]
 

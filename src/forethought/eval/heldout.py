@@ -18,7 +18,7 @@ import torch
 
 from forethought.algo.metrics import decode_thoughts, leakage
 from forethought.config import Config, UserError
-from forethought.config.registry import THINKING_SHARES
+from forethought.config.registry import CONTROLS, THINKING_SHARES
 from forethought.data.corpus import Window, spread_windows
 from forethought.data.positions import Positions, ThoughtFormat, at_positions, make_generator, uniform
 from forethought.data.worlds import load_world
@@ -27,7 +27,6 @@ from forethought.models.logprobs import chunk_tokens, no_think_logp, no_think_sc
 from forethought.rollout import Engine, draw_noise, thought_tokens
 from forethought.run import distributed
 
-CONTROLS = ("empty", "shuffled", "random", "generic")
 _SHARES = ("accuracy_think", "accuracy_nothink", "closed", "leakage", "truth")
 
 
@@ -368,7 +367,7 @@ def _ratios(mine: Records, base: Records | None) -> dict[str, Ratio]:
     }
     controls = {name: np.array(values) for name in CONTROLS if (values := getattr(mine, name)) is not None}
     for name, values in controls.items():
-        means |= {f"ce_{name}": -values, f"gain_{name}": values - nothink}
+        means |= {f"ce_{name}": -values, f"gain_{name}": values - nothink, f"gain_over_{name}": think - values}
     if mine.stated is not None:
         means["checkable"] = np.array(mine.stated)
     ratios = {metric: (values, np.ones(len(think))) for metric, values in means.items()}

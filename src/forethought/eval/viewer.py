@@ -14,7 +14,7 @@ from forethought.data.corpus import Window, labels
 from forethought.data.positions import Positions, at_positions, make_generator
 from forethought.eval.controls import Progress
 from forethought.eval.heldout import Subject
-from forethought.models.logprobs import chunk_tokens, no_think_distribution, no_think_logp, thought_evidence
+from forethought.models.logprobs import chunk_tokens, no_think_distribution, thought_evidence
 from forethought.rollout import draw_noise, thought_tokens
 
 VERSION = 1
@@ -95,9 +95,8 @@ def _positions(
     thoughts = subject.engine.sample(chunk, noise)
     tokens = thought_tokens(thoughts, form)
     with subject.as_model(reference) as plainly:
-        tokens_at_once = chunk_tokens(plainly, config.update.tokens_per_chunk)
-        plain, _ = no_think_logp(plainly, chunk, tokens_at_once)
-        before = no_think_distribution(plainly, chunk, tokens_at_once)
+        before = no_think_distribution(plainly, chunk, chunk_tokens(plainly, config.update.tokens_per_chunk))
+    plain = before.gather(-1, chunk.targets().to(before.device)[..., None]).squeeze(-1)
     value = discounted(thoughts.evidence, config.method.discount)
     columns = {
         "text": decode_thoughts(subject.tokenizer, tokens),
@@ -115,7 +114,7 @@ def _positions(
             figures = {name: column[i][g] for name, column in columns.items()}
             members.append({**figures, "top": _top(subject, after[i, g], window.tokens[t - 1])})
         row = {"at": t, "target": pieces[t], "nothink": float(plain[i, 0])}
-        rows.append({**row, "nothink_top": _top(subject, before[i], window.tokens[t - 1]), "thoughts": members})
+        rows.append({**row, "nothink_top": _top(subject, before[i, 0], window.tokens[t - 1]), "thoughts": members})
     return rows
 
 

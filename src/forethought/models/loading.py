@@ -26,8 +26,11 @@ THINKING_FILE = "forethought.json"
 """How a trained model thinks, saved with it: delimiters, template, length and sampling."""
 THINKING = {
     "model": ("prefix",),
-    "method": ("open", "close", "prompt", "thought_length", "temperature", "top_p", "allow_empty", "repeat_context"),
-}
+    "method": (
+        "open", "close", "prompt", "thought_length", "min_thought_length", "allow_empty", "temperature", "top_p",
+        "repeat_context",
+    ),
+}  # fmt: skip
 """The options that are saved there, by section."""
 
 

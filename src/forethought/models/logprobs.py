@@ -37,7 +37,7 @@ def log_probabilities(
 def mask_tokens(
     logits: Float[Tensor, "*rows vocab"], tokens: Int[Tensor, " masked"], where: Bool[Tensor, "*rows"] | None = None
 ) -> Float[Tensor, "*rows vocab"]:
-    """Logits with tokens masked out, in all rows or those of `where`: a thought may not close before it began.
+    """Logits with tokens masked out, in all rows or those of `where`: a thought may not close too early.
 
     Tokens that the output head does not have are ignored.
     """
@@ -80,6 +80,7 @@ class ThoughtBatch:
     mask: Bool[Tensor, "row thought"]  # True at tokens that the policy sampled, at least one in each row
     read: tuple[Int[Tensor, "row read"], Bool[Tensor, "row read"]] | None = None  # what is read instead, and its mask
     horizon: int = 0  # targets at the end of what is read
+    soft_targets: Float[Tensor, "position horizon vocab"] | None = None  # the probability of each token as a target
 
     @classmethod
     def from_positions(
@@ -185,8 +186,7 @@ def forward_backward(model: Any, form: ThoughtFormat, rows: ThoughtBatch, option
         size = max(1, MAX_LOGITS[model.device.type] // (width * model.get_output_embeddings().weight.shape[0]))
         for part, piece in zip(chunk.split(size), leaf.split(size), strict=True):
             logp = _logp(model, form, rows, (part, piece), options.temperature)
-            evidence = _target_logits(model, rows, (part, piece), rows.horizon) if rows.horizon else None
-            loss(logp, logp[:, :0] if evidence is None else log_probabilities(*evidence), part).backward()
+            loss(logp, _targets_logp(model, rows, (part, piece)) if rows.horizon else logp[:, :0], part).backward()
         hidden.backward(leaf.grad)
     if prefix is not None and leaves is not None:
         prefix.backward(leaves)
@@ -227,9 +227,9 @@ def _logp(
     width = hidden.shape[1]
     mask, tokens = rows.mask[some, :width], rows.tokens[some, :width]
     logits = form.decodable(lm_head(model, hidden[:, : mask.shape[1]][mask]))
-    first = torch.zeros_like(mask)
-    first[:, 0] = True
-    found = log_probabilities(mask_tokens(logits, form.closing.never_first, first[mask]), tokens[mask], temperature)
+    early = torch.zeros_like(mask)
+    early[:, : form.closing.shortest] = True
+    found = log_probabilities(mask_tokens(logits, form.closing.early, early[mask]), tokens[mask], temperature)
     return torch.zeros(mask.shape, device=found.device).masked_scatter(mask, found)
 
 
@@ -242,6 +242,14 @@ def _target_logits(
     columns = mask[some].sum(dim=-1)[:, None] + torch.arange(-horizon, 0, device=some.device)
     logits = lm_head(model, hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1])))
     return logits, tokens[some].gather(1, columns)
+
+
+def _targets_logp(model: Any, rows: ThoughtBatch, chunk: tuple[Tensor, Tensor]) -> Float[Tensor, "row horizon"]:
+    """log p of each target, nats; its mean where targets are soft."""
+    logits, tokens = _target_logits(model, rows, chunk, rows.horizon)
+    if rows.soft_targets is None:
+        return log_probabilities(logits, tokens)
+    return (rows.soft_targets[rows.position_index[chunk[0]]] * logits.float().log_softmax(-1)).sum(-1)
 
 
 def no_think_logp(
@@ -289,9 +297,9 @@ def _evidence(
     return log_probabilities(logits, targets), logits.argmax(dim=-1) == targets
 
 
-def no_think_distribution(model: Any, positions: Positions, tokens: int) -> Float[Tensor, "batch vocab"]:
-    """log p(. | x_<t) of every token that could come next, without a thought (eq. 4), nats; one pass a window."""
-    return torch.cat([logits[:, 0].float().log_softmax(-1) for logits, _ in _plain_logits(model, positions, tokens)])
+def no_think_distribution(model: Any, positions: Positions, tokens: int) -> Float[Tensor, "batch horizon vocab"]:
+    """log p(. | x_<t+k) of every token at each target, without a thought (eq. 4), nats; one pass a window."""
+    return torch.cat([logits.float().log_softmax(-1) for logits, _ in _plain_logits(model, positions, tokens)])
 
 
 def _plain_logits(
@@ -343,7 +351,7 @@ def suffix_logits(
 ) -> Float[Tensor, "row kept vocab"]:
     """Logits that follow the last `keep` tokens of suffixes, a row each, position by position.
 
-    Suffixes continue what the thinking model reads up to x_<t, `form.ahead`; a position may have any number of them.
+    Suffixes continue what the thinking model reads up to x_<t; a position may have any number of them.
     Columns ahead of a suffix shorter than `keep` mean nothing. `shared` as in `thought_evidence`, where no suffix may
     be empty.
     """

@@ -84,7 +84,7 @@ def advance(
     state: GraphState,
     close: Int[Tensor, " closing"],
     closing: Closing,
-    never_first: Bool[Tensor, " vocab"],
+    early: Bool[Tensor, " vocab"],
     never: Bool[Tensor, " vocab"],
     options: Method,
 ) -> None:
@@ -95,8 +95,8 @@ def advance(
     forced = state.forced_tokens.gather(1, index.clamp(0, width - 1)[:, None]).squeeze(1)
     index = _score(state, logits, forced)
     at = state.length.clamp(max=limit - 1)[:, None]
-    masked = (thinking & (state.length == 0))[:, None]
-    logits = torch.where(masked & never_first | never, float("-inf"), logits[:, : len(never_first)])
+    masked = (thinking & (state.length < closing.shortest))[:, None]
+    logits = torch.where(masked & early | never, float("-inf"), logits[:, : len(early)])
     temperature = options.temperature
     scaled = logits if temperature == 1 else logits / temperature
     noise = state.noise.gather(1, at).squeeze(1)
@@ -141,7 +141,7 @@ class CUDAGraphDecoder:
         self.close, self.closing = torch.tensor(form.close, device=model.device), form.closing.to(model.device)
         head = model.get_output_embeddings().weight.shape[0]
         words = torch.arange(min(head, form.vocabulary or head), device=model.device)
-        self.never_first = torch.isin(words, self.closing.never_first)
+        self.early = torch.isin(words, self.closing.early)
         self.never = torch.isin(words, torch.tensor(form.holes, dtype=torch.long, device=model.device))
         self.capacity: CacheCapacity | None = None
         self.shape = (0, 0, 0)  # thought, forced tokens and horizon of the buffers
@@ -272,7 +272,7 @@ class CUDAGraphDecoder:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
         def step() -> None:
-            choose(state, self.close, self.closing, self.never_first, self.never, options)
+            choose(state, self.close, self.closing, self.early, self.never, options)
             at = (cache.table.prefix_lengths + column)[:, None]
             output = model(
                 input_ids=state.next[:, None], position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=1

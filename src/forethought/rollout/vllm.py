@@ -1,8 +1,8 @@
 """Thoughts from vLLM, in the same process and on the same device as the policy (docs/vllm.md).
 
 Token ids go in and come out. Requests are sampled by vLLM, which returns the log-probabilities of the tokens; the
-evidence is computed by the policy. vLLM stops at given tokens and masks them as the first one; from that, `think` makes
-thoughts that end with the text of the closing delimiter and do not begin with it, unless method.allow_empty. After each
+evidence is computed by the policy. vLLM stops at given tokens and masks them at first; from that, `think` makes
+thoughts that end with the text of the closing delimiter, and not before method.min_thought_length tokens. After each
 optimizer step the policy's weights are loaded in place, and a probe must then agree with the policy.
 """
 
@@ -49,7 +49,7 @@ class Request:
     samples: int
     limit: int  # longest sample, in tokens
     stops: list[int]  # a sample ends with one of these tokens
-    may_stop_first: bool  # whether its first token may be one of them
+    shortest: int  # which are masked until it has so many tokens
     seed: int  # of the first sample; the others' follow from it
 
 
@@ -82,8 +82,8 @@ def think(
             prompt=list(prompt),
             samples=group,
             limit=limit,
-            stops=closing.first.tolist(),
-            may_stop_first=not len(closing.never_first),
+            stops=closing.early.tolist(),
+            shortest=closing.shortest,
             seed=seed(own),
         )
         for prompt, own in zip(prompts, noise, strict=True)
@@ -98,7 +98,7 @@ def think(
                 samples=1,
                 limit=limit - len(rows[i].tokens),
                 stops=closing.ending.tolist(),
-                may_stop_first=True,
+                shortest=0,
                 seed=seed(own[i], turn),
             )
             for i in unfinished
@@ -245,7 +245,7 @@ class VLLMEngine:
             seed=request.seed,
             temperature=self.config.method.temperature,
             max_tokens=request.limit,
-            min_tokens=0 if request.may_stop_first else 1,
+            min_tokens=request.shortest,
             stop_token_ids=[token for token in request.stops if token < self.head],
             logit_bias=self.never,
             ignore_eos=True,

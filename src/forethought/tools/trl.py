@@ -40,9 +40,9 @@ MAX_DRAWN_PER_PROMPT = 20
 
 FIXED = (
     "method.name", "method.baseline", "method.scale", "method.clamp_gain", "method.min_gain", "method.kl_weight",
-    "method.length_norm", "method.inner_steps", "method.unclosed", "method.teacher_every", "rollout.engine",
-    "rollout.precision", "rollout.importance_cap", "lora.r", "train.tokens", "train.flops", "train.tracker",
-    "parallel.shard",
+    "method.length_norm", "method.inner_steps", "method.unclosed", "method.teacher_every", "method.distillation",
+    "rollout.engine", "rollout.precision", "rollout.importance_cap", "lora.r", "train.tokens", "train.flops",
+    "train.tracker", "parallel.shard",
 )  # fmt: skip
 """Options that must keep their defaults: this adapter implements no other value."""
 
@@ -276,7 +276,7 @@ def arguments(config: Config, folder: str | Path, **more: Any) -> GRPOConfig:
         "temperature": method.temperature,
         "top_p": method.top_p,
         "top_k": 0,
-        "generation_kwargs": {"min_new_tokens": 0 if method.allow_empty else 1},
+        "generation_kwargs": {"min_new_tokens": method.shortest_thought},
         "mask_truncated_completions": False,
         "remove_unused_columns": False,
         "disable_dropout": True,

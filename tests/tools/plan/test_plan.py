@@ -68,6 +68,10 @@ def test_held_bytes_by_hand():
     assert one.update["gradients"] == 4000
     assert [four.held[name] for name in list(one.held)[:3]] == [1000, 2000, 1000]
     assert four.held["compute weights"] == four.update["gradients"] == four.score["policy weights, set aside"]
+    distilled = {"prediction_weight": 0.1, "distillation": 0.5, "horizon": 2}
+    soft = memory(job(config(method=distilled, corpus={"min_tokens": 3})))
+    assert "soft targets" not in one.update and "soft targets" not in one.score
+    assert soft.score["soft targets"] == 2 * soft.update["soft targets"] == 2 * (4 * 2 * 2 * TINY.vocab)
     half = memory(job(config(model={"precision": "bf16"}), gradient_bytes=2))
     assert half.held["compute weights"] == half.update["gradients"] == 2000
 

@@ -75,7 +75,7 @@ def test_a_start_that_repeats_the_context_does_so_in_its_stages():
 
 def test_thinking_options_of_the_start_are_kept():
     """Its delimiters, template and sampling, whatever they are."""
-    changed = {"thought_length": 9, "temperature": 0.3, "top_p": 0.9, "allow_empty": True, "repeat_context": 2}
+    changed = {"thought_length": 9, "temperature": 0.3, "top_p": 0.9, "repeat_context": 2, "min_thought_length": 3}
     start = dataclasses.replace(QUICK, method=dataclasses.replace(QUICK.method, **changed))
     method = stage_config(SFT, start, Path("unused"), 0).method
     assert {name: getattr(method, name) for name in changed} == changed

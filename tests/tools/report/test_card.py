@@ -193,7 +193,7 @@ def test_a_card_takes_a_method_and_a_reward_from_outside_the_package():
 
 def test_how_a_model_thinks_survives_the_folder(tmp_path: Path):
     kept = Method(open="(", close=") ", prompt="a {context} b", thought_length=9, temperature=0.3, top_p=0.9)
-    method = dataclasses.replace(kept, group=5, allow_empty=True)
+    method = dataclasses.replace(kept, group=5, min_thought_length=4)
     save_thinking_options(tmp_path, Config(method=method, model=Model(prefix="replicated")))
     found = from_dict(load_thinking_options(str(tmp_path)))
     assert found.method == dataclasses.replace(method, group=Method().group)

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects, validate_repo_id
 
-from forethought.config import Config, Method, UserError, flatten, to_dict
+from forethought.config import Config, Method, UserError, flatten, registry, to_dict
 from forethought.config.registry import REWARDS, label
 from forethought.html import visible
 from forethought.run import __version__
@@ -29,8 +29,8 @@ from forethought.tools.report.tables import (
 )
 
 _CONTROLS = (
-    "gain_self", "gain_empty", "gain_random", "gain_shuffled", "gain_generic", "kept_shuffled", "drift", "leakage",
-    "truth",
+    "gain_self", *(f"gain_{name}" for name in registry.CONTROLS), "kept_shuffled",
+    *(f"gain_over_{name}" for name in registry.CONTROLS), "drift", "leakage", "truth",
 )  # fmt: skip
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -157,8 +157,9 @@ for token in model.generate("Some text", max_tokens=20, thoughts=4):
     print(token.text, end="")
 ```
 
-Thoughts are enclosed in {_code(method.open)} and {_code(method.close)}, have at most {method.thought_length} tokens and
-are sampled at temperature {method.temperature:g}, with the prompt template {_code(method.prompt)}.{repeated}
+Thoughts are enclosed in {_code(method.open)} and {_code(method.close)}, have {method.shortest_thought} to
+{method.thought_length} tokens and are sampled at temperature {method.temperature:g}, with the prompt template
+{_code(method.prompt)}.{repeated}
 `forethought.json` contains these options. The weights are those of an ordinary causal language model: without
 Forethought it predicts without thoughts."""
 
