@@ -91,10 +91,10 @@ def test_a_step_adds_the_term_to_that_of_the_paper(name: str, tokens: int, prefi
     targets = record.shard.positions.targets().repeat_interleave(4, 0).tolist()
     assert 0 < sum(closed) < len(closed) or form in (LONG, REPEATING)
     contexts = [context for context in record.shard.positions.contexts() for _ in range(4)]
-    never_first = form.closing.early.tolist()
+    early = form.closing.early.tolist()
     for piece in paper:
         for advantage, (prompt, thought) in zip(piece.advantage, written(piece, form), strict=True):
-            losses.append(-advantage * plain_thought(model, prompt, thought, 0.7, never_first).mean())
+            losses.append(-advantage * plain_thought(model, prompt, thought, 0.7, early).mean())
     for (prompt, thought), done, context, true in zip(rows, closed, contexts, targets, strict=True):
         read = [*prompt, *read_through(form.content(thought, done), form, context)]
         losses.append(-weight * plain_targets(model, read, true) @ torch.tensor([1.0, 0.5]))
@@ -256,7 +256,7 @@ def test_the_gradient_norm_of_each_term_is_logged(inner_steps: int, tmp_path: Pa
         ("--method.distillation 0.5", "needs a method.prediction_weight above 0"),
         ("--method.distillation 1.5 --method.prediction_weight 1", "less than or equal to 1"),
         ("--method.prediction_weight 1 --method.distillation 1 --method.teacher_every 0", "needs the teacher at every"),
-        ("--method.min_thought_length 9 --method.thought_length 8", "at most method.thought_length"),
+        ("--method.min_thought_length 8 --method.thought_length 8", "must be below method.thought_length = 8"),
         ("--method.min_thought_length 2 --method.allow_empty True", "method.allow_empty allows shorter thoughts"),
     ],
 )

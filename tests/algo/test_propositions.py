@@ -49,9 +49,10 @@ def test_probabilities_of_all_thoughts_sum_to_one(form: ThoughtFormat, count: in
 @FORMATS
 @pytest.mark.parametrize("temperature", [0.7, 1.5])
 def test_engine_samples_the_enumerated_distribution(form: ThoughtFormat, count: int, temperature: float):
-    model, count = tiny(), 20_000
+    model = tiny()
     thoughts = every_thought(model, [0, 1, OPEN], form, limit=3, temperature=temperature)
-    engine = NativeEngine(model, form, Method(temperature=temperature, thought_length=3))
+    assert len(thoughts) == count
+    engine, count = NativeEngine(model, form, Method(temperature=temperature, thought_length=3)), 20_000
     positions = at_positions([window(0, 1, 2)], [[2]], horizon=1)
     sampled = engine.sample(positions, torch.rand(1, count, 3, generator=make_generator(7)))
     seen = Counter(tuple(row[real].tolist()) for row, real in zip(sampled.tokens[0], sampled.mask[0], strict=True))

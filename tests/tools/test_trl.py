@@ -307,6 +307,19 @@ def test_every_option_of_trls_arguments_arrives_there(settings: Config, tmp_path
     assert getattr(changed, argument) == CARRIED.get(option, value) != getattr(plain, argument)
 
 
+@pytest.mark.parametrize(("option", "value", "shortest"), [("min_thought_length", 3, 3), ("allow_empty", True, 0)])
+def test_the_minimum_length_arrives_in_trls_sampler(
+    settings: Config, tmp_path: Path, option: str, value: Any, shortest: int
+):
+    changed, plain = (
+        trl.arguments(one, tmp_path) for one in (with_option(settings, f"method.{option}", value), settings)
+    )
+    assert (changed.generation_kwargs, plain.generation_kwargs) == (
+        {"min_new_tokens": shortest},
+        {"min_new_tokens": 1},
+    )
+
+
 def test_no_option_of_the_optimizer_is_left_out():
     assert {name for name in option_names() if name.startswith("optim.")} <= ARGUMENTS.keys()
 

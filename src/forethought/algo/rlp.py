@@ -75,7 +75,7 @@ class RLP:
 
     @staticmethod
     def uses_teacher(config: Config) -> bool:
-        """Whether the reward is measured against an EMA teacher."""
+        """Whether there is an EMA teacher, to measure the reward against and for method.distillation."""
         return config.method.teacher_every > 0
 
     def warms_up(self, step: int) -> bool:
@@ -108,7 +108,7 @@ class RLP:
         with torch.no_grad(), self.network.swapped_weights(self.teacher.model) as teacher:
             if not share:
                 return no_think_logp(teacher, positions, at_once)[0], None
-            soft_targets = no_think_distribution(teacher, positions, at_once)
+            soft_targets = no_think_distribution(teacher, positions, at_once, positions.horizon)
             targets = positions.targets().to(soft_targets.device)[..., None]
             logp = soft_targets.gather(-1, targets)
             soft_targets.exp_().mul_(share).scatter_add_(-1, targets, torch.full_like(logp, 1 - share))

@@ -298,8 +298,9 @@ def _conflicts_of_sizes(config: Config) -> Iterator[str]:
     method, corpus, batch, shard = config.method, config.corpus, config.train.batch, config.parallel.shard
     if method.samples_thoughts and batch % method.positions != 0:
         yield f"train.batch = {batch}: must be a multiple of method.positions = {method.positions}"
-    if method.min_thought_length > method.thought_length:
-        yield f"method.min_thought_length = {method.min_thought_length}: must be at most method.thought_length"
+    if method.min_thought_length > max(1, method.thought_length - 1):
+        most = f"below method.thought_length = {method.thought_length}, or no thought could close"
+        yield f"method.min_thought_length = {method.min_thought_length}: must be {most}"
     if method.allow_empty and method.min_thought_length > 1:
         yield f"method.min_thought_length = {method.min_thought_length}: method.allow_empty allows shorter thoughts"
     if method.prompt.count("{context}") != 1:

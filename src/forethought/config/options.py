@@ -141,7 +141,7 @@ class Method:
     teacher_every: Count = 1
     """Score the teacher (so log the gain) on the first and every n-th step; 0: never. The update stays the same."""
     freeze_teacher: bool = False
-    """Keep the start as teacher instead of the EMA (a control: the update must not change)."""
+    """Keep the start as teacher instead of the EMA (a control: without method.distillation the update is the same)."""
     prediction_weight: NonNegative = 0.0
     """Weight of the prediction term: the gradient of log p of the targets after each thought (their discounted sum).
     0: the paper; 1: with length_norm none and temperature 1, the whole gradient of the expected reward."""
@@ -156,7 +156,8 @@ class Method:
     allow_empty: bool = False
     """Allow thoughts that close at once; otherwise their first token never closes them."""
     min_thought_length: Positive = 1
-    """Minimum length of a thought, in tokens before the closing delimiter; 1 in the paper."""
+    """Minimum length of a thought, in tokens before the closing delimiter; 1 in the paper. Above 1 none of them may be
+    a token that can complete the delimiter, such as > for </think>."""
     repeat_context: Count = 0
     """Tokens at the end of the context that are repeated after a thought, before the text goes on; 0 in the paper."""
     kl_weight: NonNegative = 0.0
@@ -385,6 +386,6 @@ class Config:
 
     @property
     def shift_invariant(self) -> bool:
-        """Whether adding a constant to one position's rewards leaves the update as it is (so the teacher cancels)."""
+        """Whether adding a constant to one position's rewards leaves the policy term as it is: the teacher cancels."""
         method = self.method
         return method.baseline == "group" and not method.clamp_gain and method.min_gain == -math.inf

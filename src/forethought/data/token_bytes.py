@@ -71,7 +71,7 @@ class Closing:
         first: tokens with which an empty thought closes, or begins to.
         ending: tokens that close a thought in some state.
         shortest: tokens that a thought has before it may close.
-        early: tokens that may not be among these.
+        early: tokens that may not be among the first `shortest`. From 2 on, also those that could close in any state.
     """
 
     table: Int[Tensor, "state token"]

@@ -14,7 +14,7 @@ from forethought.data.corpus import Window, labels
 from forethought.data.positions import Positions, at_positions, make_generator
 from forethought.eval.controls import Progress
 from forethought.eval.heldout import Subject
-from forethought.models.logprobs import chunk_tokens, no_think_distribution, thought_evidence
+from forethought.models.logprobs import chunk_tokens, no_think_distribution, no_think_logp, thought_evidence
 from forethought.rollout import draw_noise, thought_tokens
 
 VERSION = 1
@@ -95,8 +95,9 @@ def _positions(
     thoughts = subject.engine.sample(chunk, noise)
     tokens = thought_tokens(thoughts, form)
     with subject.as_model(reference) as plainly:
-        before = no_think_distribution(plainly, chunk, chunk_tokens(plainly, config.update.tokens_per_chunk))
-    plain = before.gather(-1, chunk.targets().to(before.device)[..., None]).squeeze(-1)
+        tokens_at_once = chunk_tokens(plainly, config.update.tokens_per_chunk)
+        plain, _ = no_think_logp(plainly, chunk, tokens_at_once)
+        before = no_think_distribution(plainly, chunk, tokens_at_once)
     value = discounted(thoughts.evidence, config.method.discount)
     columns = {
         "text": decode_thoughts(subject.tokenizer, tokens),

@@ -297,9 +297,12 @@ def _evidence(
     return log_probabilities(logits, targets), logits.argmax(dim=-1) == targets
 
 
-def no_think_distribution(model: Any, positions: Positions, tokens: int) -> Float[Tensor, "batch horizon vocab"]:
-    """log p(. | x_<t+k) of every token at each target, without a thought (eq. 4), nats; one pass a window."""
-    return torch.cat([logits.float().log_softmax(-1) for logits, _ in _plain_logits(model, positions, tokens)])
+def no_think_distribution(
+    model: Any, positions: Positions, tokens: int, targets: int = 1
+) -> Float[Tensor, "batch target vocab"]:
+    """log p(. | x_<t+k) of every token at the first targets, without a thought (eq. 4), nats; one pass a window."""
+    pieces = [logits[:, :targets].float() for logits, _ in _plain_logits(model, positions, tokens)]
+    return torch.cat([piece.log_softmax(-1) for piece in pieces])
 
 
 def _plain_logits(

@@ -369,12 +369,12 @@ class _ActiveRows:
         self.close, self.closing = torch.tensor(form.close, device=device), form.closing.to(device)
         self.form = form
         self.rows = torch.zeros(0, dtype=torch.long, device=device)
-        self.early = 0  # in so many steps some of them may not close yet
+        self.early_steps = 0  # in so many steps some of them may not close yet
 
     def add(self, start: int, end: int) -> None:
         """Rows start .. end-1 have been appended to the batch."""
         self.rows = torch.cat([self.rows, torch.arange(start, end, device=self.rows.device)])
-        self.early = self.closing.shortest
+        self.early_steps = self.closing.shortest
 
     def unfinished(self) -> Int[Tensor, " row"]:
         """Indices, in the batch, of rows that have a token left to sample or to score."""
@@ -419,9 +419,9 @@ class _ActiveRows:
         """Sample the next token of rows that think; returns what they read, which differs where a thought closes."""
         state, limit = self.state, self.state.tokens.shape[1]
         at, logits = state.length[rows], self.form.decodable(logits)
-        if self.early:
+        if self.early_steps:
             logits = mask_tokens(logits, self.closing.early, at < self.closing.shortest)
-            self.early -= 1
+            self.early_steps -= 1
         token, logp = self.backend.draw(logits, state.noise[rows, at], self.options)
         state.tokens[rows, at] = token
         state.logp[rows, at] = logp

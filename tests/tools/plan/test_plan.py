@@ -355,6 +355,10 @@ def test_what_fits_and_what_to_change():
     hopeless = dataclasses.replace(one, machine=dataclasses.replace(MACHINES["h100"], memory=5e9))
     changes = advice(hopeless)
     assert changes[-1].peak > hopeless.machine.usable
+    options = {"prediction_weight": 0.1, "distillation": 0.5, "min_thought_length": 1500}
+    bound = advice(hopeless.with_option("method", **options))
+    assert {"--method.teacher_every", "--method.thought_length"} <= {change.what.split()[0] for change in changes}
+    assert not {"--method.teacher_every", "--method.thought_length"} & {change.what.split()[0] for change in bound}
     assert [change.what for change in changes if change.what.startswith("--layout")] == ["--layout zero1 on 32 GPUs"]
 
 

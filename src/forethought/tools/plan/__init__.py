@@ -203,6 +203,14 @@ def _set(section: str, option: str, values: Callable[[Job], Iterable[object]]) -
     return lambda job: ((value, job.with_option(section, **{option: value})) for value in values(job))
 
 
+def _without_teacher(job: Job) -> list[int]:
+    return [0] * (job.config.shift_invariant and not job.config.method.distillation)
+
+
+def _shorter_thoughts(job: Job) -> Iterator[int]:
+    return _halved(job.config.method.thought_length, max(64, 2 * job.config.method.min_thought_length))
+
+
 def _halved(value: int, least: int) -> Iterator[int]:
     while value > least:
         value = max(value // 2, least)
@@ -254,7 +262,7 @@ _CHANGES: tuple[tuple[str, str, Callable[[Job], _Candidates]], ...] = (
     ("--method.kl_weight {}", "no KL penalty", _set("method", "kl_weight", lambda job: [0])),
     (
         "--method.teacher_every {}", "the gain is not logged; the update stays the same",
-        _set("method", "teacher_every", lambda job: [0] * job.config.shift_invariant),
+        _set("method", "teacher_every", _without_teacher),
     ),
     (
         "--gradients {}", "gradients are rounded (not an option of train yet)",
@@ -263,7 +271,7 @@ _CHANGES: tuple[tuple[str, str, Callable[[Job], _Candidates]], ...] = (
     ("--gpus {} --layout zero1", "more GPUs", _more_gpus),
     (
         "--method.thought_length {}", "shorter thoughts",
-        _set("method", "thought_length", lambda job: _halved(job.config.method.thought_length, 64)),
+        _set("method", "thought_length", _shorter_thoughts),
     ),
     ("--corpus.window {}", "shorter documents", _shorter_windows),
 )  # fmt: skip

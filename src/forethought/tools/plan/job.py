@@ -187,6 +187,8 @@ def job(config: Config, shape: Shape, options: Options) -> Job:
         raise UserError(f"--prefix {prefix}: must be at most {longest}, corpus.window less its targets")
     if length > method.thought_length:
         raise UserError(f"--length {length}: must be at most method.thought_length = {method.thought_length}")
+    if length < method.shortest_thought:
+        raise UserError(f"--length {length}: must be at least method.min_thought_length = {method.min_thought_length}")
     if not prefix <= document <= config.corpus.window:
         raise UserError(
             f"--document {document}: must be from --prefix = {prefix} to corpus.window = {config.corpus.window}"

@@ -225,7 +225,8 @@ def _controls(config: Config, measured: Figures | None) -> str:
     return (
         f"On {where}, how much of the gain over the model without thoughts (nats) remains if the thought is "
         "empty, is that of another position, is random tokens, or is the same generic one at all positions. A gain "
-        f"that remains with the thoughts of other positions does not come from reasoning.\n\n{table}{shown}"
+        "that remains with the thoughts of other positions does not come from reasoning. A *gain over* one of these is "
+        f"what the own thought adds to it.\n\n{table}{shown}"
     )
 
 
