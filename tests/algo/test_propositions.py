@@ -52,14 +52,14 @@ def test_engine_samples_the_enumerated_distribution(form: ThoughtFormat, count: 
     model = tiny()
     thoughts = every_thought(model, [0, 1, OPEN], form, limit=3, temperature=temperature)
     assert len(thoughts) == count
-    engine, count = NativeEngine(model, form, Method(temperature=temperature, thought_length=3)), 20_000
+    engine, draws = NativeEngine(model, form, Method(temperature=temperature, thought_length=3)), 20_000
     positions = at_positions([window(0, 1, 2)], [[2]], horizon=1)
-    sampled = engine.sample(positions, torch.rand(1, count, 3, generator=make_generator(7)))
+    sampled = engine.sample(positions, torch.rand(1, draws, 3, generator=make_generator(7)))
     seen = Counter(tuple(row[real].tolist()) for row, real in zip(sampled.tokens[0], sampled.mask[0], strict=True))
-    expected = {tuple(one.thought): float(one.probability.detach()) * count for one in thoughts}
+    expected = {tuple(one.thought): float(one.probability.detach()) * draws for one in thoughts}
     assert set(seen) <= set(expected)
     common = [key for key, number in expected.items() if number >= 5]
-    rest = count - sum(seen[key] for key in common), count - sum(expected[key] for key in common)
+    rest = draws - sum(seen[key] for key in common), draws - sum(expected[key] for key in common)
     chi2 = sum((seen[key] - expected[key]) ** 2 / expected[key] for key in common) + (rest[0] - rest[1]) ** 2 / rest[1]
     freedom = len(common)
     assert chi2 < freedom + 4 * (2 * freedom) ** 0.5

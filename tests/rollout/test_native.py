@@ -112,7 +112,7 @@ def test_an_empty_thought_cannot_occur(form, way):
 @pytest.mark.parametrize(
     ("form", "closing"),
     [(FORM, [CLOSE]), (THREE, [CLOSE, 5, 6]), (MERGED, [7, 8, 9])],
-    ids=str,
+    ids=["short", "three", "merged"],
 )
 def test_a_thought_has_its_minimum_length(form: ThoughtFormat, closing: list[int], way: tuple[int, bool]):
     """Even where the model wants nothing but to close, in whatever tokens; CUDA graphs do the same."""

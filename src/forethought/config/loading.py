@@ -287,7 +287,7 @@ def _conflicts_of_rewards(config: Config) -> Iterator[str]:
     if method.warmup_steps and not method.prediction_weight:
         yield f"method.warmup_steps = {method.warmup_steps}: needs a method.prediction_weight above 0, which it trains"
     if method.distillation and not method.prediction_weight:
-        yield f"method.distillation = {method.distillation}: needs a method.prediction_weight above 0, its weight"
+        yield f"method.distillation = {method.distillation}: needs a method.prediction_weight above 0, which weights it"
     if method.distillation and method.teacher_every != 1:
         yield f"method.distillation = {method.distillation}: needs the teacher at every step (method.teacher_every 1)"
     if not method.min_gain < math.inf:

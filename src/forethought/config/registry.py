@@ -151,6 +151,8 @@ CONTROLS = {
     "generic": "a generic thought",
 }  # fmt: skip
 """What replaces the own thought of a position, to see whether its content counts (forethought.eval.controls)."""
+CONTROL_GAINS = ("gain_self", *map("gain_{}".format, CONTROLS), "kept_shuffled", *map("gain_over_{}".format, CONTROLS))
+"""The metrics that compare own thoughts with these."""
 THINKING_SHARES = {share: f"gain_self_top_{share}" for share in (5, 10, 25, 50, 75, 100)}
 """Percent of a group's positions that think, those of highest entropy -> the metric of their mean gain."""
 _METRICS = (
@@ -216,13 +218,10 @@ _METRICS = (
     Metric("ce_random", "cross-entropy, random tokens", "nats", "with as many random tokens", -1),
     Metric("ce_shuffled", "cross-entropy, another's thought", "nats", "with another position's thought", -1),
     Metric("ce_generic", "cross-entropy, generic thought", "nats", "with one thought for all positions", -1),
+    *(Metric(f"gain_{one}", f"gain of {what}", "nats", f"ce_nothink minus ce_{one}") for one, what in CONTROLS.items()),
     *(
-        metric
-        for name, what in CONTROLS.items()
-        for metric in (
-            Metric(f"gain_{name}", f"gain of {what}", "nats", f"ce_nothink minus ce_{name}"),
-            Metric(f"gain_over_{name}", f"gain over {what}", "nats", f"ce_{name} minus ce_think", 1),
-        )
+        Metric(f"gain_over_{one}", f"gain over {what}", "nats", f"ce_{one} minus ce_think", 1)
+        for one, what in CONTROLS.items()
     ),
     Metric(
         "kept_shuffled", "gain that shuffling keeps", "share", "gain_shuffled / gain_self; near 0 content matters", -1

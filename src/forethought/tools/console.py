@@ -13,8 +13,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from forethought.config import Notice, registry
-from forethought.config.registry import METRICS, Metric
+from forethought.config import Notice
+from forethought.config.registry import CONTROL_GAINS, METRICS, Metric
 from forethought.run.diagnostics import Diagnosis
 from forethought.run.trackers import Callbacks
 
@@ -27,8 +27,7 @@ FIGURES = (
     "accuracy_think", "accuracy_nothink", "ce_think", "ce_nothink", "gain_over_base", "thought_length", "closed",
 )  # fmt: skip
 CONTROLS = (
-    "gain_over_teacher", "gain_self", *(f"gain_{name}" for name in registry.CONTROLS), "kept_shuffled",
-    *(f"gain_over_{name}" for name in registry.CONTROLS), "marginal", "drift", "leakage", "checkable", "truth",
+    "gain_over_teacher", *CONTROL_GAINS, "marginal", "drift", "leakage", "checkable", "truth",
 )  # fmt: skip
 ANSWERS = (
     "pass_at_1", "greedy", "loglik_letter", "loglik_plain", "loglik_normalised", "extracted", "cut_off",

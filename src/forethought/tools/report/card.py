@@ -11,8 +11,8 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects, validate_repo_id
 
-from forethought.config import Config, Method, UserError, flatten, registry, to_dict
-from forethought.config.registry import REWARDS, label
+from forethought.config import Config, Method, UserError, flatten, to_dict
+from forethought.config.registry import CONTROL_GAINS, REWARDS, label
 from forethought.html import visible
 from forethought.run import __version__
 from forethought.run.folder import RunLog
@@ -28,10 +28,7 @@ from forethought.tools.report.tables import (
     windows_note,
 )
 
-_CONTROLS = (
-    "gain_self", *(f"gain_{name}" for name in registry.CONTROLS), "kept_shuffled",
-    *(f"gain_over_{name}" for name in registry.CONTROLS), "drift", "leakage", "truth",
-)  # fmt: skip
+_CONTROLS = (*CONTROL_GAINS, "drift", "leakage", "truth")
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 Figures = Mapping[str, Any]
