@@ -102,6 +102,12 @@ def test_the_metadata_names_what_the_hub_can_find(tmp_path: Path, path: str, bas
     assert "license:" not in local.split("---")[1]
 
 
+@pytest.mark.parametrize(("options", "shortest"), [({}, 1), ({"allow_empty": True}, 0), ({"min_thought_length": 5}, 5)])
+def test_a_card_says_how_long_thoughts_are(options: dict[str, Any], shortest: int):
+    shown = " ".join(text(Config(method=Method(thought_length=9, **options)), SUMMARY).split())
+    assert f"have {shortest} to 9 tokens" in shown
+
+
 def test_a_folder_on_the_disk_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "mine").mkdir(parents=True)
