@@ -28,6 +28,12 @@ def pooled(seeds: list[heldout.Records]) -> dict[str, float]:
     return heldout.pooled([{"all": one} for one in seeds], [{"all": one} for one in seeds])
 
 
+def paired(ours: list[dict[str, heldout.Records]], theirs: list[dict[str, heldout.Records]]) -> dict[str, float]:
+    """Both with the same base, which is theirs."""
+    bases = [mine | other for mine, other in zip(ours, theirs, strict=True)]
+    return heldout.differences(heldout.drawn_together(ours, bases), heldout.drawn_together(theirs, bases))
+
+
 def test_documents_are_drawn_as_often_as_there_are_of_them():
     drawn = resample([4, 4, 7, 9], seeds=3)
     assert drawn.owner.tolist() == [0, 0, 1, 2]
@@ -87,19 +93,21 @@ def test_a_paired_interval_is_that_of_the_difference():
     hard = [rng.gauss(-5, 3) for _ in range(50)]
     one = records(list(range(50)), hard, hard)
     better = records(list(range(50)), [x + 0.1 + rng.gauss(0, 0.01) for x in hard], hard)
-    pair = heldout.paired([{"all": better}], [{"all": one}])
+    pair = paired([{"all": better}], [{"all": one}])
     assert pair["all/ce_think"] == pytest.approx(-0.1, abs=0.01)
     assert -0.11 < pair["all/ce_think/low"] < pair["all/ce_think/high"] < -0.09
     assert pair["all/ce_nothink"] == pair["all/ce_nothink/low"] == pair["all/ce_nothink/high"] == 0
     assert width(pooled([one]), "ce_think") > 1 > 20 * width(pair, "ce_think")
-    assert not {"all/drift", "all/gain_over_base"} & pair.keys()
+    assert pair["all/gain_over_base"] == pytest.approx(-pair["all/ce_think"])
+    assert pair["all/gain_over_base/low"] == pytest.approx(-pair["all/ce_think/high"])
+    assert pair["all/drift"] == pair["all/plain_gain_over_base"] == 0
 
 
 @given(st.lists(st.floats(-9, 0), min_size=10, max_size=16))
 def test_differences_turn_their_sign_with_the_order(values: list[float]):
     documents = list(range(len(values)))
     one, other = records(documents, values, values), records(documents, values[::-1], values)
-    there, back = heldout.paired([{"all": one}], [{"all": other}]), heldout.paired([{"all": other}], [{"all": one}])
+    there, back = paired([{"all": one}], [{"all": other}]), paired([{"all": other}], [{"all": one}])
     assert there["all/ce_think"] == pytest.approx(-back["all/ce_think"])
     assert there["all/ce_think/low"] == pytest.approx(-back["all/ce_think/high"])
 
@@ -108,14 +116,14 @@ def test_pairs_of_seeds_are_drawn_together():
     """Seeds that differ much, while one arm is better by 0.5 on every one of them."""
     ours = [{"all": noisy(30, shift)} for shift in (-3.5, 0.5, 4.5)]
     theirs = [{"all": noisy(30, shift)} for shift in (-4.0, 0.0, 4.0)]
-    pair = heldout.paired(ours, theirs)
+    pair = paired(ours, theirs)
     assert pair["all/ce_think"] == pytest.approx(-0.5)
     assert width(pair, "ce_think") == pytest.approx(0, abs=1e-9)
 
 
 def test_records_of_other_positions_or_another_text_are_refused():
     one = dataclasses.replace(records([0, 1], [-1.0, -1.0], [-1.0, -1.0]), text=[7, 8])
-    for call in (lambda one, other: heldout.paired([one], [other]), heldout.summarize):
+    for call in (lambda one, other: paired([one], [other]), heldout.summarize):
         for other in ({"at": [1, 3]}, {"text": [7, 9]}):
             with pytest.raises(UserError, match="same positions"):
                 call({"all": one}, {"all": dataclasses.replace(one, **other)})
@@ -125,9 +133,9 @@ def test_records_of_other_positions_or_another_text_are_refused():
 def test_what_only_one_of_two_measured_is_not_compared():
     one = records([0, 1], [-1.0, -1.0], [-1.0, -1.0])
     full, plain = {"all": dataclasses.replace(one, empty=[-1.0, -2.0])}, {"all": one}
-    assert "all/ce_empty" not in heldout.paired([full], [plain])
-    assert heldout.paired([full], [full])["all/ce_empty"] == 0
-    assert heldout.paired([{"answer": one, **plain}], [plain]).keys() == heldout.paired([plain], [plain]).keys()
+    assert "all/ce_empty" not in paired([full], [plain])
+    assert paired([full], [full])["all/ce_empty"] == 0
+    assert paired([{"answer": one, **plain}], [plain]).keys() == paired([plain], [plain]).keys()
 
 
 def test_the_new_figures_by_hand():
@@ -208,7 +216,7 @@ def test_shares_of_too_few_documents_and_old_records_have_no_gain_at_the_top():
     old = heldout.Records(**fields)
     assert (old.entropy, old.generic) == (None, None)
     assert not any("top" in name for name in heldout.summarize({"all": old}, {"all": old}))
-    assert not any("top" in name for name in heldout.paired([{"all": one}], [{"all": old}]))
+    assert not any("top" in name for name in paired([{"all": one}], [{"all": old}]))
 
 
 def test_targets_without_text_do_not_count_as_leaked():
@@ -261,7 +269,7 @@ def test_few_documents_have_no_interval(documents: int):
     figures = pooled([noisy(documents)])
     assert "all/ce_think" in figures and "all/ce_think/low" not in figures
     assert figures["all/documents"] == documents
-    assert "all/ce_think" in heldout.paired([{"all": noisy(documents)}], [{"all": noisy(documents)}])
+    assert "all/ce_think" in paired([{"all": noisy(documents)}], [{"all": noisy(documents)}])
     assert not any(name.endswith(("/low", "/high")) for name in figures)
 
 
@@ -283,7 +291,7 @@ def test_a_share_at_its_boundary_has_wilsons_bound():
     assert figures["all/accuracy_think/high"] == pytest.approx(bound, abs=1e-4)
     assert figures["all/accuracy_nothink/low"] == pytest.approx(1 - bound, abs=1e-4)
     assert figures["all/accuracy_nothink/high"] == 1
-    pair = heldout.paired([{"all": none}], [{"all": none}])
+    pair = paired([{"all": none}], [{"all": none}])
     assert pair["all/accuracy_think/high"] == -pair["all/accuracy_think/low"] == pytest.approx(bound, abs=1e-4)
     assert pair["all/ce_think/low"] == pair["all/ce_think/high"] == 0
 

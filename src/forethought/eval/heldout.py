@@ -271,23 +271,13 @@ def pooled(seeds: Sequence[dict[str, Records]], bases: Sequence[dict[str, Record
     Each seed has its own base (the same one again where all began with the same weights). See `intervals`.
     """
     figures: dict[str, float] = {}
-    for name, first in seeds[0].items():
-        estimates = _estimates([one[name] for one in seeds], [one[name] for one in bases])
-        figures |= _flat(name, estimates)
+    for name, drawn in drawn_together(seeds, bases).items():
+        first = drawn.first
+        figures |= _flat(name, drawn.estimates)
         figures[f"{name}/positions"], figures[f"{name}/documents"] = len(first.at), len(set(first.document))
         if (windows := clusters(first)) != first.document:
             figures[f"{name}/windows"] = len(set(windows))
     return figures
-
-
-def paired(ours: Sequence[dict[str, Records]], theirs: Sequence[dict[str, Records]]) -> dict[str, float]:
-    """Figures of one model minus those of another at the same positions, with the interval of the difference.
-
-    Means over seeds: the n-th of ours against the n-th of theirs. The same documents are drawn for both, so what makes
-    a document hard for both does not widen the interval. Metrics relative to the base are left out: their differences
-    are those of `ce_think` and `ce_nothink`. Raises UserError for models that were measured at different positions.
-    """
-    return differences(drawn_together(ours), drawn_together(theirs))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -298,16 +288,22 @@ class Drawn:
     estimates: dict[str, Estimate]
 
 
-def drawn_together(seeds: Sequence[dict[str, Records]]) -> dict[str, Drawn]:
-    """One side of `differences`, by group; computed once for an arm that is compared with many."""
-    names = [name for name in seeds[0] if all(name in one for one in seeds)]
+def drawn_together(seeds: Sequence[dict[str, Records]], bases: Sequence[dict[str, Records]]) -> dict[str, Drawn]:
+    """The groups that all seeds have, each seed with its base: for `differences`, computed once for each arm."""
     return {
-        name: Drawn(first=seeds[0][name], estimates=_estimates([one[name] for one in seeds], None)) for name in names
+        name: Drawn(first=first, estimates=_estimates([one[name] for one in seeds], [one[name] for one in bases]))
+        for name, first in seeds[0].items()
+        if all(name in one for one in seeds)
     }
 
 
 def differences(mine: Mapping[str, Drawn], theirs: Mapping[str, Drawn]) -> dict[str, float]:
-    """Figures of the groups and metrics that both sides have. Raises UserError where their positions differ."""
+    """Figures of one arm minus those of another at the same positions, with the interval of the difference.
+
+    Means over seeds: the n-th of mine against the n-th of theirs. The same documents are drawn for both, so what makes
+    a document hard for both does not widen the interval. Groups and metrics are those that both sides have. Raises
+    UserError for arms that were measured at different positions.
+    """
     figures: dict[str, float] = {}
     for name in [name for name in mine if name in theirs]:
         left, right = mine[name], theirs[name]
@@ -317,11 +313,11 @@ def differences(mine: Mapping[str, Drawn], theirs: Mapping[str, Drawn]) -> dict[
     return figures
 
 
-def _estimates(mine: Sequence[Records], bases: Sequence[Records] | None) -> dict[str, Estimate]:
+def _estimates(mine: Sequence[Records], bases: Sequence[Records]) -> dict[str, Estimate]:
     """Every metric that all seeds have."""
-    _check_same(mine[0], [*mine, *(bases or [])])
+    _check_same(mine[0], [*mine, *bases])
     drawn = resample(clusters(mine[0]), len(mine))
-    tables = [_ratios(one, base) for one, base in zip(mine, bases or [None] * len(mine), strict=True)]
+    tables = [_ratios(one, base) for one, base in zip(mine, bases, strict=True)]
     shared = [metric for metric in tables[0] if all(metric in table for table in tables)]
     found = {
         metric: estimate([table[metric] for table in tables], drawn, (0.0, 1.0) if metric in _SHARES else None)
@@ -347,16 +343,14 @@ def _flat(name: str, estimates: Mapping[str, Estimate]) -> dict[str, float]:
     return figures
 
 
-def _ratios(mine: Records, base: Records | None) -> dict[str, Ratio]:
+def _ratios(mine: Records, base: Records) -> dict[str, Ratio]:
     """Each metric's numerators and denominators (docs/metrics.md)."""
     think, nothink = np.array(mine.think), np.array(mine.nothink)
+    gained, plain = think - np.array(base.nothink), nothink - np.array(base.nothink)
     means = {"ce_think": -think, "ce_nothink": -nothink, "gain_self": think - nothink}
     if mine.marginal is not None:
         means["marginal"] = -np.array(mine.marginal)
-    if base is not None:
-        means["gain_over_base"] = think - np.array(base.nothink)
-        means["plain_gain_over_base"] = nothink - np.array(base.nothink)
-        means["drift"] = -means["plain_gain_over_base"]
+    means |= {"gain_over_base": gained, "plain_gain_over_base": plain, "drift": -plain}
     if mine.teacher is not None:
         means["gain_over_teacher"] = think - np.array(mine.teacher)
     means |= {

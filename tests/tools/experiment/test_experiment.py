@@ -413,6 +413,8 @@ def test_another_config_makes_it_another_experiment(tmp_path: Path):
         ({"above": ["base"]}, {"low": 0.5, "high": 0.9}, False),
         ({"above": ["none"]}, {"low": 0.6, "high": 0.9}, None),
         ({"above": ["base"], "against": "all/y"}, {"low": 0.6, "high": 0.9}, False),
+        ({"above": ["base"], "margin": 0.09}, {"low": 0.6, "high": 0.9}, True),
+        ({"above": ["base"], "margin": 0.1}, {"low": 0.6, "high": 0.9}, False),
         ({"at_most": 0.7}, {"low": 0.1, "high": 0.7}, True),
         ({"at_most": 0.7}, {"low": 0.1, "high": 0.71}, False),
         ({"above": ["base"]}, {"value": 0.9}, None),  # fewer than ten documents: no interval, no verdict
@@ -428,6 +430,24 @@ def test_verdicts_by_hand(tmp_path: Path, claim: dict[str, Any], arm: dict[str, 
     ]
     whole = dataclasses.replace(experiment(tmp_path), claims=(Claim(arm="a", metrics=["all/x"], **claim),))
     assert [one.holds for one in table.judge(whole, made, [])] == [holds]
+
+
+@pytest.mark.parametrize(
+    ("low", "margin", "holds"), [(0.01, 0.0, True), (0.0, 0.0, False), (0.03, 0.02, True), (0.02, 0.02, False)]
+)
+def test_above_is_judged_by_the_paired_difference_where_there_is_one(
+    tmp_path: Path, low: float, margin: float, holds: bool
+):
+    """Side by side the intervals overlap, or are apart: neither counts."""
+    claim = Claim(arm="a", metrics=["all/x"], above=["base"], margin=margin)
+    made = [
+        Row(arm="base", seed="all", metric="all/x", value=0.2, low=0.1, high=0.3),
+        Row(arm="a", seed="all", metric="all/x", value=0.3, low=0.2 if holds else 0.6, high=0.9),
+        Row(arm="a", seed="all", metric="minus/base/all/x", value=0.1, low=low, high=0.2),
+    ]
+    (verdict,) = table.judge(dataclasses.replace(experiment(tmp_path), claims=(claim,)), made, [])
+    assert (verdict.holds, verdict.claim) == (holds, "a above base in all/x")
+    assert verdict.evidence.startswith("difference 0.1 [")
 
 
 @pytest.mark.parametrize(("low", "high", "holds"), [(-0.1, 0.02, True), (-0.1, 0.03, False), (-0.2, -0.01, True)])

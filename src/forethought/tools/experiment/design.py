@@ -53,7 +53,8 @@ class Claim:
 
     arm: _ArmName
     metrics: list[str] = Field(default_factory=list)  # GROUP/METRIC, as in docs/metrics.md
-    above: list[_ArmName] = Field(default_factory=list)  # the arm's interval is above those of these arms
+    above: list[_ArmName] = Field(default_factory=list)
+    """The interval of the paired difference to these arms lies above `margin`; unpaired, the intervals are apart."""
     against: str = ""
     """The other arms' metric in `above`, if different: such as accuracy without thoughts, for plain training."""
     not_above: list[_ArmName] = Field(default_factory=list)

@@ -9,7 +9,7 @@ from forethought.eval.intervals import MIN_CLUSTERS
 from forethought.run.folder import RunLog
 from forethought.tools.experiment import questions
 from forethought.tools.experiment.arms import SPENT, Recorded, post_records, records, weights
-from forethought.tools.experiment.design import BASE, Experiment, Job, label
+from forethought.tools.experiment.design import BASE, Claim, Experiment, Job, label
 from forethought.tools.report.comparison import ALL, COSTS, QUESTIONS, Row, Verdict
 
 
@@ -43,11 +43,8 @@ def judge(experiment: Experiment, table: Sequence[Row], done: Sequence[Job]) -> 
         arm, margin, limit = claim.arm, claim.margin, claim.at_most
         verdicts += [_equal(experiment, done, arm, other) for other in claim.equals]
         for metric in claim.metrics:
-            mine, against = found.get((arm, metric)), f" (its {claim.against})" if claim.against else ""
-            for other in claim.above:
-                said = f"{arm} above {other}{against} in {metric}, intervals apart"
-                pair = [mine, found.get((other, claim.against or metric))]
-                verdicts.append(_verdict(said, pair, lambda one, two: one.low > two.high, "{} against {}"))
+            mine = found.get((arm, metric))
+            verdicts += [_above(claim, metric, other, found) for other in claim.above]
             for other in claim.not_above:
                 said = f"{arm} gains at most {margin:g} over {other} in {metric}"
                 difference = found.get((arm, f"minus/{other}/{metric}"))
@@ -56,6 +53,18 @@ def judge(experiment: Experiment, table: Sequence[Row], done: Sequence[Job]) -> 
                 said = f"{arm} at most {limit:g} in {metric}"
                 verdicts.append(_verdict(said, [mine], lambda one, limit=limit: one.high <= limit, "{}"))
     return verdicts
+
+
+def _above(claim: Claim, metric: str, other: str, found: Mapping[tuple[str, str], Row]) -> Verdict:
+    """By the paired difference; without one, and with another metric for the other arm, by two intervals."""
+    against = f" (its {claim.against})" if claim.against else ""
+    said = f"{claim.arm} above {other}{against} in {metric}"
+    difference = None if against else found.get((claim.arm, f"minus/{other}/{metric}"))
+    if difference is not None:
+        return _verdict(said, [difference], lambda one: one.low > claim.margin, "difference {}")
+    pair = [found.get((claim.arm, metric)), found.get((other, claim.against or metric))]
+    apart = f"{said}, intervals apart"
+    return _verdict(apart, pair, lambda one, two: one.low > two.high + claim.margin, "{} against {}")
 
 
 def _verdict(said: str, found: Sequence[Row | None], holds: Callable[..., bool], evidence: str) -> Verdict:
@@ -130,7 +139,8 @@ def _differences(measured: dict[str, dict[int, Recorded]]) -> list[Row]:
 
     def drawn(arm: str, seeds: tuple[int, ...]) -> dict[str, Drawn]:
         if (arm, seeds) not in known:
-            known[arm, seeds] = drawn_together([measured[arm][seed] for seed in seeds])
+            ours, bases = ([measured[name][seed] for seed in seeds] for name in (arm, BASE))
+            known[arm, seeds] = drawn_together(ours, bases)
         return known[arm, seeds]
 
     for arm, seeds in measured.items():
