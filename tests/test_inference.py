@@ -448,6 +448,8 @@ def test_mixture_worked_by_hand():
         (lambda one: one.generate([5] * 100, max_tokens=40), "a text of 140 tokens"),
         (lambda one: one.generate(TEXT, max_tokens=0), "max_tokens and think_every"),
         (lambda one: one.generate(TEXT, think_every=0), "max_tokens and think_every"),
+        (lambda one: one.generate(TEXT, temperature=-1.0), "temperature at least 0 and finite"),
+        (lambda one: one.generate(TEXT, temperature=float("nan")), "temperature at least 0 and finite"),
         (lambda one: one.score([([5], [])]), "at least one token each"),
         (lambda one: one.next_token("a \ud800"), "contains a lone surrogate"),
         (lambda one: one.gains([5, 12]), "token 12 is none of the model's, which are 0 to 11"),

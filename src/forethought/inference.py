@@ -299,8 +299,8 @@ class ThinkingModel:
         context window.
         """
         tokens, rule = self.encode(text), thinking_rule(think_when, thoughts)
-        if max_tokens < 1 or think_every < 1 or temperature < 0:
-            raise UserError("max_tokens and think_every must be at least 1, temperature at least 0")
+        if max_tokens < 1 or think_every < 1 or not 0 <= temperature < math.inf:
+            raise UserError("max_tokens and think_every must be at least 1, temperature at least 0 and finite")
         self.check_length(len(tokens) + max_tokens, thoughts)
         how = {"thoughts": thoughts, "rule": rule, "temperature": temperature, "seed": seed}
         return self._generate(tokens, (max_tokens, think_every), **how)

@@ -272,11 +272,10 @@ def pooled(seeds: Sequence[dict[str, Records]], bases: Sequence[dict[str, Record
     """
     figures: dict[str, float] = {}
     for name, drawn in drawn_together(seeds, bases).items():
-        first = drawn.first
+        document, windows = drawn.first.document, clusters(drawn.first)
         figures |= _flat(name, drawn.estimates)
-        figures[f"{name}/positions"], figures[f"{name}/documents"] = len(first.at), len(set(first.document))
-        if (windows := clusters(first)) != first.document:
-            figures[f"{name}/windows"] = len(set(windows))
+        figures |= {f"{name}/positions": len(document), f"{name}/documents": len(set(document))}
+        figures |= {f"{name}/windows": len(set(windows))} if windows != document else {}
     return figures
 
 

@@ -357,6 +357,8 @@ def test_a_process_takes_several_jobs_and_one_that_is_killed_is_replaced(
         ('above = ["base"]', "at_most = nan", r"claims.0.at_most = nan: .*finite number"),
         ('above = ["base"]', 'not_above = ["base"]\nmargin = inf', r"claims.0.margin = inf: .*finite number"),
         ('above = ["base"]', "", r"claims.0: takes one of above, not_above, equals, at_most"),
+        ('above = ["base"]', 'not_above = ["base"]\nagainst = "all/x"', r"claims.0: against belongs to above"),
+        ('above = ["base"]', "at_most = 1\nmargin = 0.1", r"claims.0: .*margin to above and not_above"),
         ('equals = ["rlp", "cpt-tokens"]', 'equals = ["base"]', r"claims.1: the base was not trained"),
         ("seeds = [0, 1]", "seeds = [0, 0]", r"seeds = \[0, 0\]: names a seed twice"),
         ("seeds = [0, 1]", "seeds = [1]", r"sweeps.group: its seeds, \[0\], are none of"),

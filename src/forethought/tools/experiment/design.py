@@ -231,6 +231,8 @@ def _check_claims(arms: dict[str, Arm], claims: list[Claim]) -> None:
         kinds = [claim.above, claim.not_above, claim.equals, claim.at_most is not None]
         if sum(map(bool, kinds)) != 1 or bool(claim.equals) == bool(claim.metrics):
             raise UserError(f"{where}: takes one of above, not_above, equals, at_most; and metrics unless equals")
+        if (claim.against and not claim.above) or (claim.margin and not (claim.above or claim.not_above)):
+            raise UserError(f"{where}: against belongs to above; margin to above and not_above")
 
 
 def _config(name: str, start: Config, options: dict[str, Any], fixed: dict[str, Any] | None = None) -> Config:

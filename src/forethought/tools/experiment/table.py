@@ -139,8 +139,7 @@ def _differences(measured: dict[str, dict[int, Recorded]]) -> list[Row]:
 
     def drawn(arm: str, seeds: tuple[int, ...]) -> dict[str, Drawn]:
         if (arm, seeds) not in known:
-            ours, bases = ([measured[name][seed] for seed in seeds] for name in (arm, BASE))
-            known[arm, seeds] = drawn_together(ours, bases)
+            known[arm, seeds] = drawn_together(*([measured[one][seed] for seed in seeds] for one in (arm, BASE)))
         return known[arm, seeds]
 
     for arm, seeds in measured.items():
