@@ -123,8 +123,9 @@ def test_rows_hold_every_metric_seed_and_difference(finished: Any):
             assert row["low"] <= row["value"] <= row["high"]
     both = [found["rlp", seed, "all/ce_think"]["value"] for seed in (0, 1)]
     assert found["rlp", "all", "all/ce_think"]["value"] == pytest.approx(sum(both) / 2)
-    gap = found["rlp", "all", "all/ce_think"]["value"] - found["cpt-flops", "all", "all/ce_think"]["value"]
-    assert found["rlp", "all", "minus/cpt-flops/all/ce_think"]["value"] == pytest.approx(gap)
+    for metric in ("all/ce_think", "all/gain_over_base", "all/drift"):
+        gap = found["rlp", "all", metric]["value"] - found["cpt-flops", "all", metric]["value"]
+        assert found["rlp", "all", f"minus/cpt-flops/{metric}"]["value"] == pytest.approx(gap)
     assert found["rlp", 0, "cost/flops"]["value"] == summary(run, "rlp/seed-0")["flops"]
     assert ("cpt-flops", "all", "minus/cpt-tokens/all/ce_think") in found
     assert ("cpt-flops", "all", "minus/cpt-flops/all/ce_think") not in found
@@ -450,6 +451,10 @@ def test_above_is_judged_by_the_paired_difference_where_there_is_one(
     (verdict,) = table.judge(dataclasses.replace(experiment(tmp_path), claims=(claim,)), made, [])
     assert (verdict.holds, verdict.claim) == (holds, "a above base in all/x")
     assert verdict.evidence.startswith("difference 0.1 [")
+    claim = dataclasses.replace(claim, against="all/y")  # a difference in x says nothing of another metric
+    made.append(Row(arm="base", seed="all", metric="all/y", value=1.0, low=0.9, high=1.1))
+    (verdict,) = table.judge(dataclasses.replace(experiment(tmp_path), claims=(claim,)), made, [])
+    assert (verdict.holds, verdict.claim) == (False, "a above base (its all/y) in all/x, intervals apart")
 
 
 @pytest.mark.parametrize(("low", "high", "holds"), [(-0.1, 0.02, True), (-0.1, 0.03, False), (-0.2, -0.01, True)])
