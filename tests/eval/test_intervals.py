@@ -25,7 +25,7 @@ def noisy(size: int, shift: float = 0.0) -> heldout.Records:
 
 
 def pooled(seeds: list[heldout.Records]) -> dict[str, float]:
-    return heldout.pooled([{"all": one} for one in seeds], [{"all": one} for one in seeds])
+    return heldout.figures(heldout.drawn_together([{"all": one} for one in seeds], [{"all": one} for one in seeds]))
 
 
 def paired(ours: list[dict[str, heldout.Records]], theirs: list[dict[str, heldout.Records]]) -> dict[str, float]:
@@ -82,7 +82,7 @@ def test_pooling_takes_the_mean_over_seeds_and_widens_by_their_spread():
 def test_each_seed_is_compared_with_its_own_base():
     seeds = [records([0, 1], [-1.0, -1.0], [-2.0, -2.0]), records([0, 1], [-3.0, -3.0], [-2.0, -2.0])]
     bases = [records([0, 1], [-9.0, -9.0], [-2.0, -2.0]), records([0, 1], [-9.0, -9.0], [-8.0, -8.0])]
-    figures = heldout.pooled([{"all": one} for one in seeds], [{"all": one} for one in bases])
+    figures = heldout.figures(heldout.drawn_together([{"all": one} for one in seeds], [{"all": one} for one in bases]))
     assert figures["all/gain_over_base"] == 3.0  # (1 + 5) / 2
     assert figures["all/drift"] == -3.0  # (0 - 6) / 2
 

@@ -262,21 +262,7 @@ def summarize(records: dict[str, Records], base: dict[str, Records]) -> dict[str
 
     `base` holds the untouched model's records at the same positions; pass the records themselves for the base.
     """
-    return pooled([records], [base])
-
-
-def pooled(seeds: Sequence[dict[str, Records]], bases: Sequence[dict[str, Records]]) -> dict[str, float]:
-    """The figures of several runs that differ in their seed: means over seeds, intervals over seeds and documents.
-
-    Each seed has its own base (the same one again where all began with the same weights). See `intervals`.
-    """
-    figures: dict[str, float] = {}
-    for name, drawn in drawn_together(seeds, bases).items():
-        document, windows = drawn.first.document, clusters(drawn.first)
-        figures |= _flat(name, drawn.estimates)
-        figures |= {f"{name}/positions": len(document), f"{name}/documents": len(set(document))}
-        figures |= {f"{name}/windows": len(set(windows))} if windows != document else {}
-    return figures
+    return figures(drawn_together([records], [base]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -288,12 +274,26 @@ class Drawn:
 
 
 def drawn_together(seeds: Sequence[dict[str, Records]], bases: Sequence[dict[str, Records]]) -> dict[str, Drawn]:
-    """The groups that all seeds have, each seed with its base: for `differences`, computed once for each arm."""
+    """Runs that differ in their seed, for `figures` and `differences`: the groups of positions that all of them have.
+
+    Each seed has its own base (the same one again where all began with the same weights). See `intervals`.
+    """
     return {
         name: Drawn(first=first, estimates=_estimates([one[name] for one in seeds], [one[name] for one in bases]))
         for name, first in seeds[0].items()
         if all(name in one for one in seeds)
     }
+
+
+def figures(drawn: Mapping[str, Drawn]) -> dict[str, float]:
+    """Means over seeds, intervals over seeds and documents, and how much was measured."""
+    found: dict[str, float] = {}
+    for name, one in drawn.items():
+        document, windows = one.first.document, clusters(one.first)
+        found |= _flat(name, one.estimates)
+        found |= {f"{name}/positions": len(document), f"{name}/documents": len(set(document))}
+        found |= {f"{name}/windows": len(set(windows))} if windows != document else {}
+    return found
 
 
 def differences(mine: Mapping[str, Drawn], theirs: Mapping[str, Drawn]) -> dict[str, float]:
@@ -303,13 +303,13 @@ def differences(mine: Mapping[str, Drawn], theirs: Mapping[str, Drawn]) -> dict[
     a document hard for both does not widen the interval. Groups and metrics are those that both sides have. Raises
     UserError for arms that were measured at different positions.
     """
-    figures: dict[str, float] = {}
+    found: dict[str, float] = {}
     for name in [name for name in mine if name in theirs]:
         left, right = mine[name], theirs[name]
         _check_same(left.first, [right.first])
         shared = [metric for metric in left.estimates if metric in right.estimates]
-        figures |= _flat(name, {metric: left.estimates[metric] - right.estimates[metric] for metric in shared})
-    return figures
+        found |= _flat(name, {metric: left.estimates[metric] - right.estimates[metric] for metric in shared})
+    return found
 
 
 def _estimates(mine: Sequence[Records], bases: Sequence[Records]) -> dict[str, Estimate]:
@@ -334,12 +334,12 @@ def _check_same(first: Records, others: Sequence[Records]) -> None:
 
 
 def _flat(name: str, estimates: Mapping[str, Estimate]) -> dict[str, float]:
-    figures = {}
+    found = {}
     for metric, one in estimates.items():
-        figures[f"{name}/{metric}"] = one.value
+        found[f"{name}/{metric}"] = one.value
         if interval := one.interval():
-            figures[f"{name}/{metric}/low"], figures[f"{name}/{metric}/high"] = interval
-    return figures
+            found[f"{name}/{metric}/low"], found[f"{name}/{metric}/high"] = interval
+    return found
 
 
 def _ratios(mine: Records, base: Records) -> dict[str, Ratio]:

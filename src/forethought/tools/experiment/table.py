@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from itertools import permutations
 from typing import Any
 
-from forethought.eval.heldout import Drawn, differences, drawn_together, pooled
+from forethought.eval.heldout import Drawn, differences, drawn_together, figures
 from forethought.eval.intervals import MIN_CLUSTERS
 from forethought.run.folder import RunLog
 from forethought.tools.experiment import questions
@@ -20,19 +22,39 @@ def rows(experiment: Experiment, done: Sequence[Job]) -> list[Row]:
     the runs; its low and high are the minimum and maximum over seeds. `questions/...` are results of benchmark
     questions. Arms without finished jobs have no rows.
     """
+    measured = _measured(experiment, done)
+
+    @cache
+    def drawn(arm: str, seeds: tuple[int, ...]) -> dict[str, Drawn]:
+        return drawn_together(*([measured[one][seed] for seed in seeds] for one in (arm, BASE)))
+
+    table = _rows(BASE, ALL, figures(drawn(BASE, tuple(measured[BASE]))))
+    for name in [name for name in experiment.arms if measured[name]]:
+        table += _rows(name, ALL, figures(drawn(name, tuple(measured[name]))))
+        for seed in measured[name]:
+            table += _rows(name, seed, figures(drawn(name, (seed,))))
+        table += _costs(experiment, name, list(measured[name]))
+    for name, other in permutations((BASE, *experiment.named), 2):
+        seeds = tuple(measured[name])
+        if name != BASE and seeds and measured[name].keys() <= measured[other].keys():
+            table += _rows(name, ALL, differences(drawn(name, seeds), drawn(other, seeds)), f"minus/{other}/")
+    swept = [(curve, value, name) for curve in experiment.curves for value, name in curve.points]
+    for curve, value, name in swept:
+        seeds = tuple(seed for seed in measured[name] if seed in curve.seeds)
+        if seeds and name in experiment.named:
+            table += _rows(label(curve, value, name), ALL, figures(drawn(name, seeds)))
+    return table + _answers(experiment, done)
+
+
+def _measured(experiment: Experiment, done: Sequence[Job]) -> dict[str, dict[int, Recorded]]:
+    """The records of each arm and seed; the base's are the same for every seed, but for the phase after it."""
     start = records(experiment.run / BASE)
     after = {job.seed: post_records(experiment, experiment.run / BASE / f"seed-{job.seed}") for job in experiment.jobs}
-    base = {seed: start | some for seed, some in after.items()}
-    measured: dict[str, dict[int, Recorded]] = {name: {} for name in experiment.arms}
+    measured = {BASE: {seed: start | some for seed, some in after.items()}} | {name: {} for name in experiment.arms}
     for job in done:
         folder = experiment.run / job.name
         measured[job.arm][job.seed] = records(folder) | post_records(experiment, folder)
-    table = _rows(BASE, ALL, pooled([start], [start]) | pooled(list(after.values()), list(after.values())))
-    for name, seeds in measured.items():
-        if seeds:
-            table += _of_arm(name, seeds, base) + _costs(experiment, name, list(seeds))
-    table += _differences({BASE: base} | {name: measured[name] for name in experiment.named})
-    return table + _sweep_points(experiment, measured, base) + _answers(experiment, done)
+    return measured
 
 
 def judge(experiment: Experiment, table: Sequence[Row], done: Sequence[Job]) -> list[Verdict]:
@@ -95,7 +117,7 @@ def _equal(experiment: Experiment, done: Sequence[Job], arm: str, other: str) ->
     return Verdict(claim=said, holds=all(same), evidence=f"the same weights with {sum(same)} of {len(same)} seeds")
 
 
-def _rows(arm: str, seed: int | str, figures: Mapping[str, float | int], prefix: str = "") -> list[Row]:
+def _rows(arm: str, seed: int | str, found: Mapping[str, float | int], prefix: str = "") -> list[Row]:
     """One row for each figure; its interval is NAME/low and NAME/high, where there is one."""
     return [
         Row(
@@ -103,51 +125,12 @@ def _rows(arm: str, seed: int | str, figures: Mapping[str, float | int], prefix:
             seed=seed,
             metric=f"{prefix}{name}",
             value=value,
-            low=figures.get(f"{name}/low"),
-            high=figures.get(f"{name}/high"),
+            low=found.get(f"{name}/low"),
+            high=found.get(f"{name}/high"),
         )
-        for name, value in figures.items()
+        for name, value in found.items()
         if not name.endswith(("/low", "/high"))
     ]
-
-
-def _of_arm(arm: str, seeds: dict[int, Recorded], base: dict[int, Recorded]) -> list[Row]:
-    table = _rows(arm, ALL, pooled(list(seeds.values()), [base[seed] for seed in seeds]))
-    for seed, one in seeds.items():
-        table += _rows(arm, seed, pooled([one], [base[seed]]))
-    return table
-
-
-def _sweep_points(
-    experiment: Experiment, measured: dict[str, dict[int, Recorded]], base: dict[int, Recorded]
-) -> list[Row]:
-    """The points of sweeps that are arms of the file, over the sweep's seeds only."""
-    table = []
-    for curve in experiment.curves:
-        for value, arm in curve.points:
-            seeds = {seed: one for seed, one in measured[arm].items() if seed in curve.seeds}
-            if arm in experiment.named and seeds:
-                figures = pooled(list(seeds.values()), [base[seed] for seed in seeds])
-                table += _rows(label(curve, value, arm), ALL, figures)
-    return table
-
-
-def _differences(measured: dict[str, dict[int, Recorded]]) -> list[Row]:
-    """Each arm with the base and with every arm that has its seeds too. Each arm is resampled once."""
-    table: list[Row] = []
-    known: dict[tuple[str, tuple[int, ...]], dict[str, Drawn]] = {}
-
-    def drawn(arm: str, seeds: tuple[int, ...]) -> dict[str, Drawn]:
-        if (arm, seeds) not in known:
-            known[arm, seeds] = drawn_together(*([measured[one][seed] for seed in seeds] for one in (arm, BASE)))
-        return known[arm, seeds]
-
-    for arm, seeds in measured.items():
-        for other, theirs in measured.items():
-            if arm not in (BASE, other) and seeds and seeds.keys() <= theirs.keys():
-                figures = differences(drawn(arm, tuple(seeds)), drawn(other, tuple(seeds)))
-                table += _rows(arm, ALL, figures, f"minus/{other}/")
-    return table
 
 
 def _costs(experiment: Experiment, arm: str, seeds: Sequence[int]) -> list[Row]:
@@ -187,5 +170,5 @@ def _answers(experiment: Experiment, done: Sequence[Job]) -> list[Row]:
     return table
 
 
-def _answered(arm: str, seed: int | str, figures: Mapping[str, float | int], prefix: str = "") -> list[Row]:
-    return _rows(arm, seed, questions.with_intervals(dict(figures)), f"{prefix}{QUESTIONS}/")
+def _answered(arm: str, seed: int | str, found: Mapping[str, float | int], prefix: str = "") -> list[Row]:
+    return _rows(arm, seed, questions.with_intervals(dict(found)), f"{prefix}{QUESTIONS}/")
