@@ -17,7 +17,6 @@ import errno
 import fcntl
 import gzip
 import io
-import itertools
 import json
 import math
 import os
@@ -242,20 +241,17 @@ def numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def read_jsonl(
-    path: str | Path, *, skip: int = 0, allow_truncated: bool = False
-) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_jsonl(path: str | Path, *, allow_truncated: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers (from 1) and rows of a JSON Lines file (.gz and .zst too); blank lines are ignored.
 
     Args:
-        skip: pass over this many rows without parsing them.
         allow_truncated: ignore a last line that does not parse and has no newline, as a killed process leaves it.
 
     Raises:
         UserError: a malformed line or compressed stream, with file and line.
         OSError: the file cannot be opened.
     """
-    for number, line in itertools.islice(numbered_lines(str(path)), skip, None):
+    for number, line in numbered_lines(str(path)):
         try:
             row = parse_json(line, str(path), number)
         except UserError:

@@ -357,6 +357,7 @@ def test_a_process_takes_several_jobs_and_one_that_is_killed_is_replaced(
         ('above = ["base"]', 'above = ["x"]', r"claims.0: there is no arm 'x'"),
         ('above = ["base"]', "at_most = nan", r"claims.0.at_most = nan: .*finite number"),
         ('above = ["base"]', 'not_above = ["base"]\nmargin = inf', r"claims.0.margin = inf: .*finite number"),
+        ('metrics = ["all/', 'metrics = ["all/x", "all/', r"claims.0: 'all/x' is no GROUP/METRIC"),
         ('above = ["base"]', "", r"claims.0: takes one of above, not_above, equals, at_most"),
         ('above = ["base"]', 'not_above = ["base"]\nagainst = "all/x"', r"claims.0: against belongs to above"),
         ('above = ["base"]', "at_most = 1\nmargin = 0.1", r"claims.0: .*margin to above and not_above"),

@@ -5,7 +5,7 @@ RUN/ARM/seed-N/                    the arm's run folder, its records.json and ge
 RUN/ARM/seed-N/documents.json      for the thought viewer, with the first seed
 RUN/ARM/seed-N/answers.json        results of the experiment's questions (questions.py); also base/answers.json
 RUN/ARM/seed-N/spent.json          seconds and CPU seconds of the job
-RUN/ARM/seed-N/post/               post-training: a run folder for each stage, and records.json after the last
+RUN/ARM/seed-N/post/               post-training: a run folder for each stage, records.json in that of the last
 RUN/base/seed-N/post/              the same for the start
 """
 
@@ -24,7 +24,7 @@ from forethought.run.trackers import Callbacks
 from forethought.tools import resume, train
 from forethought.tools.experiment import questions
 from forethought.tools.experiment.design import BASE, Experiment, Job
-from forethought.tools.posttrain import chain
+from forethought.tools.posttrain import chain, last_stage
 
 RECORDS, GENERIC, SPENT, POST = "records.json", "generic.json", "spent.json", "post"
 Recorded = dict[str, heldout.Records]
@@ -53,14 +53,14 @@ def measure_base(experiment: Experiment, observer: Callbacks, meter: Meter) -> N
     known, seeds = (folder / RECORDS).is_file(), sorted({job.seed for job in experiment.jobs})
     if known:
         _check_same(RunLog.open(folder).config(), experiment.start, BASE)
-        trained = [(folder / f"seed-{seed}" / POST / RECORDS).is_file() for seed in seeds if experiment.post]
-        if questions.done(experiment, folder) and all(trained):
+        posttrained = [_posttrained(experiment, folder / f"seed-{seed}") for seed in seeds]
+        if questions.done(experiment, folder) and all(posttrained):
             return
     observer.part(BASE)
     if not known:
         start = dataclasses.replace(experiment.start, overwrite=True)
         subject = eval.subject_of(start)
-        _measure(RunLog.create(start), subject, observer)
+        _measure(experiment, RunLog.create(start), subject, observer)
     questions.ask(experiment, experiment.start, folder, observer)
     for seed in seeds:
         _posttrain(experiment, dataclasses.replace(experiment.start, seed=seed), folder / f"seed-{seed}", observer)
@@ -83,9 +83,8 @@ def finished(experiment: Experiment, job: Job) -> bool:
     known = job.needs is None or (experiment.run / job.needs / "summary.json").is_file()
     if known:
         _check_same(RunLog.open(folder).config(), _with_budget(experiment, job), job.name)
-    last = folder / POST if experiment.post else folder
-    recorded = (folder / RECORDS).is_file() and (last / RECORDS).is_file()
-    return known and recorded and questions.done(experiment, folder)
+    measured = (folder / RECORDS).is_file() and _posttrained(experiment, folder)
+    return known and measured and questions.done(experiment, folder)
 
 
 def run_job(experiment: Experiment, job: Job, observer: Callbacks, meter: Meter) -> None:
@@ -118,7 +117,7 @@ def _measure_job(experiment: Experiment, job: Job, config: Config, observer: Cal
     if not (folder / RECORDS).is_file():
         subject = eval.trained_subject(config, folder)
         first = job.seed == experiment.of(job.arm)[0].seed
-        _measure(RunLog.open(folder), subject, observer, view_as=job.name if first else "")
+        _measure(experiment, RunLog.open(folder), subject, observer, viewed=job.name if first else "")
     trained = eval.trained(config, folder)
     questions.ask(experiment, trained, folder, observer)
     _posttrain(experiment, trained, folder, observer)
@@ -132,7 +131,7 @@ def records(folder: Path) -> Recorded:
 
 def post_records(experiment: Experiment, folder: Path) -> Recorded:
     """The records after post-training, as groups `post:NAME`; empty where there is none."""
-    found = _read(folder / POST) if experiment.post else {}
+    found = _read(last_stage(experiment.post, folder / POST)) if experiment.post else {}
     return {f"post:{name}": one for name, one in found.items()}
 
 
@@ -150,13 +149,13 @@ def weights(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _measure(log: RunLog, subject: heldout.Subject, observer: Callbacks, view_as: str = "") -> None:
-    windows = heldout.held_out(subject.config, subject.tokenizer)
+def _measure(of: Experiment, log: RunLog, subject: heldout.Subject, observer: Callbacks, viewed: str = "") -> None:
+    windows = heldout.held_out(of.start, subject.tokenizer)  # an arm may read its own corpus otherwise
     generic = controls.generic_thought(subject, windows, observer.phase)
     found = controls.measure(subject, windows, observer.phase, generic)
-    if view_as and subject.config.evaluate.view:
-        reference = subject.model if subject.teacher is None else subject.teacher
-        log.write_json("documents.json", viewer.documents(subject, reference, windows, view_as, observer.phase))
+    if viewed and subject.config.evaluate.view:
+        start = eval.subject_of(of.start).model if subject.teacher is None else subject.teacher
+        log.write_json("documents.json", viewer.documents(subject, start, windows, viewed, observer.phase))
     if generic is not None:
         log.write_json(GENERIC, {"text": subject.tokenizer.decode(generic)})
     log.write_json(RECORDS, {name: dataclasses.asdict(fields) for name, fields in found.items()})
@@ -167,8 +166,13 @@ def _posttrain(experiment: Experiment, start: Config, folder: Path, observer: Ca
     if not experiment.post:
         return
     last = chain(experiment.post, start, folder / POST, observer)
-    if not (folder / POST / RECORDS).is_file():
-        _measure(RunLog(folder / POST), eval.trained_subject(start, last), observer)
+    if not (last / RECORDS).is_file():
+        _measure(experiment, RunLog.open(last), eval.trained_subject(start, last), observer)
+
+
+def _posttrained(experiment: Experiment, folder: Path) -> bool:
+    """Whether post-training is done and measured; without stages always. Raises UserError for other stages."""
+    return not experiment.post or (last_stage(experiment.post, folder / POST) / RECORDS).is_file()
 
 
 def _with_budget(experiment: Experiment, job: Job) -> Config:

@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationErro
 from pydantic.dataclasses import dataclass
 
 from forethought.config import Config, UserError, as_json, find, from_dict, load, merge, read_toml, to_dict
+from forethought.config.registry import METRICS
 from forethought.tools.posttrain.stage import Stage
 from forethought.tools.posttrain.stage import read as read_stage
 from forethought.tools.report.comparison import BASE, Published
@@ -233,6 +234,9 @@ def _check_claims(arms: dict[str, Arm], claims: list[Claim]) -> None:
             raise UserError(f"{where}: takes one of above, not_above, equals, at_most; and metrics unless equals")
         if (claim.against and not claim.above) or (claim.margin and not (claim.above or claim.not_above)):
             raise UserError(f"{where}: against belongs to above; margin to above and not_above")
+        for metric in filter(None, [*claim.metrics, claim.against]):
+            if "/" not in metric or metric.rpartition("/")[2] not in METRICS:
+                raise UserError(f"{where}: {metric!r} is no GROUP/METRIC of docs/metrics.md")
 
 
 def _config(name: str, start: Config, options: dict[str, Any], fixed: dict[str, Any] | None = None) -> Config:

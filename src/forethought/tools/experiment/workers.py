@@ -16,6 +16,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import torch
+
 from forethought.config import RunError, UserError
 from forethought.run.signals import SignalArrived, SignalGuard, Stopped, stoppable
 from forethought.run.trackers import Callbacks
@@ -64,7 +66,7 @@ class WorkerPool:
         Raises UserError for a user's mistake in an arm, SignalArrived.
         """
         guard, environment = SignalGuard(deferred=True), dict(os.environ)
-        threads = max(1, len(os.sched_getaffinity(0)) // self.experiment.processes)
+        threads = max(1, torch.get_num_threads() // self.experiment.processes)
         os.environ.update(OMP_NUM_THREADS=str(threads), TQDM_DISABLE="1")  # inherited by the workers
         observer.part("")
         try:

@@ -67,16 +67,26 @@ def chain(stages: Sequence[Stage], start: Config, folder: Path, callbacks: Callb
     `start`: a config whose model is the start. Returns the folder of the last stage. Raises UserError if a folder
     contains a different stage.
     """
-    last = folder
-    for number, stage in enumerate(stages, start=1):
-        last = folder / f"{number}-{stage.stage}"
-        if (last / "summary.json").is_file():
-            if stage_from_dict(RunLog.open(last).read_json("stage.json"), last) != stage:
-                raise UserError(f"{last} contains a different {stage.stage} stage; name another run (--run PATH)")
-        else:
-            run_stage(stage, stage_config(stage, start, last, start.seed), callbacks)
-        start = trained(start, last)
+    last = last_stage(stages, folder)
+    for stage, run in zip(stages, _folders(stages, folder), strict=True):
+        if not (run / "summary.json").is_file():
+            run_stage(stage, stage_config(stage, start, run, start.seed), callbacks)
+        start = trained(start, run)
     return last
+
+
+def last_stage(stages: Sequence[Stage], folder: Path) -> Path:
+    """The folder of the last stage of a chain, finished or not. Raises UserError if one contains a different stage."""
+    runs = _folders(stages, folder)
+    for stage, run in zip(stages, runs, strict=True):
+        file = run / "stage.json"
+        if file.is_file() and stage_from_dict(RunLog(run).read_json(file.name), file) != stage:
+            raise UserError(f"{run} contains a different {stage.stage} stage; name another run (--run PATH)")
+    return runs[-1]
+
+
+def _folders(stages: Sequence[Stage], folder: Path) -> list[Path]:
+    return [folder / f"{number}-{stage.stage}" for number, stage in enumerate(stages, start=1)]
 
 
 def run_stage(stage: Stage, config: Config, callbacks: Callbacks) -> None:
