@@ -18,7 +18,7 @@ from forethought.models.loading import EMBEDDED, load_model, load_thinking_optio
 from forethought.run.folder import RunLog
 from forethought.run.trackers import Callbacks
 from forethought.tools.experiment import compare
-from forethought.tools.posttrain import chain, completion_loss, posttrain
+from forethought.tools.posttrain import chain, completion_loss, last_stage, posttrain
 from forethought.tools.posttrain.stage import Example, Stage, Verified, examples, read, stage_config
 from forethought.trainer import resume
 from helpers.models import config as tiny
@@ -409,3 +409,13 @@ def test_a_trainer_reads_the_exact_tokens_of_a_prompt(tmp_path):
     rows = [Example(prompt=odd, completion=[], answer="")] * 2
     grpo((model, tokenizer), rows, reward, stage, config, lambda done, total: None)
     assert seen[0] == odd
+
+
+def test_post_training_is_done_only_for_the_stages_of_the_file(tmp_path: Path):
+    sft, rlvr = SFT, RLVR
+    assert last_stage([sft], tmp_path) == tmp_path / "1-sft"
+    (tmp_path / "1-sft").mkdir()
+    (tmp_path / "1-sft" / "stage.json").write_text(json.dumps(dataclasses.asdict(sft)))
+    assert last_stage([sft, rlvr], tmp_path) == tmp_path / "2-rlvr"
+    with pytest.raises(UserError, match="1-sft contains a different sft stage"):
+        last_stage([dataclasses.replace(sft, think=not sft.think)], tmp_path)
