@@ -417,5 +417,7 @@ def test_post_training_is_done_only_for_the_stages_of_the_file(tmp_path: Path):
     (tmp_path / "1-sft").mkdir()
     (tmp_path / "1-sft" / "stage.json").write_text(json.dumps(dataclasses.asdict(sft)))
     assert last_stage([sft, rlvr], tmp_path) == tmp_path / "2-rlvr"
+    assert last_stage([dataclasses.replace(sft, think=not sft.think)], tmp_path)  # unfinished: it starts again
+    (tmp_path / "1-sft" / "summary.json").write_text("{}")
     with pytest.raises(UserError, match="1-sft contains a different sft stage"):
         last_stage([dataclasses.replace(sft, think=not sft.think)], tmp_path)

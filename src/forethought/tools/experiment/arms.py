@@ -60,7 +60,7 @@ def measure_base(experiment: Experiment, observer: Callbacks, meter: Meter) -> N
     if not known:
         start = dataclasses.replace(experiment.start, overwrite=True)
         subject = eval.subject_of(start)
-        _measure(experiment, RunLog.create(start), subject, observer)
+        _measure(experiment.start, RunLog.create(start), subject, observer)
     questions.ask(experiment, experiment.start, folder, observer)
     for seed in seeds:
         _posttrain(experiment, dataclasses.replace(experiment.start, seed=seed), folder / f"seed-{seed}", observer)
@@ -117,7 +117,7 @@ def _measure_job(experiment: Experiment, job: Job, config: Config, observer: Cal
     if not (folder / RECORDS).is_file():
         subject = eval.trained_subject(config, folder)
         first = job.seed == experiment.of(job.arm)[0].seed
-        _measure(experiment, RunLog.open(folder), subject, observer, viewed=job.name if first else "")
+        _measure(experiment.start, RunLog.open(folder), subject, observer, viewed=job.name if first else "")
     trained = eval.trained(config, folder)
     questions.ask(experiment, trained, folder, observer)
     _posttrain(experiment, trained, folder, observer)
@@ -149,13 +149,13 @@ def weights(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _measure(of: Experiment, log: RunLog, subject: heldout.Subject, observer: Callbacks, viewed: str = "") -> None:
-    windows = heldout.held_out(of.start, subject.tokenizer)  # an arm may read its own corpus otherwise
+def _measure(start: Config, log: RunLog, subject: heldout.Subject, observer: Callbacks, viewed: str = "") -> None:
+    windows = heldout.held_out(start, subject.tokenizer)  # an arm may read its own corpus otherwise
     generic = controls.generic_thought(subject, windows, observer.phase)
     found = controls.measure(subject, windows, observer.phase, generic)
     if viewed and subject.config.evaluate.view:
-        start = eval.subject_of(of.start).model if subject.teacher is None else subject.teacher
-        log.write_json("documents.json", viewer.documents(subject, start, windows, viewed, observer.phase))
+        reference = eval.subject_of(start).model if subject.teacher is None else subject.teacher
+        log.write_json("documents.json", viewer.documents(subject, reference, windows, viewed, observer.phase))
     if generic is not None:
         log.write_json(GENERIC, {"text": subject.tokenizer.decode(generic)})
     log.write_json(RECORDS, {name: dataclasses.asdict(fields) for name, fields in found.items()})
@@ -167,7 +167,7 @@ def _posttrain(experiment: Experiment, start: Config, folder: Path, observer: Ca
         return
     last = chain(experiment.post, start, folder / POST, observer)
     if not (last / RECORDS).is_file():
-        _measure(experiment, RunLog.open(last), eval.trained_subject(start, last), observer)
+        _measure(experiment.start, RunLog.open(last), eval.trained_subject(start, last), observer)
 
 
 def _posttrained(experiment: Experiment, folder: Path) -> bool:

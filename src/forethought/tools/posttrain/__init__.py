@@ -76,11 +76,11 @@ def chain(stages: Sequence[Stage], start: Config, folder: Path, callbacks: Callb
 
 
 def last_stage(stages: Sequence[Stage], folder: Path) -> Path:
-    """The folder of the last stage of a chain, finished or not. Raises UserError if one contains a different stage."""
+    """The folder of the last stage of a chain, finished or not. Raises UserError if one finished a different stage."""
     runs = _folders(stages, folder)
     for stage, run in zip(stages, runs, strict=True):
-        file = run / "stage.json"
-        if file.is_file() and stage_from_dict(RunLog(run).read_json(file.name), file) != stage:
+        done = (run / "summary.json").is_file()
+        if done and stage_from_dict(RunLog(run).read_json("stage.json"), run) != stage:
             raise UserError(f"{run} contains a different {stage.stage} stage; name another run (--run PATH)")
     return runs[-1]
 
