@@ -340,9 +340,10 @@ def test_an_experiment_takes_every_arm_and_the_base_through_the_same_stages(tmp_
     starts = [one.model.path for one in options]
     assert starts == ["embedded", *(str(run.parent / "policy") for run in runs[1:])]
     assert len({(one.seed, one.optim, one.train, one.method.name) for one in options}) == 1
-    times = [(run / "records.json").stat().st_mtime_ns for run in runs]
+    records = [run / "2-rlvr" / "records.json" for run in runs]
+    times = [one.stat().st_mtime_ns for one in records]
     compare(file, {"run": str(tmp_path / "run")})
-    assert [(run / "records.json").stat().st_mtime_ns for run in runs] == times
+    assert [one.stat().st_mtime_ns for one in records] == times
 
 
 @pytest.fixture
