@@ -402,7 +402,8 @@ def test_other_architectures_are_refused_by_name():
             UserError, match=rf"^model_type = '{other.model_type}': its FLOPs are not known; known are bamba"
         ):
             Shape.of(other)
-        assert Shape.known(other) is None
+    assert Shape.known(gpt2().config) is None
+    assert Shape.known(Gemma3Config()) == Shape.of(Gemma3Config().text_config)  # what is trained is the text model
     assert Shape.known(CONFIGS["llama"]) == Shape.of(CONFIGS["llama"])
 
 

@@ -451,6 +451,7 @@ def test_mixture_worked_by_hand():
         (lambda one: one.generate(TEXT, temperature=-1.0), "temperature at least 0 and finite"),
         (lambda one: one.generate(TEXT, temperature=float("nan")), "temperature at least 0 and finite"),
         (lambda one: one.score([([5], [])]), "at least one token each"),
+        (lambda one: one.score([([5], [6]), ([5] * 4, [6] * 117)]), "a text of 121 tokens with 9 for a thought"),
         (lambda one: one.next_token("a \ud800"), "contains a lone surrogate"),
         (lambda one: one.gains([5, 12]), "token 12 is none of the model's, which are 0 to 11"),
         (lambda one: one.log_likelihood([5, -1]), "token -1 is none"),

@@ -244,6 +244,14 @@ def test_a_budget_of_flops_takes_a_model_whose_flops_are_known(tmp_path: Path):
         go(tmp_path, "run", model=model, train={"flops": 1.0})
 
 
+def test_throughput_counts_the_positions_that_there_were(tmp_path: Path):
+    """Windows of 3 tokens have 2 positions, not the 8 that are asked for."""
+    short = {"corpus": {"window": 3, "min_tokens": 3}, "method": {"positions": 8}, "train": {"steps": 1, "batch": 16}}
+    train(from_dict(merge(options(tmp_path, "run"), short)))
+    [line] = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert line["time/positions_per_s"] * line["time/step_s"] == pytest.approx(2 * 2)
+
+
 def test_a_step_reads_as_many_windows_as_its_positions_take(tmp_path: Path):
     run = go(tmp_path, "run", method={"positions": 2}, train={"batch": 4, "steps": 2})
     config = from_dict(options(tmp_path, "run"))

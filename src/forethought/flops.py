@@ -118,7 +118,8 @@ class Shape:
 
     @classmethod
     def known(cls, config: Any) -> "Shape | None":
-        """The same, or None for an architecture that is not in FAMILIES: such a run reports no FLOPs."""
+        """The same of the text model, or None for an architecture that is not in FAMILIES: it reports no FLOPs."""
+        config = config.get_text_config()
         return cls.of(config) if config.model_type in FAMILIES else None
 
     def adapted(self, options: Lora) -> "Shape":

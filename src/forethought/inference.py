@@ -266,6 +266,7 @@ class ThinkingModel:
         if any(not context or not continuation for context, continuation in pairs):
             raise UserError("a context and its continuation must have at least one token each")
         rule = thinking_rule(think_when, thoughts)
+        self.check_length(max((len(context) + len(more) for context, more in pairs), default=0), thoughts)
         scores: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
         order = sorted(range(len(pairs)), key=lambda i: (-len(pairs[i][0]), pairs[i][0]))
         for batch in _by_context(order, pairs, self.config.train.rows):

@@ -114,7 +114,7 @@ def _fitting_here(config: Config) -> tuple[int, int, int]:
     method, ranks = config.method, distributed.world_size()
     modelled = method.samples_thoughts and method.name != "mixed" and config.rollout.engine == "native"
     try:
-        where, shape = device(config.model), Shape.known(load_architecture(config.model).get_text_config())
+        where, shape = device(config.model), Shape.known(load_architecture(config.model))
         shape = shape and shape.adapted(config.lora)
     except UserError:  # reported when the model is loaded, after what comes before it
         return 0, 0, 0
@@ -161,9 +161,7 @@ def resume(run: str | Path, callbacks: Callbacks | None = None, config: Config |
 def _trainer(config: Config) -> "Trainer":
     """The trainer of each process. Raises UserError where one cannot be made, or they would not train the same."""
     trainer = distributed.run_on_all_ranks(lambda: Trainer(config))
-    weights = trainer.network.model.parameters()
-    start = sum(float(parameter.detach().sum(dtype=torch.float64)) for parameter in weights)
-    found = distributed.all_gather((start, config))
+    found = distributed.all_gather((trainer.start, config))
     if any(other != found[0] for other in found):
         raise distributed.rank0_error(
             UserError("the processes do not see the same model and options; give each the same files")
@@ -234,6 +232,8 @@ class Trainer:
         self.held_out = heldout.held_out(config, self.tokenizer) if config.evaluate.path else []
         self.network = lora.load_network(config)
         self.policy = self.network.model
+        weights = (parameter.detach() for parameter in self.policy.parameters())
+        self.start = sum(float(weight.abs().sum(dtype=torch.float64)) for weight in weights)  # to know its weights by
         self.engine = TimedEngine(engine(self.network.model, self.form, config))
         method = registry.load("method", config.method.name)
         self.method: Method = method(self.network, self.engine, self.form, self.tokenizer, config)
@@ -463,7 +463,7 @@ class Trainer:
         figures = {"time/step_s": seconds, "time/update_s": seconds - collect}
         if "rollout/tokens" in sums:
             figures["time/thought_tokens_per_s"] = sums["rollout/tokens"][0] / seconds
-            figures["time/positions_per_s"] = self.config.train.batch / seconds
+            figures["time/positions_per_s"] = sums["rollout/length"][1] / self.config.method.group / seconds
         else:
             figures["time/windows_per_s"] = self.config.train.batch / seconds
         if self.shape is not None:
@@ -481,7 +481,6 @@ class Trainer:
         name = f"evaluation-{when}.json"
         if distributed.all_gather((log.path / name).is_file())[0]:
             saved = log.read_json(name)
-            saved.pop("held-out/crc32", None)  # where versions before 0.2 kept a checksum
             try:
                 records = {group: heldout.Records(**fields) for group, fields in saved.items()}
             except TypeError as error:
@@ -514,7 +513,7 @@ class Trainer:
             self.offload.ready()
         tensors = sharding.local_state(self._networks(), self.optimizer)
         state = {"step": self.step, "seconds": self.seconds, "cursor": self.stream.cursor()}
-        state["cost"] = dataclasses.asdict(self.cost)
+        state |= {"cost": dataclasses.asdict(self.cost), "start": self.start}
         snapshot = checkpoint.Snapshot(tensors=tensors, state=state)
         checkpoint.save(log.path, self.step, snapshot, self.config.train.keep_checkpoints)
         self.saved = self.step
@@ -536,13 +535,16 @@ class Trainer:
             distributed.run_on_rank0(lambda: log.rewind(0))
             return []
         saved = distributed.run_on_all_ranks(lambda: checkpoint.Saved(path, check=distributed.is_rank0()))
+        if not math.isclose(saved.state.get("start", self.start), self.start, rel_tol=1e-9):  # 0.2 saved none
+            what = f"model.path = {self.config.model.path!r}: has other weights than when the run began"
+            raise distributed.rank0_error(UserError(f"{what}; put them back, or begin the run again"))
         sharding.load_state(saved, self._networks(), self.optimizer)
         self.step = self.saved = saved.state["step"]
         self._seconds = saved.state["seconds"]
         self.cost = Flops(**saved.state["cost"])
         cursor = saved.state["cursor"]
         self.stream.seek(cursor)
-        changed = self.stream.changed(cursor) if moved or "files" in cursor else []
+        changed = self.stream.changed(cursor)
         if moved and changed:
             what = f"corpus.path = {self.config.corpus.path!r}: is another corpus than that of the run"
             raise distributed.rank0_error(

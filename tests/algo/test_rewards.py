@@ -144,6 +144,8 @@ def test_nan_is_not_filtered_out(option):
         (Rewards(value=torch.full((2, 2), -math.inf), shift=None), "returned NaN or infinity for 4 of 4 thoughts"),
         ([[0.0, 0.0]] * 2, "returned a list, must be a tensor"),
         (Rewards(value=torch.zeros(2, 3), shift=None), "returned shape"),
+        (Rewards(value=torch.zeros(3, 2), shift=torch.zeros(3)), r"returned shape \(3,\), must be \(2,\)"),
+        (Rewards(value=torch.zeros(2, 2), shift=torch.tensor([0.0, math.nan])), "returned NaN .* for 1 of 2 positions"),
     ],
 )
 def test_what_a_reward_may_not_return(found, text):

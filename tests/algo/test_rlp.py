@@ -5,15 +5,20 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from forethought.algo.policy_gradient import Microbatch
 from forethought.data.positions import ThoughtFormat, draw_positions, make_generator, pad_rows
+from forethought.rollout import thought_tokens
 from helpers.models import (
     CLOSE,
     FORM,
     LONG,
     OPEN,
     WINDOWS,
+    WORDS,
     assert_close,
     collected,
     config,
@@ -209,6 +214,22 @@ def test_a_teacher_that_is_asked_less_often_changes_nothing(every, step, asked):
         assert ("reward/gain" in batch.metrics) == (often == 1 or asked)
         slopes.append(update(method, batch.microbatches))
     assert all(torch.equal(one, other) for one, other in zip(*slopes, strict=True))
+
+
+def test_leakage_counts_only_targets_that_have_a_text():
+    empty = 10
+    blank = tuple(" " if token == empty else word for token, word in enumerate(WORDS))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({w: i for i, w in enumerate(blank)})))
+    record = rlp(qwen3(), config(group=4)).collect(WINDOWS, 1)
+    targets = record.shard.positions.targets()[:, 0].tolist()
+    said = thought_tokens(record.thoughts, FORM)
+    shares = [
+        sum(blank[target] in " ".join(blank[token] for token in one) for one in group) / 4
+        for target, group in zip(targets, said, strict=True)
+        if target != empty
+    ]
+    assert 0 < len(shares) < len(targets) and sum(shares) > 0
+    assert record.text(tokenizer, FORM, 0)[0]["rollout/leakage"] == (sum(shares), len(shares))
 
 
 @pytest.mark.parametrize("positions", [1, 2])

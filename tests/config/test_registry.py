@@ -1,18 +1,14 @@
 """The registry: entries can be imported, code outside the package is found, senseless combinations are refused."""
 
-import json
 import subprocess
 import sys
-import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from forethought.cli import main
-from forethought.config import RenamedWarning, UserError, difference, from_dict, load, registry, to_dict
-from forethought.config.registry import METRICS, OPTION, TABLES, Kind, current_metrics
-from forethought.run.diagnostics import Monitor
+from forethought.config import UserError, from_dict, load, registry
+from forethought.config.registry import METRICS, OPTION, TABLES, Kind
 from forethought.run.folder import RunLog
 from helpers.cli import complaint
 from helpers.docs import backticked
@@ -169,6 +165,10 @@ def test_code_outside_the_package_is_found_from_the_current_folder(outside: None
             "--method.reward prefix_match",
             "method.reward = 'prefix_match': is not for method.name rlp; use information_gain or random",
         ),
+        ("--method.name rpt --method.horizon 2", "method.name = 'rpt': is right or wrong by the text"),
+        ("--method.name cpt --method.inner_steps 2", "method.name = 'cpt': trains on text alone"),
+        ("--method.name mixed --method.inner_steps 2", "method.name = 'mixed': trains on text alone"),
+        ("--method.name mixed --method.kl_weight 0.1", "method.name = 'mixed': trains on text alone"),
         (
             "--method.name mixed --method.reward random",
             "method.reward = 'random': is not for method.name mixed; use information_gain",
@@ -210,93 +210,12 @@ def test_a_combination_without_sense_is_one_line(words: str, message: str, outsi
     assert refused(words).startswith(message)
 
 
-@pytest.mark.parametrize(
-    ("words", "option", "value", "message"),
-    [
-        ("--rollout.patience_s 9", "rollout.timeout_s", 9.0, "option rollout.patience_s is now rollout.timeout_s"),
-        ("--model.decoding plain", "model.decoding", "eager", "model.decoding = 'plain' is now 'eager'"),
-        ("--model.decoding graphs", "model.decoding", "cuda_graphs", "model.decoding = 'graphs' is now 'cuda_graphs'"),
-        ("--model.decoding compiled", "model.decoding", "auto", "model.decoding = 'compiled' is now 'auto'"),
-        ("--method.unclosed penalise", "method.unclosed", "penalize", "method.unclosed = 'penalise' is now 'penalize'"),
-        ("--parallel.shard fsdp2", "parallel.shard", "zero1", "parallel.shard = 'fsdp2' is now 'zero1'"),
-    ],
-)
-def test_names_of_version_0_1_still_work(words: str, option: str, value: Any, message: str, tmp_path: Path):
-    with pytest.warns(RenamedWarning) as found:
-        config = load(None, words.split())
-    assert len(found) == 1 and message in str(found[0].message)
-    section, _, name = option.partition(".")
-    assert to_dict(config)[section][name] == value
-    file = tmp_path / "old.toml"
-    pairs = zip(words.split()[::2], words.split()[1::2], strict=True)
-    file.write_text("".join(f"{key[2:]} = {text if text == '9' else repr(text)}\n" for key, text in pairs))
-    with pytest.warns(RenamedWarning, match=message[-8:]):
-        assert load(file) == config
-
-
-def test_a_new_name_on_the_command_line_wins_over_an_old_one_in_the_file(tmp_path: Path):
-    (tmp_path / "old.toml").write_text("[rollout]\npatience_s = 9\ncache_gb = 2")
-    with pytest.warns(RenamedWarning):
-        config = load(tmp_path / "old.toml", ["--rollout.timeout_s", "8"])
-    assert (config.rollout.timeout_s, config.rollout.cache_gb) == (8.0, 2.0)
-
-
-def test_the_command_line_says_what_is_renamed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    words = ["train", "quickstart", "--rollout.patience_s", "9", "--method.unclosed", "penalise", "--method.ema", "1"]
-    assert main(words) == 2
-    assert capsys.readouterr().err.splitlines() == [
-        "forethought: option rollout.patience_s is now rollout.timeout_s",
-        "forethought: method.unclosed = 'penalise' is now 'penalize'",
-        "forethought: method.ema = 1: input should be less than 1",
-    ]
-    old_run(tmp_path / "run", "rlp")
-    command = ["train", "--resume", str(tmp_path / "run"), "--method.group", "8"]
-    assert main(command) == 2
-    warning, line = capsys.readouterr().err.splitlines()
-    assert warning == f"forethought: {tmp_path / 'run'} is a run of version 0.1; the next version will not read it"
-    assert line == "forethought: method.group = 8: the run to resume has 16; resuming cannot change this option"
-
-
-def old_run(folder: Path, method: str) -> RunLog:
-    """A run folder as version 0.1 left it."""
-    values = to_dict(from_dict({"run": str(folder), "method": {"name": method}}))
-    values["rollout"]["patience_s"] = values["rollout"].pop("timeout_s")
-    values["method"] |= {"reward": "information_gain", "unclosed": "penalise"}
-    values["model"]["decoding"] = "plain"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(values))
-    return RunLog(folder)
-
-
-@pytest.mark.parametrize("method", ["rlp", "rpt", "cpt", "mixed"])
-def test_runs_of_version_0_1_can_be_read(method: str, tmp_path: Path):
-    run = old_run(tmp_path / "run", method)
-    with pytest.warns(RenamedWarning, match=r"is a run of version 0\.1") as found:
-        config = run.config()
-    assert len(found) == 1
-    assert (config.method.reward, config.method.unclosed) == ("auto", "penalize")
-    assert (config.rollout.timeout_s, config.model.decoding) == (600.0, "eager")
-    if method == "rlp":
-        wanted = load(
-            None, ["--method.reward", "information_gain", "--method.unclosed", "penalize", "--model.decoding", "eager"]
-        )
-        assert difference(config, wanted) is None
-    with warnings.catch_warnings(action="error"):  # a run of this version
-        new = RunLog.create(from_dict(to_dict(config) | {"run": str(tmp_path / "new")}))
-        assert new.config().method == config.method
-    saved = json.loads((tmp_path / "new" / "config.json").read_text())
-    assert saved["version"] and saved["method"]["reward"] == "auto"
-
-
-def test_metrics_of_version_0_1_are_read_by_their_new_names():
-    row = {"step": 3, "reward/spread": 1, "reward/flat_groups": 2, "objective/clipped": 3, "objective/importance": 4}
-    assert current_metrics(row | {"mine": 5}) == {
-        "step": 3, "reward/std": 1, "reward/zero_std_fraction": 2, "objective/clip_fraction": 3,
-        "objective/importance_weight": 4, "mine": 5,
-    }  # fmt: skip
-    assert set(current_metrics(row)) - {"step"} <= set(METRICS)
-    found = Monitor().replay({"step": step, "reward/flat_groups": 1.0} for step in range(1, 12))
-    assert [one.name for one in found] == ["groups-flat"]
+def test_a_run_of_version_0_1_is_refused_by_name(tmp_path: Path):
+    run = RunLog.create(from_dict({"run": str(tmp_path / "run")}))
+    saved = run.read_json("config.json")
+    run.write_json("config.json", {name: value for name, value in saved.items() if name != "version"})
+    with pytest.raises(UserError, match=r"config.json: is of version 0\.1, which versions after 0\.2 do not read$"):
+        run.config()
 
 
 def test_help_reads_the_registry(capsys: pytest.CaptureFixture[str]):

@@ -915,20 +915,6 @@ def test_a_shuffled_stream_reads_files_in_turn(tmp_path: Path):
         assert block == {"books": 3, "code": 3, "web": 3}
 
 
-def test_a_run_that_read_one_file_after_the_other_goes_on_so(folder: Path):
-    """Cursors of earlier versions name the one file that is open and the records read of it."""
-    stream = Windows(options(folder, shuffle=5), TOKENIZER, 0)
-    stream.at_once = 1
-    cursors, windows = zip(*((stream.cursor(), next(stream)) for _ in range(60)), strict=True)
-    for place in range(60):
-        old = {name: value for name, value in cursors[place].items() if name not in ("open", "at_once")}
-        again = Windows(options(folder, shuffle=5), TOKENIZER, 0)
-        file = cursors[place]["open"][0] if cursors[place]["open"] else [0, 0]
-        again.seek(old | {"part": file[0], "record": file[1]})
-        again.seek(json.loads(json.dumps(again.cursor())))
-        assert list(itertools.islice(again, 60 - place)) == list(windows[place:])
-
-
 # resuming
 
 

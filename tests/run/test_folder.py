@@ -126,7 +126,7 @@ def test_open_refuses_what_is_no_run(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"run": "a", "meth')
     with pytest.raises(UserError, match=r"config\.json: is not valid JSON"):
         RunLog.open(tmp_path)
-    (tmp_path / "config.json").write_text('{"run": "a", "method": {"group": 0}, "train": {}}')
+    (tmp_path / "config.json").write_text('{"version": "1", "run": "a", "method": {"group": 0}, "train": {}}')
     with pytest.raises(UserError, match=r"config\.json: method\.group = 0"):
         RunLog.open(tmp_path)
 
@@ -286,6 +286,18 @@ def test_what_a_run_reads_is_not_emptied(tmp_path: Path, option: str):
     with pytest.raises(UserError, match=f"{option} = .*policy' is in this folder, which would be emptied"):
         RunLog.create(config)
     assert (old.path / "policy").is_dir()
+
+
+def test_what_a_glob_finds_in_the_folder_and_a_proxy_are_not_emptied(tmp_path: Path):
+    old = make(tmp_path / "run")
+    (old.path / "policy").mkdir()
+    (old.path / "policy" / "text.jsonl").write_text("{}\n")
+    proxy = {"position_policy": "entropy", "proxy": str(old.path / "policy")}
+    for section, values in (("corpus", {"path": str(tmp_path / "*" / "**" / "*.jsonl")}), ("method", proxy)):
+        config = from_dict({"run": str(old.path), "overwrite": True, section: values})
+        with pytest.raises(UserError, match=rf"^run = .*: {section}\..* is in this folder, which would be emptied"):
+            RunLog.create(config)
+    assert (old.path / "policy" / "text.jsonl").is_file()
 
 
 @pytest.mark.parametrize("damage", ["removed", "replaced"])

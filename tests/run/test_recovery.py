@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from forethought.cli import main
 from forethought.config import RunError, UserError, changed_on_resume, from_dict, merge, to_dict
 from forethought.eval import evaluate
+from forethought.models.loading import EMBEDDED
 from forethought.run import checkpoint
 from forethought.run.checkpoint import Snapshot
 from forethought.run.folder import RunLog, checkpoints, read_lines
@@ -53,7 +55,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("options", "refused"),
     [
-        ("model.device=cpu model.decoding=cpp model.prefix=replicated rollout.engine=vllm rollout.cache_gb=3.0", ""),
+        ("model.device=cpu model.decoding=cpp model.prefix=replicated rollout.cache_gb=3.0", ""),
         ("rollout.timeout_s=9.0 train.rollout_batch=9 train.log_every=9 train.log_thoughts=9", ""),
         ("train.checkpoint_every=9 train.keep_checkpoints=9 train.tracker=tensorboard", ""),
         ("update.tokens_per_chunk=9 update.checkpointing=true parallel.shard=zero1 corpus.path=elsewhere", ""),
@@ -63,6 +65,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("train.flops=1e6", "train.flops = 1000000.0: the run to resume has 1000000000.0; resuming can only raise it"),
         ("rollout.importance_cap=2.0", "rollout.importance_cap = 2.0: .* has 0.0; resuming cannot change this option"),
         ("model.precision=bf16", "model.precision"),
+        ("rollout.engine=vllm", "rollout.engine"),
         ("corpus.shuffle=0", "corpus.shuffle"),
         ("train.batch=1024", "train.batch"),
         ("evaluate.path=elsewhere", "evaluate.path"),
@@ -293,6 +296,23 @@ def test_weights_that_a_checkpoint_does_not_hold_are_named(change: Any, wrong: s
             resume(run)
     finally:
         shutil.rmtree(run)
+
+
+def test_another_start_is_not_resumed(tmp_path: Path):
+    start = tmp_path / "start"
+    values = merge(
+        options(tmp_path, "run", **KEPT), {"model": {"path": str(start), "init": "pretrained"}, "lora": {"r": 2}}
+    )
+    shutil.copytree(EMBEDDED["embedded"], start)
+    train(from_dict(values))
+    run = cut(tmp_path / "run", "again", 3)
+    weights = load_file(start / "model.safetensors")
+    save_file({name: 1.01 * one for name, one in weights.items()}, start / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"^model.path = .*start': has other weights than when the run began"):
+        resume(run)
+    save_file(weights, start / "model.safetensors", {"format": "pt"})
+    resume(run)
+    assert_same_run(tmp_path / "run", run)
 
 
 def test_a_teacher_that_is_not_whole_does_not_become_the_policy(tmp_path: Path, whole: Path):

@@ -94,8 +94,8 @@ class ThoughtRecord:
         """
         targets = self.shard.positions.targets()[:, 0].tolist()
         texts = decode_thoughts(tokenizer, thought_tokens(self.thoughts, form))
-        shares = leakage(tokenizer, targets, texts)
-        sums: Sums = {"rollout/leakage": (sum(share or 0.0 for share in shares) * len(texts[0]), self.kept.numel())}
+        shares = [share for share in leakage(tokenizer, targets, texts) if share is not None]
+        sums: Sums = {"rollout/leakage": (sum(shares, 0.0), len(shares))}
         first = sum(number < positions for number in self.shard.global_indices)
         return sums, [self._row(tokenizer, i) for i in range(first)]
 

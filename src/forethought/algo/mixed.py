@@ -1,6 +1,5 @@
 """Mixed: supervised training on text with and without thoughts, in one stage; the thoughts are the start's own."""
 
-import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +10,6 @@ from torch import Tensor
 from forethought import rollout
 from forethought.algo.cpt import CPT, INSERTED, TextRecord
 from forethought.algo.metrics import PositionShard, Sums, ThoughtRecord
-from forethought.algo.position_sampler import PositionSampler
 from forethought.algo.rewards import Predictions
 from forethought.algo.rlp import RLP
 from forethought.config import Config
@@ -32,10 +30,10 @@ class MixedRecord:
     rows: TextRecord
 
     def metrics(self) -> Sums:
-        """Those of the thoughts. The mean reward is the gain, since the teacher is the start itself."""
+        """Those of the thoughts; what the start predicts without one is no figure of training."""
         sums = self.thoughts.metrics()
         del sums["reward/nothink"]
-        return sums | {"reward/gain": sums["reward/mean"]}
+        return sums
 
     def text(self, tokenizer: Any, form: ThoughtFormat, positions: int) -> tuple[Sums, list[dict[str, Any]]]:
         """The policy's own thoughts are not sampled, so none are logged."""
@@ -55,13 +53,14 @@ class Mixed(RLP):
     trained on the window without it and on the window with it, thought included. The policy itself is not sampled.
     """
 
+    keeps_start = True
+
     def __init__(self, network: Network, engine: Engine, form: ThoughtFormat, tokenizer: Any, config: Config):
         super().__init__(network, engine, form, tokenizer, config)
-        self.start = copy.deepcopy(network.weights).requires_grad_(False)
         if not network.has_adapters:
-            compute_copy(self.start, config.model.precision)
-        self.engine = rollout.engine(network.model if network.has_adapters else self.start, form, config, "native")
-        self.position_sampler = PositionSampler(network, self.start, form, tokenizer, config)
+            compute_copy(self.reference, config.model.precision)
+        start = network.model if network.has_adapters else self.reference
+        self.engine = rollout.engine(start, form, config, "native")
         self.cpt = CPT(network, engine, form, tokenizer, config)
 
     @staticmethod
@@ -93,12 +92,12 @@ class Mixed(RLP):
 
     def sample(self, shard: PositionShard, step: int) -> tuple[Thoughts, Thoughts, Predictions | None]:
         """The start's thoughts."""
-        with torch.no_grad(), self.network.as_model(self.start):
+        with torch.no_grad(), self.network.as_model(self.reference):
             return super().sample(shard, step)
 
     def teacher_scores(self, positions: Positions, step: int) -> tuple[Float[Tensor, "batch horizon"], None]:
         """No-think log-evidence of the start."""
-        with torch.no_grad(), self.network.as_model(self.start) as start:
+        with torch.no_grad(), self.network.as_model(self.reference) as start:
             return no_think_logp(start, positions, self.policy_gradient.scoring.tokens)[0], None
 
     def _with_thoughts(

@@ -90,16 +90,26 @@ def as_rewards(found: Any, inputs: RewardInputs, name: str) -> Rewards:
 
     NaN and infinity are refused, unless the evidence has them too: then the model is at fault, not the reward.
     """
-    value, shape = found.value if isinstance(found, Rewards) else found, tuple(inputs.thoughts.closed.shape)
-    if not isinstance(value, Tensor):
-        raise UserError(f"method.reward = {name!r}: returned a {type(value).__name__}, must be a tensor {shape}")
-    if tuple(value.shape) != shape:
-        raise UserError(f"method.reward = {name!r}: returned shape {tuple(value.shape)}, must be {shape}")
-    value, evidence = value.detach().float(), inputs.thoughts.evidence
-    if (bad := int((~value.isfinite()).sum())) and bool(evidence.isfinite().all()):
-        raise UserError(f"method.reward = {name!r}: returned NaN or infinity for {bad} of {value.numel()} thoughts")
-    value = value.to(evidence.device)
-    return Rewards(value=value, shift=found.shift if isinstance(found, Rewards) else value.new_zeros(len(value)))
+    given = [one for one in (inputs.thoughts.evidence, inputs.no_think_logp) if one is not None]
+    sound, device = all(bool(one.isfinite().all()) for one in given), given[0].device
+
+    def checked(part: Any, shape: tuple[int, ...], of: str) -> Tensor:
+        says = f"method.reward = {name!r}: returned "
+        if not isinstance(part, Tensor):
+            raise UserError(f"{says}a {type(part).__name__}, must be a tensor {shape}")
+        if tuple(part.shape) != shape:
+            raise UserError(f"{says}shape {tuple(part.shape)}, must be {shape}, one for each of the {of}")
+        part = part.detach().float()
+        if sound and (bad := int((~part.isfinite()).sum())):
+            raise UserError(f"{says}NaN or infinity for {bad} of {part.numel()} {of}")
+        return part.to(device)
+
+    shape = tuple(inputs.thoughts.closed.shape)
+    if not isinstance(found, Rewards):
+        value = checked(found, shape, "thoughts")
+        return Rewards(value=value, shift=value.new_zeros(len(value)))
+    shift = None if found.shift is None else checked(found.shift, shape[:1], "positions")
+    return Rewards(value=checked(found.value, shape, "thoughts"), shift=shift)
 
 
 def apply_unclosed_penalty(rewards: Rewards, closed: Bool[Tensor, "batch group"], options: Method) -> Rewards:

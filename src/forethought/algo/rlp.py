@@ -22,11 +22,14 @@ from forethought.rollout import Engine, Thoughts, draw_noise
 class RLP:
     """Reinforcement learning pretraining: thoughts are rewarded by the information they add about the next token."""
 
+    keeps_start = False  # whether a frozen copy of the start is kept, even without a KL to it
+
     def __init__(self, network: Network, engine: Engine, form: ThoughtFormat, tokenizer: Any, config: Config):
         self.network, self.engine, self.form, self.tokenizer, self.config = network, engine, form, tokenizer, config
         options = config.method
         self.teacher = Teacher(network.weights, options.ema) if self.uses_teacher(config) else None
-        self.reference = copy.deepcopy(network.weights).requires_grad_(False) if options.kl_weight else None
+        frozen = options.kl_weight or self.keeps_start
+        self.reference = copy.deepcopy(network.weights).requires_grad_(False) if frozen else None
         self.position_sampler = PositionSampler(network, self.reference, form, tokenizer, config)
         self.reward: Reward = registry.load("reward", options.reward_name)
         self.policy_gradient = PolicyGradient(network, form, config, self.reference)

@@ -2,15 +2,14 @@
 
 from forethought.config.loading import (
     BUDGET,
-    RenamedWarning,
     as_json,
     changed_on_resume,
     changes,
     difference,
+    explain,
     find,
     flatten,
     from_dict,
-    from_saved,
     load,
     merge,
     option_names,
@@ -41,7 +40,7 @@ from forethought.config.registry import Notice, RunError, UserError
 
 __all__ = [
     "BUDGET", "Above0", "Config", "Corpus", "Evaluate", "Lora", "Method", "Model", "Name", "Notice", "Optim",
-    "Parallel", "Positive", "Questions", "RenamedWarning", "Rollout", "RunError", "Train", "Update", "UserError",
-    "as_json", "changed_on_resume", "changes", "difference", "find", "flatten", "from_dict", "from_saved", "load",
+    "Parallel", "Positive", "Questions", "Rollout", "RunError", "Train", "Update", "UserError",
+    "as_json", "changed_on_resume", "changes", "difference", "explain", "find", "flatten", "from_dict", "load",
     "merge", "option_names", "own_options", "read_overrides", "read_toml", "shipped", "to_dict",
 ]  # fmt: skip

@@ -10,8 +10,7 @@ import difflib
 import json
 import math
 import tomllib
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -19,30 +18,17 @@ from pydantic import TypeAdapter, ValidationError
 
 from forethought.config import registry
 from forethought.config.options import Config
-from forethought.config.registry import Notice, UserError
+from forethought.config.registry import UserError
 
 T = TypeVar("T")
-_RENAMED = {"rollout.patience_s": "rollout.timeout_s"}
-"""Options of version 0.1 by their names then."""
-_RENAMED_VALUES = {
-    ("model.decoding", "plain"): "eager",
-    ("model.decoding", "graphs"): "cuda_graphs",
-    ("model.decoding", "compiled"): "auto",  # CUDA graphs of a compiled model, or C++
-    ("method.unclosed", "penalise"): "penalize",
-    ("parallel.shard", "fsdp2"): "zero1",
-}
 
 _SAME_RESULTS = (
     "run", "overwrite", "parallel.", "questions.", "evaluate.view", "model.device", "model.prefix", "model.decoding",
-    "rollout.engine", "rollout.cache_gb", "rollout.timeout_s", "train.rollout_batch", "train.log_", "train.tracker",
+    "rollout.cache_gb", "rollout.timeout_s", "train.rollout_batch", "train.log_", "train.tracker",
     "train.checkpoint_every", "train.keep_checkpoints", "update.",
 )  # fmt: skip
 """How the names of options begin that change where, how fast and in how much memory a run is computed, or its logs."""
 BUDGET = ("train.steps", "train.tokens", "train.flops")
-
-
-class RenamedWarning(Notice, FutureWarning):
-    """An option or a run folder of version 0.1 was read under its new names; the next version will not."""
 
 
 def load(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
@@ -51,7 +37,7 @@ def load(path: str | Path | None = None, overrides: list[str] | None = None) -> 
     Raises:
         UserError: unknown or missing file, broken TOML, unknown option, wrong type, value out of range.
     """
-    values = {} if path is None else _new_names(read_toml(find(path)))
+    values = {} if path is None else read_toml(find(path))
     if "arms" in values:
         raise UserError(f"config {str(path)!r} is an experiment: forethought compare {path}")
     if "stage" in values:
@@ -71,9 +57,9 @@ def merge(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
 def from_dict(values: dict[str, Any]) -> Config:
     """Check a nested dict and make it a Config. Raises UserError."""
     try:
-        config = TypeAdapter(Config).validate_json(as_json(_new_values(_new_names(values))))
+        config = TypeAdapter(Config).validate_json(as_json(values))
     except ValidationError as error:
-        raise UserError(_explain(error)) from None
+        raise UserError(explain(error, [*option_names(), *to_dict(Config())])) from None
     for conflicts in (_conflicts_of_rewards, _conflicts_of_sizes, _conflicts_of_entries, _excluded):
         for conflict in conflicts(config):
             raise UserError(conflict)
@@ -88,18 +74,6 @@ def as_json(values: dict[str, Any]) -> str:
         except UnicodeEncodeError:
             raise UserError(f"{option} = {value!r}: is not UTF-8 text") from None
     return json.dumps(values, default=str)
-
-
-def from_saved(values: dict[str, Any], where: str) -> Config:
-    """The config of the run folder `where`; version 0.1 saved none of its own. Raises UserError."""
-    if "version" in values:
-        return from_dict({name: value for name, value in values.items() if name != "version"})
-    if flatten(values).get("method.reward") == "information_gain":  # the default then, whatever the method
-        values = merge(values, {"method": {"reward": "auto"}})
-    with warnings.catch_warnings(action="ignore", category=RenamedWarning):
-        config = from_dict(values)
-    warnings.warn(f"{where} is a run of version 0.1; the next version will not read it", RenamedWarning, stacklevel=3)
-    return config
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -238,35 +212,15 @@ def _literal(option: str, text: str) -> Any:
         return text
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError, names: Sequence[str] = ()) -> str:
+    """The first mistake in one line: an option that is none of `names`, or its value and what is allowed."""
     first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"])
+    name = ".".join(str(part) for part in first["loc"] if part != "[key]")
     if first["type"] == "unexpected_keyword_argument":
-        near = difflib.get_close_matches(name, [*option_names(), *to_dict(Config())], n=1)
-        return f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else "; see forethought train --help")
-    message = first["msg"][0].lower() + first["msg"][1:]
-    return f"{name} = {first['input']!r}: {message}"
-
-
-def _new_names(values: dict[str, Any]) -> dict[str, Any]:
-    """Options by their names of today. An old name wins over the new one, which a default or saved config gave."""
-    for old, new in _RENAMED.items():
-        section, _, name = old.rpartition(".")
-        if isinstance(inner := values.get(section), dict) and name in inner:
-            warnings.warn(f"option {old} is now {new}", RenamedWarning, stacklevel=4)
-            others = {key: value for key, value in inner.items() if key != name}
-            values = merge({**values, section: others}, _nested(new, inner[name]))
-    return values
-
-
-def _new_values(values: dict[str, Any]) -> dict[str, Any]:
-    """Values by their names of today."""
-    flat = flatten(values)
-    for (option, old), new in _RENAMED_VALUES.items():
-        if flat.get(option) == old:
-            warnings.warn(f"{option} = {old!r} is now {new!r}", RenamedWarning, stacklevel=4)
-            values = merge(values, _nested(option, new))
-    return values
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean {near[0]}?" if near else "; see forethought train --help" if names else ""
+        return f"unknown option {name}{hint}"
+    return f"{name} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
 def _conflicts_of_rewards(config: Config) -> Iterator[str]:

@@ -74,6 +74,8 @@ def _table(*entries: Entry) -> dict[str, Entry]:
     return {one.name: replace(one, label=one.label or one.name) for one in entries}
 
 
+_ALL_TEXT = "trains on all text"
+_NO_RATIO = "trains on text alone, not on the choice of thoughts"
 METHODS = _table(
     Entry(
         name="rlp", target="forethought.algo.rlp:RLP", label="RLP, reinforcement learning pretraining",
@@ -89,6 +91,7 @@ METHODS = _table(
         help="a prediction is sampled after each thought, and is right or wrong", writes=True, teacher=False,
         defaults={"method.reward": "prefix_match", "method.position_policy": "entropy"},
         excluded={
+            "method.horizon": "is right or wrong by the text, at any length",
             "method.clamp_gain": "has no gain to clamp", "method.min_gain": "has no gain to filter by",
             "method.repeat_context": "writes its prediction right after the thought",
             "method.prediction_weight": "samples its predictions, so that eq. 8 is the whole gradient",
@@ -97,14 +100,15 @@ METHODS = _table(
     Entry(
         name="cpt", target="forethought.algo.cpt:CPT", label="CPT, continued pretraining", samples_thoughts=False,
         help="next-token prediction without thoughts", teacher=False,
-        excluded={"method.prediction_weight": "trains on all text"},
+        excluded={"method.prediction_weight": _ALL_TEXT, "method.inner_steps": _NO_RATIO},
     ),
     Entry(
         name="mixed", target="forethought.algo.mixed:Mixed", label="mixed supervised training", paper="2608.23256",
         help="next-token prediction with and without thoughts of the start", rewards=("information_gain",),
         teacher=False,
         excluded={
-            "method.prediction_weight": "trains on all text", "update.offload": "samples with a copy of the start",
+            "method.prediction_weight": _ALL_TEXT, "method.inner_steps": _NO_RATIO, "method.kl_weight": _NO_RATIO,
+            "update.offload": "samples with a copy of the start",
         },
     ),
 )  # fmt: skip
@@ -257,17 +261,6 @@ _METRICS = (
     Metric("cpu_seconds", "CPU seconds", "s", "training, measuring and post-training"),
 )
 METRICS = {metric.name: metric for metric in _METRICS}
-_RENAMED_METRICS = {
-    "reward/spread": "reward/std",
-    "reward/flat_groups": "reward/zero_std_fraction",
-    "objective/clipped": "objective/clip_fraction",
-    "objective/importance": "objective/importance_weight",
-}
-
-
-def current_metrics(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of metrics.jsonl by the metrics' names of today; version 0.1 had others."""
-    return {_RENAMED_METRICS.get(name, name): value for name, value in row.items()}
 
 
 def known(kind: Kind, name: str) -> bool:

@@ -167,9 +167,8 @@ class Windows:
         return {"parts": len(files), "files": files, **{name: getattr(self, name) for name in _CURSOR}}
 
     def changed(self, cursor: dict[str, Any]) -> list[str]:
-        """The files that differ, by names, sizes and samples, from those of a cursor; all if it does not know (0.1)."""
-        before = cursor.get("files") or [[None]] * len(self._files())
-        pairs = zip(self._source.parts, self._files(), before, strict=True)
+        """The files that differ, by names, sizes and samples, from those of a cursor."""
+        pairs = zip(self._source.parts, self._files(), cursor["files"], strict=True)
         return [part for part, now, old in pairs if now[: len(old)] != old]  # earlier versions sampled the start alone
 
     def seek(self, cursor: dict[str, Any]) -> None:
@@ -180,10 +179,8 @@ class Windows:
         """
         if (now := len(self._source.parts)) != cursor["parts"]:
             raise UserError(f"{self._source.label}: {now} files, but {cursor['parts']} when the run was saved")
-        if "open" not in cursor:  # of an earlier version: it read one file after the other, and so goes on
-            cursor = {**cursor, "open": [[cursor["part"], cursor["record"]]], "part": cursor["part"] + 1, "at_once": 1}
         for name in _CURSOR:
-            setattr(self, name, cursor.get(name, 0))  # cursors of 0.1 count no bad rows
+            setattr(self, name, cursor[name])
         self._windows = self._run()
 
     def _run(self) -> Iterator[Window]:

@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any, Literal, TypeGuard
 
-from forethought.config.registry import current_metrics
-
 WINDOW = 10
 """Logged steps in a mean."""
 KEPT_SHUFFLED = 0.5
@@ -148,7 +146,7 @@ class Monitor:
 
     def replay(self, rows: Iterable[Mapping[str, Any]]) -> list[Diagnosis]:
         """Observe the rows of metrics.jsonl again. Returns the warnings, which a resumed run has logged already."""
-        return [one for row in rows for one in self.observe(row["step"], current_metrics(row))]
+        return [one for row in rows for one in self.observe(row["step"], row)]
 
 
 def diagnose_evaluation(figures: Mapping[str, Any], step: int) -> list[Diagnosis]:

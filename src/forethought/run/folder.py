@@ -29,11 +29,12 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from glob import glob
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from forethought.config import Config, Notice, RunError, UserError, from_saved, to_dict
+from forethought.config import Config, Notice, RunError, UserError, from_dict, to_dict
 from forethought.run import __version__
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
@@ -90,8 +91,10 @@ class RunLog:
         values = self.read_json("config.json")
         if not {"run", "method", "train"} <= values.keys():
             raise UserError(f"{self.path / 'config.json'}: is not the config of a Forethought run")
+        if values.pop("version", None) is None:
+            raise UserError(f"{self.path / 'config.json'}: is of version 0.1, which versions after 0.2 do not read")
         try:
-            return from_saved(values, str(self.path))
+            return from_dict(values)
         except UserError as error:
             raise UserError(f"{self.path / 'config.json'}: {error}") from None
 
@@ -428,9 +431,10 @@ def check_free(path: Path, overwrite: bool) -> None:
 
 
 def _check_outside(path: Path, config: Config) -> None:
-    for option in ("model.path", "model.tokenizer", "corpus.path", "evaluate.path"):
+    for option in ("model.path", "model.tokenizer", "method.proxy", "corpus.path", "evaluate.path", "questions.data"):
         source = attrgetter(option)(config)
-        if source and Path(source).exists() and Path(source).resolve().is_relative_to(path.resolve()):
+        places = [Path(place) for place in [source, *glob(source, recursive=True)] if place]  # noqa: PTH207
+        if any(place.exists() and place.resolve().is_relative_to(path.resolve()) for place in places):
             raise UserError(f"run = {str(path)!r}: {option} = {source!r} is in this folder, which would be emptied")
 
 

@@ -346,7 +346,7 @@ def test_a_process_takes_several_jobs_and_one_that_is_killed_is_replaced(
     [
         ("[arms.rlp]", "[arms.rlp", "is not valid TOML"),
         ("seeds = [0, 1]", "seeds = []", "seeds = .*at least 1 item"),
-        ("seeds = [0, 1]", "sseds = [0]", "unknown key sseds"),
+        ("seeds = [0, 1]", "sseds = [0]", "unknown option sseds"),
         ("[arms.rlp-frozen]", "[arms.base]", r"arms.base: the base is always included"),
         ('flops = "rlp"', 'flops = "rpl"', r"arms.cpt-flops.budget.flops = 'rpl': must be another arm"),
         ('flops = "rlp"', 'seconds = "rlp"', r"budget"),

@@ -298,13 +298,6 @@ def test_a_method_and_metrics_from_outside_the_package_are_shown(tmp_path):
     assert "This method samples no thoughts." in read(run).text
 
 
-def test_metrics_of_version_0_1_are_shown(tmp_path):
-    metrics = '{"step": 1, "reward/spread": 0.5, "reward/flat_groups": 0.25, "objective/clipped": 0.0}\n'
-    run = small(tmp_path, metrics=metrics)
-    write([run])
-    assert {path.stem for path in (run / "plots").iterdir()} == {"reward-std", "zero-std", "clip-fraction"}
-
-
 def test_names_take_as_many_parents_as_needed():
     assert run_folders.names([Path("/a/b/run"), Path("/a/c/run")]) == ["b/run", "c/run"]
     assert run_folders.names([Path("/a/b/run"), Path("/a/c/other")]) == ["run", "other"]

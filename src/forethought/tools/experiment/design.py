@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from forethought.config import Config, UserError, as_json, find, from_dict, load, merge, read_toml, to_dict
+from forethought.config import Config, UserError, as_json, explain, find, from_dict, load, merge, read_toml, to_dict
 from forethought.config.registry import METRICS
 from forethought.tools.posttrain.stage import Stage
 from forethought.tools.posttrain.stage import read as read_stage
@@ -141,7 +141,7 @@ def read(path: str | Path, overrides: dict[str, Any]) -> Experiment:
     try:
         given = TypeAdapter(_File).validate_json(as_json(values | own))
     except ValidationError as error:
-        raise UserError(f"{where}: {_explain(error)}") from None
+        raise UserError(f"{where}: {explain(error)}") from None
     options = merge(given.options, rest)
     if "seed" in options or "overwrite" in options:
         raise UserError(f"{where}: options cannot set seed (see seeds) or overwrite")
@@ -170,14 +170,6 @@ def _as_list(value: Any) -> Any:
     if isinstance(value, str) and all(part.strip().isdecimal() for part in value.split(",")):
         return [int(part) for part in value.split(",")]
     return [value] if isinstance(value, int) else value
-
-
-def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "unexpected_keyword_argument":
-        return f"unknown key {name}"
-    return f"{name} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
 def _seeds(name: str, own: list[int] | None, given: _File) -> list[int]:

@@ -4,16 +4,15 @@ import json
 import math
 import os
 import statistics
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, PositiveInt
+from pydantic import ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from forethought.config import Config, RenamedWarning, UserError
+from forethought.config import Config, UserError
 from forethought.flops import Shape, Work, forward_flops
 from forethought.memory import Device, Layout, Setup, sized
 
@@ -99,12 +98,6 @@ _MEASURED = {  # figures of a --ceilings file: field of Machine, scale; the last
 }
 
 
-def _current_layout(name: Any) -> Any:
-    if name == "fsdp2":
-        warnings.warn("--layout fsdp2 is called zero1 now", RenamedWarning, stacklevel=2)
-    return "zero1" if name == "fsdp2" else name
-
-
 @checked_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", coerce_numbers_to_str=True))
 class Options:
     """The options of `forethought plan`."""
@@ -112,7 +105,7 @@ class Options:
     gpus: PositiveInt = Field(default=1, description="N: GPUs to train on (1)")
     gpu: str = Field(default="h100", description=f"NAME: {', '.join(MACHINES)} or cpu (h100)")
     nodes_of: PositiveInt = Field(default=8, description="N: GPUs per node (8)")
-    layout: Annotated[Layout | None, BeforeValidator(_current_layout)] = Field(
+    layout: Layout | None = Field(
         default=None, description="one, ddp or zero1: how the model is distributed over the GPUs (ddp on several)"
     )
     steps: PositiveInt | None = Field(default=None, description="N: train.steps")

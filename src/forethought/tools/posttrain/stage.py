@@ -35,6 +35,7 @@ from forethought.config import (
     Positive,
     UserError,
     as_json,
+    explain,
     find,
     from_dict,
     merge,
@@ -89,12 +90,7 @@ def stage_from_dict(values: dict[str, Any], path: str | Path) -> Stage:
     try:
         return TypeAdapter(Stage).validate_json(as_json(values))
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"] if part != "[key]")
-        if first["type"] == "unexpected_keyword_argument":
-            raise UserError(f"stage {str(path)!r}: unknown option {name}") from None
-        message = f"{first['msg'][0].lower()}{first['msg'][1:]}"
-        raise UserError(f"stage {str(path)!r}: {name} = {first['input']!r}: {message}") from None
+        raise UserError(f"stage {str(path)!r}: {explain(error)}") from None
 
 
 def stage_config(stage: Stage, start: Config, run: Path, seed: int) -> Config:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, TypeAdapter, ValidationError
 
 from forethought.config import UserError, flatten
-from forethought.config.registry import AUTOMATIC, METHODS, REWARDS, current_metrics, label
+from forethought.config.registry import AUTOMATIC, METHODS, REWARDS, label
 from forethought.html import table
 from forethought.run.folder import RunLog, checkpoints, read_jsonl
 
@@ -261,7 +261,7 @@ def _rows(path: Path, parse: Callable[[dict[str, Any]], T]) -> Iterator[T]:
 
 
 def _metrics(row: dict[str, Any]) -> dict[str, Any]:
-    return {**current_metrics(row), "step": int(row["step"])}
+    return {**row, "step": int(row["step"])}
 
 
 def _landmarks(path: Path) -> list[Position]:
