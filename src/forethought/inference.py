@@ -221,13 +221,14 @@ class ThinkingModel:
         thoughts: int = 1,
         think_every: int = 1,
         think_when: str | None = None,
+        thought_temperature: float | None = None,
         given: int = 1,
         seed: int = 0,
     ) -> float:
         """log p of a text given its first `given` tokens, in nats.
 
         Thoughts hold for `think_every` tokens. Then the model thinks again: at once, or at the next position where
-        `think_when` holds.
+        `think_when` holds. `thought_temperature` replaces method.temperature (0: greedy).
         """
         tokens, rule = self.encode(text), thinking_rule(think_when, thoughts)
         if think_every < 1 or not 1 <= given <= len(tokens):
@@ -241,7 +242,8 @@ class ThinkingModel:
             for start in starts:
                 logp[start : start + horizon] = 0
             total = float(logp.sum())
-        for positions, found in self._chunks(tokens, [given + t for t in starts], horizon, thoughts, seed):
+        drawn = seed, thought_temperature
+        for positions, found in self._chunks(tokens, [given + t for t in starts], horizon, thoughts, *drawn):
             inside = positions.at[:, None] + torch.arange(horizon) < len(tokens)
             total += float(mixture((found.evidence * inside[:, None].to(found.evidence.device)).sum(-1).T).sum())
         return total
@@ -426,8 +428,6 @@ class ThinkingModel:
         rule: Rule | None = None,
     ) -> list[tuple[Thought, ...]]:
         """Thoughts at the end of each context (where a rule holds), at method.temperature unless another is given."""
-        if temperature is not None and not 0 <= temperature < math.inf:
-            raise UserError(f"thought_temperature = {temperature}: must be at least 0 and finite")
         self.check_length(max(map(len, contexts), default=0) + 1, thoughts)
         if thoughts < 1 or not contexts:
             return [()] * len(contexts)
@@ -448,6 +448,8 @@ class ThinkingModel:
         generators = [make_generator(seed, "think", context) for seed, context in pairs]
         sampler = self.engine
         if temperature is not None:
+            if not 0 <= temperature < math.inf:
+                raise UserError(f"thought_temperature = {temperature}: must be at least 0 and finite")
             rows, shared = config.train.rows, config.model.prefix == "shared"
             backend = EagerBackend(self.model, rows, prepack=config.model.decoding != "eager")
             backend.draw = partial(_draw_at, temperature)
@@ -455,14 +457,20 @@ class ThinkingModel:
         return sampler.sample(positions, draw_noise((thoughts, config.method.thought_length), generators))
 
     def _chunks(
-        self, tokens: list[int], starts: Sequence[int], horizon: int, thoughts: int, seed: int
+        self,
+        tokens: list[int],
+        starts: Sequence[int],
+        horizon: int,
+        thoughts: int,
+        seed: int,
+        temperature: float | None = None,
     ) -> Iterator[tuple[Positions, Thoughts]]:
         """Positions with the thoughts there and the `horizon` tokens that follow. The text is padded at its end."""
         window = _window([*tokens, *[self.form.pad] * (horizon - 1)])
         size = max(1, self.config.train.rows // max(1, thoughts))
         for start in range(0, len(starts), size):
             positions = at_positions([window], [starts[start : start + size]], horizon)
-            yield positions, self._sample(positions, thoughts, [seed] * len(positions))
+            yield positions, self._sample(positions, thoughts, [seed] * len(positions), temperature)
 
     def _plain(self, tokens: list[int], first: int) -> tuple[Float[Tensor, " token"], Float[Tensor, " token"]]:
         """log p of each token from `first` on without a thought, and the entropy there; one forward pass."""

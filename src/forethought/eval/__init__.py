@@ -1,4 +1,4 @@
-"""Measure a model or a run: on held-out text here (`forethought evaluate`), on questions in ask.py."""
+"""Measure a model or a run: on held-out text (`forethought evaluate`)."""
 
 import copy
 import dataclasses

@@ -322,10 +322,6 @@ class StaticCache(_UnmaskedCache):
         part = self.table.head(rows)
         return StaticCache(part, [_static_layer(part, layer.buffers.head(rows)) for layer in self.own])
 
-    def states(self) -> list[Tensor]:
-        """The Mamba states, which a step reads and writes."""
-        return [state for layer in self.own for state in layer.buffers.states()]
-
     def load(self, cache: SuffixCache) -> None:
         """Copy the documents and rows of a cache, with the tokens that it has read."""
         for mine, theirs in zip(self.own, cache.rows, strict=True):

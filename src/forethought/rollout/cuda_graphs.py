@@ -286,7 +286,8 @@ class CUDAGraphDecoder:
             run = torch.compile(step, fullgraph=True, dynamic=False)
         if not state.length.is_cuda:
             return run
-        tensors = [*state.tensors().values(), *cache.states(), column]
+        mamba = [one for layer in cache.own for one in layer.buffers.states()]
+        tensors = [*state.tensors().values(), *mamba, column]
         kept = [tensor.clone() for tensor in tensors]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

@@ -147,9 +147,11 @@ class RunLog:
         with disk_errors(self.path, self.path / name):
             replace_text(self.path / name, text)
 
-    def read_json(self, name: str) -> dict[str, Any]:
-        """Read RUN/name. Raises UserError if it is missing or not a JSON object."""
+    def read_json(self, name: str, missing: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Read RUN/name. Raises UserError if it is not a JSON object, or missing with nothing to stand for it."""
         path = self.path / name
+        if missing is not None and not path.is_file():
+            return missing
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:

@@ -9,8 +9,10 @@ to one question are averaged first.
 import csv
 import dataclasses
 import functools
+import hashlib
 import importlib.metadata
 import importlib.util
+import json
 import logging
 import math
 import os
@@ -127,6 +129,12 @@ class Benchmark:
     def version(self) -> str:
         """Changes with everything that changes a figure: prompts, extraction, grading."""
         return str(self.written.VERSION)
+
+    @property
+    def digest(self) -> str:
+        """Changes with the questions and their answers too."""
+        asked = json.dumps([self.version, *map(dict, self.written.eval_docs)], default=str)
+        return hashlib.sha256(asked.encode()).hexdigest()
 
 
 def load_tasks(options: Questions) -> list[Benchmark]:

@@ -148,8 +148,7 @@ class ForethoughtLM(TemplateLM):
             tokens = self.tok_encode(text, add_special_tokens=False)
             windows = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length - self.think_every, 1)
             total = 0.0
-            how: dict[str, Any] = {"thoughts": self.thoughts, "think_every": self.think_every}
-            how |= {"think_when": self.think_when, "seed": self.seed}
+            how: dict[str, Any] = {**self._once(), "think_every": self.think_every, "seed": self.seed}
             for context, continuation in map(make_disjoint_window, windows):
                 total += self.thinker.log_likelihood([*context, *continuation], given=len(context), **how)
             totals.append(total)

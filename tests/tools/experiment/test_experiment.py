@@ -25,7 +25,7 @@ from forethought.tools.console import ProgressBar
 from forethought.tools.experiment import arms, compare, table
 from forethought.tools.experiment.design import Claim, Experiment, read
 from forethought.tools.experiment.workers import WorkerPool
-from forethought.tools.report import write_comparison
+from forethought.tools.report import comparison, write_comparison
 from forethought.tools.report.comparison import Row
 from helpers.pages import BROWSER
 from helpers.runs import figures
@@ -523,3 +523,12 @@ def test_records_come_back_as_they_were(finished: Any):
     found = arms.records(run / "rlp" / "seed-0")
     assert {"all", "answer"} <= found.keys()
     assert len(found["all"].at) == len(found["all"].think) == 12
+
+
+def test_a_difference_of_shares_is_in_points():
+    row = comparison.Row(arm="rlp", seed="all", metric="all/accuracy_think", value=0.05, low=0.01, high=0.09)
+    told = {name: "" for name in ("name", "model", "corpus", "held_out")}
+    described = comparison.Described(**told, arms={}, sweeps=[], claims=[], missing={})
+    found = comparison.Figures([row], described)
+    assert found.cell("rlp", row.metric, "share") == ("5.0\u00a0%", "1.0\u00a0% to 9.0\u00a0%")
+    assert found.cell("rlp", row.metric, "share", plus=True) == ("+5.0 points", "1.0 points to 9.0 points")

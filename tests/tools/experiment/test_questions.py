@@ -141,6 +141,20 @@ def test_other_questions_are_asked_anew_and_nothing_is_trained_again(finished: A
     assert not any("questions/" in metric for _, _, metric in rows(run))
 
 
+def test_answers_to_other_questions_are_not_compared(extra: None, tmp_path: Path):
+    file = experiment(tmp_path)
+    compare(file, options(tmp_path))
+    (tmp_path / "run/rlp/seed-1/answers.json").unlink()
+    changed = [*WRITTEN[:-1], {**WRITTEN[-1], "answer": "6"}]
+    (tmp_path / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
+    with pytest.raises(
+        UserError, match=r"^questions.data = .*: holds other questions than .*base/answers.json answers"
+    ):
+        compare(file, options(tmp_path))
+    experiment(tmp_path)
+    compare(file, options(tmp_path))
+
+
 def test_arms_cannot_have_questions_of_their_own_and_files_are_read_first(extra: None, tmp_path: Path):
     text = ASKING.replace("[arms.rlp]", "[arms.rlp]\noptions = { questions.limit = 1 }")
     with pytest.raises(UserError, match=r"arms.rlp: cannot set questions, which all arms share"):
@@ -172,7 +186,8 @@ def test_few_questions_have_no_interval_and_none_right_has_wilsons_bound():
 
     assert ends([1.0, 0.0] * 4) == (None, None)
     bound = 1.96**2 / (18 + 1.96**2)
-    assert ends([0.0] * 18) == pytest.approx((-bound, bound))
+    assert ends([0.0] * 18) == pytest.approx((0.0, bound))
+    assert ends([1.0] * 18) == pytest.approx((1 - bound, 1.0))
     low, high = ends([1.0, 0.0] * 9)
     assert (low, high) == pytest.approx((0.5 - 1.96 * 0.5 / np.sqrt(17), 0.5 + 1.96 * 0.5 / np.sqrt(17)))
 

@@ -309,6 +309,20 @@ def test_smaller_chunks_and_fewer_rows_take_less(tokens: int, more: int):
     assert peak("train", rollout_batch=tokens)["decode"] <= peak("train", rollout_batch=tokens + more)["decode"] * 2
 
 
+def test_a_budget_of_tokens_or_flops_says_how_many_steps_there_are():
+    def steps(**train: Any) -> int:
+        found = as_dict(plan(config(train=train), QWEN_SHAPE, Options()))
+        assert found["total"]["flops"] == found["step"]["flops"] * found["steps"]
+        assert found["total"]["text_tokens"] == found["step"]["text_tokens"] * found["steps"]
+        return found["steps"]
+
+    one = as_dict(plan(config(train={"steps": 50}), QWEN_SHAPE, Options()))
+    text, flops = (one["step"][name] for name in ("text_tokens", "flops"))
+    assert (one["steps"], steps(steps=50, tokens=20 * text)) == (50, 20)
+    assert steps(steps=50, tokens=20 * text, flops=9.5 * flops) == 10
+    assert steps(steps=50, flops=100.0 * flops) == 50
+
+
 def test_the_papers_budget():
     """512 positions x 16 thoughts, 170M tokens of text in documents of 949, on 32 H100: T_flop is the paper's 6B."""
     result = plan(QWEN, QWEN_SHAPE, Options(gpus=32, gpu="h100", price=2, prefix=948, document=949))

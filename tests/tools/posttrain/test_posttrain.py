@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,13 @@ from forethought.run.folder import RunLog
 from forethought.run.trackers import Callbacks
 from forethought.tools.experiment import compare
 from forethought.tools.posttrain import chain, completion_loss, last_stage, posttrain
-from forethought.tools.posttrain.stage import Example, Stage, Verified, examples, read, stage_config
+from forethought.tools.posttrain.stage import Example, Stage, Verified, examples, read, stage_config, stage_from_dict
+from forethought.tools.report import card, runs
+from forethought.tools.report import write as write_report
 from forethought.trainer import resume
 from helpers.models import config as tiny
 from helpers.models import plain_targets, qwen3, word_tokenizer
+from helpers.tokenizers import byte_level
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pin_memory.*"),
@@ -344,6 +348,33 @@ def test_an_experiment_takes_every_arm_and_the_base_through_the_same_stages(tmp_
     times = [one.stat().st_mtime_ns for one in records]
     compare(file, {"run": str(tmp_path / "run")})
     assert [one.stat().st_mtime_ns for one in records] == times
+
+
+def test_an_answer_of_several_tokens_is_a_whole_word():
+    """A tokenizer that cuts words into letters: the first of them is no answer."""
+    plain = byte_level(["xyz"], trim=True)
+    start = load("quickstart", ["--model.device", "cpu", "--corpus.window", "256"])
+    rows, tokenizer, form = made(dataclasses.replace(RLVR, think=False, max_tokens=400), start, plain)
+    assert all(len(row.answer) > 1 and row.answer.isalpha() for row in rows)
+    reward = Verified(dataclasses.replace(RLVR, think=False), tokenizer, form)
+    said = [tokenizer(text)["input_ids"] for text in (f" {rows[0].answer}.", f" {rows[0].answer[0]}")]
+    assert reward(said, answer=[rows[0].answer] * 2, repeated=[[], []]) == [1.0, 0.0]
+
+
+def test_a_stage_is_not_described_as_a_run_of_rlp(unlike, tmp_path, capsys):
+    words = ["posttrain", "sft-gsm8k", "--start", "embedded", "--data", str(unlike), "--heldout", str(unlike)]
+    assert main([*words, "--train.steps", "2", "--train.batch", "3", "--run", str(tmp_path / "run")]) == 0
+    card.write(tmp_path / "run")
+    text = (tmp_path / "run/policy/README.md").read_text()
+    for part in ("by supervised fine-tuning (post-training with TRL)", f"| text | `{unlike}` |", "Loss per token of"):
+        assert part in text
+    assert "sft, 3 examples per step" in text and "rlp" not in text.lower()
+    again = tomllib.loads(text.partition("```toml\n")[2].partition("```")[0])
+    assert stage_from_dict(again, "card") == stage_from_dict(RunLog(tmp_path / "run").read_json("stage.json"), "run")
+    state = runs.state(tmp_path / "run")
+    assert (state.state, state.step, state.steps) == ("finished", 2, 2)
+    page = write_report([tmp_path / "run"]).read_text()
+    assert "by sft" in page and str(unlike) in page and "3 examples" in page and "rlp" not in page.lower()
 
 
 @pytest.fixture

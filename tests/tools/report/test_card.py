@@ -4,6 +4,7 @@ import dataclasses
 import json
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -238,6 +239,9 @@ class FakeHub:
         self.calls.append((name, more))
         return f"https://huggingface.co/{name}"
 
+    def repo_info(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(private=name != "me/public")
+
     def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
         if self.error is not None:
             raise self.error
@@ -286,6 +290,12 @@ def test_a_push_uploads_the_policy_and_keeps_an_edited_card(trained: Path, capsy
     assert uploaded[0] == "me/mine"
     assert {"README.md", "config.json", "model.safetensors"} <= set(uploaded[1]["files"])
     assert (trained / "policy" / "README.md").read_text() == edited
+
+
+def test_a_private_push_does_not_go_to_a_public_repository(trained: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["push", "q", "me/public", "--private"]) == 2
+    assert "push to 'me/public': it exists and is public; make it private" in capsys.readouterr().err
+    assert [name for name, _ in FakeHub.calls] == ["me/public"], "made, and nothing uploaded"
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,12 @@ def test_an_evaluation_alone_is_measured_and_a_broken_run_says_what_is_broken(fi
     assert re.search(r"metrics\.jsonl:1: malformed JSON", state(run).state)
 
 
+def test_a_folder_of_another_program_is_no_traceback(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"hidden_size": 8}')
+    (tmp_path / "summary.json").write_text('{"accuracy": 1}')
+    assert state(tmp_path) == State(path=tmp_path, state="finished", step=0, steps=0)
+
+
 def test_runs_are_found_at_any_depth_but_not_inside_each_other(tmp_path: Path):
     a_run(tmp_path / "compare" / "rlp" / "seed-0", 5)
     a_run(tmp_path / "one", 5)

@@ -121,7 +121,7 @@ def _generic(log: RunLog, done: Sequence[Job]) -> dict[str, str]:
 
 def _spent(log: RunLog, done: Sequence[Job], seconds: float) -> dict[str, float]:
     """Seconds of this call and of completed calls before it, and CPU seconds of all finished runs."""
-    before = log.read_json(DESCRIBED).get("spent", {}) if (log.path / DESCRIBED).is_file() else {}
+    before = log.read_json(DESCRIBED, {}).get("spent", {})
     files = [log.path / name / arms.SPENT for name in (BASE, *(job.name for job in done))]
     spent = [RunLog(file.parent).read_json(file.name)["cpu_seconds"] for file in files if file.is_file()]
     return {"seconds": round(before.get("seconds", 0.0) + seconds, 1), "cpu_seconds": round(sum(spent), 1)}

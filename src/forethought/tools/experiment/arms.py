@@ -41,7 +41,7 @@ class Meter:
         """Add the time since the last lap to a job's spent.json."""
         wall, cpu = time.perf_counter(), time.process_time()
         log = RunLog(folder)
-        before = log.read_json(SPENT) if (folder / SPENT).is_file() else {"seconds": 0.0, "cpu_seconds": 0.0}
+        before = log.read_json(SPENT, {"seconds": 0.0, "cpu_seconds": 0.0})
         spent = {"seconds": wall - self._wall, "cpu_seconds": cpu - self._cpu}
         self._wall, self._cpu = wall, cpu
         log.write_json(SPENT, {name: round(before[name] + value, 2) for name, value in spent.items()})

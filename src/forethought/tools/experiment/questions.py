@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from forethought.config import Config
+from forethought.config import Config, UserError
+from forethought.config.registry import METRICS
 from forethought.eval.intervals import MIN_CLUSTERS
 from forethought.run.folder import RunLog
 from forethought.run.trackers import Callbacks
@@ -39,11 +40,10 @@ def done(experiment: Experiment, folder: Path) -> bool:
     """
     if not experiment.ask:
         return True
-    found = _options_of(folder)
-    if found is None or {**found, "checker": ""} != _options(experiment):
+    if not _same_options(experiment, folder):
         return False
-    checkers = {(_options_of(one) or {}).get("checker") for one in _folders(experiment)}
-    return len(checkers) == 1 or found["checker"] == benchmarks.checker()
+    checkers = {_options_of(one).get("checker") for one in _folders(experiment)}
+    return len(checkers) == 1 or _options_of(folder)["checker"] == benchmarks.checker()
 
 
 def ask(experiment: Experiment, config: Config, folder: Path, observer: Callbacks) -> None:
@@ -53,6 +53,11 @@ def ask(experiment: Experiment, config: Config, folder: Path, observer: Callback
     start = experiment.start
     config = dataclasses.replace(config, seed=start.seed, questions=start.questions)
     tasks = benchmarks.load_tasks(start.questions)
+    data = {task.name: task.digest for task in tasks}
+    for one in _folders(experiment):
+        if _same_options(experiment, one) and RunLog(one).read_json(ANSWERS).get("data", data) != data:
+            what = f"questions.data = {start.questions.data!r}: holds other questions than {one / ANSWERS} answers"
+            raise UserError(f"{what}; put the old ones back, or choose another run (--run PATH)")
     rows = benchmarks.prepare(config, tasks, lambda done, total: observer.phase("answering", done, total))(folder.name)
     columns = {
         "/".join(key): {metric: values.tolist() for metric, values in some.items()}
@@ -60,15 +65,20 @@ def ask(experiment: Experiment, config: Config, folder: Path, observer: Callback
     }
     log = RunLog(folder)
     log.write_lines("questions.jsonl", rows)
-    log.write_json(ANSWERS, {"asked": {**_options(experiment), "checker": benchmarks.checker()}, "columns": columns})
+    asked = {**_options(experiment), "checker": benchmarks.checker()}
+    log.write_json(ANSWERS, {"asked": asked, "data": data, "columns": columns})
 
 
 def _folders(experiment: Experiment) -> list[Path]:
     return [experiment.run / name for name in (BASE, *(job.name for job in experiment.jobs))]
 
 
-def _options_of(folder: Path) -> dict[str, Any] | None:
-    return RunLog(folder).read_json(ANSWERS)["asked"] if (folder / ANSWERS).is_file() else None
+def _options_of(folder: Path) -> dict[str, Any]:
+    return RunLog(folder).read_json(ANSWERS, {}).get("asked", {})
+
+
+def _same_options(experiment: Experiment, folder: Path) -> bool:
+    return {**_options_of(folder), "checker": ""} == _options(experiment)
 
 
 def _options(experiment: Experiment) -> dict[str, Any]:
@@ -109,8 +119,8 @@ def over(seeds: Sequence[Columns], base: Columns) -> Figures:
     return pooled([benchmarks.difference(one, base) for one in seeds])
 
 
-def with_intervals(figures: Figures) -> Figures:
-    """Each figure that has an error with the 95 % interval that it means, as /low and /high.
+def with_intervals(figures: Figures, least: float = 0.0) -> Figures:
+    """Each figure that has an error with its 95 % interval as /low and /high; those of shares are in `least` to 1.
 
     Fewer than 10 questions (of an average: in any task) give none. Where all questions are answered alike, such as 0 of
     18, it is Wilson's bound.
@@ -123,5 +133,8 @@ def with_intervals(figures: Figures) -> Figures:
         if not reach and metric in benchmarks.ACCURACIES:
             reach = NORMAL**2 / (asked + NORMAL**2)
         if asked >= MIN_CLUSTERS:
-            ends |= {f"{name}/low": figures[name] - reach, f"{name}/high": figures[name] + reach}
+            low, high = figures[name] - reach, figures[name] + reach
+            if METRICS[metric].unit == "share":
+                low, high = max(low, least), min(high, 1.0)
+            ends |= {f"{name}/low": low, f"{name}/high": high}
     return {**figures, **ends}

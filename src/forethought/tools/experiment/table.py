@@ -150,7 +150,7 @@ def _costs(experiment: Experiment, arm: str, seeds: Sequence[int]) -> list[Row]:
 def _spent(experiment: Experiment, job: Job) -> dict[str, Any]:
     """The costs in a run's summary, and the job's CPU seconds, with measuring."""
     log = RunLog(experiment.run / job.name)
-    more = log.read_json(SPENT) if (log.path / SPENT).is_file() else {}
+    more = log.read_json(SPENT, {})
     return {**log.read_json("summary.json"), **{name: more[name] for name in ("cpu_seconds",) if name in more}}
 
 
@@ -171,4 +171,4 @@ def _answers(experiment: Experiment, done: Sequence[Job]) -> list[Row]:
 
 
 def _answered(arm: str, seed: int | str, found: Mapping[str, float | int], prefix: str = "") -> list[Row]:
-    return _rows(arm, seed, questions.with_intervals(dict(found)), f"{prefix}{QUESTIONS}/")
+    return _rows(arm, seed, questions.with_intervals(dict(found), -1.0 if prefix else 0.0), f"{prefix}{QUESTIONS}/")

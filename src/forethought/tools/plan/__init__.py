@@ -1,6 +1,7 @@
 """Estimates a run's memory, FLOPs, time and cost before it starts, and how it scales. Imports no torch."""
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -52,7 +53,14 @@ class Plan:
     @property
     def hours(self) -> float:
         """Of all steps, without evaluation."""
-        return self.step.seconds * self.job.config.train.steps / 3600
+        return self.step.seconds * self.steps / 3600
+
+    @property
+    def steps(self) -> int:
+        """Of the run: train.steps, or as many as its budget of tokens or FLOPs lasts."""
+        train, step = self.job.config.train, self.step
+        budgets = ((train.tokens, step.text), (train.flops, step.flops))
+        return min([train.steps, *(math.ceil(budget / each) for budget, each in budgets if budget)])
 
     @property
     def dollars(self) -> float:
@@ -90,7 +98,7 @@ def plan(config: Config, shape: Shape, options: Options | None = None) -> Plan:
 
 def as_dict(result: Plan) -> dict[str, Any]:
     """All figures, for a JSON file: bytes, FLOPs, seconds, tokens."""
-    one, config, step, steps = result.job, result.job.config, result.step, result.job.config.train.steps
+    one, config, step, steps = result.job, result.job.config, result.step, result.steps
     found = {
         "estimates": True,
         "model": config.model.path,
@@ -123,7 +131,7 @@ def as_dict(result: Plan) -> dict[str, Any]:
             "flops": step.flops * steps,
             "text_tokens": step.text * steps,
             "thought_tokens": step.thought * steps,
-            "t_flop_tokens": step.t_flop,
+            "t_flop_tokens": step.t_flop * steps,
             "hours": result.hours,
             "gpu_hours": result.hours * one.gpus,
             "dollars": result.dollars if one.machine.price else None,

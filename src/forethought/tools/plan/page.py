@@ -40,7 +40,7 @@ def _head(result: Plan) -> list[str]:
     trained = f", only {_count(job.trainable)} of adapters trained" if job.shape.adapter else ""
     return [
         f"{job.config.model.path}: {_count(job.shape.parameters)} parameters{trained}, {job.config.model.precision}; "
-        f"{where}, {_LAYOUTS[job.layout]}; {train.steps} steps",
+        f"{where}, {_LAYOUTS[job.layout]}; {result.steps} steps",
         f"a step: {train.batch} positions (K = {method.positions}), G = {method.group}; typical prefix P = "
         f"{job.prefix} and thought L = {job.length:.0f} tokens, longest {job.max_prefix} and {method.thought_length}",
         f"on one GPU: {job.local_thoughts} thoughts a step, {job.decode_rows} decoded at once; chunks of "
@@ -91,13 +91,13 @@ def _time(result: Plan) -> Table:
 
 
 def _totals(result: Plan) -> list[str]:
-    step, job, steps = result.step, result.job, result.job.config.train.steps
+    step, job, steps = result.step, result.job, result.steps
     cost = f", ${result.dollars:,.0f} at ${job.machine.price:g}" if job.machine.price else ""
     return [
         f"a step: {step.text:,} tokens of text, {step.thought:,} of thoughts; throughput "
         f"{step.thought / step.seconds:,.0f} thought tokens/s",
         f"{steps} steps: {steps * step.text:,} tokens of text, {steps * step.thought:.3g} of thoughts, "
-        f"{steps * step.flops:.3g} FLOPs; T_flop {step.t_flop:.4g} tokens",
+        f"{steps * step.flops:.3g} FLOPs; T_flop {step.t_flop * steps:.4g} tokens",
         f"estimated {result.hours:,.1f} hours, {result.hours * job.gpus:,.1f} GPU hours{cost}, without evaluation",
     ]
 

@@ -81,7 +81,7 @@ def step(job: Job) -> Step:
         ),
         text=text,
         thought=round(job.windows * job.thoughts_per_window * job.length),
-        t_flop=t_flop(method.group, method.thought_length, train.batch, train.steps, train.steps * text),
+        t_flop=t_flop(method.group, method.thought_length, train.batch, 1, text),
     )
 
 

@@ -121,7 +121,8 @@ def run_stage(stage: Stage, config: Config, callbacks: Callbacks) -> None:
             save_thinking_options(folder, config)
         summary |= {"after/heldout_loss": completion_loss(model, heldout)} if heldout else {}
         seconds = round(time.perf_counter() - began, 2)
-        log.write_json("summary.json", {"method": stage.stage, "seed": config.seed, "seconds": seconds, **summary})
+        done = {"method": stage.stage, "seed": config.seed, "steps": config.train.steps, "seconds": seconds}
+        log.write_json("summary.json", {**done, **summary})
 
 
 @torch.no_grad()

@@ -165,7 +165,7 @@ def _world_examples(stage: Stage, config: Config, tokenizer: Any, form: ThoughtF
         starts = [i for i in range(at) if tokens[i : i + len(opening)] == opening]
         thought = bool(starts) and tokens[at - len(closing) : at] == closing  # one elsewhere is context
         first = starts[-1] if thought else at
-        answer = tokenizer.decode([tokens[at]]).strip()
+        answer = next(iter(re.findall(r"\w+", tokenizer.decode(tokens[at:]))), "")
         repeated = form.repeated(tokens[:first])
         worked = [*tokens[first + len(opening) : at], *repeated, *tokens[at:]] if thought else []
         yield Example(
@@ -232,7 +232,7 @@ class Verified:
 
     def __init__(self, stage: Stage, tokenizer: Any, form: ThoughtFormat):
         self.tokenizer, self.closing = tokenizer, form.closing if stage.think else None
-        self.is_right: Callable[[str, str], bool] = lambda text, answer: text.split()[:1] == [answer]
+        self.is_right: Callable[[str, str], bool] = lambda text, answer: re.findall(r"\w+", text)[:1] == [answer]
         if not stage.data.startswith("world:"):
             require_extra()
             self.is_right = lambda text, answer: grade(text, answer).right

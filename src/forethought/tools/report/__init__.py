@@ -254,12 +254,13 @@ def _facts(run: Run) -> dict[str, Any]:
     """What the run was, in a few words each."""
     batch, seconds = run.option("train.batch", "?"), number(run.summary.get("seconds"))
     thoughts = f"{batch} positions with {run.option('method.group', '?')} thoughts each"
+    others = f"{batch} {'examples' if run.method in ('sft', 'rlvr') else 'windows of text'}"
     return {
         "Method": run.method_label,
         "Model": run.option("model.path", "not recorded"),
         "Corpus": run.option("corpus.path", "not recorded"),
         "Steps": _steps(run),
-        "Each step": thoughts if run.samples_thoughts else f"{batch} windows of text",
+        "Each step": thoughts if run.samples_thoughts else others,
         "Seed": run.option("seed", run.summary.get("seed", "not recorded")),
         "Wall time": "not recorded" if seconds is None else duration(seconds),
     }

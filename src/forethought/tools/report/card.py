@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from forethought.tools.report.tables import (
 )
 
 _CONTROLS = (*CONTROL_GAINS, "drift", "leakage", "truth")
+_STAGES = {"sft": "supervised fine-tuning", "rlvr": "reinforcement learning with verifiable rewards"}
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 Figures = Mapping[str, Any]
@@ -43,8 +45,8 @@ def write(run: Path) -> None:
         return
     log = RunLog.open(run)
     config = log.config()
-    measured = log.read_json("evaluate.json") if (run / "evaluate.json").is_file() else None
-    log.write_text("policy/README.md", text(config, log.read_json("summary.json"), measured))
+    measured, stage = (log.read_json(f"{name}.json", {}) for name in ("evaluate", "stage"))
+    log.write_text("policy/README.md", text(config, log.read_json("summary.json"), measured, stage))
 
 
 def to_push(run: Path, name: str) -> dict[str, int]:
@@ -75,6 +77,8 @@ def push(run: Path, name: str, private: bool) -> str:
             raise ValueError("not logged in to the Hugging Face Hub; run `hf auth login`, or set HF_TOKEN")
         api = HfApi()
         url = api.create_repo(name, private=private or None, exist_ok=True)
+        if private and not api.repo_info(name).private:
+            raise ValueError("it exists and is public; make it private on the hub first, or leave out --private")
         message = f"Upload a model trained with Forethought {__version__}"
         api.upload_folder(repo_id=name, folder_path=run / "policy", commit_message=message)
         return str(url)
@@ -94,34 +98,36 @@ def _one_line(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {reason[:300]}") from error
 
 
-def text(config: Config, summary: Figures, measured: Figures | None = None) -> str:
+def text(config: Config, summary: Figures, measured: Figures | None = None, stage: Figures | None = None) -> str:
     """The card of the model that a run trained, with the metadata of the Hugging Face Hub.
 
-    `summary` is the run's summary.json; `measured` is the evaluate.json of an evaluation, which has the controls. The
-    card sets no license: those of the base model and of the text apply, and only the user knows them.
+    `summary` is the run's summary.json; `measured` is the evaluate.json of an evaluation, which has the controls;
+    `stage` is the stage.json of post-training. The card sets no license: those of the base model and of the text apply,
+    and only the user knows them.
     """
     parts = [
-        f"---\n{_metadata(config)}\n---",
+        f"---\n{_metadata(config, stage)}\n---",
         f"# {visible(Path(config.run).name) or 'A thinking model'}",
-        _opening(config),
+        _opening(config, stage),
         _usage(config),
-        "## Data and compute\n\n" + _rows({**_data(config), **_budget(config, summary)}),
-        "## Results\n\n" + _gain(config, summary),
+        "## Data and compute\n\n" + _rows({**_data(config, stage), **_budget(config, summary)}),
+        "## Results\n\n" + (_heldout_loss(summary, stage) if stage else _gain(config, summary)),
         "## Controls\n\n" + _controls(config, measured),
-        _recipe(config),
+        _stage_recipe(config, stage) if stage else _recipe(config),
         "## License\n\nThis card sets none. The licenses of the base model and of the text apply to this model: read "
         "them, then add the model's own license as `license:` to the metadata of this file.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _metadata(config: Config) -> str:
+def _metadata(config: Config, stage: Figures | None) -> str:
+    path, method = config.corpus.path, stage["stage"] if stage else config.method.name
     return ModelCardData(
         base_model=_hub_id(config.model.path),
-        datasets=[name] if (name := _hub_id(config.corpus.path.removeprefix("hub:"))) else None,
+        datasets=[path.removeprefix("hub:")] if path.startswith("hub:") and not stage else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["forethought", config.method.name, *(["reasoning"] if config.method.samples_thoughts else [])],
+        tags=["forethought", method, *(["reasoning"] if config.method.samples_thoughts else [])],
         ignore_metadata_errors=False,
     ).to_yaml()
 
@@ -132,13 +138,16 @@ def _hub_id(name: str) -> str | None:
     return name if _ID.fullmatch(name) and not local else None
 
 
-def _opening(config: Config) -> str:
+def _opening(config: Config, stage: Figures | None) -> str:
     base = "random weights of the architecture of" if config.model.init == "random" else "the base model"
-    entry = config.method.entry
-    paper = f" ([arXiv:{entry.paper}](https://arxiv.org/abs/{entry.paper}))" if entry.paper else ""
-    name = _code(entry.name) if entry.label == entry.name else _cell_text(entry.label)
-    method = f"{name}{paper}" + (f": {_cell_text(entry.help)}" if entry.help else "")
-    return f"Trained from {base} {_code(config.model.path)} by {method}. Made with Forethought {__version__}."
+    if stage:
+        how = f"{_STAGES[stage['stage']]} (post-training with TRL)"
+    else:
+        entry = config.method.entry
+        paper = f" ([arXiv:{entry.paper}](https://arxiv.org/abs/{entry.paper}))" if entry.paper else ""
+        name = _code(entry.name) if entry.label == entry.name else _cell_text(entry.label)
+        how = f"{name}{paper}" + (f": {_cell_text(entry.help)}" if entry.help else "")
+    return f"Trained from {base} {_code(config.model.path)} by {how}. Made with Forethought {__version__}."
 
 
 def _usage(config: Config) -> str:
@@ -161,12 +170,12 @@ Thoughts are enclosed in {_code(method.open)} and {_code(method.close)}, have {m
 Forethought it predicts without thoughts."""
 
 
-def _data(config: Config) -> dict[str, str]:
-    corpus = config.corpus
+def _data(config: Config, stage: Figures | None) -> dict[str, str]:
+    text = f"{_code(config.corpus.path)}, windows of at most {config.corpus.window:,} tokens"
     return {
         "base model": _code(config.model.path) + (" (architecture only)" if config.model.init == "random" else ""),
-        "text": f"{_code(corpus.path)}, windows of at most {corpus.window:,} tokens",
-        "method": _method(config),
+        "text": _code(stage["data"]) if stage else text,
+        "method": f"{stage['stage']}, {config.train.batch:,} examples per step" if stage else _method(config),
         "seed": str(config.seed),
     }
 
@@ -205,7 +214,7 @@ def _gain(config: Config, summary: Figures) -> str:
 
 
 def _controls(config: Config, measured: Figures | None) -> str:
-    if measured is None:
+    if not measured:
         return (
             "Not measured yet. `forethought evaluate` on the run folder measures how much of the gain remains with an "
             "empty thought, with the thought of another position, with random tokens and with one thought for all "
@@ -260,6 +269,19 @@ def _recipe(config: Config) -> str:
         f"{toml(config)}```\n\nA claim about the method needs a comparison with continued pretraining and random "
         "rewards on the same text: `forethought compare`."
     )
+
+
+def _heldout_loss(summary: Figures, stage: Figures) -> str:
+    if not stage["heldout"]:
+        return "None: the stage had no held-out data (`heldout`)."
+    before, after = (figure(number(summary.get(f"{when}/heldout_loss"))) for when in ("before", "after"))
+    return f"Loss per token of {_code(stage['heldout'])}: {before} before and {after} after training."
+
+
+def _stage_recipe(config: Config, stage: Figures) -> str:
+    lines = "".join(f"{option} = {_literal(value)}\n" for option, value in flatten(dict(stage)).items())
+    command = f"forethought posttrain stage.toml --start {shlex.quote(config.model.path)} --seed {config.seed}"
+    return f"## Recipe\n\n    {command}\n\nwith stage.toml\n\n```toml\n{lines}```"
 
 
 def toml(config: Config) -> str:

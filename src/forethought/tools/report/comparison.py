@@ -21,6 +21,7 @@ from forethought.tools.report.plots import Point
 from forethought.tools.report.runs import read_checked
 from forethought.tools.report.tables import (
     UNLISTED,
+    as_points,
     capitalized,
     duration,
     figure,
@@ -162,7 +163,8 @@ class Figures:
         if row is None:
             return "–", ""
         shown = signed(row.value, unit) if plus else figure(row.value, unit)
-        return shown, interval((row.low, row.high), unit) if seed == ALL else ""
+        ends = interval((row.low, row.high), unit) if seed == ALL else ""
+        return (as_points(shown), as_points(ends)) if plus else (shown, ends)
 
     def points(self, arms: Sequence[tuple[str, str]], metric: str, cost: str = "") -> list[Point]:
         """The measured values of (arm, its name in the plot), each at its cost, or 0."""

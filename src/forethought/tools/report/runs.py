@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, TypeAdapter, ValidationError
 
-from forethought.config import UserError, flatten
+from forethought.config import UserError, flatten, merge
 from forethought.config.registry import AUTOMATIC, METHODS, REWARDS, label
 from forethought.html import table
 from forethought.run.folder import RunLog, checkpoints, read_jsonl
@@ -148,16 +148,20 @@ def load(path: Path, name: str) -> Run:
     if not (path / "config.json").is_file():
         raise UserError(f"{str(path)!r} is not a run folder: it has no config.json")
     log = RunLog(path)
-    metrics = {row["step"]: row for row in _rows(path / "metrics.jsonl", _metrics)}
-    finished = (path / "summary.json").is_file()
+    config, metrics = (
+        log.read_json("config.json"),
+        {row["step"]: row for row in _rows(path / "metrics.jsonl", _metrics)},
+    )
+    if stage := log.read_json("stage.json", {}):  # of post-training: the config is that of the start, but for the loop
+        config = merge(config, {"method": {"name": stage["stage"]}, "corpus": {"path": stage["data"]}})
     return Run(
         path=path,
         name=name,
-        config=log.read_json("config.json"),
+        config=config,
         metrics=[metrics[step] for step in sorted(metrics)],
         positions=_landmarks(path / "thoughts.jsonl"),
         warnings=list(_rows(path / "warnings.jsonl", TypeAdapter(Diagnostic).validate_python)),
-        summary=log.read_json("summary.json") if finished else {},
+        summary=log.read_json("summary.json", {}),
         running=log.in_use(),
     )
 
@@ -191,7 +195,7 @@ def state(path: Path) -> State:
     log = RunLog(path)
     try:
         options, rows = flatten(log.read_json("config.json")), list(_rows(path / "metrics.jsonl", _metrics))
-        summary = log.read_json("summary.json") if (path / "summary.json").is_file() else {}
+        summary = log.read_json("summary.json", {})
     except UserError as error:
         return State(path=path, state=str(error))
     running, saved = log.in_use(), max(checkpoints(path), default=-1)
@@ -206,7 +210,7 @@ def state(path: Path) -> State:
         name, step = "failed" if logged > saved else "stopped", max(logged, saved)
     limits = (options.get(f"train.{one}") for one in ("steps", "tokens", "flops"))
     reached = (step, *(rows[-1].get(one, 0) if rows else 0 for one in ("corpus/tokens", "cost/flops_total")))
-    done = max(now / limit for now, limit in zip(reached, limits, strict=True) if limit)
+    done = max((now / limit for now, limit in zip(reached, limits, strict=True) if limit), default=0.0)
     recent = [seconds for row in rows[-20:] if (seconds := number(row.get("time/step_s"))) is not None]
     gains = [gain for row in rows if (gain := number(row.get("reward/gain"))) is not None]
     return State(

@@ -44,6 +44,11 @@ def signed(value: float | None, unit: str = "nats") -> str:
     return f"+{shown}" if any(char in "123456789" for char in shown) and not shown.startswith(MINUS) else shown
 
 
+def as_points(difference: str) -> str:
+    """A difference of shares: percentage points, not percent."""
+    return difference.replace(f"{NBSP}%", " points")
+
+
 def interval(ends: Sequence[float | None], unit: str) -> str:
     """The two ends of an interval as text; empty if one is unknown."""
     low, high = ends
@@ -116,7 +121,7 @@ def _cell(run: Run, group: str, metric: Metric) -> Cell:
         before_interval=interval(before_ends, metric.unit),
         after=figure(after, metric.unit),
         after_interval=interval(after_ends, metric.unit),
-        difference=signed(difference, metric.unit).replace(f"{NBSP}%", " points"),
+        difference=as_points(signed(difference, metric.unit)),
         verdict=_verdict(before_ends, after_ends, metric.better),
         missing=before is None and after is None,
     )
