@@ -6,9 +6,10 @@ Random weights at Qwen3-1.7B's shape, bf16 over fp32 masters, prefixes of 1,024 
 of `--places` documents. The ceiling of decoding is what has to be read from memory in a step (weights, one copy of each
 document, the suffixes) over the card's copy rate, that of the update the card's matmul rate; both are measured in the
 same run. `generate` is Hugging Face's, on the same documents. Part `update`: the update alone, of one step's thoughts;
-part `resume`: whether a run that is cut and resumed ends with the same bits; part `offload`: whether one with
-update.offload does, and steps with it (peaks without it: part `steps`). `--quick`: the small model, on a CPU where
-there is no GPU, to see that it all runs. benchmarks/gpu_suite.sh runs every part within nine minutes.
+part `compile`: with and without update.compile in turns, and how far the gradients are apart (relative norm); part
+`resume`: whether a run that is cut and resumed ends with the same bits; part `offload`: whether one with update.offload
+does, and steps with it (peaks without it: part `steps`). `--quick`: the small model, on a CPU where there is no GPU, to
+see that it all runs. benchmarks/gpu_suite.sh runs every part within nine minutes.
 """
 
 import argparse
@@ -262,17 +263,42 @@ def steps(options: argparse.Namespace, rates: dict[str, Any]) -> list[dict[str, 
 
 def update(options: argparse.Namespace, rates: dict[str, Any]) -> list[dict[str, Any]]:
     """The update alone, of the same thoughts again and again."""
-    length = options.lengths[0]
-    settings = harness.settings(length, 1, options.group, batch=options.places, chunk=options.chunk)
-    step = Step(options.model, _replaced(settings, options.rows, options), options.prefix, options.places)
-    record = step.method.collect(step.windows, 1)
-    microbatches = step.method.microbatches(record)
+    length, (step, record, microbatches) = options.lengths[0], _to_update(options)
     seconds = timed(lambda: list(map(step.method.forward_backward, microbatches)), options.repeats)
     work = step_flops(Shape.of(step.weights.config), record.work(FORM, step.settings)).update
     rate = work / min(seconds) / 1e12
     row = {"model": options.model, "P": options.prefix, "L": length, "K": 1, "G": options.group, "phase": "update"}
     row |= {"documents": options.places, "chunk": step.method.policy_gradient.scoring.tokens, "seconds": min(seconds)}
     row |= {"update_tflops": rate, "update_of_matmul": rate / rates["matmul_tflops"]}
+    print(row, flush=True)
+    return [row]
+
+
+def _to_update(options: argparse.Namespace) -> tuple[Step, Any, list[Any]]:
+    """A step, its record and its microbatches."""
+    settings = harness.settings(options.lengths[0], 1, options.group, batch=options.places, chunk=options.chunk)
+    step = Step(options.model, _replaced(settings, options.rows, options), options.prefix, options.places)
+    record = step.method.collect(step.windows, 1)
+    return step, record, step.method.microbatches(record)
+
+
+def compiled(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The update with and without update.compile, in turns: seconds, and how far the gradients are apart."""
+    step, _, microbatches = _to_update(options)
+    gradient, scoring, found = step.method.policy_gradient, step.method.policy_gradient.scoring, {}
+    ways: dict[bool, list[float]] = {False: [], True: []}
+    for turn in range(1 + options.repeats):
+        for way, seconds in ways.items():
+            gradient.scoring = dataclasses.replace(scoring, compiled=way)
+            step.weights.zero_grad()
+            seconds.extend(timed(lambda: list(map(step.method.forward_backward, microbatches)), 1, warmup=0))
+            found[way] = torch.cat([p.grad.flatten().float() for p in step.weights.parameters() if p.grad is not None])
+            if turn == 0:
+                first = seconds.pop()  # of the second way: with its compilation
+    gap = float((found[True] - found[False]).norm() / found[False].norm())
+    row: dict[str, Any] = {"model": options.model, "P": options.prefix, "L": options.lengths[0], "phase": "compile"}
+    row |= {"seconds": min(ways[False]), "compiled_seconds": min(ways[True]), "first_s": first, "gradient_gap": gap}
+    row["ratio"] = row["seconds"] / row["compiled_seconds"]
     print(row, flush=True)
     return [row]
 
@@ -468,6 +494,7 @@ def main() -> None:
         "decoding": lambda: decoding(options, rates),
         "steps": lambda: steps(options, rates),
         "update": lambda: update(options, rates),
+        "compile": lambda: compiled(options),
         "resume": lambda: resumed(options),
         "offload": lambda: offloaded(options),
         "profile": lambda: profile(options),

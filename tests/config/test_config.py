@@ -29,7 +29,7 @@ optim.learning_rate optim.schedule optim.warmup optim.weight_decay optim.beta1 o
 lora.r lora.alpha lora.target_modules
 train.steps train.tokens train.flops train.batch train.rollout_batch train.log_every train.log_thoughts
 train.checkpoint_every train.keep_checkpoints train.tracker
-update.tokens_per_chunk update.checkpointing update.offload
+update.tokens_per_chunk update.checkpointing update.compile update.offload
 parallel.shard parallel.timeout_s
 evaluate.path evaluate.documents evaluate.positions evaluate.thoughts evaluate.view evaluate.view_thoughts
 questions.tasks questions.data questions.shots questions.samples questions.thinking questions.max_tokens

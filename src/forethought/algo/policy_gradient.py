@@ -89,6 +89,7 @@ class PolicyGradient:
             tokens=chunk_tokens(self.policy, config.update.tokens_per_chunk),
             shared=config.model.prefix == "shared",
             checkpointing=config.update.checkpointing,
+            compiled=config.update.compile,
         )
 
     def microbatches(self, record: ThoughtRecord) -> list[Microbatch]:

@@ -295,6 +295,9 @@ class Update:
     """Tokens in one forward and backward pass; 0: as many as fit. Changes speed and memory, not results."""
     checkpointing: bool = False
     """Activation checkpointing: keep only the inputs of each layer and recompute the rest. Less memory, more time."""
+    compile: bool = False
+    """Compile the layers that read thoughts, once for all sizes (about a minute, at first). Not measured on a GPU yet.
+    For models whose layers are attention and dense MLPs. Results stay the same up to rounding."""
     offload: bool = False
     """On a GPU: keep Adam's moments, the teacher and what else is idle in host memory while thoughts are sampled, for
     more of them at once. CUDA graphs are then captured in every step: for long thoughts. Results stay the same."""

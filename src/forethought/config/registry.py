@@ -100,7 +100,9 @@ METHODS = _table(
     Entry(
         name="cpt", target="forethought.algo.cpt:CPT", label="CPT, continued pretraining", samples_thoughts=False,
         help="next-token prediction without thoughts", teacher=False,
-        excluded={"method.prediction_weight": _ALL_TEXT, "method.inner_steps": _NO_RATIO},
+        excluded={
+            "method.prediction_weight": _ALL_TEXT, "method.inner_steps": _NO_RATIO, "update.compile": _NO_RATIO,
+        },
     ),
     Entry(
         name="mixed", target="forethought.algo.mixed:Mixed", label="mixed supervised training", paper="2608.23256",
@@ -108,7 +110,7 @@ METHODS = _table(
         teacher=False,
         excluded={
             "method.prediction_weight": _ALL_TEXT, "method.inner_steps": _NO_RATIO, "method.kl_weight": _NO_RATIO,
-            "update.offload": "samples with a copy of the start",
+            "update.compile": _NO_RATIO, "update.offload": "samples with a copy of the start",
         },
     ),
 )  # fmt: skip

@@ -63,6 +63,7 @@ class ScoringOptions:
     tokens: int  # at most this many in one forward and backward pass
     shared: bool  # compute a document once for all its thoughts, or once for each
     checkpointing: bool = False  # keep only the inputs of each layer for the backward pass
+    compiled: bool = False  # compile the layers that read thoughts over a shared document
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,7 +181,7 @@ def forward_backward(model: Any, form: ThoughtFormat, rows: ThoughtBatch, option
         prefix = read(model, rows.documents, rows.prefix_lengths) if options.shared else None
     leaves = None if prefix is None else prefix.detached()
     for chunk, width in _chunks(rows, form, options):
-        with activation_checkpointing(model, options.checkpointing):
+        with activation_checkpointing(model, options.checkpointing, options.compiled and options.shared):
             hidden = _hidden(model, form, rows, (chunk, width), leaves)
         leaf = hidden.detach().requires_grad_()
         size = max(1, MAX_LOGITS[model.device.type] // (width * model.get_output_embeddings().weight.shape[0]))

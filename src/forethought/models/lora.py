@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from forethought.config import Config, Lora, UserError
 from forethought.models.compute_copy import Network, compute_copy
 from forethought.models.loading import device, load_model
-from forethought.prefix import layers_of
+from forethought.prefix import attention_only, layers_of
 
 ALL = "all-linear"
 ADAPTER = "default"  # peft's name for a model's first adapter
@@ -35,6 +35,9 @@ def load_network(config: Config) -> Network:
     if config.update.checkpointing and not layers_of(network.model):
         kind = type(network.model).__name__
         raise UserError(f"update.checkpointing = True: {kind} has no layers that can be recomputed")
+    if config.update.compile and not (layers_of(network.model) and attention_only(network.model)):
+        kind = type(network.model).__name__
+        raise UserError(f"update.compile = True: {kind} has other layers than attention and dense MLPs")
     return network
 
 

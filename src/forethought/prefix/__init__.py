@@ -34,10 +34,12 @@ __all__ = [
     "StaticCache",
     "SuffixCache",
     "activation_checkpointing",
+    "attention_only",
     "backbone",
     "check_logits",
     "decoder_of",
     "enable",
+    "has_experts",
     "layers_of",
     "lm_head",
     "read",
@@ -51,6 +53,16 @@ _KNOWN = (
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
 )
+
+
+def attention_only(model: Any) -> bool:
+    """Whether all layers are attention and dense MLPs: what was compiled and captured so far."""
+    return not has_experts(model) and all(type(one) in _KNOWN[:2] for one in DynamicCache(config=model.config).layers)
+
+
+def has_experts(model: Any) -> bool:
+    """Whether a model is a mixture of experts."""
+    return any(name.endswith("experts") for name, _ in model.named_modules())
 
 
 def enable(model: Any) -> None:
@@ -114,6 +126,7 @@ def check_logits(model: Any, found: Tensor, wanted: Tensor, when: str) -> None:
         raise ValueError(f"its logits differ by {gap:.1e} (relative) {when}")
 
 
+@torch.compiler.disable
 def _attend(
     module: Any, query: Tensor, key: Any, value: Any, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:

@@ -29,17 +29,21 @@ def _outermost(module: Any) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def activation_checkpointing(model: Any, enabled: bool) -> Iterator[None]:
+def activation_checkpointing(model: Any, enabled: bool, compiled: bool = False) -> Iterator[None]:
     """If `enabled`, forward passes with gradients inside this context keep only the input of each layer.
 
     Exact: a layer's cache is restored before it is recomputed. The backward pass may run after the context has ended,
-    and more than once.
+    and more than once. `compiled`: layers run compiled (`update.compile`), all by the same code for any size; the cache
+    and the attention, which know the layer's number and the documents, stay outside of it.
     """
-    layers = layers_of(model) if enabled else []
+    layers = layers_of(model) if enabled or compiled else []
     for number, layer in enumerate(layers):
-        layer.forward = _checkpointed(layer.forward, number)
+        forward = torch.compile(layer.forward, dynamic=True) if compiled else layer.forward
+        layer.forward = _checkpointed(forward, number) if enabled else forward
+    numbered = torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True)  # a layer's number is no constant
     try:
-        yield
+        with numbered if compiled else contextlib.nullcontext():
+            yield
     finally:
         for layer in layers:
             del layer.forward

@@ -50,6 +50,8 @@ class SuffixCache(_UnmaskedCache):
     pass brings the whole suffix and gradients flow through it.
     """
 
+    update: Any = torch.compiler.disable(_UnmaskedCache.update)  # looks up its layer: compiled, each would be alone
+
     def __init__(self, prefix: Prefix, positions: Sequence[int], capacity: int = 0):
         self.prefix, self.positions, self.capacity, self.length = prefix, tuple(positions), capacity, 0
         self.start = torch.zeros(len(positions), dtype=torch.long, device=prefix.device)  # first column of each row

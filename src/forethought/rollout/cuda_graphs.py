@@ -13,14 +13,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from forethought.config import Method
 from forethought.data.positions import Positions, ThoughtFormat
 from forethought.data.token_bytes import Closing
 from forethought.memory import MOST_DOCUMENTS
-from forethought.prefix import CacheCapacity, StaticCache, SuffixCache
+from forethought.prefix import CacheCapacity, StaticCache, SuffixCache, attention_only, has_experts
 from forethought.rollout.decoder import DecodeState, EagerBackend, SharedBatch, matching_prefix, sample
 
 _LOOK = 8  # steps between two checks by the host which rows are finished
@@ -38,26 +36,16 @@ class GraphState(DecodeState):
     next: Int[Tensor, " row"]  # the token that it reads now
 
 
-def attention_only(model: Any) -> bool:
-    """Whether all layers are attention and dense MLPs: what was measured on a GPU, so that `auto` captures it."""
-    kinds = (DynamicLayer, DynamicSlidingWindowLayer)
-    return not _has_experts(model) and all(type(layer) in kinds for layer in DynamicCache(config=model.config).layers)
-
-
 def not_capturable(model: Any, compiled: bool) -> str:
     """Why a step of a model that shares prefixes cannot be captured; empty where it can."""
     if compiled and not attention_only(model):
         return f"{type(model).__name__} has layers (Mamba, experts) that were not compiled as a whole so far"
-    if not _has_experts(model):
+    if not has_experts(model):
         return ""
     grouped = model.config.get_text_config()._experts_implementation == "grouped_mm"
     if not (type(model)._can_set_experts_implementation() and grouped and model.dtype == torch.bfloat16):
         return "experts take grouped products of transformers (grouped_mm) and model.precision bf16"
     return ""
-
-
-def _has_experts(model: Any) -> bool:
-    return any(name.endswith("experts") for name, _ in model.named_modules())
 
 
 def sample_by_cells(logits: Float[Tensor, "row vocab"], noise: Float[Tensor, " row"]) -> Int[Tensor, " row"]:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from forethought.config import Config, Method, Notice, UserError
 from forethought.data.positions import Positions, ThoughtFormat
 from forethought.flops import PREPACK_MIN_WEIGHTS
+from forethought.prefix import attention_only
 from forethought.rollout import Responses, Thoughts, rescored
 from forethought.rollout.cpp import CppBackend
-from forethought.rollout.cuda_graphs import CUDAGraphDecoder, attention_only, not_capturable
+from forethought.rollout.cuda_graphs import CUDAGraphDecoder, not_capturable
 from forethought.rollout.decoder import Backend, Decoder, DecodeState, EagerBackend
 
 
