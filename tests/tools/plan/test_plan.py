@@ -629,3 +629,12 @@ def test_chunks_follow_the_machine():
     assert chunk_tokens(job(shape=wide)) == int(100e9 // 8 // (4 * vectors))
     assert chunk_tokens(job(half, wide)) == int(100e9 // 8 // (2 * vectors))
     assert chunk_tokens(job(shape=wide, machine=CPU)) == max(256, 2**30 // (4 * vectors))
+
+
+def test_the_lengths_of_a_run_that_goes_on_are_read_without_its_last_line(tmp_path: Path):
+    row = json.dumps({"step": 1, "thoughts": [{"length": 3}, {"length": 5}]})
+    (tmp_path / "thoughts.jsonl").write_text(f'{row}\n{row}\n{{"step": 2, "thou')
+    assert lengths_of_run(str(tmp_path), 2).groups.tolist() == [[3, 5], [3, 5]]
+    (tmp_path / "thoughts.jsonl").write_text(f"{row[:-3]}\n{row}\n")
+    with pytest.raises(UserError, match=r"thoughts.jsonl:1: malformed JSON"):
+        lengths_of_run(str(tmp_path), 2)

@@ -1,6 +1,5 @@
 """FLOPs, tokens and estimated seconds of a step by phase, and how they scale over GPUs."""
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ import numpy as np
 from forethought.config import UserError
 from forethought.flops import Flops, decode_flops, forward_flops, rlp_step, t_flop
 from forethought.memory import cache_numbers, chunk_tokens, chunk_windows, offloaded, uses_cuda_graphs
+from forethought.run.folder import read_jsonl
 from forethought.tools.plan.job import Job
 
 KERNELS = {"fp32": 57, "bf16": 39}  # per layer of Qwen3 and decoded token; bf16 with fused norms
@@ -215,10 +215,11 @@ def lengths_of_run(run: str, group: int) -> Lengths:
     """The lengths in a run's thoughts.jsonl, position by position. Raises UserError."""
     file = Path(run) / "thoughts.jsonl" if Path(run).is_dir() else Path(run)
     try:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        groups = [[int(thought["length"]) for thought in row["thoughts"]] for row in rows]
+        rows = [row for _, row in read_jsonl(file, allow_truncated=True)]  # of a run that goes on, too
     except OSError as error:
         raise UserError(f"--lengths {run}: cannot be read: {error.strerror}") from None
+    try:
+        groups = [[int(thought["length"]) for thought in row["thoughts"]] for row in rows]
     except (ValueError, KeyError, TypeError):
         groups = []
     flat = [length for lengths in groups for length in lengths]
