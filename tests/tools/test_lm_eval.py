@@ -208,11 +208,11 @@ def test_it_thinks_where_it_is_unsure(rows: list[dict[str, str]]):
 
 
 def test_rolling_texts_are_thought_about_at_the_temperature_that_is_asked_for():
-    text, found = "ball under blue . swap 1 blue red .", ForethoughtLM("embedded", thoughts=2, thought_temperature=0)
+    text, found = "ball under blue . swap 1 blue red .", ForethoughtLM("embedded", thoughts=2, thought_temperature=0.0)
     tokens = [found.prefix_token_id, *found.tok_encode(text, add_special_tokens=False)]
     [total] = found.loglikelihood_rolling([asked(text)])
     thinker = found.thinker
-    assert total == pytest.approx(thinker.log_likelihood(tokens, thoughts=1, thought_temperature=0), rel=1e-5)
+    assert total == pytest.approx(thinker.log_likelihood(tokens, thoughts=1, thought_temperature=0.0), rel=1e-5)
     assert total != pytest.approx(thinker.log_likelihood(tokens, thoughts=2), abs=1e-4)
 
 

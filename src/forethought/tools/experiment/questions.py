@@ -56,7 +56,7 @@ def ask(experiment: Experiment, config: Config, folder: Path, observer: Callback
     data = {task.name: task.digest for task in tasks}
     for one in _folders(experiment):
         if _same_options(experiment, one) and RunLog(one).read_json(ANSWERS).get("data", data) != data:
-            what = f"questions.data = {start.questions.data!r}: holds other questions than {one / ANSWERS} answers"
+            what = f"questions.data = {start.questions.data!r}: its questions are not those answered in {one / ANSWERS}"
             raise UserError(f"{what}; put the old ones back, or choose another run (--run PATH)")
     rows = benchmarks.prepare(config, tasks, lambda done, total: observer.phase("answering", done, total))(folder.name)
     columns = {
