@@ -1,5 +1,6 @@
 """Layers that read thoughts, compiled once for all sizes (update.compile): the same gradients, few compilations."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 from forethought.config import Config, Model, Update, UserError
 from forethought.models.lora import load_network
+from helpers.models import config, qwen3, rlp
 from helpers.runs import hybrid
 
 pytestmark = pytest.mark.slow
@@ -68,3 +70,9 @@ def test_models_with_other_layers_are_refused(tmp_path: Path):
     path = str(hybrid(tmp_path))
     with pytest.raises(UserError, match=r"^update.compile = True: NemotronHForCausalLM has other layers"):
         load_network(Config(model=Model(path=path, tokenizer="embedded", init="random"), update=Update(compile=True)))
+
+
+def test_the_option_reaches_the_update():
+    for chosen in (False, True):
+        settings = dataclasses.replace(config(), update=Update(compile=chosen))
+        assert rlp(qwen3(), settings).policy_gradient.scoring.compiled == chosen
