@@ -230,6 +230,7 @@ class ThinkingModel:
         Thoughts hold for `think_every` tokens. Then the model thinks again: at once, or at the next position where
         `think_when` holds. `thought_temperature` replaces method.temperature (0: greedy).
         """
+        _check_temperature(thought_temperature)
         tokens, rule = self.encode(text), thinking_rule(think_when, thoughts)
         if think_every < 1 or not 1 <= given <= len(tokens):
             raise UserError(f"think_every must be at least 1, given 1 to {len(tokens)} (the tokens of the text)")
@@ -428,6 +429,7 @@ class ThinkingModel:
         rule: Rule | None = None,
     ) -> list[tuple[Thought, ...]]:
         """Thoughts at the end of each context (where a rule holds), at method.temperature unless another is given."""
+        _check_temperature(temperature)
         self.check_length(max(map(len, contexts), default=0) + 1, thoughts)
         if thoughts < 1 or not contexts:
             return [()] * len(contexts)
@@ -448,8 +450,6 @@ class ThinkingModel:
         generators = [make_generator(seed, "think", context) for seed, context in pairs]
         sampler = self.engine
         if temperature is not None:
-            if not 0 <= temperature < math.inf:
-                raise UserError(f"thought_temperature = {temperature}: must be at least 0 and finite")
             rows, shared = config.train.rows, config.model.prefix == "shared"
             backend = EagerBackend(self.model, rows, prepack=config.model.decoding != "eager")
             backend.draw = partial(_draw_at, temperature)
@@ -540,6 +540,11 @@ class ThinkingModel:
         """The text that the last token adds; "" while a character is incomplete."""
         text = token_texts(self.tokenizer, tokens[-_TAIL:])[-1]
         return "" if text.endswith("\N{REPLACEMENT CHARACTER}") else text
+
+
+def _check_temperature(temperature: float | None) -> None:
+    if temperature is not None and not 0 <= temperature < math.inf:
+        raise UserError(f"thought_temperature = {temperature}: must be at least 0 and finite")
 
 
 def thinking_rule(think_when: str | None, thoughts: int) -> Rule | None:

@@ -535,7 +535,8 @@ class Trainer:
             distributed.run_on_rank0(lambda: log.rewind(0))
             return []
         saved = distributed.run_on_all_ranks(lambda: checkpoint.Saved(path, check=distributed.is_rank0()))
-        if not math.isclose(saved.state.get("start", self.start), self.start, rel_tol=1e-9):  # 0.2 saved none
+        start = saved.state.get("start", self.start)  # 0.2 saved none
+        if self._keeps_start() and not math.isclose(start, self.start, rel_tol=1e-9):
             what = f"model.path = {self.config.model.path!r}: has other weights than when the run began"
             raise distributed.rank0_error(UserError(f"{what}; put them back, or begin the run again"))
         sharding.load_state(saved, self._networks(), self.optimizer)
@@ -555,6 +556,12 @@ class Trainer:
         distributed.run_on_rank0(lambda: log.rewind(self.step))
         self.monitor.replay(read_lines(log.path / "metrics.jsonl"))
         return changed
+
+    def _keeps_start(self) -> bool:
+        """Whether the start stays in use and is in no checkpoint: under adapters, in mixed, as a proxy."""
+        method = self.config.method
+        proxy = method.samples_thoughts and registry.entry("position_policy", method.policy).proxy and not method.proxy
+        return self.network.has_adapters or proxy or method.name == "mixed"
 
     def record_changes(
         self, log: RunLog, callbacks: Callbacks, changes: dict[str, tuple[Any, Any]], files: list[str]

@@ -165,7 +165,6 @@ def test_code_outside_the_package_is_found_from_the_current_folder(outside: None
             "--method.reward prefix_match",
             "method.reward = 'prefix_match': is not for method.name rlp; use information_gain or random",
         ),
-        ("--method.name rpt --method.horizon 2", "method.name = 'rpt': is right or wrong by the text"),
         ("--method.name cpt --method.inner_steps 2", "method.name = 'cpt': trains on text alone"),
         ("--method.name mixed --method.inner_steps 2", "method.name = 'mixed': trains on text alone"),
         ("--method.name mixed --method.kl_weight 0.1", "method.name = 'mixed': trains on text alone"),

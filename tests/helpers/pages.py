@@ -77,7 +77,7 @@ def summary(seed: int) -> dict:
 def make_run(path: Path, method: str = "rlp", steps: int = 80, seed: int = 0, evaluated: bool = True) -> Path:
     """A run folder such as training leaves."""
     path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps(to_dict(config(method, seed))))
+    (path / "config.json").write_text(json.dumps({"version": "0.2.0", **to_dict(config(method, seed))}))
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics(method, steps, seed)))
     if method != "cpt":
         (path / "thoughts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in thoughts(steps, seed)))

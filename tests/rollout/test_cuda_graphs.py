@@ -1,7 +1,9 @@
 """Decoding over static buffers gives the thoughts of eager decoding. Captured graphs need a GPU (benchmarks/gpu.py)."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -195,3 +197,30 @@ def test_what_follows_the_logits_is_compiled_once_for_all_numbers_of_rows():
     """In a process of its own: checks of shapes, on in tests, cannot be compiled."""
     found = subprocess.run([sys.executable, "-c", COMPILED], check=True, capture_output=True, text=True).stdout
     assert found.split(" ", 1) == ["1", f"{[3] * 16 + [2] * 16 + [1] * 32}\n"]
+
+
+WHOLE = """
+import functools, torch
+torch.compile = functools.partial(torch.compile, backend="eager")
+from forethought.data.positions import draw_positions, make_generator
+from forethought.prefix import enable
+from forethought.rollout import draw_noise
+from helpers.models import FORM, MODELS, WINDOWS, config, engine
+from helpers.sampling import cuda_graphs
+
+model, settings = MODELS["qwen3"](), config(group=4, thought_length=6, positions=2)
+enable(model)
+positions = draw_positions(WINDOWS, settings.method, make_generator(1))
+noise = draw_noise((4, 6), [make_generator(2, i) for i in range(len(positions))])
+graphs = cuda_graphs(model, FORM, settings.method)
+graphs.graphs.compiled = True
+wanted, found = engine(model, settings).sample(positions, noise), graphs.sample(positions, noise)
+print(torch.equal(wanted.tokens, found.tokens), float((wanted.logp - found.logp).abs().max()) < 1e-5)
+"""
+
+
+def test_a_step_is_compiled_as_a_whole():
+    """With torch.compile's eager backend: nothing in the model may break its graph."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", WHOLE], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "True True\n", done.stderr

@@ -288,12 +288,31 @@ def test_what_a_run_reads_is_not_emptied(tmp_path: Path, option: str):
     assert (old.path / "policy").is_dir()
 
 
-def test_what_a_glob_finds_in_the_folder_and_a_proxy_are_not_emptied(tmp_path: Path):
+def test_a_run_of_version_0_1_can_be_replaced(tmp_path: Path):
+    old = make(tmp_path / "run")
+    old.write_json("config.json", {"run": "a", "method": {"unclosed": "penalise"}, "train": {}})
+    with pytest.raises(UserError, match="is of version 0"):
+        RunLog.open(old.path)
+    config = from_dict({"run": str(old.path), "overwrite": True})
+    RunLog.create(config)
+    assert RunLog.open(old.path).config() == config
+
+
+def test_an_option_that_is_refused_today_does_not_make_a_run_unreadable(tmp_path: Path):
+    run = make(tmp_path / "run")
+    run.write_json("config.json", {**run.read_json("config.json"), "method": {"name": "cpt", "inner_steps": 2}})
+    assert RunLog.open(run.path).config().method.inner_steps == 2
+
+
+def test_what_a_glob_finds_in_the_folder_and_a_proxy_are_not_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     old = make(tmp_path / "run")
     (old.path / "policy").mkdir()
     (old.path / "policy" / "text.jsonl").write_text("{}\n")
     proxy = {"position_policy": "entropy", "proxy": str(old.path / "policy")}
-    for section, values in (("corpus", {"path": str(tmp_path / "*" / "**" / "*.jsonl")}), ("method", proxy)):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = [{"path": path} for path in (str(tmp_path / "*" / "**" / "*.jsonl"), "~/run/policy/*.jsonl")]
+    asked = {"tasks": f"gsm8k={old.path}/policy/text.jsonl"}
+    for section, values in (*(("corpus", one) for one in found), ("method", proxy), ("questions", asked)):
         config = from_dict({"run": str(old.path), "overwrite": True, section: values})
         with pytest.raises(UserError, match=rf"^run = .*: {section}\..* is in this folder, which would be emptied"):
             RunLog.create(config)

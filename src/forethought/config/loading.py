@@ -54,14 +54,14 @@ def merge(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def from_dict(values: dict[str, Any]) -> Config:
-    """Check a nested dict and make it a Config. Raises UserError."""
+def from_dict(values: dict[str, Any], saved: bool = False) -> Config:
+    """Check a nested dict and make it a Config. Raises UserError. `saved`: by a run, perhaps before a refusal."""
     try:
         config = TypeAdapter(Config).validate_json(as_json(values))
     except ValidationError as error:
         raise UserError(explain(error, [*option_names(), *to_dict(Config())])) from None
     for conflicts in (_conflicts_of_rewards, _conflicts_of_sizes, _conflicts_of_entries, _excluded):
-        for conflict in conflicts(config):
+        for conflict in () if saved and conflicts is _excluded else conflicts(config):
             raise UserError(conflict)
     return config
 

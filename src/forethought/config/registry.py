@@ -91,7 +91,6 @@ METHODS = _table(
         help="a prediction is sampled after each thought, and is right or wrong", writes=True, teacher=False,
         defaults={"method.reward": "prefix_match", "method.position_policy": "entropy"},
         excluded={
-            "method.horizon": "is right or wrong by the text, at any length",
             "method.clamp_gain": "has no gain to clamp", "method.min_gain": "has no gain to filter by",
             "method.repeat_context": "writes its prediction right after the thought",
             "method.prediction_weight": "samples its predictions, so that eq. 8 is the whole gradient",
@@ -101,7 +100,7 @@ METHODS = _table(
         name="cpt", target="forethought.algo.cpt:CPT", label="CPT, continued pretraining", samples_thoughts=False,
         help="next-token prediction without thoughts", teacher=False,
         excluded={
-            "method.prediction_weight": _ALL_TEXT, "method.inner_steps": _NO_RATIO, "update.compile": _NO_RATIO,
+            "method.prediction_weight": _ALL_TEXT, "method.inner_steps": _NO_RATIO,
         },
     ),
     Entry(
@@ -110,7 +109,7 @@ METHODS = _table(
         teacher=False,
         excluded={
             "method.prediction_weight": _ALL_TEXT, "method.inner_steps": _NO_RATIO, "method.kl_weight": _NO_RATIO,
-            "update.compile": _NO_RATIO, "update.offload": "samples with a copy of the start",
+            "update.offload": "samples with a copy of the start",
         },
     ),
 )  # fmt: skip

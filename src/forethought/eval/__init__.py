@@ -82,7 +82,7 @@ def started(target: str | Path, overrides: dict[str, Any], command: str) -> tupl
     for option in overrides.keys() & {"run", "overwrite"} if log else ():
         raise UserError(f"--{option}: the figures of a run go into its own folder, {target}")
     start = to_dict(log.config()) if log else _model_options(str(target), command)
-    return log, from_dict(merge(start, overrides))
+    return log, from_dict(merge(start, overrides), saved=log is not None)
 
 
 def overridden(log: RunLog, config: Config) -> dict[str, dict[str, Any]]:

@@ -46,6 +46,7 @@ __all__ = [
 ]
 
 ATTENTION = "shared_prefix"
+_merged_attention = torch.compiler.disable(merged_attention)  # stays outside of compiled layers (update.compile)
 _KNOWN = (
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -126,7 +127,6 @@ def check_logits(model: Any, found: Tensor, wanted: Tensor, when: str) -> None:
         raise ValueError(f"its logits differ by {gap:.1e} (relative) {when}")
 
 
-@torch.compiler.disable
 def _attend(
     module: Any, query: Tensor, key: Any, value: Any, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
@@ -136,7 +136,7 @@ def _attend(
     if odd := [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]:
         raise ValueError(f"its attention uses {', '.join(odd)}, which shared prefixes do not support")
     scale = options.get("scaling") or query.shape[-1] ** -0.5
-    attention: Any = static_kv_attention if isinstance(key, StaticKV) else merged_attention
+    attention: Any = static_kv_attention if isinstance(key, StaticKV) else _merged_attention
     out = attention(query, key, value, scale, options.get("sliding_window"))
     return out.transpose(1, 2), None
 

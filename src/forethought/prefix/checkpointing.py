@@ -1,4 +1,5 @@
-"""Activation checkpointing that supports caches: a layer keeps its input, the backward pass recomputes the rest.
+"""Activation checkpointing that supports caches: a layer keeps its input, the backward pass recomputes the rest; and
+layers that are compiled (update.compile).
 
 transformers' own drops the cache, through which the gradients of shared prefixes flow.
 """
@@ -40,9 +41,10 @@ def activation_checkpointing(model: Any, enabled: bool, compiled: bool = False) 
     for number, layer in enumerate(layers):
         forward = torch.compile(layer.forward, dynamic=True) if compiled else layer.forward
         layer.forward = _checkpointed(forward, number) if enabled else forward
-    numbered = torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True)  # a layer's number is no constant
     try:
-        with numbered if compiled else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if compiled:  # a layer's number is no constant
+                stack.enter_context(torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True))
             yield
     finally:
         for layer in layers:

@@ -88,15 +88,20 @@ class RunLog:
 
     def config(self) -> Config:
         """The options of the run. Raises UserError if config.json is invalid."""
-        values = self.read_json("config.json")
-        if not {"run", "method", "train"} <= values.keys():
+        values = self.options()
+        if not _is_run(values):
             raise UserError(f"{self.path / 'config.json'}: is not the config of a Forethought run")
-        if values.pop("version", None) is None:
-            raise UserError(f"{self.path / 'config.json'}: is of version 0.1, which versions after 0.2 do not read")
         try:
-            return from_dict(values)
+            return from_dict({name: value for name, value in values.items() if name != "version"}, saved=True)
         except UserError as error:
             raise UserError(f"{self.path / 'config.json'}: {error}") from None
+
+    def options(self) -> dict[str, Any]:
+        """What config.json holds, with the version, not checked. Raises UserError if it is that of a run of 0.1."""
+        values = self.read_json("config.json")
+        if _is_run(values) and "version" not in values:
+            raise UserError(f"{self.path / 'config.json'}: is of version 0.1, which versions after 0.2 do not read")
+        return values
 
     def write_config(self, config: Config) -> None:
         """Write or replace RUN/config.json atomically. Raises RunError."""
@@ -427,15 +432,23 @@ def check_free(path: Path, overwrite: bool) -> None:
             "or replace it (--overwrite True)"
         )
     try:
-        RunLog.open(path)
+        if not _is_run(RunLog(path).read_json("config.json")):
+            raise UserError("its config.json is that of another program")
     except UserError as error:
         raise UserError(f"run = {str(path)!r}: overwrite replaces only a Forethought run ({error})") from None
 
 
+def _is_run(config: dict[str, Any]) -> bool:
+    return {"run", "method", "train"} <= config.keys()
+
+
 def _check_outside(path: Path, config: Config) -> None:
-    for option in ("model.path", "model.tokenizer", "method.proxy", "corpus.path", "evaluate.path", "questions.data"):
-        source = attrgetter(option)(config)
-        places = [Path(place) for place in [source, *glob(source, recursive=True)] if place]  # noqa: PTH207
+    named = ("model.path", "model.tokenizer", "method.proxy", "corpus.path", "evaluate.path", "questions.data")
+    sources = [(option, attrgetter(option)(config)) for option in named]
+    sources += [("questions.tasks", task.partition("=")[2]) for task in config.questions.tasks]
+    for option, source in sources:
+        home = os.path.expanduser(source)  # noqa: PTH111
+        places = [Path(place) for place in [home, *glob(home, recursive=True)] if place]  # noqa: PTH207
         if any(place.exists() and place.resolve().is_relative_to(path.resolve()) for place in places):
             raise UserError(f"run = {str(path)!r}: {option} = {source!r} is in this folder, which would be emptied")
 

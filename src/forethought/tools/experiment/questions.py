@@ -30,7 +30,7 @@ def check(experiment: Experiment) -> None:
     """Fail before anything is trained where questions are left and cannot be read. Raises UserError."""
     if not all(done(experiment, folder) for folder in _folders(experiment)):
         benchmarks.require_extra()
-        benchmarks.load_tasks(experiment.start.questions)
+        _same_data(experiment, benchmarks.load_tasks(experiment.start.questions))
 
 
 def done(experiment: Experiment, folder: Path) -> bool:
@@ -53,11 +53,7 @@ def ask(experiment: Experiment, config: Config, folder: Path, observer: Callback
     start = experiment.start
     config = dataclasses.replace(config, seed=start.seed, questions=start.questions)
     tasks = benchmarks.load_tasks(start.questions)
-    data = {task.name: task.digest for task in tasks}
-    for one in _folders(experiment):
-        if _same_options(experiment, one) and RunLog(one).read_json(ANSWERS).get("data", data) != data:
-            what = f"questions.data = {start.questions.data!r}: its questions are not those answered in {one / ANSWERS}"
-            raise UserError(f"{what}; put the old ones back, or choose another run (--run PATH)")
+    data = _same_data(experiment, tasks)
     rows = benchmarks.prepare(config, tasks, lambda done, total: observer.phase("answering", done, total))(folder.name)
     columns = {
         "/".join(key): {metric: values.tolist() for metric, values in some.items()}
@@ -67,6 +63,17 @@ def ask(experiment: Experiment, config: Config, folder: Path, observer: Callback
     log.write_lines("questions.jsonl", rows)
     asked = {**_options(experiment), "checker": benchmarks.checker()}
     log.write_json(ANSWERS, {"asked": asked, "data": data, "columns": columns})
+
+
+def _same_data(experiment: Experiment, tasks: Sequence[benchmarks.Benchmark]) -> dict[str, str]:
+    """A digest of each task's questions. Raises UserError where other ones have been answered in this experiment."""
+    data = {task.name: task.digest for task in tasks}
+    for folder in _folders(experiment):
+        known = RunLog(folder).read_json(ANSWERS, {}).get("data", data) if _same_options(experiment, folder) else data
+        if other := [name for name in data if known.get(name) != data[name]]:
+            what = f"the questions of {other[0]}, or its version, are not those answered in {folder / ANSWERS}"
+            raise UserError(f"{what}; put the old ones back, or choose another run (--run PATH)")
+    return data
 
 
 def _folders(experiment: Experiment) -> list[Path]:

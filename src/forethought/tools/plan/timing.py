@@ -49,7 +49,7 @@ class Step:
     phases: tuple[Phase, ...]
     text: int  # tokens of text, on all GPUs
     thought: int  # tokens of thoughts
-    t_flop: int  # the paper's measure, for all steps of the run
+    t_flop: int  # the paper's measure, of one step
 
     @property
     def flops(self) -> float:

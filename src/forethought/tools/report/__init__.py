@@ -23,7 +23,7 @@ from forethought.html import visible
 from forethought.run.folder import RunLog, replace_text
 from forethought.tools.report import comparison, plots, viewer
 from forethought.tools.report import runs as run_folders
-from forethought.tools.report.runs import Position, Run, number
+from forethought.tools.report.runs import STEP_OF_STAGE, Position, Run, number
 from forethought.tools.report.tables import (
     Cell,
     capitalized,
@@ -254,7 +254,7 @@ def _facts(run: Run) -> dict[str, Any]:
     """What the run was, in a few words each."""
     batch, seconds = run.option("train.batch", "?"), number(run.summary.get("seconds"))
     thoughts = f"{batch} positions with {run.option('method.group', '?')} thoughts each"
-    others = f"{batch} {'examples' if run.method in ('sft', 'rlvr') else 'windows of text'}"
+    others = f"{batch} {STEP_OF_STAGE.get(run.method, 'windows of text')}"
     return {
         "Method": run.method_label,
         "Model": run.option("model.path", "not recorded"),

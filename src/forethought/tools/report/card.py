@@ -17,7 +17,7 @@ from forethought.config.registry import CONTROL_GAINS, REWARDS, label
 from forethought.html import visible
 from forethought.run import __version__
 from forethought.run.folder import RunLog
-from forethought.tools.report.runs import number
+from forethought.tools.report.runs import STEP_OF_STAGE, number
 from forethought.tools.report.tables import (
     NBSP,
     capitalized,
@@ -175,9 +175,14 @@ def _data(config: Config, stage: Figures | None) -> dict[str, str]:
     return {
         "base model": _code(config.model.path) + (" (architecture only)" if config.model.init == "random" else ""),
         "text": _code(stage["data"]) if stage else text,
-        "method": f"{stage['stage']}, {config.train.batch:,} examples per step" if stage else _method(config),
+        "method": _stage_method(config, stage) if stage else _method(config),
         "seed": str(config.seed),
     }
+
+
+def _stage_method(config: Config, stage: Figures) -> str:
+    group = f", {stage['group']} completions per prompt" if stage["stage"] == "rlvr" else ""
+    return f"{stage['stage']}, {config.train.batch:,} {STEP_OF_STAGE[stage['stage']]} per step{group}"
 
 
 def _method(config: Config) -> str:

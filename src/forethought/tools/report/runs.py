@@ -37,6 +37,8 @@ def by_reward(thoughts: "list[Thought]") -> "list[Thought]":
 
 Number = Annotated[float | None, BeforeValidator(number)]
 """A finite number, or None for a value that is missing or not finite."""
+STEP_OF_STAGE = {"sft": "examples", "rlvr": "prompts"}
+"""What a step of post-training takes train.batch of."""
 Text = Annotated[str, PlainValidator(str)]
 """Any value as text, which may have parts of characters that are not valid Unicode."""
 Probability = Annotated[float, Field(ge=0, le=1.001)]  # exp of a rounded log-probability may exceed 1
@@ -149,7 +151,7 @@ def load(path: Path, name: str) -> Run:
         raise UserError(f"{str(path)!r} is not a run folder: it has no config.json")
     log = RunLog(path)
     config, metrics = (
-        log.read_json("config.json"),
+        log.options(),
         {row["step"]: row for row in _rows(path / "metrics.jsonl", _metrics)},
     )
     if stage := log.read_json("stage.json", {}):  # of post-training: the config is that of the start, but for the loop
@@ -194,7 +196,7 @@ def state(path: Path) -> State:
     """How far a run is, from its config, metrics, checkpoints, summary and lock."""
     log = RunLog(path)
     try:
-        options, rows = flatten(log.read_json("config.json")), list(_rows(path / "metrics.jsonl", _metrics))
+        options, rows = flatten(log.options()), list(_rows(path / "metrics.jsonl", _metrics))
         summary = log.read_json("summary.json", {})
     except UserError as error:
         return State(path=path, state=str(error))
