@@ -36,7 +36,7 @@ def check(experiment: Experiment) -> None:
 def done(experiment: Experiment, folder: Path) -> bool:
     """Whether the model of this folder has answered with the experiment's options; without questions always.
 
-    Answers graded by another checker (such as those of version 0.1) remain where it graded all of the experiment's.
+    Answers graded by another checker remain where it graded all of the experiment's.
     """
     if not experiment.ask:
         return True
