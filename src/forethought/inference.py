@@ -243,8 +243,8 @@ class ThinkingModel:
             for start in starts:
                 logp[start : start + horizon] = 0
             total = float(logp.sum())
-        drawn = seed, thought_temperature
-        for positions, found in self._chunks(tokens, [given + t for t in starts], horizon, thoughts, *drawn):
+        places = [given + t for t in starts]
+        for positions, found in self._chunks(tokens, places, horizon, thoughts, seed, thought_temperature):
             inside = positions.at[:, None] + torch.arange(horizon) < len(tokens)
             total += float(mixture((found.evidence * inside[:, None].to(found.evidence.device)).sum(-1).T).sum())
         return total

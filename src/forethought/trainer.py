@@ -232,8 +232,8 @@ class Trainer:
         self.held_out = heldout.held_out(config, self.tokenizer) if config.evaluate.path else []
         self.network = lora.load_network(config)
         self.policy = self.network.model
-        weights = (parameter.detach() for parameter in self.policy.parameters())
-        self.start = sum(float(weight.abs().sum(dtype=torch.float64)) for weight in weights)  # to know its weights by
+        norms = (torch.linalg.vector_norm(one.detach(), 1, dtype=torch.float64) for one in self.policy.parameters())
+        self.start = float(sum(norms))  # the sum of |w|, by which a resumed run knows the weights that it began with
         self.engine = TimedEngine(engine(self.network.model, self.form, config))
         method = registry.load("method", config.method.name)
         self.method: Method = method(self.network, self.engine, self.form, self.tokenizer, config)

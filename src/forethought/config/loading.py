@@ -55,7 +55,7 @@ def merge(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any], saved: bool = False) -> Config:
-    """Check a nested dict and make it a Config. Raises UserError. `saved`: by a run, perhaps before a refusal."""
+    """Check a nested dict and make it a Config. Raises UserError; `saved` runs may set what their method excludes."""
     try:
         config = TypeAdapter(Config).validate_json(as_json(values))
     except ValidationError as error:

@@ -99,9 +99,7 @@ METHODS = _table(
     Entry(
         name="cpt", target="forethought.algo.cpt:CPT", label="CPT, continued pretraining", samples_thoughts=False,
         help="next-token prediction without thoughts", teacher=False,
-        excluded={
-            "method.prediction_weight": _ALL_TEXT, "method.inner_steps": _NO_RATIO,
-        },
+        excluded={"method.prediction_weight": _ALL_TEXT, "method.inner_steps": _NO_RATIO},
     ),
     Entry(
         name="mixed", target="forethought.algo.mixed:Mixed", label="mixed supervised training", paper="2608.23256",

@@ -1,7 +1,6 @@
-"""Activation checkpointing that supports caches: a layer keeps its input, the backward pass recomputes the rest; and
-layers that are compiled (update.compile).
+"""How the layers of an update run: with activation checkpointing that supports caches, and compiled.
 
-transformers' own drops the cache, through which the gradients of shared prefixes flow.
+transformers' own checkpointing drops the cache, through which the gradients of shared prefixes flow.
 """
 
 import contextlib

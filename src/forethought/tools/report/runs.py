@@ -150,10 +150,8 @@ def load(path: Path, name: str) -> Run:
     if not (path / "config.json").is_file():
         raise UserError(f"{str(path)!r} is not a run folder: it has no config.json")
     log = RunLog(path)
-    config, metrics = (
-        log.options(),
-        {row["step"]: row for row in _rows(path / "metrics.jsonl", _metrics)},
-    )
+    config = log.options()
+    metrics = {row["step"]: row for row in _rows(path / "metrics.jsonl", _metrics)}
     if stage := log.read_json("stage.json", {}):  # of post-training: the config is that of the start, but for the loop
         config = merge(config, {"method": {"name": stage["stage"]}, "corpus": {"path": stage["data"]}})
     return Run(
