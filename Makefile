@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 VLLM := .venv-vllm/bin
 
-.PHONY: quickstart test test-slow test-vllm bench-vllm env-vllm test-lm-eval test-wheel test-extras env check docs notebook base smollm2 clean
+.PHONY: quickstart test test-slow test-kernels test-vllm bench-vllm env-vllm test-lm-eval test-wheel test-extras env check docs notebook base smollm2 clean
 
 quickstart: env  ## train RLP on the embedded world, evaluate before and after, write a report
 	$(BIN)/forethought train quickstart --run $(RUN) --seed $(SEED) --overwrite True
@@ -16,6 +16,10 @@ test: check  ## what a change has to pass; CI runs test-slow, docs, test-lm-eval
 
 test-slow: env  ## the tests that `make test` leaves out: kills at random moments, experiments that are stopped, large models
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m slow
+
+test-kernels: env  ## the Triton kernels, interpreted on a CPU (without the suite's type checks) and compiled for GPUs
+	$(BIN)/pip install --quiet --constraint requirements.lock --no-deps triton
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -o addopts="-n 2 --import-mode=importlib" tests/prefix/test_kernels.py
 
 test-lm-eval: env  ## benchmarks and lm-evaluation-harness: the extra eval brings 40 packages that the environment lacks otherwise
 	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[eval]'

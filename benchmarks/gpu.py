@@ -6,10 +6,10 @@ Random weights at Qwen3-1.7B's shape, bf16 over fp32 masters, prefixes of 1,024 
 of `--places` documents. The ceiling of decoding is what has to be read from memory in a step (weights, one copy of each
 document, the suffixes) over the card's copy rate, that of the update the card's matmul rate; both are measured in the
 same run. `generate` is Hugging Face's, on the same documents. Part `update`: the update alone, of one step's thoughts;
-part `compile`: with and without update.compile in turns, and how far the gradients are apart (relative norm); part
-`resume`: whether a run that is cut and resumed ends with the same bits; part `offload`: whether one with update.offload
-does, and steps with it (peaks without it: part `steps`). `--quick`: the small model, on a CPU where there is no GPU, to
-see that it all runs. benchmarks/gpu_suite.sh runs every part within nine minutes.
+part `ways`: with update.compile, with update.attention triton and with both, in turns, and how far the gradients
+are apart (relative norm); part `resume`: whether a run that is cut and resumed ends with the same bits; part `offload`:
+whether one with update.offload does, and steps with it (peaks without it: part `steps`). `--quick`: a small model, on a
+CPU where there is no GPU, to see that it all runs. benchmarks/gpu_suite.sh runs every part within nine minutes.
 """
 
 import argparse
@@ -112,29 +112,32 @@ def exactness(options: argparse.Namespace) -> list[dict[str, Any]]:
             gap = float((plain.logp - found.logp).abs()[(plain.tokens == found.tokens).cumprod(-1).bool()].max())
             what = f"decoding, {'cuda_graphs_compiled' if compiled else 'cuda_graphs'}"
             rows.append({"check": what, "model": name, "dtype": str(dtype), "same_thoughts": same, "logp_gap": gap})
+    kernels = ("flash", "plain", "triton") if DEVICE == "cuda" else ("flash", "plain")
     for windows_of, name in (((96, 96), "whole documents"), ((96, 57), "documents of other lengths, two places")):
-        grads = []
-        for kernel in (True, False):
-            grads.append(_gradient(windows_of, kernel))
-        (fused, plain), exact = grads, _gradient(windows_of, False, torch.float64)
-        scale = float(exact.abs().max())
-        gaps = [float((some.double() - exact).abs().max()) / scale for some in (fused, plain)]
-        rows.append({"check": f"gradient, {name}", "fused_gap": gaps[0], "plain_gap": gaps[1]})
+        exact = _gradient(windows_of, "plain", torch.float64)
+        row: dict[str, Any] = {"check": f"gradient, {name}"}
+        for kernel, dtype in (
+            *((kernel, BF16) for kernel in kernels),
+            *((kernel, torch.float32) for kernel in kernels[2:]),
+        ):
+            gap = float((_gradient(windows_of, kernel, dtype).double() - exact).abs().max() / exact.abs().max())
+            row[f"{kernel}_gap" if dtype == BF16 else f"{kernel}_fp32_gap"] = gap
+        rows.append(row)
     return rows
 
 
-def _gradient(lengths: tuple[int, ...], kernel: bool, dtype: torch.dtype = BF16) -> torch.Tensor:
-    """Of the key projection of the first layer, through merged attention; without the kernel in plain products."""
+def _gradient(lengths: tuple[int, ...], kernel: str, dtype: torch.dtype = BF16) -> torch.Tensor:
+    """Of the key projection of the first layer, through merged attention: flash, in plain products, or in Triton."""
     model = harness.build("qwen3 4x256", DEVICE).to(dtype)
     enable(model)
     documents = [harness.window(n, 1, 4096, seed=n).tokens for n in lengths]
     stops = [[n // 2, n] if len(set(lengths)) > 1 else [n] for n in lengths]
-    has, merged._has_kernel = merged._has_kernel, merged._has_kernel if kernel else lambda *_: False
+    has, merged._has_kernel = merged._has_kernel, (lambda *_: False) if kernel == "plain" else merged._has_kernel
     try:
         prefix = read(model, documents, stops)
         at = [position for position in range(sum(map(len, stops))) for _ in range(3)]
         tokens = torch.randint(10, 4096, (len(at), 24), generator=torch.Generator().manual_seed(1)).to(DEVICE)
-        cache = SuffixCache(prefix, at)
+        cache = SuffixCache(prefix, at, triton=kernel == "triton")
         out = backbone(model, tokens, cache, cache.position_ids(24))
         weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out)
         (out * weight).sum().backward()
@@ -154,7 +157,7 @@ class Step:
         vocab = self.weights.config.vocab_size
         self.method = RLP(self.network, self.engine, FORM, harness.tokenizer(vocab), settings)
         self.optimizer = torch.optim.AdamW(self.weights.parameters(), lr=1e-6, fused=DEVICE == "cuda")
-        self.windows = [harness.window(prefix, 1, vocab, seed=i) for i in range(documents)]
+        self.windows = [harness.window(prefix, settings.method.positions, vocab, seed=i) for i in range(documents)]
         if settings.update.offload:
             networks = [self.weights, *self.method.state().values()]
             self.engine.make_room(offload.Offload(self.weights.device, networks, self.optimizer))
@@ -267,8 +270,13 @@ def update(options: argparse.Namespace, rates: dict[str, Any]) -> list[dict[str,
     seconds = timed(lambda: list(map(step.method.forward_backward, microbatches)), options.repeats)
     work = step_flops(Shape.of(step.weights.config), record.work(FORM, step.settings)).update
     rate = work / min(seconds) / 1e12
-    row = {"model": options.model, "P": options.prefix, "L": length, "K": 1, "G": options.group, "phase": "update"}
-    row |= {"documents": options.places, "chunk": step.method.policy_gradient.scoring.tokens, "seconds": min(seconds)}
+    row = {"model": options.model, "P": options.prefix, "L": length, "K": options.positions, "G": options.group}
+    row |= {
+        "phase": "update",
+        "documents": len(step.windows),
+        "chunk": step.method.policy_gradient.scoring.tokens,
+        "seconds": min(seconds),
+    }
     row |= {"update_tflops": rate, "update_of_matmul": rate / rates["matmul_tflops"]}
     print(row, flush=True)
     return [row]
@@ -276,31 +284,44 @@ def update(options: argparse.Namespace, rates: dict[str, Any]) -> list[dict[str,
 
 def _to_update(options: argparse.Namespace) -> tuple[Step, Any, list[Any]]:
     """A step, its record and its microbatches."""
-    settings = harness.settings(options.lengths[0], 1, options.group, batch=options.places, chunk=options.chunk)
-    step = Step(options.model, _replaced(settings, options.rows, options), options.prefix, options.places)
+    length, count = options.lengths[0], options.positions
+    settings = harness.settings(length, count, options.group, batch=options.places, chunk=options.chunk)
+    step = Step(options.model, _replaced(settings, options.rows, options), options.prefix, options.places // count)
     record = step.method.collect(step.windows, 1)
     return step, record, step.method.microbatches(record)
 
 
-def compiled(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The update with and without update.compile, in turns: seconds, and how far the gradients are apart."""
+WAYS = {
+    "plain": {},
+    "compile": {"compiled": True},
+    "triton": {"triton": True},
+    "both": {"compiled": True, "triton": True},
+}
+
+
+def ways(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The update in several ways, in turns: seconds, of the first turn too, and how far the gradients are apart."""
     step, _, microbatches = _to_update(options)
-    gradient, scoring, found = step.method.policy_gradient, step.method.policy_gradient.scoring, {}
-    ways: dict[bool, list[float]] = {False: [], True: []}
-    for turn in range(1 + options.repeats):
-        for way, seconds in ways.items():
-            gradient.scoring = dataclasses.replace(scoring, compiled=way)
+    gradient, scoring = step.method.policy_gradient, step.method.policy_gradient.scoring
+    seconds: dict[str, list[float]] = {
+        name: [] for name, way in WAYS.items() if DEVICE == "cuda" or "triton" not in way
+    }
+    found: dict[str, torch.Tensor] = {}
+    for _ in range(1 + options.repeats):
+        for name, times in seconds.items():
+            gradient.scoring = dataclasses.replace(scoring, **WAYS[name])
             step.weights.zero_grad()
-            seconds.extend(timed(lambda: list(map(step.method.forward_backward, microbatches)), 1, warmup=0))
-            found[way] = torch.cat([p.grad.flatten().float() for p in step.weights.parameters() if p.grad is not None])
-            if turn == 0:
-                first = seconds.pop()  # of the second way: with its compilation
-    gap = float((found[True] - found[False]).norm() / found[False].norm())
-    row: dict[str, Any] = {"model": options.model, "P": options.prefix, "L": options.lengths[0], "phase": "compile"}
-    row |= {"seconds": min(ways[False]), "compiled_seconds": min(ways[True]), "first_s": first, "gradient_gap": gap}
-    row["ratio"] = row["seconds"] / row["compiled_seconds"]
-    print(row, flush=True)
-    return [row]
+            times.extend(timed(lambda: list(map(step.method.forward_backward, microbatches)), 1, warmup=0))
+            grads = [p.grad.flatten().to("cpu") for p in step.weights.parameters() if p.grad is not None]
+            found[name] = torch.cat(grads).float()
+    rows, plain = [], found["plain"]
+    for name, (first, *later) in seconds.items():
+        row: dict[str, Any] = {"model": options.model, "P": options.prefix, "L": options.lengths[0], "phase": "update"}
+        row |= {"K": options.positions, "way": name, "seconds": min(later), "first_s": first}
+        row["ratio"] = min(seconds["plain"][1:]) / min(later)
+        rows.append(row | {"gradient_gap": float((found[name] - plain).norm() / plain.norm())})
+        print(rows[-1], flush=True)
+    return rows
 
 
 RESUMED: dict[str, list[str]] = {"plain": [], "lora": ["--lora.r", "4"], "fsdp2": ["--parallel.shard", "zero1"]}
@@ -466,6 +487,7 @@ def main() -> None:
     parser.add_argument(
         "--places", type=int, default=16, help="documents, with a place at the end of each (half above L = 256)"
     )
+    parser.add_argument("--positions", type=int, default=1, help="of each document, in the parts update and ways")
     parser.add_argument("--group", type=int, default=16)
     parser.add_argument(
         "--rows", type=int, default=256, help="thoughts that decode at once (half as many above L = 256)"
@@ -494,7 +516,7 @@ def main() -> None:
         "decoding": lambda: decoding(options, rates),
         "steps": lambda: steps(options, rates),
         "update": lambda: update(options, rates),
-        "compile": lambda: compiled(options),
+        "ways": lambda: ways(options),
         "resume": lambda: resumed(options),
         "offload": lambda: offloaded(options),
         "profile": lambda: profile(options),

@@ -37,7 +37,8 @@ gpu offload 40 --parts offload --lengths 64
 for length in 64 256 1024; do  # a few steps and the compilation of what follows the logits
     gpu "steps-$length" 90 --parts steps --repeats 1 --lengths "$length"
 done
-gpu update 75 --parts update compile --repeats 2 --lengths 256
+gpu update 75 --parts update ways --repeats 2 --lengths 256
+gpu update-positions 45 --parts ways --repeats 1 --lengths 64 --positions 8
 gpu decoding 40 --parts decoding --kinds cuda_graphs generate --lengths 64
 gpu decoding-hybrid 20 --parts decoding --kinds eager cuda_graphs --lengths 64 --model "nemotron_h 8x256"
 

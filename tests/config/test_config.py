@@ -29,7 +29,7 @@ optim.learning_rate optim.schedule optim.warmup optim.weight_decay optim.beta1 o
 lora.r lora.alpha lora.target_modules
 train.steps train.tokens train.flops train.batch train.rollout_batch train.log_every train.log_thoughts
 train.checkpoint_every train.keep_checkpoints train.tracker
-update.tokens_per_chunk update.checkpointing update.compile update.offload
+update.tokens_per_chunk update.checkpointing update.compile update.attention update.offload
 parallel.shard parallel.timeout_s
 evaluate.path evaluate.documents evaluate.positions evaluate.thoughts evaluate.view evaluate.view_thoughts
 questions.tasks questions.data questions.shots questions.samples questions.thinking questions.max_tokens
@@ -126,6 +126,8 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(overrides: str, allo
         ("--corpus.window 4", "corpus.min_tokens = 8"),
         ("--method.horizon 8", "corpus.min_tokens = 8"),
         ("--method.horizon 8 --method.name cpt", "corpus.min_tokens = 8"),
+        ("--model.prefix replicated --update.compile True", "model.prefix = 'replicated'"),
+        ("--model.prefix replicated --update.attention triton", "model.prefix = 'replicated'"),
     ],
 )
 def test_options_that_do_not_fit_each_other_are_refused(overrides: str, named: str):

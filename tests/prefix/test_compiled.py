@@ -13,8 +13,6 @@ from forethought.models.lora import load_network
 from helpers.models import config, qwen3, rlp
 from helpers.runs import hybrid
 
-pytestmark = pytest.mark.slow
-
 COMPARE = """
 import sys, torch
 from torch._dynamo.utils import counters
@@ -53,6 +51,7 @@ print(known, counters["stats"]["unique_graphs"], len(model.model.layers))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["False", "True"])
 def test_compiled_layers_give_the_same_gradients_at_any_size(checkpointing: str):
     """In a process of its own: the tests' type checks cannot be compiled."""
@@ -72,7 +71,14 @@ def test_models_with_other_layers_are_refused(tmp_path: Path):
         load_network(Config(model=Model(path=path, tokenizer="embedded", init="random"), update=Update(compile=True)))
 
 
-def test_the_option_reaches_the_update():
+def test_triton_is_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UserError, match=r"^update.attention = 'triton': needs a GPU and the package triton$"):
+        load_network(Config(model=Model(init="random"), update=Update(attention="triton")))
+
+
+def test_the_options_reach_the_update():
     for chosen in (False, True):
-        settings = dataclasses.replace(config(), update=Update(compile=chosen))
-        assert rlp(qwen3(), settings).policy_gradient.scoring.compiled == chosen
+        settings = dataclasses.replace(config(), update=Update(compile=chosen, attention=("flash", "triton")[chosen]))
+        scoring = rlp(qwen3(), settings).policy_gradient.scoring
+        assert (scoring.compiled, scoring.triton) == (chosen, chosen)

@@ -90,6 +90,7 @@ class PolicyGradient:
             shared=config.model.prefix == "shared",
             checkpointing=config.update.checkpointing,
             compiled=config.update.compile,
+            triton=config.update.attention == "triton",
         )
 
     def microbatches(self, record: ThoughtRecord) -> list[Microbatch]:

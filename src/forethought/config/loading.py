@@ -265,8 +265,9 @@ def _conflicts_of_sizes(config: Config) -> Iterator[str]:
         yield f"corpus.min_tokens = {corpus.min_tokens}: must be above method.horizon = {method.horizon}"
     if config.update.offload and config.model.decoding == "cuda_graphs_compiled":
         yield "update.offload = True: would have model.decoding cuda_graphs_compiled compile again for every batch"
-    if config.update.compile and config.model.prefix != "shared":
-        yield "update.compile = True: compiles what reads on behind shared documents; use model.prefix shared"
+    if config.model.prefix != "shared" and (config.update.compile or config.update.attention == "triton"):
+        what = "update.compile and update.attention triton are for thoughts over shared documents"
+        yield f"model.prefix = {config.model.prefix!r}: {what}; use model.prefix shared"
     if config.lora.r and shard != "none":
         yield f"parallel.shard = {shard!r}: with lora.r = {config.lora.r} the trained weights are few; use 'none'"
 

@@ -64,6 +64,7 @@ class ScoringOptions:
     shared: bool  # compute a document once for all its thoughts, or once for each
     checkpointing: bool = False  # keep only the inputs of each layer for the backward pass
     compiled: bool = False  # compile the layers that read thoughts over a shared document
+    triton: bool = False  # attend to shared documents in one Triton kernel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +167,7 @@ def thought_logp(
     with torch.no_grad():
         prefix = read(model, rows.documents, rows.prefix_lengths) if options.shared else None
         for chunk, width in _chunks(rows, form, options):
-            hidden = _hidden(model, form, rows, (chunk, width), prefix)
+            hidden = _hidden(model, form, rows, (chunk, width), prefix, options.triton)
             found[chunk, :width] = _logp(model, form, rows, (chunk, hidden), options.temperature)
     return found
 
@@ -182,7 +183,7 @@ def forward_backward(model: Any, form: ThoughtFormat, rows: ThoughtBatch, option
     leaves = None if prefix is None else prefix.detached()
     for chunk, width in _chunks(rows, form, options):
         with activation_checkpointing(model, options.checkpointing, options.compiled and options.shared):
-            hidden = _hidden(model, form, rows, (chunk, width), leaves)
+            hidden = _hidden(model, form, rows, (chunk, width), leaves, options.triton)
         leaf = hidden.detach().requires_grad_()
         size = max(1, MAX_LOGITS[model.device.type] // (width * model.get_output_embeddings().weight.shape[0]))
         for part, piece in zip(chunk.split(size), leaf.split(size), strict=True):
@@ -199,7 +200,7 @@ def _chunks(rows: ThoughtBatch, form: ThoughtFormat, options: ScoringOptions) ->
 
 
 def _hidden(
-    model: Any, form: ThoughtFormat, rows: ThoughtBatch, chunk: tuple[Tensor, int], prefix: Prefix | None
+    model: Any, form: ThoughtFormat, rows: ThoughtBatch, chunk: tuple[Tensor, int], prefix: Prefix | None, triton: bool
 ) -> Float[Tensor, "row thought hidden"]:
     """Hidden states that predict each thought token of a chunk: over its prefix, or over copies where there is none."""
     some, width = chunk
@@ -214,7 +215,7 @@ def _hidden(
         ).last_hidden_state
     else:
         ahead = torch.tensor([*form.after, *form.open], device=thought.device).expand(len(some), -1)
-        fork = SuffixCache(prefix, rows.position_index[some].tolist())
+        fork = SuffixCache(prefix, rows.position_index[some].tolist(), triton=triton)
         tokens = torch.cat([ahead, thought], dim=1)
         hidden = backbone(model, tokens, fork, fork.position_ids(tokens.shape[1]))
     return hidden[:, -width - 1 : -1]
@@ -385,7 +386,7 @@ def target_logp(
     hit = torch.zeros_like(evidence, dtype=torch.bool)
     prefix = read(model, rows.documents, rows.prefix_lengths) if options.shared else None
     for chunk, width in _chunks(rows, form, options):
-        hidden = _hidden(model, form, rows, (chunk, width), prefix)
+        hidden = _hidden(model, form, rows, (chunk, width), prefix, options.triton)
         logits, targets = _target_logits(model, rows, (chunk, hidden), horizon)
         evidence[chunk] = log_probabilities(logits, targets)
         hit[chunk] = logits.argmax(dim=-1) == targets

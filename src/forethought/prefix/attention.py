@@ -28,7 +28,8 @@ class Layout:
     """
 
     spans: tuple[tuple[int, int, int, int], ...]  # (document, visible keys, first row, end of rows) of each position
-    prefix_lengths: Int[Tensor, " row"]  # the row sees the first so many keys of its document
+    documents: Int[Tensor, " row"]  # the row continues this document,
+    prefix_lengths: Int[Tensor, " row"]  # of which it sees the first so many keys
     slots: Int[Tensor, "document slot"]  # the rows of each document; its last one repeated where there are fewer
     slot_index: Int[Tensor, " row"]  # a row's index in the flattened `slots`
     valid: Float[Tensor, "document slot"]  # 1 at a row, 0 where one is repeated
@@ -55,6 +56,7 @@ class Layout:
         valid[slot_index] = 1.0
         return cls(
             spans=tuple(spans),
+            documents=torch.tensor(list(documents), device=device),
             prefix_lengths=torch.tensor(list(prefix_lengths), device=device),
             slots=torch.tensor(slots, device=device),
             slot_index=torch.tensor(slot_index, device=device),
@@ -71,6 +73,7 @@ class PrefixSuffixKV:
     suffix: Float[Tensor, "row head suffix size"]
     layout: Layout
     start: Int[Tensor, " row"] | None = None  # first column of the row's own suffix; None: 0 for all
+    triton: bool = False  # attend in one Triton kernel
 
     @property
     def shape(self) -> torch.Size:
@@ -101,8 +104,12 @@ def merged_attention(
         scale: factor of the scores.
         window: a query sees only the last `window` tokens, itself included; None: all.
     """
-    parts = [*_prefix_parts(query, key, window), _suffix_part(query, key, window)]
     keys = (key.prefix, value.prefix, key.suffix, value.suffix)
+    if key.triton:
+        from forethought.prefix.kernels import row_attention
+
+        return row_attention(query, *keys, key.layout, key.start, scale, window)
+    parts = [*_prefix_parts(query, key, window), _suffix_part(query, key, window)]
     if query.shape[2] == 1 and not torch.is_grad_enabled():
         return _step(query, keys, parts, scale)
     if _has_kernel(query, parts):

@@ -52,8 +52,9 @@ class SuffixCache(_UnmaskedCache):
 
     update: Any = torch.compiler.disable(_UnmaskedCache.update)  # looks up its layer: compiled, each would be alone
 
-    def __init__(self, prefix: Prefix, positions: Sequence[int], capacity: int = 0):
+    def __init__(self, prefix: Prefix, positions: Sequence[int], capacity: int = 0, triton: bool = False):
         self.prefix, self.positions, self.capacity, self.length = prefix, tuple(positions), capacity, 0
+        self.triton = triton  # attend in one Triton kernel
         self.start = torch.zeros(len(positions), dtype=torch.long, device=prefix.device)  # first column of each row
         self.ragged = False  # whether any row starts after the first column
         index = torch.tensor(positions, device=prefix.device)
@@ -162,8 +163,8 @@ class _SuffixAttention(_UnmaskedLayer):
             self.values[:, :, cache.length : end] = value_states
             key_states, value_states = self.keys[:, :, :end], self.values[:, :, :end]
         return (
-            PrefixSuffixKV(state.keys, key_states, cache.layout, cache.starts),
-            PrefixSuffixKV(state.values, value_states, cache.layout, cache.starts),
+            PrefixSuffixKV(state.keys, key_states, cache.layout, cache.starts, cache.triton),
+            PrefixSuffixKV(state.values, value_states, cache.layout, cache.starts, cache.triton),
         )
 
     def reorder_cache(self, beam_idx: Any) -> None:

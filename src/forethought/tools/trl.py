@@ -48,7 +48,8 @@ FIXED = (
 
 UNUSED = (
     "model.prefix", "model.decoding", "rollout.cache_gb", "rollout.timeout_s", "lora.alpha", "lora.target_modules",
-    "train.rollout_batch", "train.log_thoughts", "update.offload", "update.compile", "parallel.timeout_s",
+    "train.rollout_batch", "train.log_thoughts", "update.offload", "update.compile", "update.attention",
+    "parallel.timeout_s",
     "method.min_entropy", "method.proxy", "method.prediction_length", "method.end", "method.unclosed_penalty",
 )  # fmt: skip
 """Options that change nothing here: TRL samples and logs in its own way, or what they belong to is excluded."""
