@@ -90,7 +90,7 @@ def measured(names: Iterable[str], phases: Sequence[str] = ("before", "after")) 
     """
     groups: dict[str, set[str]] = {}
     for phase, _, rest in (name.partition("/") for name in names):
-        group, _, name = rest.rpartition("/")  # groups of 0.1 may contain a slash
+        group, _, name = rest.rpartition("/")
         if phase in phases and group and name not in ("low", "high"):
             groups.setdefault(group, set()).add(name)
     order = [name for name in METRICS if name not in UNLISTED]
