@@ -17,7 +17,16 @@ from forethought.models.loading import EMBEDDED, load_tokenizer
 from forethought.run import checkpoint
 from forethought.run.folder import checkpoints, read_lines
 from forethought.trainer import Config, learning_rate, resume, train
-from helpers.runs import assert_same_run, assert_same_tensors, drift, figures, mean_drift, options, weights
+from helpers.runs import (
+    assert_same_run,
+    assert_same_tensors,
+    drift,
+    figures,
+    mean_drift,
+    options,
+    read_checkpoint,
+    weights,
+)
 
 WORDS = "ball under red . swap 1 blue red , 2 green white . now under red ."
 
@@ -30,7 +39,7 @@ def go(tmp_path: Path, name: str, **changes: Any) -> Path:
 def last_state(run: Path) -> checkpoint.Snapshot:
     path = checkpoint.latest(run)
     assert path is not None
-    return checkpoint.load(path)
+    return read_checkpoint(path)
 
 
 def policy(snapshot: checkpoint.Snapshot) -> dict[str, torch.Tensor]:

@@ -30,6 +30,7 @@ from helpers.runs import (
     figures,
     lines,
     options,
+    read_checkpoint,
     settings,
     weights,
 )
@@ -271,7 +272,7 @@ def test_out_of_memory_is_not_taken_for_another_fault(
 def rewrite(run: Path, change: Any) -> None:
     """Save the newest checkpoint of a run again with other tensors."""
     step, path = list(checkpoints(run).items())[-1]
-    snapshot = checkpoint.load(path)
+    snapshot = read_checkpoint(path)
     checkpoint.save(run, step, Snapshot(tensors=change(snapshot.tensors), state=snapshot.state), 9)
 
 

@@ -72,23 +72,14 @@ def latest(run: Path) -> Path | None:
     return next(reversed(checkpoints(run).values()), None)
 
 
-def load(path: Path, only: str = "") -> Snapshot:
-    """Read a checkpoint on the CPU, with every dtype as it was saved.
-
-    `only` names one part, such as `teacher`, to read and verify; a part that does not exist is empty.
-
-    Raises:
-        UserError: a file is missing, truncated or altered; the message names it.
-    """
-    saved = Saved(path, only)
-    return Snapshot(tensors={name: saved.tensor(name) for name in saved.names}, state=saved.state)
-
-
 class Saved:
-    """A checkpoint on disk, whose tensors are read one by one, in full or some of their rows."""
+    """A checkpoint on disk, whose tensors are read one by one, on the CPU, in full or some of their rows."""
 
     def __init__(self, path: Path, only: str = "", check: bool = True):
-        """Open it, and with `check` verify all files. Raises UserError like `load`."""
+        """Open it, and with `check` verify all files. Raises UserError that names a missing or altered one.
+
+        `only` names one part, such as `teacher`, to read and verify; a part that does not exist is empty.
+        """
         record = _read_record(path / "state.json")
         self.path, self.state = path, record["state"]
         self._shards: dict[str, list[tuple[Any, str]]] = defaultdict(list)  # files with rows of a tensor, in row order
