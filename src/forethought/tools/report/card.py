@@ -11,7 +11,6 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects, validate_repo_id
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from forethought.config import Config, Method, UserError, flatten, to_dict
 from forethought.config.registry import CONTROL_GAINS, REWARDS, label
@@ -26,6 +25,7 @@ from forethought.tools.report.tables import (
     interval,
     measured,
     metric,
+    render,
     windows_note,
 )
 
@@ -128,17 +128,12 @@ def text(config: Config, summary: Figures, measured: Figures | None = None, stag
         "controls": _table({f"after/{name}": value for name, value in measured.items()}, ("after",), _CONTROLS),
         "start": shlex.quote(config.model.path),
         "recipe": _options(flatten(dict(stage))) if stage else toml(config),
+        "label": label,
+        "rewards": REWARDS,
+        "stages": _STAGES,
+        "step_of_stage": STEP_OF_STAGE,
     }
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"code": _code, "cell_text": _cell_text, "visible": visible}
-    environment.globals |= {"label": label, "rewards": REWARDS, "stages": _STAGES, "step_of_stage": STEP_OF_STAGE}
-    return environment.get_template("card.md.j2").render(content)
+    return render("card.md.j2", content, escape=False, code=_code, cell_text=_cell_text, visible=visible) + "\n"
 
 
 def _metadata(config: Config, stage: Figures | None) -> str:
