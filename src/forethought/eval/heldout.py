@@ -139,10 +139,7 @@ def over_ranks(
 
 def with_domains(records: dict[str, Records], windows: Sequence[Window]) -> dict[str, Records]:
     """The groups and, out of `all`, one for each domain and each language where there are at least two of them."""
-    whole, result = records.get("all"), dict(records)
-    if whole is None:
-        return result
-    numbers = _numbers(windows)
+    whole, result, numbers = records["all"], dict(records), _numbers(windows)
     for kind in ("domain", "language"):
         names = {number: getattr(window, kind) for number, window in zip(numbers, windows, strict=True)}
         known = sorted({name for name in names.values() if name is not None})

@@ -92,11 +92,7 @@ class Saved:
             opened = safe_open(file, framework="pt")
             for name in opened.keys():  # noqa: SIM118
                 self._shards[f"{group}/{name}"].append((opened, name))
-
-    @property
-    def names(self) -> list[str]:
-        """The names of all tensors."""
-        return list(self._shards)
+        self.names = list(self._shards)  # of all tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a full tensor."""

@@ -7,7 +7,7 @@ lower threshold. docs/diagnostics.md explains every check.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal, TypeGuard
 
@@ -20,16 +20,12 @@ CONTENT_UNUSED = "content-unused"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnosis:
-    """A warning: the step, the check, what was observed and what to do."""
+    """A warning, which is a row of warnings.jsonl: the step, the check, what was observed and what to do."""
 
     step: int
     name: str
     evidence: str
     advice: str
-
-    def row(self) -> dict[str, Any]:
-        """The row of warnings.jsonl."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

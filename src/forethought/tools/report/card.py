@@ -177,7 +177,8 @@ def _table(figures: Figures, phases: tuple[str, ...], metrics: tuple[str, ...] =
         }
         note = windows_note([figures.get(f"{phases[-1]}/{group}/windows")])
         title = _cell_text(group) + (f": {count:,.0f} positions" if count else "") + (f"; {note}" if note else "")
-        tables.append(_rows(rows, title, phases))
+        head = [f"| {title} | {' | '.join(phases)} |", f"| --- |{' --- |' * len(phases)}"]
+        tables.append("\n".join([*head, *(f"| {label} | {value} |" for label, value in rows.items())]))
     return "\n\n".join(tables)
 
 
@@ -185,11 +186,6 @@ def _cell(figures: Figures, name: str) -> str:
     unit = metric(name.rpartition("/")[2]).unit
     ends = interval([number(figures.get(f"{name}/{end}")) for end in ("low", "high")], unit)
     return figure(figures.get(name), unit) + (f" [{ends}]" if ends else "")
-
-
-def _rows(rows: Mapping[str, str], head: str = "", columns: tuple[str, ...] = ("",)) -> str:
-    lines = [f"| {head} | {' | '.join(columns)} |", f"| --- |{' --- |' * len(columns)}"]
-    return "\n".join([*lines, *(f"| {label} | {value} |" for label, value in rows.items())])
 
 
 def toml(config: Config) -> str:
