@@ -58,12 +58,11 @@ Rule = Callable[[float], bool]  # whether to think where the plain prediction ha
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How to draw tokens, how many, and for how many rows at once."""
+    """How to draw tokens, and how many."""
 
     limit: int  # longest text, in generated tokens
     temperature: float  # 0: greedy
     top_p: float = 1.0
-    rows: int = 64  # changes speed and memory, not the result
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -322,10 +321,11 @@ class ThinkingModel:
     ) -> list[Answer]:
         """Answers to a batch of contexts, each after one thought of its own, or (thoughts=0) after none.
 
-        An answer ends at an end token, at one of the strings `until`, or after sampling.limit tokens. One thought is
-        enough: an answer sampled after it is a sample of the mixture over all thoughts. `thought_temperature` replaces
-        method.temperature (0: greedy). Raises UserError if a context, its thought and sampling.limit tokens exceed the
-        context window.
+        The answers are decoded together. Each ends at an end token, at one of the strings `until`, or after
+        sampling.limit tokens. One thought is enough: an answer sampled after it is a sample of the mixture over all
+        thoughts. `thought_temperature` replaces method.temperature (0: greedy).
+
+        Raises UserError if a context, its thought and sampling.limit tokens exceed the context window.
         """
         rule = thinking_rule(think_when, thoughts)
         self.check_length(max(map(len, contexts)) + sampling.limit, thoughts)
@@ -633,28 +633,10 @@ def generate(
 ) -> list[list[int]]:
     """The tokens that follow each prompt, with the one that stopped it; at least one each.
 
-    Prompt i draws from generators[i] alone, so its text does not depend on how prompts are split into batches (up to
-    the rounding of a row that is padded to another width). Ids that `form` cannot decode are never drawn.
+    Prompt i draws from generators[i] alone, so its text does not depend on the other prompts (up to the rounding of a
+    row that is padded to another width). Ids that `form` cannot decode are never drawn.
     """
-    texts: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))  # similar prompts together
-    for start in range(0, len(order), sampling.rows):
-        batch = order[start : start + sampling.rows]
-        noise = torch.stack([torch.rand(sampling.limit, generator=generators[i]) for i in batch]).to(model.device)
-        found = _generate_batch(model, form, [prompts[i] for i in batch], sampling, stop, noise)
-        for i, tokens in zip(batch, found, strict=True):
-            texts[i] = tokens
-    return texts
-
-
-def _generate_batch(
-    model: Any,
-    form: ThoughtFormat,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    stop: Stop,
-    noise: Float[Tensor, "row limit"],
-) -> list[list[int]]:
+    noise = torch.stack([torch.rand(sampling.limit, generator=one) for one in generators]).to(model.device)
     batch, logits = ReplicatedBatch.read(model, prompts, pad=0)
     texts: list[list[int]] = [[] for _ in prompts]
     rows, running = list(range(len(prompts))), [True] * len(prompts)  # the rows in the batch, and which continue
