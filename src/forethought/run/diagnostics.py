@@ -123,7 +123,7 @@ class Monitor:
         found = []
         for check in self._checks:
             value = metrics.get(check.metric)
-            if not _is_number(value) or (check.beside and check.beside not in metrics):
+            if not is_number(value) or (check.beside and check.beside not in metrics):
                 continue
             values = self._values[check.name]
             values.append(float(value))
@@ -156,7 +156,7 @@ def diagnose_evaluation(figures: Mapping[str, Any], step: int) -> list[Diagnosis
         when, _, rest = name.partition("/")
         group, _, metric = rest.rpartition("/")
         gain = figures.get(f"after/{group}/gain_self/low")
-        if when != "after" or metric != "kept_shuffled" or not (_is_number(share) and _is_number(gain)):
+        if when != "after" or metric != "kept_shuffled" or not (is_number(share) and is_number(gain)):
             continue
         if share >= KEPT_SHUFFLED and gain > 0:
             found.append(
@@ -205,5 +205,6 @@ def diagnose_resume(
     return found
 
 
-def _is_number(value: Any) -> TypeGuard[float]:
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether it is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
