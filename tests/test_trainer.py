@@ -18,6 +18,7 @@ from forethought.run import checkpoint
 from forethought.run.folder import checkpoints, read_lines
 from forethought.trainer import Config, learning_rate, resume, train
 from helpers.runs import (
+    Snapshot,
     assert_same_run,
     assert_same_tensors,
     drift,
@@ -36,13 +37,13 @@ def go(tmp_path: Path, name: str, **changes: Any) -> Path:
     return tmp_path / name
 
 
-def last_state(run: Path) -> checkpoint.Snapshot:
+def last_state(run: Path) -> Snapshot:
     path = checkpoint.latest(run)
     assert path is not None
     return read_checkpoint(path)
 
 
-def policy(snapshot: checkpoint.Snapshot) -> dict[str, torch.Tensor]:
+def policy(snapshot: Snapshot) -> dict[str, torch.Tensor]:
     return {
         name.removeprefix("policy/"): value for name, value in snapshot.tensors.items() if name.startswith("policy/")
     }

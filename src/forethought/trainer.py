@@ -513,8 +513,7 @@ class Trainer:
         tensors = sharding.local_state(self._networks(), self.optimizer)
         state = {"step": self.step, "seconds": self.seconds, "cursor": self.stream.cursor()}
         state |= {"cost": dataclasses.asdict(self.cost), "start": self.start}
-        snapshot = checkpoint.Snapshot(tensors=tensors, state=state)
-        checkpoint.save(log.path, self.step, snapshot, self.config.train.keep_checkpoints)
+        checkpoint.save(log.path, self.step, tensors, state, self.config.train.keep_checkpoints)
         self.saved = self.step
 
     def _networks(self) -> dict[str, torch.nn.Module]:

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from forethought.config import RunError, UserError
 from forethought.models.sharding import load_state, local_state
-from forethought.run.checkpoint import Saved, Snapshot, latest, save
+from forethought.run import checkpoint
+from forethought.run.checkpoint import Saved, latest
 from forethought.run.folder import checkpoints
 from helpers.moments import Moment
-from helpers.runs import read_checkpoint
+from helpers.runs import Snapshot, read_checkpoint
 
 DTYPES = [
     torch.float32,
@@ -35,6 +36,10 @@ DTYPES = [
     torch.uint8,
     torch.bool,
 ]
+
+
+def save(run: Path, step: int, snapshot: Snapshot, keep: int) -> Path:
+    return checkpoint.save(run, step, snapshot.tensors, snapshot.state, keep)
 
 
 def snapshot(count: int = 0, numel: int = 8) -> Snapshot:

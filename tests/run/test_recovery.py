@@ -15,7 +15,6 @@ from forethought.config import RunError, UserError, changed_on_resume, from_dict
 from forethought.eval import evaluate
 from forethought.models.loading import EMBEDDED
 from forethought.run import checkpoint
-from forethought.run.checkpoint import Snapshot
 from forethought.run.folder import RunLog, checkpoints, read_lines
 from forethought.trainer import learning_rate, resume, train
 from helpers.cli import complaint
@@ -273,7 +272,7 @@ def rewrite(run: Path, change: Any) -> None:
     """Save the newest checkpoint of a run again with other tensors."""
     step, path = list(checkpoints(run).items())[-1]
     snapshot = read_checkpoint(path)
-    checkpoint.save(run, step, Snapshot(tensors=change(snapshot.tensors), state=snapshot.state), 9)
+    checkpoint.save(run, step, change(snapshot.tensors), snapshot.state, 9)
 
 
 @pytest.mark.parametrize(

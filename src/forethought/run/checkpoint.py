@@ -14,7 +14,6 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +27,12 @@ from forethought.run import distributed
 from forethought.run.folder import checkpoints, disk_errors, sync
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
-    """Everything that a run needs to continue as if it had never stopped.
+def save(run: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
+    """Write the checkpoint of a step, then remove all but the `keep` newest; the one just written always stays.
 
     Names of `tensors` have at least two parts, such as `policy/model.norm.weight`; the first is the file. Each rank
     has its rows of sharded tensors, in the order of ranks, and rank 0 all others. `state` is JSON: string keys, lists,
     no tuples.
-    """
-
-    tensors: dict[str, Tensor]
-    state: dict[str, Any]
-
-
-def save(run: Path, step: int, snapshot: Snapshot, keep: int) -> Path:
-    """Write the checkpoint of a step, then remove all but the `keep` newest; the one just written always stays.
 
     All ranks call it together and see the same folder. A kill at any moment leaves earlier checkpoints intact; the next
     save removes what it left incomplete. The disk needs space for keep + 1 checkpoints. Tensors may share memory.
@@ -56,10 +46,10 @@ def save(run: Path, step: int, snapshot: Snapshot, keep: int) -> Path:
     with disk_errors(run, final):
         distributed.run_on_rank0(lambda: _make_empty(run, partial))
         try:
-            sharded = sum(distributed.all_gather(bool(snapshot.tensors))) > 1
-            files = distributed.run_on_all_ranks(lambda: _write_tensors(partial, snapshot.tensors, sharded))
+            sharded = sum(distributed.all_gather(bool(tensors))) > 1
+            files = distributed.run_on_all_ranks(lambda: _write_tensors(partial, tensors, sharded))
             gathered = {stem: entry for some in distributed.all_gather(files) for stem, entry in some.items()}
-            distributed.run_on_rank0(lambda: _write_state(partial, {"state": snapshot.state, "files": gathered}))
+            distributed.run_on_rank0(lambda: _write_state(partial, {"state": state, "files": gathered}))
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
