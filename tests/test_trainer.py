@@ -17,7 +17,17 @@ from forethought.models.loading import EMBEDDED, load_tokenizer
 from forethought.run import checkpoint
 from forethought.run.folder import checkpoints, read_lines
 from forethought.trainer import Config, learning_rate, resume, train
-from helpers.runs import assert_same_run, assert_same_tensors, drift, figures, mean_drift, options, weights
+from helpers.runs import (
+    Snapshot,
+    assert_same_run,
+    assert_same_tensors,
+    drift,
+    figures,
+    mean_drift,
+    options,
+    read_checkpoint,
+    weights,
+)
 
 WORDS = "ball under red . swap 1 blue red , 2 green white . now under red ."
 
@@ -27,13 +37,13 @@ def go(tmp_path: Path, name: str, **changes: Any) -> Path:
     return tmp_path / name
 
 
-def last_state(run: Path) -> checkpoint.Snapshot:
+def last_state(run: Path) -> Snapshot:
     path = checkpoint.latest(run)
     assert path is not None
-    return checkpoint.load(path)
+    return read_checkpoint(path)
 
 
-def policy(snapshot: checkpoint.Snapshot) -> dict[str, torch.Tensor]:
+def policy(snapshot: Snapshot) -> dict[str, torch.Tensor]:
     return {
         name.removeprefix("policy/"): value for name, value in snapshot.tensors.items() if name.startswith("policy/")
     }

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from forethought.algo.metrics import decode_thoughts
@@ -58,13 +58,11 @@ Rule = Callable[[float], bool]  # whether to think where the plain prediction ha
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How to draw tokens, how many, and for how many rows at once."""
+    """How to draw tokens, and how many."""
 
     limit: int  # longest text, in generated tokens
     temperature: float  # 0: greedy
     top_p: float = 1.0
-    rows: int = 64  # changes speed and memory, not the result
-    form: ThoughtFormat | None = None  # of whose tokenizer; ids that it cannot decode are never drawn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -323,19 +321,19 @@ class ThinkingModel:
     ) -> list[Answer]:
         """Answers to a batch of contexts, each after one thought of its own, or (thoughts=0) after none.
 
-        An answer ends at an end token, at one of the strings `until`, or after sampling.limit tokens. One thought is
-        enough: an answer sampled after it is a sample of the mixture over all thoughts. `thought_temperature` replaces
-        method.temperature (0: greedy). Raises UserError if a context, its thought and sampling.limit tokens exceed the
-        context window.
+        The answers are decoded together. Each ends at an end token, at one of the strings `until`, or after
+        sampling.limit tokens. One thought is enough: an answer sampled after it is a sample of the mixture over all
+        thoughts. `thought_temperature` replaces method.temperature (0: greedy).
+
+        Raises UserError if a context, its thought and sampling.limit tokens exceed the context window.
         """
         rule = thinking_rule(think_when, thoughts)
         self.check_length(max(map(len, contexts)) + sampling.limit, thoughts)
         generators = [make_generator(seed, "answer", context) for seed, context in zip(seeds, contexts, strict=True)]
         sampled = self._think(contexts, min(thoughts, 1), seeds, thought_temperature, rule=rule)
-        sampling = replace(sampling, form=self.form)
         prompts = [(self._rows(context, some) or [context])[0] for context, some in zip(contexts, sampled, strict=True)]
         stop = _stop_at(self.tokenizer, until, self.ends)
-        found = generate(self.model, prompts, sampling, stop, generators)
+        found = generate(self.model, self.form, prompts, sampling, stop, generators)
         return [
             Answer(
                 text=_before(self.tokenizer.decode(tokens, skip_special_tokens=True), until),
@@ -627,6 +625,7 @@ def _window(tokens: list[int]) -> Window:
 @torch.no_grad()
 def generate(
     model: Any,
+    form: ThoughtFormat,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     stop: Stop,
@@ -634,28 +633,15 @@ def generate(
 ) -> list[list[int]]:
     """The tokens that follow each prompt, with the one that stopped it; at least one each.
 
-    Prompt i draws from generators[i] alone, so its text does not depend on how prompts are split into batches (up to
-    the rounding of a row that is padded to another width).
+    Prompt i draws from generators[i] alone, so its text does not depend on the other prompts (up to the rounding of a
+    row that is padded to another width). Ids that `form` cannot decode are never drawn.
     """
-    texts: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))  # similar prompts together
-    for start in range(0, len(order), sampling.rows):
-        batch = order[start : start + sampling.rows]
-        noise = torch.stack([torch.rand(sampling.limit, generator=generators[i]) for i in batch])
-        found = _generate_batch(model, [prompts[i] for i in batch], sampling, stop, noise.to(model.device))
-        for i, tokens in zip(batch, found, strict=True):
-            texts[i] = tokens
-    return texts
-
-
-def _generate_batch(
-    model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, stop: Stop, noise: Float[Tensor, "row limit"]
-) -> list[list[int]]:
+    noise = torch.stack([torch.rand(sampling.limit, generator=one) for one in generators]).to(model.device)
     batch, logits = ReplicatedBatch.read(model, prompts, pad=0)
     texts: list[list[int]] = [[] for _ in prompts]
     rows, running = list(range(len(prompts))), [True] * len(prompts)  # the rows in the batch, and which continue
     for step in range(sampling.limit):
-        drawn = _draw(logits, noise[rows, step], sampling)
+        drawn = sample(form.decodable(logits), noise[rows, step], sampling.temperature, sampling.top_p)
         for i, (row, token) in enumerate(zip(rows, drawn.tolist(), strict=True)):
             if running[i]:
                 texts[row].append(token)
@@ -669,8 +655,3 @@ def _generate_batch(
             batch.select(torch.tensor(kept, device=model.device))
         logits = batch.step(drawn)
     return texts
-
-
-def _draw(logits: Float[Tensor, "row vocab"], noise: Float[Tensor, " row"], sampling: Sampling) -> Int[Tensor, " row"]:
-    logits = logits if sampling.form is None else sampling.form.decodable(logits)
-    return sample(logits, noise, sampling.temperature, sampling.top_p)

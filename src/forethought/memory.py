@@ -120,11 +120,6 @@ class Setup:
         return entry.proxy and self.config.method.proxy in ("", "policy")
 
     @property
-    def frozen_start(self) -> bool:
-        """Whether a copy of the start is kept: the KL reference or the proxy, or one for both."""
-        return self.config.method.kl_weight > 0 or (self.entropies and not self.config.method.proxy)
-
-    @property
     def offloads(self) -> bool:
         """Whether what is idle while thoughts are sampled is in host memory then."""
         return self.config.update.offload and self.machine.name != "cpu"
@@ -269,12 +264,13 @@ def cache_numbers(shape: Shape) -> tuple[int, int]:
 
 
 def _held(job: Setup) -> dict[str, float]:
-    part, adapter = job.local_trainable, job.shape.adapter
+    part, adapter, method = job.local_trainable, job.shape.adapter, job.config.method
+    frozen = method.kl_weight > 0 or (job.entropies and not method.proxy)  # one copy of the start for both
     held = {
         "adapters, fp32" if adapter else "weights, fp32": 4.0 * part,
         "Adam moments, fp32": 8.0 * part,
         "teacher (EMA), fp32": 4.0 * part * job.teacher,
-        "KL reference or proxy, fp32": 4.0 * job.trainable * job.frozen_start,
+        "KL reference or proxy, fp32": 4.0 * job.trainable * frozen,
         "sampled tokens and noise": float(_SAMPLED_TOKEN * job.local_thoughts * job.max_new_tokens),
     }
     if job.compute_bytes == 2 or job.layout == "zero1" or adapter:

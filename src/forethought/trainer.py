@@ -144,14 +144,13 @@ def resume(run: str | Path, callbacks: Callbacks | None = None, config: Config |
     config = _with_sizes(config, _sizes(saved))
     changes = changed_on_resume(saved, config)
     with distributed.process_group(config), _held(log):
-        finished, stage = ((log.path / name).is_file() for name in ("summary.json", "stage.json"))
-        if distributed.all_gather(finished)[0]:
-            raise distributed.rank0_error(
-                UserError(f"--resume {run}: this run is finished; its figures are in summary.json")
-            )
-        if distributed.all_gather(stage)[0]:
-            again = "begin it again with --overwrite True"
-            raise distributed.rank0_error(UserError(f"--resume {run}: is a stage of post-training; {again}"))
+        reasons = {
+            "summary.json": "this run is finished; its figures are in summary.json",
+            "stage.json": "is a stage of post-training; begin it again with --overwrite True",
+        }
+        for name, why in reasons.items():
+            if distributed.all_gather((log.path / name).is_file())[0]:
+                raise distributed.rank0_error(UserError(f"--resume {run}: {why}"))
         trainer = _trainer(config)
         found = trainer.restore(log, moved="corpus.path" in changes)
         distributed.run_on_rank0(lambda: trainer.record_changes(log, callbacks, changes, found))
@@ -379,10 +378,6 @@ class Trainer:
             sums["time/score_s"] = (time.perf_counter() - started - sampled, 1)
         return record, microbatches, sums
 
-    def _read(self) -> list[corpus.Window]:
-        """The windows of the next step: every rank reads all of them and takes its share later."""
-        return distributed.run_on_all_ranks(lambda: [next(self.stream) for _ in range(self._windows_per_step())])
-
     def _gather(self, record: Record, sums: Sums, guard: SignalGuard) -> tuple[Sums, list[dict[str, Any]]]:
         """Metrics and logged rows of all ranks. Adds up their FLOPs, and passes a signal to one rank on to all."""
         if self.shape is not None:
@@ -401,8 +396,12 @@ class Trainer:
 
     def _warn(self, log: RunLog, callbacks: Callbacks, found: list[Diagnosis]) -> None:
         """Log and report new warnings; a run that was killed after its evaluation finds the same ones again."""
-        for row in log.warn([one.row() for one in found]):
+        for row in log.warn(list(map(dataclasses.asdict, found))):
             callbacks.warning(Diagnosis(**row))
+
+    def _read(self) -> list[corpus.Window]:
+        """The windows of the next step: every rank reads all of them and takes its share later."""
+        return distributed.run_on_all_ranks(lambda: [next(self.stream) for _ in range(self._windows_per_step())])
 
     def _windows_per_step(self) -> int:
         """Windows that hold train.batch positions, or (cpt) train.batch windows."""
@@ -514,8 +513,7 @@ class Trainer:
         tensors = sharding.local_state(self._networks(), self.optimizer)
         state = {"step": self.step, "seconds": self.seconds, "cursor": self.stream.cursor()}
         state |= {"cost": dataclasses.asdict(self.cost), "start": self.start}
-        snapshot = checkpoint.Snapshot(tensors=tensors, state=state)
-        checkpoint.save(log.path, self.step, snapshot, self.config.train.keep_checkpoints)
+        checkpoint.save(log.path, self.step, tensors, state, self.config.train.keep_checkpoints)
         self.saved = self.step
 
     def _networks(self) -> dict[str, torch.nn.Module]:

@@ -86,7 +86,7 @@ def test_held_out_puzzles_occur_nowhere_else():
 
 def test_the_held_out_side_has_its_share_of_puzzles():
     rng = random.Random(0)
-    share = sum(worlds.held_out(cups._draw(rng)) for _ in range(4000)) / 4000
+    share = sum(worlds.held_out(cups._draw(rng, "train")) for _ in range(4000)) / 4000
     assert share == pytest.approx(1 / worlds.HELD_OUT, abs=0.02)
 
 

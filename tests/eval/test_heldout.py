@@ -45,7 +45,7 @@ def test_figures_by_hand():
         "positions": 3,
     }
     assert {name: figures[f"all/{name}"] for name in expected} == pytest.approx(expected)
-    columns = ("think", "nothink", "nothink_hit", "think_hit", "length", "closed")
+    columns = ("think", "nothink", "nothink_hit", "think_hit", "length", "closed", "entropy", "marginal", "leakage")
     more = {name: getattr(mine, name) * 6 for name in columns}
     many = dataclasses.replace(mine, document=list(range(18)), at=list(range(18)), **more)
     figures = heldout.summarize({"all": many}, {"all": many})

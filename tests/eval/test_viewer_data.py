@@ -16,7 +16,7 @@ from forethought.run import checkpoint
 from forethought.trainer import train
 from helpers.heldout import EVALUATION, documents, quiet, subject
 from helpers.models import FORM, plain_logits, plain_targets, qwen3, word_tokenizer
-from helpers.runs import options
+from helpers.runs import options, read_checkpoint
 from helpers.tokenizers import byte_level
 
 WORDS = word_tokenizer().get_vocab()
@@ -145,9 +145,9 @@ def test_evaluate_writes_the_documents_beside_its_figures(tmp_path: Path):
     assert shown["document"] == "cups/heldout/0/0" and shown["tokens"][:3] == ["", "ball", " under"]
     last = checkpoint.latest(run)
     assert last is not None
-    teacher = checkpoint.load(last, only="teacher").tensors
+    teacher = read_checkpoint(last, only="teacher").tensors
     assert {name.split("/")[0] for name in teacher} == {"teacher"}
-    assert checkpoint.load(last, only="nothing").tensors == {}
+    assert read_checkpoint(last, only="nothing").tensors == {}
     assert figures["all/gain_over_teacher"] != figures["all/gain_self"]
     assert nothink(shown) == pytest.approx(plain(run / "policy", shown, teacher), abs=1e-5)
     shutil.rmtree(run / "checkpoints")

@@ -33,12 +33,17 @@ def records(
     return heldout.Records(
         document=document,
         at=list(range(1, size + 1)),
+        window=document,
+        text=document,
         nothink=nothink,
         nothink_hit=[True] + [False] * (size - 1),
+        entropy=[1.0] * size,
         think=think,
         think_hit=[0.5] * size,
         length=[float(i) for i in range(size)],
         closed=closed or [1.0] * size,
+        marginal=think,
+        leakage=[0.0] * size,
     )
 
 

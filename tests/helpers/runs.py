@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from types import MappingProxyType
@@ -21,7 +22,7 @@ from transformers import NemotronHConfig
 from forethought.cli import main
 from forethought.config import merge
 from forethought.models.loading import EMBEDDED
-from forethought.run import checkpoint
+from forethought.run.checkpoint import Saved
 from forethought.run.folder import checkpoints, read_lines
 from helpers.moments import Moment
 
@@ -68,10 +69,24 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert figures(one) == figures(other)
     assert (one / "thoughts.jsonl").read_text() == (other / "thoughts.jsonl").read_text()
     assert_same_tensors(load_file(one / "policy/model.safetensors"), load_file(other / "policy/model.safetensors"))
-    ends = [checkpoint.load(list(checkpoints(run).values())[-1]) for run in (one, other)]
+    ends = [read_checkpoint(list(checkpoints(run).values())[-1]) for run in (one, other)]
     assert_same_tensors(ends[0].tensors, ends[1].tensors)
     assert ends[0].state["cursor"] == ends[1].state["cursor"]
     assert not [path.name for path in (one / "checkpoints").iterdir() if not path.name.startswith("step-")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """What a checkpoint holds."""
+
+    tensors: dict[str, torch.Tensor]
+    state: dict[str, Any]
+
+
+def read_checkpoint(path: Path, only: str = "") -> Snapshot:
+    """All of a checkpoint, or one part of it."""
+    saved = Saved(path, only)
+    return Snapshot(tensors={name: saved.tensor(name) for name in saved.names}, state=saved.state)
 
 
 def assert_same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:

@@ -50,7 +50,16 @@ from helpers.models import (
     window,
     word_tokenizer,
 )
-from helpers.runs import assert_same_run, assert_same_trajectory, cut, options, processes, settings, together
+from helpers.runs import (
+    assert_same_run,
+    assert_same_trajectory,
+    cut,
+    options,
+    processes,
+    read_checkpoint,
+    settings,
+    together,
+)
 from helpers.sampling import assert_same, both
 
 __all__ = ["processes"]  # a fixture
@@ -256,7 +265,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_checkpoint_holds_adapters_alone_and_a_resumed_run_is_the_run(run: Path):
-    tensors = checkpoint.load(checkpoint.latest(run)).tensors  # type: ignore[arg-type]
+    tensors = read_checkpoint(checkpoint.latest(run)).tensors  # type: ignore[arg-type]
     assert all("/lora_" in name for name in tensors if not name.startswith("optimizer/"))
     saved = sum(one.numel() for name, one in tensors.items() if name.startswith("policy/"))
     assert saved == json.loads((run / "summary.json").read_text())["trained_parameters"]
@@ -275,7 +284,7 @@ def test_the_mismatch_of_sampler_and_trainer_stays_rounding(run: Path):
 def test_what_is_exported_is_the_policy_with_its_adapter_for_all_and_for_peft(run: Path):
     options = RunLog.open(run).config()
     network = lora.load_with_adapters(options)
-    tensors = checkpoint.load(checkpoint.latest(run), only="policy").tensors  # type: ignore[arg-type]
+    tensors = read_checkpoint(checkpoint.latest(run), only="policy").tensors  # type: ignore[arg-type]
     network.weights.load_state_dict({name.partition("/")[2]: one for name, one in tensors.items()})
     network.sync()
     wanted = plain_logits(network.model, TOKENS).detach()

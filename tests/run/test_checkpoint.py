@@ -20,9 +20,11 @@ from torch import Tensor
 
 from forethought.config import RunError, UserError
 from forethought.models.sharding import load_state, local_state
-from forethought.run.checkpoint import Saved, Snapshot, latest, load, save
+from forethought.run import checkpoint
+from forethought.run.checkpoint import Saved, latest
 from forethought.run.folder import checkpoints
 from helpers.moments import Moment
+from helpers.runs import Snapshot, read_checkpoint
 
 DTYPES = [
     torch.float32,
@@ -36,6 +38,10 @@ DTYPES = [
 ]
 
 
+def save(run: Path, step: int, snapshot: Snapshot, keep: int) -> Path:
+    return checkpoint.save(run, step, snapshot.tensors, snapshot.state, keep)
+
+
 def snapshot(count: int = 0, numel: int = 8) -> Snapshot:
     """A snapshot whose every part says `count`."""
     tensors = {f"{group}/weight": torch.full((numel,), float(count)) for group in ("policy", "teacher")}
@@ -44,7 +50,7 @@ def snapshot(count: int = 0, numel: int = 8) -> Snapshot:
 
 def count_of(path: Path) -> int:
     """The count of a checkpoint, checking that all its parts agree."""
-    loaded = load(path)
+    loaded = read_checkpoint(path)
     assert set(loaded.tensors) == {"policy/weight", "teacher/weight"}
     for tensor in loaded.tensors.values():
         assert bool((tensor == loaded.state["count"]).all())
@@ -83,7 +89,7 @@ def test_bits_dtypes_and_shapes_come_back(
 ):
     run = tmp_path_factory.mktemp("run")
     named = {f"group{i % 2}/part/{i}": tensor for i, tensor in enumerate(values)}
-    loaded = load(save(run, 1, Snapshot(tensors=named, state=state), 1))
+    loaded = read_checkpoint(save(run, 1, Snapshot(tensors=named, state=state), 1))
     assert loaded.tensors.keys() == named.keys()
     assert all(same_bits(loaded.tensors[name], tensor) for name, tensor in named.items())
     assert repr(loaded.state) == repr(state)
@@ -93,7 +99,7 @@ def test_bits_dtypes_and_shapes_come_back(
 def test_tensors_may_share_memory_and_carry_gradients(tmp_path: Path):
     base = torch.arange(12.0).reshape(3, 4).requires_grad_()
     shared = {"policy/embed": base, "policy/head": base, "policy/rows": base[1:], "policy/turned": base.T}
-    loaded = load(save(tmp_path, 1, Snapshot(tensors=shared, state={}), 1))
+    loaded = read_checkpoint(save(tmp_path, 1, Snapshot(tensors=shared, state={}), 1))
     assert all(same_bits(loaded.tensors[name], tensor.detach()) for name, tensor in shared.items())
     loaded.tensors["policy/embed"].zero_()
     assert loaded.tensors["policy/head"].sum() == 66
@@ -151,12 +157,12 @@ def test_every_flipped_bit_and_every_cut_is_found(tmp_path: Path):
         for i in range(len(whole)):
             file.write_bytes(whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :])
             with pytest.raises(UserError, match=file.name):
-                load(path)
+                read_checkpoint(path)
             file.write_bytes(whole[:i])
             with pytest.raises(UserError, match=file.name):
-                load(path)
+                read_checkpoint(path)
         file.write_bytes(whole)
-        load(path)
+        read_checkpoint(path)
 
 
 def test_missing_files_are_named(tmp_path: Path):
@@ -164,9 +170,9 @@ def test_missing_files_are_named(tmp_path: Path):
     (path / "teacher.safetensors").unlink()
     message = rf"teacher\.safetensors: cannot be read: No such file.*delete {path} to continue"
     with pytest.raises(UserError, match=message):
-        load(path)
+        read_checkpoint(path)
     with pytest.raises(UserError, match=r"none/state\.json: cannot be read"):
-        load(tmp_path / "none")
+        read_checkpoint(tmp_path / "none")
 
 
 def run_script(name: str, run: Path) -> dict[str, Any]:

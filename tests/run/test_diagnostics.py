@@ -1,5 +1,6 @@
 """Every check fires on a history that is ill in its way, stays silent on a sound one, and says a thing once."""
 
+import dataclasses
 import json
 import math
 import random
@@ -58,7 +59,7 @@ def test_each_check_fires_once_and_names_what_it_saw(name):
     assert names(found) == [name]
     assert 20 < found[0].step <= 20 + WINDOW
     assert not re.search("[{}]", found[0].evidence)
-    assert found[0].row() == {"step": found[0].step, "name": name} | {
+    assert dataclasses.asdict(found[0]) == {"step": found[0].step, "name": name} | {
         "evidence": found[0].evidence, "advice": found[0].advice
     }  # fmt: skip
 
@@ -114,7 +115,7 @@ def test_missing_and_odd_figures_are_no_observations():
     rows = history(SOUND, "rollout/length", 3.0)
     holes = [{"step": 0, "rollout/length": odd} for odd in (math.nan, None, "x", True, -math.inf)]
     mixed = [row for pair in zip(rows, holes * 8, strict=True) for row in pair]
-    assert [one.row() for one in Monitor().replay(mixed)] == [one.row() for one in Monitor().replay(rows)]
+    assert Monitor().replay(mixed) == Monitor().replay(rows)
     assert Monitor().observe(1, {}) == []
 
 
@@ -141,7 +142,7 @@ def test_warnings_are_rewound_with_the_run(tmp_path):
     log = RunLog.create(Config(run=str(tmp_path / "run")))
     log.append("warnings", [])
     assert not (log.path / "warnings.jsonl").exists()
-    rows = [Diagnosis(step=step, name="x", evidence="e", advice="a").row() for step in (3, 7)]
+    rows = [dataclasses.asdict(Diagnosis(step=step, name="x", evidence="e", advice="a")) for step in (3, 7)]
     log.append("warnings", rows)
     log.rewind(5)
     assert read_lines(log.path / "warnings.jsonl") == rows[:1]
@@ -174,7 +175,7 @@ def test_a_run_warns_and_a_resumed_one_neither_repeats_nor_loses(tmp_path):
     listener = Listener()
     train(cut_off(tmp_path, "whole"), listener)
     logged = read_lines(tmp_path / "whole" / "warnings.jsonl")
-    assert [one.row() for one in listener.heard] == logged
+    assert [dataclasses.asdict(one) for one in listener.heard] == logged
     assert ("thoughts-not-closing", WINDOW) in [(row["name"], row["step"]) for row in logged]
     (tmp_path / "whole" / "summary.json").unlink()
     for step, heard in ((12, []), (8, listener.heard)):

@@ -15,7 +15,6 @@ from forethought.config import RunError, UserError, changed_on_resume, from_dict
 from forethought.eval import evaluate
 from forethought.models.loading import EMBEDDED
 from forethought.run import checkpoint
-from forethought.run.checkpoint import Snapshot
 from forethought.run.folder import RunLog, checkpoints, read_lines
 from forethought.trainer import learning_rate, resume, train
 from helpers.cli import complaint
@@ -30,6 +29,7 @@ from helpers.runs import (
     figures,
     lines,
     options,
+    read_checkpoint,
     settings,
     weights,
 )
@@ -271,8 +271,8 @@ def test_out_of_memory_is_not_taken_for_another_fault(
 def rewrite(run: Path, change: Any) -> None:
     """Save the newest checkpoint of a run again with other tensors."""
     step, path = list(checkpoints(run).items())[-1]
-    snapshot = checkpoint.load(path)
-    checkpoint.save(run, step, Snapshot(tensors=change(snapshot.tensors), state=snapshot.state), 9)
+    snapshot = read_checkpoint(path)
+    checkpoint.save(run, step, change(snapshot.tensors), snapshot.state, 9)
 
 
 @pytest.mark.parametrize(

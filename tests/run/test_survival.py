@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 
 from forethought.config import RunError, from_dict, merge
-from forethought.run import checkpoint
 from forethought.run.folder import RunLog, checkpoints
 from forethought.run.signals import ENDING, SignalArrived, SignalGuard, Stopped, stoppable
 from forethought.run.trackers import Callbacks
 from forethought.trainer import Trainer, resume, train
 from helpers.moments import Moment
-from helpers.runs import assert_same_run, begin, end, figures, lines, options, words
+from helpers.runs import assert_same_run, begin, end, figures, lines, options, read_checkpoint, words
 
 
 def life(processes: ForkServerContext, command: list[str], moment: Moment) -> int:
@@ -85,7 +84,7 @@ def test_a_signal_during_a_save_waits_for_it(tmp_path: Path, whole: Path, proces
     run = tmp_path / "stopped"
     stop(processes, {}, Moment(str(run), "checkpoints/.partial-step-00000002"))
     assert list(checkpoints(run))[-1] == 2
-    checkpoint.load(list(checkpoints(run).values())[-1])
+    read_checkpoint(list(checkpoints(run).values())[-1])
     resume(run)
     assert_same_run(run, whole)
 

@@ -5,7 +5,7 @@ that ranks and microbatches add up to exact means.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from jaxtyping import Bool, Float
@@ -142,7 +142,7 @@ class ThoughtRecord:
             )
             for group in said
         ]
-        work = Work(
+        return Work(
             windows=tuple(read.values()),
             owners=tuple(windows),
             prefixes=tuple(len(form.before) + t for t in at),
@@ -156,11 +156,9 @@ class ThoughtRecord:
             kl=options.kl_weight > 0,
             inner_steps=options.inner_steps,
             predicts=options.prediction_weight > 0,
+            written=() if self.predictions is None else tuple(map(tuple, self.predictions.trained.tolist())),
             proxy=self.shard.proxy_flops,
         )
-        if self.predictions is None:
-            return work
-        return replace(work, written=tuple(map(tuple, self.predictions.trained.tolist())))
 
 
 def decode_thoughts(tokenizer: Any, tokens: list[list[list[int]]]) -> list[list[str]]:

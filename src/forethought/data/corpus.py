@@ -169,7 +169,7 @@ class Windows:
     def changed(self, cursor: dict[str, Any]) -> list[str]:
         """The files that differ, by names, sizes and samples, from those of a cursor."""
         pairs = zip(self._source.parts, self._files(), cursor["files"], strict=True)
-        return [part for part, now, old in pairs if now[: len(old)] != old]  # earlier versions sampled the start alone
+        return [part for part, now, old in pairs if now != old]
 
     def seek(self, cursor: dict[str, Any]) -> None:
         """Continue from a cursor that was taken with the same options and seed.

@@ -59,7 +59,7 @@ def evaluate(
     rows = read_lines(log.path / "metrics.jsonl")
     step = rows[-1].get("step", 0) if rows else 0
     after = {f"after/{name}": value for name, value in figures.items()}
-    found = [one.row() for one in diagnose_evaluation(after, step)]
+    found = [dataclasses.asdict(one) for one in diagnose_evaluation(after, step)]
     earlier = read_lines(log.path / "warnings.jsonl")
     kept = [row for row in earlier if row.get("name") != CONTENT_UNUSED]  # without those of an earlier evaluation
     if earlier or found:

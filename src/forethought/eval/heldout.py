@@ -52,18 +52,18 @@ class Records:
 
     document: list[int]  # index of the held-out document
     at: list[int]  # index of the true token in it
-    window: list[int] | None = None  # index of the window; version 0.1 kept none
-    text: list[int] | None = None  # checksum of the window's tokens; version 0.1 kept none
+    window: list[int]  # index of the window
+    text: list[int]  # checksum of the window's tokens
     nothink: list[float]  # log p without a thought
     nothink_hit: list[bool]  # whether the true token was the argmax
-    entropy: list[float] | None = None  # of the distribution without a thought, nats
+    entropy: list[float]  # of the distribution without a thought, nats
     think: list[float]  # log p after a thought of the model's own, mean over the sampled thoughts
     think_hit: list[float]  # share of thoughts after which the true token was the argmax
     length: list[float]  # tokens, mean over thoughts
     closed: list[float]  # share of thoughts that closed themselves
-    marginal: list[float] | None = None  # log of the mean over thoughts of p
+    marginal: list[float]  # log of the mean over thoughts of p
     teacher: list[float] | None = None  # log p without a thought by the EMA teacher
-    leakage: list[float | None] | None = None  # share of thoughts that contain the target's text; None: it has none
+    leakage: list[float | None]  # share of thoughts that contain the target's text; None: it has none
     right: list[float] | None = None  # correct statements in a thought, mean over thoughts
     stated: list[float] | None = None  # checkable statements in a thought, mean over thoughts
     empty: list[float] | None = None  # log p after an empty thought
@@ -139,10 +139,7 @@ def over_ranks(
 
 def with_domains(records: dict[str, Records], windows: Sequence[Window]) -> dict[str, Records]:
     """The groups and, out of `all`, one for each domain and each language where there are at least two of them."""
-    whole, result = records.get("all"), dict(records)
-    if whole is None:
-        return result
-    numbers = _numbers(windows)
+    whole, result, numbers = records["all"], dict(records), _numbers(windows)
     for kind in ("domain", "language"):
         names = {number: getattr(window, kind) for number, window in zip(numbers, windows, strict=True)}
         known = sorted({name for name in names.values() if name is not None})
@@ -158,14 +155,13 @@ def with_domains(records: dict[str, Records], windows: Sequence[Window]) -> dict
 
 def clusters(records: Records) -> list[int]:
     """What the bootstrap draws: documents. Where there is only one, such as a book, its windows stand in."""
-    single = len(set(records.document)) == 1
-    return records.window if single and records.window is not None else records.document
+    return records.window if len(set(records.document)) == 1 else records.document
 
 
 def check_text(records: dict[str, Records], windows: Sequence[Window], path: str, file: Path) -> None:
-    """Raise UserError where the records of a file are not of these windows of `path`, as far as they say."""
+    """Raise UserError where the records of a file are not of these windows of `path`."""
     texts = dict(enumerate(_checksums(windows)))
-    if any(one.text and [texts.get(window) for window in one.window or ()] != one.text for one in records.values()):
+    if any([texts.get(window) for window in one.window] != one.text for one in records.values()):
         raise UserError(f"evaluate.path = {path!r}: is not the held-out text of {file}; put that text back to go on")
 
 
@@ -327,8 +323,7 @@ def _estimates(mine: Sequence[Records], bases: Sequence[Records]) -> dict[str, E
 
 def _check_same(first: Records, others: Sequence[Records]) -> None:
     for one in others:
-        same_text = None in (one.text, first.text) or one.text == first.text
-        if (one.document, one.at) != (first.document, first.at) or not same_text:
+        if (one.document, one.at, one.text) != (first.document, first.at, first.text):
             what = "the held-out text or options of evaluate have changed"
             raise UserError(f"records must be of the same positions of the same text; {what}")
 
@@ -346,18 +341,16 @@ def _ratios(mine: Records, base: Records) -> dict[str, Ratio]:
     """Each metric's numerators and denominators (docs/metrics.md)."""
     think, nothink = np.array(mine.think), np.array(mine.nothink)
     gained, plain = think - np.array(base.nothink), nothink - np.array(base.nothink)
-    means = {"ce_think": -think, "ce_nothink": -nothink, "gain_self": think - nothink}
-    if mine.marginal is not None:
-        means["marginal"] = -np.array(mine.marginal)
-    means |= {"gain_over_base": gained, "plain_gain_over_base": plain, "drift": -plain}
-    if mine.teacher is not None:
-        means["gain_over_teacher"] = think - np.array(mine.teacher)
+    means = {"ce_think": -think, "ce_nothink": -nothink, "marginal": -np.array(mine.marginal)}
+    means |= {"gain_self": think - nothink, "gain_over_base": gained, "plain_gain_over_base": plain, "drift": -plain}
     means |= {
         "accuracy_think": np.array(mine.think_hit),
         "accuracy_nothink": np.array(mine.nothink_hit, dtype=float),
         "thought_length": np.array(mine.length),
         "closed": np.array(mine.closed),
     }
+    if mine.teacher is not None:
+        means["gain_over_teacher"] = think - np.array(mine.teacher)
     controls = {name: np.array(values) for name in CONTROLS if (values := getattr(mine, name)) is not None}
     for name, values in controls.items():
         means |= {f"ce_{name}": -values, f"gain_{name}": values - nothink, f"gain_over_{name}": think - values}
@@ -366,12 +359,11 @@ def _ratios(mine: Records, base: Records) -> dict[str, Ratio]:
     ratios = {metric: (values, np.ones(len(think))) for metric, values in means.items()}
     if "shuffled" in controls:
         ratios["kept_shuffled"] = (controls["shuffled"] - nothink, think - nothink)
-    if mine.leakage is not None:
-        share = np.array(mine.leakage, dtype=float)
-        ratios["leakage"] = (np.nan_to_num(share), np.isfinite(share).astype(float))
+    share = np.array(mine.leakage, dtype=float)
+    ratios["leakage"] = (np.nan_to_num(share), np.isfinite(share).astype(float))
     if mine.right is not None and mine.stated is not None:
         ratios["truth"] = (np.array(mine.right), np.array(mine.stated))
-    return ratios | ({} if mine.entropy is None else _top(np.array(mine.entropy), think - nothink))
+    return ratios | _top(np.array(mine.entropy), think - nothink)
 
 
 def _top(entropy: np.ndarray, gain: np.ndarray) -> dict[str, Ratio]:

@@ -87,7 +87,10 @@ def resample(document: Sequence[int], seeds: int = 1) -> Resamples:
     names, owner = np.unique(np.asarray(document), return_inverse=True)
     picks = np.random.default_rng(0).integers(len(names), size=(RESAMPLES, len(names)))
     drawn = np.random.default_rng(1).integers(seeds, size=(RESAMPLES, seeds))
-    return Resamples(owner=owner, documents=_counts(picks), seeds=_counts(drawn) / seeds)
+    times, shares = (
+        np.apply_along_axis(np.bincount, 1, some, minlength=some.shape[1]).astype(float) for some in (picks, drawn)
+    )
+    return Resamples(owner=owner, documents=times, seeds=shares / seeds)
 
 
 def estimate(ratios: Sequence[Ratio], drawn: Resamples, limits: Limits = None) -> Estimate | None:
@@ -107,10 +110,3 @@ def estimate(ratios: Sequence[Ratio], drawn: Resamples, limits: Limits = None) -
         draws.append(np.divide(drawn.documents @ above, totals, out=nothing, where=totals > 0))
     together = (drawn.seeds * np.array(draws).T).sum(axis=1)
     return Estimate(value=float(np.mean(values)), draws=together, clusters=int(counted.sum()), limits=limits)
-
-
-def _counts(picks: np.ndarray) -> np.ndarray:
-    """How often each index occurs in each row of a (rows, size) array of indices below size."""
-    rows, size = picks.shape
-    flat = np.bincount((picks + size * np.arange(rows)[:, None]).ravel(), minlength=rows * size)
-    return flat.reshape(rows, size).astype(float)

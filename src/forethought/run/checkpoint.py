@@ -14,7 +14,6 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +27,12 @@ from forethought.run import distributed
 from forethought.run.folder import checkpoints, disk_errors, sync
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
-    """Everything that a run needs to continue as if it had never stopped.
+def save(run: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
+    """Write the checkpoint of a step, then remove all but the `keep` newest; the one just written always stays.
 
     Names of `tensors` have at least two parts, such as `policy/model.norm.weight`; the first is the file. Each rank
     has its rows of sharded tensors, in the order of ranks, and rank 0 all others. `state` is JSON: string keys, lists,
     no tuples.
-    """
-
-    tensors: dict[str, Tensor]
-    state: dict[str, Any]
-
-
-def save(run: Path, step: int, snapshot: Snapshot, keep: int) -> Path:
-    """Write the checkpoint of a step, then remove all but the `keep` newest; the one just written always stays.
 
     All ranks call it together and see the same folder. A kill at any moment leaves earlier checkpoints intact; the next
     save removes what it left incomplete. The disk needs space for keep + 1 checkpoints. Tensors may share memory.
@@ -56,10 +46,10 @@ def save(run: Path, step: int, snapshot: Snapshot, keep: int) -> Path:
     with disk_errors(run, final):
         distributed.run_on_rank0(lambda: _make_empty(run, partial))
         try:
-            sharded = sum(distributed.all_gather(bool(snapshot.tensors))) > 1
-            files = distributed.run_on_all_ranks(lambda: _write_tensors(partial, snapshot.tensors, sharded))
+            sharded = sum(distributed.all_gather(bool(tensors))) > 1
+            files = distributed.run_on_all_ranks(lambda: _write_tensors(partial, tensors, sharded))
             gathered = {stem: entry for some in distributed.all_gather(files) for stem, entry in some.items()}
-            distributed.run_on_rank0(lambda: _write_state(partial, {"state": snapshot.state, "files": gathered}))
+            distributed.run_on_rank0(lambda: _write_state(partial, {"state": state, "files": gathered}))
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -72,23 +62,14 @@ def latest(run: Path) -> Path | None:
     return next(reversed(checkpoints(run).values()), None)
 
 
-def load(path: Path, only: str = "") -> Snapshot:
-    """Read a checkpoint on the CPU, with every dtype as it was saved.
-
-    `only` names one part, such as `teacher`, to read and verify; a part that does not exist is empty.
-
-    Raises:
-        UserError: a file is missing, truncated or altered; the message names it.
-    """
-    saved = Saved(path, only)
-    return Snapshot(tensors={name: saved.tensor(name) for name in saved.names}, state=saved.state)
-
-
 class Saved:
-    """A checkpoint on disk, whose tensors are read one by one, in full or some of their rows."""
+    """A checkpoint on disk, whose tensors are read one by one, on the CPU, in full or some of their rows."""
 
     def __init__(self, path: Path, only: str = "", check: bool = True):
-        """Open it, and with `check` verify all files. Raises UserError like `load`."""
+        """Open it, and with `check` verify all files. Raises UserError that names a missing or altered one.
+
+        `only` names one part, such as `teacher`, to read and verify; a part that does not exist is empty.
+        """
         record = _read_record(path / "state.json")
         self.path, self.state = path, record["state"]
         self._shards: dict[str, list[tuple[Any, str]]] = defaultdict(list)  # files with rows of a tensor, in row order
@@ -101,11 +82,7 @@ class Saved:
             opened = safe_open(file, framework="pt")
             for name in opened.keys():  # noqa: SIM118
                 self._shards[f"{group}/{name}"].append((opened, name))
-
-    @property
-    def names(self) -> list[str]:
-        """The names of all tensors."""
-        return list(self._shards)
+        self.names = list(self._shards)  # of all tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a full tensor."""

@@ -7,7 +7,7 @@ lower threshold. docs/diagnostics.md explains every check.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal, TypeGuard
 
@@ -20,16 +20,12 @@ CONTENT_UNUSED = "content-unused"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnosis:
-    """A warning: the step, the check, what was observed and what to do."""
+    """A warning, which is a row of warnings.jsonl: the step, the check, what was observed and what to do."""
 
     step: int
     name: str
     evidence: str
     advice: str
-
-    def row(self) -> dict[str, Any]:
-        """The row of warnings.jsonl."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +123,7 @@ class Monitor:
         found = []
         for check in self._checks:
             value = metrics.get(check.metric)
-            if not _is_number(value) or (check.beside and check.beside not in metrics):
+            if not is_number(value) or (check.beside and check.beside not in metrics):
                 continue
             values = self._values[check.name]
             values.append(float(value))
@@ -160,7 +156,7 @@ def diagnose_evaluation(figures: Mapping[str, Any], step: int) -> list[Diagnosis
         when, _, rest = name.partition("/")
         group, _, metric = rest.rpartition("/")
         gain = figures.get(f"after/{group}/gain_self/low")
-        if when != "after" or metric != "kept_shuffled" or not (_is_number(share) and _is_number(gain)):
+        if when != "after" or metric != "kept_shuffled" or not (is_number(share) and is_number(gain)):
             continue
         if share >= KEPT_SHUFFLED and gain > 0:
             found.append(
@@ -209,5 +205,6 @@ def diagnose_resume(
     return found
 
 
-def _is_number(value: Any) -> TypeGuard[float]:
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether it is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -7,7 +7,6 @@ weights and gradients go through NCCL if there are GPUs. Importing this module d
 All ranks see the same files, run folder and options, and read the same windows; each trains on its share of them.
 """
 
-import heapq
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -129,11 +128,11 @@ def balance_load(weights: Sequence[int], bins: int) -> list[list[int]]:
     Example: weights 5 3 3 1 1 in two bins: [0, 3, 4] and [1, 2].
     """
     assigned: list[list[int]] = [[] for _ in range(bins)]
-    loads = [(0, 0, i) for i in range(bins)]
+    loads = [0] * bins
     for item in sorted(range(len(weights)), key=lambda item: (-weights[item], item)):
-        load, count, lightest = heapq.heappop(loads)
+        lightest = min(range(bins), key=lambda i: (loads[i], len(assigned[i])))
         assigned[lightest].append(item)
-        heapq.heappush(loads, (load + weights[item], count + 1, lightest))
+        loads[lightest] += weights[item]
     return [sorted(items) for items in assigned]
 
 

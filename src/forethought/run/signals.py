@@ -32,16 +32,12 @@ class SignalGuard:
     """
 
     def __init__(self, deferred: bool = False) -> None:
-        self._interruptible, self._pending, self._deferred = False, 0, deferred
-
-    @property
-    def pending(self) -> int:
-        """The number of the signal received; 0 if none."""
-        return self._pending
+        self._interruptible, self._deferred = False, deferred
+        self.pending = 0  # the number of the signal received; 0 if none
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal."""
-        self._pending = number
+        self.pending = number
         if self._interruptible:
             self._interruptible = False
             raise SignalArrived(number)
@@ -65,16 +61,16 @@ class SignalGuard:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        if isinstance(outer := before.get(self._pending), SignalGuard):  # nothing was left to interrupt here
-            outer(self._pending, None)
+        if isinstance(outer := before.get(self.pending), SignalGuard):  # nothing was left to interrupt here
+            outer(self.pending, None)
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
         """Code that may be interrupted at any point."""
         self._interruptible = not self._deferred
         try:
-            if self._pending and not self._deferred:
-                raise SignalArrived(self._pending)
+            if self.pending and not self._deferred:
+                raise SignalArrived(self.pending)
             yield
         finally:
             self._interruptible = False

@@ -189,7 +189,7 @@ class ForethoughtLM(TemplateLM):
                     f"max_gen_toks = {limit}: must be below the {self.max_length} tokens that a text may have"
                 )
             temperature = float(options.get("temperature", 1.0 if options.get("do_sample") else 0.0))
-            sampling = Sampling(limit=limit, temperature=temperature, top_p=options.get("top_p", 1.0), rows=size)
+            sampling = Sampling(limit=limit, temperature=temperature, top_p=options.get("top_p", 1.0))
             members.sort(key=lambda one: -len(requests[one[0]][0]))
             for start in range(0, len(members), size):
                 yield members[start : start + size], sampling, list(options.get("until", []))

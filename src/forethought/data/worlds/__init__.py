@@ -50,18 +50,18 @@ def load_world(name: str) -> Any:
 
 
 def row(
-    name: str, draw: Callable[[random.Random], Puzzle], names: Sequence[str], split: str, index: int, seed: int
+    name: str, draw: Callable[[random.Random, str], Puzzle], names: Sequence[str], split: str, index: int, seed: int = 0
 ) -> dict:
-    """The document at `index` of an endless split (one of SPLITS) of world `name`.
+    """The document at `index` of an endless split (one of SPLITS) of world `name`; `draw` draws a puzzle for a split.
 
     Returns `{"id", "text", "marks": {"answer": [offset]}}`, the character offset of the answer.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     rng = random.Random(_hash(f"{seed} {split} {index}"))
-    puzzle = draw(rng)
+    puzzle = draw(rng, split)
     while held_out(puzzle) != (split == "heldout"):
-        puzzle = draw(rng)
+        puzzle = draw(rng, split)
     words = puzzle.words()
     answer = len(words) - 2
     thoughtful = {"pretrain": THOUGHTFUL, "worked": 1.0, "mixed": MIXED}.get(split, 0.0)

@@ -11,6 +11,7 @@ through all moves is too long a chain for one forward pass.
 
 import random
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 from forethought.data import worlds
@@ -52,19 +53,6 @@ class Puzzle:
         return [word for number, cup in enumerate(cups, start=1) for word in (str(number), cup)]
 
 
-def row(split: str, index: int, seed: int = 0) -> dict:
-    """The document at `index` of an endless split, one of `worlds.SPLITS`: "train" and "heldout" hold no thoughts.
-
-    Returns `{"id", "text", "marks": {"answer": [offset]}}`, the character offset of the answer.
-    """
-    return worlds.row("cups", _draw, COLORS, split, index, seed)
-
-
-def vocabulary() -> list[str]:
-    """Every word of every text and thought, the two delimiters included, in a fixed order."""
-    return worlds.vocabulary(["ball", "under", ".", "swap", ",", "now", *COLORS, *NUMBERS])
-
-
 def truth(text: str, thought: str) -> tuple[int, int]:
     """How many statements of a thought are correct, and how many it makes: "1 blue 2 red" makes two.
 
@@ -80,7 +68,7 @@ def truth(text: str, thought: str) -> tuple[int, int]:
     return sum(cups.get(number) == cup for number, cup in stated), len(stated)
 
 
-def _draw(rng: random.Random) -> Puzzle:
+def _draw(rng: random.Random, split: str) -> Puzzle:
     start = cup = rng.choice(COLORS)
     moves = []
     for _ in range(rng.randint(FEWEST_MOVES, MOST_MOVES)):
@@ -101,3 +89,7 @@ def _read(text: str) -> Puzzle | None:
     triples = zip(words, words[1:], words[2:], strict=False)
     moves = [(b, c) for a, b, c in triples if a in NUMBERS and {b, c} <= set(COLORS)]
     return Puzzle(words[2], tuple(moves))
+
+
+row = partial(worlds.row, "cups", _draw, COLORS)
+vocabulary = partial(worlds.vocabulary, ["ball", "under", ".", "swap", ",", "now", *COLORS, *NUMBERS])

@@ -11,6 +11,7 @@ many to walk in one forward pass, and so are those that lead back.
 
 import random
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 from forethought.data import worlds
@@ -51,19 +52,6 @@ class Walk:
         return _walk(known, start, self.steps if len(question) > 4 else MOST_STEPS)
 
 
-def row(split: str, index: int, seed: int = 0) -> dict:
-    """The document at `index` of an endless split, one of `worlds.SPLITS`: "train" and "heldout" hold no thoughts.
-
-    Returns `{"id", "text", "marks": {"answer": [offset]}}`, the character offset of the answer.
-    """
-    return worlds.row("notes", _draw_any if split == "pretrain" else _draw, TREES, split, index, seed)
-
-
-def vocabulary() -> list[str]:
-    """Every word of every text and thought, the two delimiters included, in a fixed order."""
-    return worlds.vocabulary([",", ".", "from", "by", "steps", "lead", "to", *TREES, *STEPS])
-
-
 def truth(text: str, thought: str) -> tuple[int, int]:
     """How many statements of a thought are correct, and how many it makes: the trail "oak elm ash" makes two.
 
@@ -75,12 +63,9 @@ def truth(text: str, thought: str) -> tuple[int, int]:
     return sum(notes.get(tree) == named for tree, named in stated), len(stated)
 
 
-def _draw_any(rng: random.Random) -> Walk:
-    return _draw(rng, rng.randrange(FEWEST_TREES, len(TREES)) if rng.random() < SMALL else len(TREES))
-
-
-def _draw(rng: random.Random, trees: int = len(TREES)) -> Walk:
-    ring = rng.sample(TREES, trees)
+def _draw(rng: random.Random, split: str) -> Walk:
+    small = split == "pretrain" and rng.random() < SMALL
+    ring = rng.sample(TREES, rng.randrange(FEWEST_TREES, len(TREES)) if small else len(TREES))
     notes = list(zip(ring, [*ring[1:], ring[0]], strict=True))
     rng.shuffle(notes)
     return Walk(tuple(notes), rng.choice(ring), rng.randint(FEWEST_STEPS, MOST_STEPS))
@@ -100,3 +85,7 @@ def _read(text: str) -> dict[str, str]:
     listed = words[: words.index(".")] if "." in words else words
     notes = zip(listed[::3], listed[1::3], strict=False)
     return {tree: named for tree, named in notes if {tree, named} <= set(TREES)}
+
+
+row = partial(worlds.row, "notes", _draw, TREES)
+vocabulary = partial(worlds.vocabulary, [",", ".", "from", "by", "steps", "lead", "to", *TREES, *STEPS])

@@ -1,7 +1,6 @@
 """What is planned: a config, the shape of its model, a machine, and the lengths of prefixes and thoughts."""
 
 import json
-import math
 import os
 import statistics
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from forethought.config import Config, UserError
 from forethought.flops import Shape, Work, forward_flops
 from forethought.memory import Device, Layout, Setup, sized
+from forethought.run.diagnostics import is_number
 
 _SHAPES = Path(__file__).parent / "shapes"
 _ABSENT = {  # what a shipped shape may leave out
@@ -271,8 +271,7 @@ def _figures(file: str) -> dict[str, float]:
     for name, (_, scale) in _MEASURED.items():
         values = [row[name] for row in rows if name in row]
         for value in values:
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if not number or value < 0 or (value == 0 and not name.endswith("_us")):
+            if not is_number(value) or value < 0 or (value == 0 and not name.endswith("_us")):
                 raise UserError(f"--ceilings {file}: {name} = {value!r}: must be a number above 0")
         if values:
             best = statistics.median if "_of_" in name else min if name.endswith("_us") else max

@@ -13,7 +13,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from forethought import html
@@ -31,6 +30,7 @@ from forethought.tools.report.tables import (
     evaluations,
     figure,
     metric,
+    render,
     signed,
     windows_note,
     with_ends,
@@ -180,17 +180,8 @@ def _written(target: Path, text: str) -> Path:
 
 
 def _render(template: str, content: dict[str, Any]) -> str:
-    """A template of this folder as HTML; text in it is escaped unless it is Markup."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     filters = (passage, token, visible, figure, signed, duration, probability, strength, capitalized)
-    environment.filters |= {one.__name__: one for one in filters}
-    return environment.get_template(template).render(content)
+    return render(template, content, escape=True, **{one.__name__: one for one in filters})
 
 
 def passage(text: str) -> Markup:

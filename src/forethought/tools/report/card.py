@@ -19,13 +19,13 @@ from forethought.run import __version__
 from forethought.run.folder import RunLog
 from forethought.tools.report.runs import STEP_OF_STAGE, number
 from forethought.tools.report.tables import (
-    NBSP,
     capitalized,
     duration,
     figure,
     interval,
     measured,
     metric,
+    render,
     windows_note,
 )
 
@@ -105,19 +105,35 @@ def text(config: Config, summary: Figures, measured: Figures | None = None, stag
     `stage` is the stage.json of post-training. The card sets no license: those of the base model and of the text apply,
     and only the user knows them.
     """
-    parts = [
-        f"---\n{_metadata(config, stage)}\n---",
-        f"# {visible(Path(config.run).name) or 'A thinking model'}",
-        _opening(config, stage),
-        _usage(config),
-        "## Data and compute\n\n" + _rows({**_data(config, stage), **_budget(config, summary)}),
-        "## Results\n\n" + (_heldout_loss(summary, stage) if stage else _gain(config, summary)),
-        "## Controls\n\n" + _controls(config, measured),
-        _stage_recipe(config, stage) if stage else _recipe(config),
-        "## License\n\nThis card sets none. The licenses of the base model and of the text apply to this model: read "
-        "them, then add the model's own license as `license:` to the metadata of this file.",
-    ]
-    return "\n\n".join(parts) + "\n"
+    measured = measured or {}
+    options = {"evaluate.path": config.evaluate.path, **measured.get("options", {})}
+    where = options.pop("evaluate.path") or "held-out text"
+    content = {
+        "config": config,
+        "method": config.method,
+        "entry": config.method.entry,
+        "stage": stage,
+        "title": Path(config.run).name,
+        "version": __version__,
+        "metadata": _metadata(config, stage),
+        "batch": f"{config.train.batch:,}",
+        "usual_reward": Method(name=config.method.name).reward_name,
+        "budget": _budget(config, summary),
+        "losses": [figure(number(summary.get(f"{when}/heldout_loss"))) for when in ("before", "after")],
+        "results": _table(summary, ("before", "after")),
+        "measured": bool(measured),
+        "generic": str(measured.get("generic_thought", "")),
+        "where": where,
+        "others": [f"{option} = {_literal(value)}" for option, value in options.items()],
+        "controls": _table({f"after/{name}": value for name, value in measured.items()}, ("after",), _CONTROLS),
+        "start": shlex.quote(config.model.path),
+        "recipe": _options(flatten(dict(stage))) if stage else toml(config),
+        "label": label,
+        "rewards": REWARDS,
+        "stages": _STAGES,
+        "step_of_stage": STEP_OF_STAGE,
+    }
+    return render("card.md.j2", content, escape=False, code=_code, cell_text=_cell_text, visible=visible) + "\n"
 
 
 def _metadata(config: Config, stage: Figures | None) -> str:
@@ -138,66 +154,6 @@ def _hub_id(name: str) -> str | None:
     return name if _ID.fullmatch(name) and not local else None
 
 
-def _opening(config: Config, stage: Figures | None) -> str:
-    base = "random weights of the architecture of" if config.model.init == "random" else "the base model"
-    if stage:
-        how = f"{_STAGES[stage['stage']]} (post-training with TRL)"
-    else:
-        entry = config.method.entry
-        paper = f" ([arXiv:{entry.paper}](https://arxiv.org/abs/{entry.paper}))" if entry.paper else ""
-        name = _code(entry.name) if entry.label == entry.name else _cell_text(entry.label)
-        how = f"{name}{paper}" + (f": {_cell_text(entry.help)}" if entry.help else "")
-    return f"Trained from {base} {_code(config.model.path)} by {how}. Made with Forethought {__version__}."
-
-
-def _usage(config: Config) -> str:
-    method, repeat = config.method, config.method.repeat_context
-    repeated = f" The last {repeat} tokens before a thought are repeated after it." if repeat else ""
-    return f"""## Usage
-
-```python
-from forethought import ThinkingModel
-
-model = ThinkingModel.load("this-folder-or-hub-id")
-for token in model.generate("Some text", max_tokens=20, thoughts=4):
-    print(token.text, end="")
-```
-
-Thoughts are enclosed in {_code(method.open)} and {_code(method.close)}, have {method.shortest_thought} to
-{method.thought_length} tokens and are sampled at temperature {method.temperature:g}, with the prompt template
-{_code(method.prompt)}.{repeated}
-`forethought.json` contains these options. The weights are those of an ordinary causal language model: without
-Forethought it predicts without thoughts."""
-
-
-def _data(config: Config, stage: Figures | None) -> dict[str, str]:
-    text = f"{_code(config.corpus.path)}, windows of at most {config.corpus.window:,} tokens"
-    return {
-        "base model": _code(config.model.path) + (" (architecture only)" if config.model.init == "random" else ""),
-        "text": _code(stage["data"]) if stage else text,
-        "method": _stage_method(config, stage) if stage else _method(config),
-        "seed": str(config.seed),
-    }
-
-
-def _stage_method(config: Config, stage: Figures) -> str:
-    group = f", {stage['group']} completions per prompt" if stage["stage"] == "rlvr" else ""
-    return f"{stage['stage']}, {config.train.batch:,} {STEP_OF_STAGE[stage['stage']]} per step{group}"
-
-
-def _method(config: Config) -> str:
-    method = config.method
-    name = _cell_text(method.name)
-    if not method.samples_thoughts:
-        return f"{name}, {config.train.batch:,} windows per step"
-    steps = f"{config.train.batch:,} positions per step, {method.group} thoughts per position, horizon {method.horizon}"
-    reward = method.reward_name
-    if reward == Method(name=method.name).reward_name:
-        return f"{name}, {steps}"
-    known = f" ({REWARDS[reward].help})" if reward in REWARDS else ""
-    return f"{name}, {steps}; reward {_cell_text(label('reward', reward))}{known}"
-
-
 def _budget(config: Config, summary: Figures) -> dict[str, str]:
     shown = {}
     for name in ("steps", "documents", "tokens", "flops", "flops_rollout", "flops_update", "seconds"):
@@ -207,38 +163,6 @@ def _budget(config: Config, summary: Figures) -> dict[str, str]:
         exact = f"{value:.3g}" if name.startswith("flops") else f"{value:,.0f}"
         shown[metric(name).label] = duration(value) if name == "seconds" else exact
     return shown
-
-
-def _gain(config: Config, summary: Figures) -> str:
-    if not config.evaluate.path:
-        return "None: the run had no held-out text (`evaluate.path`)."
-    return (
-        f"On held-out text, {_code(config.evaluate.path)}, at the same positions before and after training, with "
-        f"95{NBSP}% bootstrap intervals over documents in brackets.\n\n{_table(summary, ('before', 'after'))}"
-    )
-
-
-def _controls(config: Config, measured: Figures | None) -> str:
-    if not measured:
-        return (
-            "Not measured yet. `forethought evaluate` on the run folder measures how much of the gain remains with an "
-            "empty thought, with the thought of another position, with random tokens and with one thought for all "
-            "positions, and adds the results here. A gain that remains with the thoughts of other positions does not "
-            "come from reasoning."
-        )
-    options = dict(measured.get("options", {}))
-    where = _code(options.pop("evaluate.path", config.evaluate.path) or "held-out text")
-    if other := ", ".join(_code(f"{option} = {_literal(value)}") for option, value in options.items()):
-        where += f" with {other}"
-    table = _table({f"after/{name}": value for name, value in measured.items()}, ("after",), _CONTROLS)
-    generic = measured.get("generic_thought")
-    shown = f"\n\nThe generic thought, chosen on training text: {_code(str(generic))}" if generic else ""
-    return (
-        f"On {where}, how much of the gain over the model without thoughts (nats) remains if the thought is "
-        "empty, is that of another position, is random tokens, or is the same generic one at all positions. A gain "
-        "that remains with the thoughts of other positions does not come from reasoning. A *gain over* one of these is "
-        f"what the own thought adds to it.\n\n{table}{shown}"
-    )
 
 
 def _table(figures: Figures, phases: tuple[str, ...], metrics: tuple[str, ...] = ()) -> str:
@@ -253,7 +177,8 @@ def _table(figures: Figures, phases: tuple[str, ...], metrics: tuple[str, ...] =
         }
         note = windows_note([figures.get(f"{phases[-1]}/{group}/windows")])
         title = _cell_text(group) + (f": {count:,.0f} positions" if count else "") + (f"; {note}" if note else "")
-        tables.append(_rows(rows, title, phases))
+        head = [f"| {title} | {' | '.join(phases)} |", f"| --- |{' --- |' * len(phases)}"]
+        tables.append("\n".join([*head, *(f"| {label} | {value} |" for label, value in rows.items())]))
     return "\n\n".join(tables)
 
 
@@ -263,41 +188,20 @@ def _cell(figures: Figures, name: str) -> str:
     return figure(figures.get(name), unit) + (f" [{ends}]" if ends else "")
 
 
-def _rows(rows: Mapping[str, str], head: str = "", columns: tuple[str, ...] = ("",)) -> str:
-    lines = [f"| {head} | {' | '.join(columns)} |", f"| --- |{' --- |' * len(columns)}"]
-    return "\n".join([*lines, *(f"| {label} | {value} |" for label, value in rows.items())])
-
-
-def _recipe(config: Config) -> str:
-    return (
-        "## Recipe\n\n    forethought train config.toml\n\nwith config.toml\n\n```toml\n"
-        f"{toml(config)}```\n\nA claim about the method needs a comparison with continued pretraining and random "
-        "rewards on the same text: `forethought compare`."
-    )
-
-
-def _heldout_loss(summary: Figures, stage: Figures) -> str:
-    if not stage["heldout"]:
-        return "None: the stage had no held-out data (`heldout`)."
-    before, after = (figure(number(summary.get(f"{when}/heldout_loss"))) for when in ("before", "after"))
-    return f"Loss per token of {_code(stage['heldout'])}: {before} before and {after} after training."
-
-
-def _stage_recipe(config: Config, stage: Figures) -> str:
-    lines = "".join(f"{option} = {_literal(value)}\n" for option, value in flatten(dict(stage)).items())
-    command = f"forethought posttrain stage.toml --start {shlex.quote(config.model.path)} --seed {config.seed}"
-    return f"## Recipe\n\n    {command}\n\nwith stage.toml\n\n```toml\n{lines}```"
-
-
 def toml(config: Config) -> str:
     """The options that are not at their defaults as a config file, which `load` reads back as the same config."""
     usual = flatten(to_dict(Config()))
-    lines = [
-        f"{option} = {_literal(value)}\n"
-        for option, value in flatten(to_dict(config)).items()
-        if value != usual[option] and option != "overwrite"
-    ]
-    return "".join(lines)
+    return _options(
+        {
+            option: value
+            for option, value in flatten(to_dict(config)).items()
+            if value != usual[option] and option != "overwrite"
+        }
+    )
+
+
+def _options(flat: dict[str, Any]) -> str:
+    return "".join(f"{option} = {_literal(value)}\n" for option, value in flat.items())
 
 
 def _literal(value: Any) -> str:

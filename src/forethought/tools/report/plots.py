@@ -3,11 +3,12 @@
 Drawn without pyplot and with fixed settings, so that the same data give the same bytes.
 """
 
+import contextlib
 import io
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -154,9 +155,7 @@ def draw(plot: Plot, runs: Sequence[Run], title: str = "") -> str:
     curves = [(index, run, place, name) for index, run in shown for place, name in enumerate(plot.metrics)]
     curves = [one for one in curves if one[1].logs(one[3])]
     rows = len(curves) if several or len(curves) > 1 else 0
-    with matplotlib.style.context(["default", _STYLE]):
-        figure = Figure(figsize=(WIDTH, HEIGHT + LEGEND_ROW * rows))
-        axes = figure.add_subplot()
+    with _canvas(HEIGHT + LEGEND_ROW * rows) as (figure, axes):
         _frame(axes, title, unit)
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
@@ -175,6 +174,14 @@ def draw(plot: Plot, runs: Sequence[Run], title: str = "") -> str:
         if rows:
             figure.legend(lines, labels, loc="outside lower left")
         return _svg(figure)
+
+
+@contextlib.contextmanager
+def _canvas(height: float) -> Iterator[tuple[Figure, Axes]]:
+    """A figure in the style of all plots, to be drawn and saved inside the block."""
+    with matplotlib.style.context(["default", _STYLE]):
+        figure = Figure(figsize=(WIDTH, height))
+        yield figure, figure.add_subplot()
 
 
 def _short(name: str, longest: int = 44) -> str:
@@ -227,9 +234,7 @@ class Point:
 
 def intervals(points: Sequence[Point], title: str, unit: str) -> str:
     """Arms one below the other, each a marker on its interval; a dashed line at the first one, the base."""
-    with matplotlib.style.context(["default", _STYLE]):
-        figure = Figure(figsize=(WIDTH, 0.9 + 0.34 * len(points)))
-        axes = figure.add_subplot()
+    with _canvas(0.9 + 0.34 * len(points)) as (figure, axes):
         for row, point in enumerate(points):
             axes.hlines(row, *_ends(point), color=_color(point), linewidth=2.4)
             axes.plot(point.value, row, "o", markersize=6, color=_color(point), fillstyle=_fill(point))
@@ -242,9 +247,7 @@ def intervals(points: Sequence[Point], title: str, unit: str) -> str:
 
 def costs(points: Sequence[Point], title: str, unit: str, cost: str) -> str:
     """A metric against its cost: each arm a marker with its interval."""
-    with matplotlib.style.context(["default", _STYLE]):
-        figure = Figure(figsize=(WIDTH, 3.2 + LEGEND_ROW * ((len(points) + 1) // 2)))
-        axes = figure.add_subplot()
+    with _canvas(3.2 + LEGEND_ROW * ((len(points) + 1) // 2)) as (figure, axes):
         markers = []
         for point in points:
             axes.vlines(point.x, *_ends(point), color=_color(point), linewidth=2.0, clip_on=False)
@@ -262,9 +265,7 @@ def costs(points: Sequence[Point], title: str, unit: str, cost: str) -> str:
 
 def sweep(points: Sequence[Point], title: str, unit: str, option: str) -> str:
     """A metric over the values of an option, evenly spaced as in the paper's Figure 2, with a band of intervals."""
-    with matplotlib.style.context(["default", _STYLE]):
-        figure = Figure(figsize=(WIDTH, HEIGHT))
-        axes = figure.add_subplot()
+    with _canvas(HEIGHT) as (figure, axes):
         ticks = range(len(points))
         _band(axes, ticks, points, COLORS[0])
         axes.set_xticks(ticks, [visible(point.name) for point in points])
@@ -287,9 +288,7 @@ def thinking_shares(group: str, curves: Sequence[tuple[str, int, int, Lookup]]) 
     found = [one for one in found if len(one[3]) > 2]
     if not found:
         return None
-    with matplotlib.style.context(["default", _STYLE]):
-        figure = Figure(figsize=(WIDTH, HEIGHT + LEGEND_ROW * ((len(found) + 1) // 2)))
-        axes = figure.add_subplot()
+    with _canvas(HEIGHT + LEGEND_ROW * ((len(found) + 1) // 2)) as (figure, axes):
         axes.axhline(0, color=INK, linewidth=0.8, alpha=0.5)
         lines = [
             _band(axes, [one.x for one in points], points, COLORS[index % len(COLORS)], DASHES[dash % len(DASHES)])

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, Typ
 from forethought.config import UserError, flatten, merge
 from forethought.config.registry import AUTOMATIC, METHODS, REWARDS, label
 from forethought.html import table
+from forethought.run.diagnostics import Diagnosis, is_number
 from forethought.run.folder import RunLog, checkpoints, read_jsonl
 
 T = TypeVar("T")
@@ -21,9 +22,7 @@ T = TypeVar("T")
 
 def number(value: Any) -> float | None:
     """A finite number as a float, anything else as None."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
+    return float(value) if is_number(value) else None
 
 
 def _rounded(value: float | None) -> str:
@@ -86,16 +85,6 @@ class Position:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Diagnostic:
-    """A line of warnings.jsonl."""
-
-    step: int
-    name: Text
-    evidence: Text
-    advice: Text
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """The content of a run folder."""
 
@@ -105,7 +94,7 @@ class Run:
     metrics: list[dict[str, Any]]
     """Logged steps in order; a step that was logged again after a resume is there once, as logged last."""
     positions: list[Position]  # the positions of the first, the middle and the last step with logged thoughts
-    warnings: list[Diagnostic]  # warnings of the diagnostics during training, in order
+    warnings: list[Diagnosis]  # warnings of the diagnostics during training, in order
     summary: dict[str, Any]  # empty while the run has not finished
     running: bool = False  # whether a process trains in the folder
 
@@ -160,7 +149,7 @@ def load(path: Path, name: str) -> Run:
         config=config,
         metrics=[metrics[step] for step in sorted(metrics)],
         positions=_landmarks(path / "thoughts.jsonl"),
-        warnings=list(_rows(path / "warnings.jsonl", TypeAdapter(Diagnostic).validate_python)),
+        warnings=list(_rows(path / "warnings.jsonl", _diagnosis)),
         summary=log.read_json("summary.json", {}),
         running=log.in_use(),
     )
@@ -266,6 +255,10 @@ def _rows(path: Path, parse: Callable[[dict[str, Any]], T]) -> Iterator[T]:
 
 def _metrics(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "step": int(row["step"])}
+
+
+def _diagnosis(row: dict[str, Any]) -> Diagnosis:
+    return Diagnosis(step=int(row["step"]), **{name: str(row[name]) for name in ("name", "evidence", "advice")})
 
 
 def _landmarks(path: Path) -> list[Position]:

@@ -1,8 +1,11 @@
 """Numbers and text as pages, plots and model cards show them, and tables of metrics."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from forethought.config.registry import METRICS, THINKING_SHARES, Metric
 from forethought.tools.report.runs import Run, number
@@ -10,6 +13,19 @@ from forethought.tools.report.runs import Run, number
 MINUS, NBSP = "\u2212", "\u00a0"
 UNLISTED = ("positions", "documents", "windows", *THINKING_SHARES.values())
 """Metrics of a group that tables leave out: they are in captions and in a plot."""
+
+
+def render(template: str, content: dict[str, Any], *, escape: bool, **filters: Callable[..., Any]) -> str:
+    """A template of this folder. With `escape` it is HTML, where text is escaped unless it is Markup."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=escape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= filters
+    return environment.get_template(template).render(content)
 
 
 def metric(name: str) -> Metric:
@@ -90,7 +106,7 @@ def measured(names: Iterable[str], phases: Sequence[str] = ("before", "after")) 
     """
     groups: dict[str, set[str]] = {}
     for phase, _, rest in (name.partition("/") for name in names):
-        group, _, name = rest.rpartition("/")  # groups of 0.1 may contain a slash
+        group, _, name = rest.rpartition("/")
         if phase in phases and group and name not in ("low", "high"):
             groups.setdefault(group, set()).add(name)
     order = [name for name in METRICS if name not in UNLISTED]
