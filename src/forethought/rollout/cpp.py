@@ -229,7 +229,8 @@ class CppBackend:
     def _pack_documents(self, state: LayerState) -> dict[str, Tensor]:
         """Pack documents that were read by something else, or joined."""
         assert state.keys is not None and state.values is not None
-        keys, values, packed = state.keys.contiguous(), state.values.contiguous(), self._empty_documents(state.keys.shape)
+        keys, values = state.keys.contiguous(), state.values.contiguous()
+        packed = self._empty_documents(keys.shape)
         self.library.pack_documents(
             _pointer(keys), _pointer(values), len(keys) * keys.shape[1], *keys.shape[2:], self.bf16,
             torch.get_num_threads(), _pointer(packed["prefix_keys"]), _pointer(packed["prefix_values"]),
@@ -237,14 +238,16 @@ class CppBackend:
         return {**packed, "keys": state.keys, "values": state.values}
 
     def _empty_documents(self, shape: Sequence[int]) -> dict[str, Tensor]:
-        """A layer's keys and values (document, head, prefix, size): as they are, and in panels (document, head, ...)."""
+        """A layer's keys and values (document, head, prefix, size): as they are, and in panels (document, head, ..)."""
         documents, heads, length, size = shape
+        key_panels = (length + -length % self.width) * size
+        value_panels = (size + -size % self.width) * (length + length % 2)
         dtype = torch.bfloat16 if self.bf16 and self.library.pair() == 2 else torch.float32
         return {
             "keys": torch.zeros(shape),
             "values": torch.zeros(shape),
-            "prefix_keys": torch.zeros(documents, heads, (length + -length % self.width) * size, dtype=dtype),
-            "prefix_values": torch.zeros(documents, heads, (size + -size % self.width) * (length + length % 2), dtype=dtype),
+            "prefix_keys": torch.zeros(documents, heads, key_panels, dtype=dtype),
+            "prefix_values": torch.zeros(documents, heads, value_panels, dtype=dtype),
         }
 
     def _panels(self, products: Sequence[dict[str, list[Tensor]]]) -> list[dict[str, Tensor]]:
