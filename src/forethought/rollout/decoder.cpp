@@ -88,19 +88,11 @@ inline Vector widened(const uint16_t *from) {
 }
 
 inline float total(Vector v) {
-    typedef float Part __attribute__((vector_size(W * 2)));
-    typedef float Quarter __attribute__((vector_size(W)));
-    Part low, high;
-    std::memcpy(&low, &v, sizeof low);
-    std::memcpy(&high, reinterpret_cast<char *>(&v) + sizeof low, sizeof high);
-    low += high;
-    Quarter first, second;
-    std::memcpy(&first, &low, sizeof first);
-    std::memcpy(&second, reinterpret_cast<char *>(&low) + sizeof first, sizeof second);
-    first += second;
-    float sum = 0;
-    for (int i = 0; i < W / 4; i++) sum += first[i];
-    return sum;
+    float some[W];  // a copy, so that v itself may stay in a register
+    store(some, v);
+    for (int half = W / 2; half >= 4; half /= 2)
+        for (int i = 0; i < half; i++) some[i] += some[i + half];
+    return some[0] + some[1] + some[2] + some[3];
 }
 
 inline float highest(const float *x, int64_t count) {
