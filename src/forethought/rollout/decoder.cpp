@@ -350,16 +350,22 @@ void attend(const Call &s, const Layer &layer, int64_t document, const int64_t *
     for (int64_t p = 0; p * NR < width; p++)
         tiles<SET>(queries, query, size, keys + p * size * NR, size / pair, score + p * NR, line, NR, nullptr,
                    reinterpret_cast<float *>(keys + (p + 1) * size * NR), NR);
+    const int64_t next = s.key_heads * s.capacity * size;
     for (int64_t q = 0; q < queries; q++) {
         const int64_t r = first + q / fan, begun = own ? s.start[r] : 0;
         const float *mine = layer.keys + (r * s.key_heads + head) * s.capacity * size;
         const float *x = qkv + r * row_size + (head * fan + q % fan) * size;
+        const float *late = layer.values + (r * s.key_heads + head) * s.capacity * size;
         float *to = score + q * line;
         std::fill(to + stop[r], to + width + begun, -std::numeric_limits<float>::infinity());
         std::fill(to + width + own, to + line, -std::numeric_limits<float>::infinity());
         for (int64_t j = begun; j < own; j++) {
             Vector products = {};
-            for (int64_t i = 0; i < size; i += W) products += load(mine + j * size + i) * load(x + i);
+            for (int64_t i = 0; i < size; i += W) {
+                products += load(mine + j * size + i) * load(x + i);
+                __builtin_prefetch(mine + next + j * size + i, 0, 2);
+                __builtin_prefetch(late + j * size + i, 0, 2);
+            }
             to[width + j] = total(products) * float(s.scale);
         }
         const float top = highest(to, line);
