@@ -148,18 +148,16 @@ enum Then { SET, ADD, GATE };  // y = xw; y += xw; y = silu(x gate) * (x up), wh
 
 template <int M, Then then>
 void put(const Vector *low, const Vector *high, float *y, int64_t y_row, int columns) {
-    for (int m = 0; m < M; m++) {
-        float *to = y + m * y_row, some[NR];
-        if (then == GATE) {
-            store(some, low[m] / (1.0f + exponential(-low[m])) * high[m]);
-        } else {
-            store(some, low[m]);
-            store(some + W, high[m]);
-        }
+    for (int m = 0; m < M; m++, y += y_row) {
+        const Vector first = then == GATE ? low[m] / (1.0f + exponential(-low[m])) * high[m] : low[m];
         if (columns == (then == GATE ? W : NR)) {
-            for (int i = 0; i < (then == GATE ? W : NR); i++) to[i] = then == ADD ? to[i] + some[i] : some[i];
+            store(y, then == ADD ? load(y) + first : first);
+            if (then != GATE) store(y + W, then == ADD ? load(y + W) + high[m] : high[m]);
         } else {
-            for (int i = 0; i < columns; i++) to[i] = then == ADD ? to[i] + some[i] : some[i];
+            float some[NR];
+            store(some, first);
+            store(some + W, high[m]);
+            for (int i = 0; i < columns; i++) y[i] = then == ADD ? y[i] + some[i] : some[i];
         }
     }
 }
