@@ -3,8 +3,8 @@
 Weights are packed into panels once for each batch of thoughts, keys and values of documents when they are read or
 joined; norms, rotary embeddings, attention and gates are computed in place. With `bf16` the matrices of weights are
 rounded to bf16, so that half as much is read from memory; sums are fp32. A processor with AVX512-BF16 also multiplies
-in bf16: then the inputs of these products are rounded too. The model is read and never changed. The supported families
-are listed, and a probe compares the backend (with panels in fp32) with the model.
+in bf16: then the inputs of these products are rounded too, and so is attention over documents. The model is read and
+never changed. The supported families are listed, and a probe compares the backend (with panels in fp32) with the model.
 """
 
 import contextlib

@@ -1,13 +1,13 @@
 // Reading a document and a decoding step, one function each: rows that read one token each, over documents that are in
 // memory once. For Llama-style decoders (RMS norms, rotary embeddings, grouped-query attention, SiLU-gated MLPs) in fp32
-// on a CPU; the matrices of weights may be in bf16.
+// on a CPU; the matrices of weights may be in bf16, and documents with them.
 //
 // Every product multiplies few rows by a matrix whose columns are packed into panels of NR: panel p holds, for each of the
 // k inputs, its NR columns side by side. Weights, the documents' keys (columns: keys) and values (columns: their entries)
-// are all packed in advance (`pack`), so that the same loop multiplies by all of them. Panels in bf16 are half as much to
-// read from memory. With AVX512-BF16 the rows are rounded to bf16 as well, and one instruction multiplies pairs of inputs
-// and adds them in fp32; the panels then hold the two inputs of a pair side by side. Elsewhere a panel is widened to fp32
-// by the first rows that use it.
+// are all packed in advance, so that the same loop multiplies by all of them. Panels in bf16 are half as much to read from
+// memory. With AVX512-BF16 the rows are rounded to bf16 as well, and one instruction multiplies pairs of inputs and adds
+// them in fp32; the panels then hold the two inputs of a pair side by side. Elsewhere a panel of weights is widened to
+// fp32 by the first rows that use it, and documents stay in fp32. Suffixes always do.
 
 #include <algorithm>
 #include <cmath>
@@ -322,19 +322,37 @@ void blend(const float *weight, const float *rows, int64_t row_size, int64_t cou
     for (int c = 0; c < C; c++) store(y + c * W, sums[c]);
 }
 
+// A query's scores of its row's own keys from `begun` on. Prefetches what is needed soon: the row's values, and the keys
+// of the next row.
+void score_suffix(const Call &s, const Layer &layer, int64_t r, int64_t head, int64_t begun, int64_t own,
+                  const float *query, float *score) {
+    const int64_t size = s.size, row = s.key_heads * s.capacity * size;
+    const int64_t at = ((r * s.key_heads + head) * s.capacity + begun) * size;
+    const float *keys = layer.keys + at, *values = layer.values + at;
+    for (int64_t j = begun; j < own; j++, keys += size, values += size) {
+        Vector products = {};
+        for (int64_t i = 0; i < size; i += W) {
+            products += load(keys + i) * load(query + i);
+            __builtin_prefetch(keys + row + i, 0, 2);
+            __builtin_prefetch(values + i, 0, 2);
+        }
+        score[j] = total(products) * float(s.scale);
+    }
+}
+
 // One key head, rows `first` to `end`, which continue `stop` tokens of one document each: one softmax over the keys that a
-// row sees of the document and its `own` columns of suffix. X: the numbers of the document's panels, to which queries and
-// weights are rounded for products with them.
+// row sees of the document and its `own` columns of suffix. X: the numbers of the document's panels, to which queries
+// and weights are rounded.
 template <typename X>
 void attend(const Call &s, const Layer &layer, int64_t document, const int64_t *stop, int64_t first, int64_t end,
             int64_t head, int64_t own, const float *qkv, int64_t row_size, float *out) {
     constexpr int64_t pair = sizeof(float) / sizeof(X);
     const int64_t fan = s.heads / s.key_heads, size = s.size, queries = (end - first) * fan;
     const int64_t seen = *std::max_element(stop + first, stop + end);
-    const int64_t key_panels = (s.length + NR - 1) / NR, value_panels = (size + NR - 1) / NR;
-    const int64_t panels = document * s.key_heads + head, width = (seen + NR - 1) / NR * NR, keys_of_values = even(s.length);
+    const int64_t key_panels = (s.length + NR - 1) / NR, value_panels = (size + NR - 1) / NR, inputs = even(s.length);
+    const int64_t panels = document * s.key_heads + head, width = (seen + NR - 1) / NR * NR;
     X *keys = static_cast<X *>(layer.prefix_keys) + panels * key_panels * size * NR;
-    X *values = static_cast<X *>(layer.prefix_values) + panels * value_panels * keys_of_values * NR;
+    X *values = static_cast<X *>(layer.prefix_values) + panels * value_panels * inputs * NR;
     // an odd number of vectors, so that the same column of several rows is in different sets of the cache
     const int64_t line = (width + own + W - 1) / W * W | W;
     static thread_local std::vector<float> kept;
@@ -348,32 +366,20 @@ void attend(const Call &s, const Layer &layer, int64_t document, const int64_t *
     for (int64_t p = 0; p * NR < width; p++)
         tiles<SET>(queries, query, size, keys + p * size * NR, size / pair, score + p * NR, line, NR, nullptr,
                    reinterpret_cast<float *>(keys + (p + 1) * size * NR), NR);
-    const int64_t next = s.key_heads * s.capacity * size;
     for (int64_t q = 0; q < queries; q++) {
         const int64_t r = first + q / fan, begun = own ? s.start[r] : 0;
-        const float *mine = layer.keys + (r * s.key_heads + head) * s.capacity * size;
-        const float *x = qkv + r * row_size + (head * fan + q % fan) * size;
-        const float *late = layer.values + (r * s.key_heads + head) * s.capacity * size;
         float *to = score + q * line;
         std::fill(to + stop[r], to + width + begun, -std::numeric_limits<float>::infinity());
         std::fill(to + width + own, to + line, -std::numeric_limits<float>::infinity());
-        for (int64_t j = begun; j < own; j++) {
-            Vector products = {};
-            for (int64_t i = 0; i < size; i += W) {
-                products += load(mine + j * size + i) * load(x + i);
-                __builtin_prefetch(mine + next + j * size + i, 0, 2);
-                __builtin_prefetch(late + j * size + i, 0, 2);
-            }
-            to[width + j] = total(products) * float(s.scale);
-        }
+        score_suffix(s, layer, r, head, begun, own, qkv + r * row_size + (head * fan + q % fan) * size, to + width);
         const float top = highest(to, line);
         const float all = exponentials(to, width, top, 1.0f, weight + q * line * pair);
         inverse[q] = 1.0f / (all + exponentials(to + width, line - width, top, 1.0f, to + width));
     }
     for (int64_t p = 0; p < value_panels; p++)
-        tiles<SET>(queries, weight, line * pair, values + p * keys_of_values * NR, (seen + pair - 1) / pair, sum + p * NR,
-                   size, std::min<int64_t>(NR, size - p * NR), nullptr,
-                   reinterpret_cast<float *>(values + (p + 1) * keys_of_values * NR), NR);
+        tiles<SET>(queries, weight, line * pair, values + p * inputs * NR, (seen + pair - 1) / pair, sum + p * NR, size,
+                   std::min<int64_t>(NR, size - p * NR), nullptr,
+                   reinterpret_cast<float *>(values + (p + 1) * inputs * NR), NR);
     for (int64_t q = 0; q < queries; q++) {
         const int64_t r = first + q / fan, begun = own ? s.start[r] : 0;
         const float *mine = layer.values + ((r * s.key_heads + head) * s.capacity + begun) * size;
