@@ -5,12 +5,15 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from forethought import rollout
 from forethought.cli import main
@@ -168,13 +171,14 @@ def test_a_policy_in_bf16_is_sampled_to_the_bit_as_its_numbers_in_fp32(name: str
 @NEEDS_COMPILER
 @pytest.mark.parametrize("name", ["llama-biased-tied", "qwen2"])
 def test_bf16_computes_the_logits_of_a_model_that_rounds_the_same(name: str, pair: int):
-    """Matrices, and with bf16 products the inputs of linear layers.
+    """Matrices, and with bf16 products the inputs of linear layers and of attention over documents.
 
     There sums in another order move an input by some 1e-7, so that a few inputs round to the other side, by a part in
     2**8: the logits are nearer to those of this model than to those of one that does not round its inputs.
     """
     model = network(name)
     documents, stops = [[5 + i % 60 for i in range(83)], [9, 8, 7]], [[64, 82], [3]]
+    rows = [0] * 5 + [1] * 20 + [2]
     with torch.no_grad(), (backend := CppBackend(model, bf16=True)).prepared():
         exact = copy.deepcopy(model)
         for module in exact.modules():
@@ -184,18 +188,118 @@ def test_bf16_computes_the_logits_of_a_model_that_rounds_the_same(name: str, pai
         for module in rounding.modules():
             if isinstance(module, torch.nn.Linear):
                 module.register_forward_pre_hook(lambda _, given: given[0].bfloat16().float())
-        ours = SuffixCache(backend.read(documents, stops), [0] * 5 + [1] * 20 + [2], 32)
+        ours = SuffixCache(backend.read(documents, stops), rows, 32)
         tokens = torch.arange(26 * 6).view(26, 6) % 75
         found = torch.stack([backend.step(tokens[:, i : i + 1], ours) for i in range(6)], dim=1)
-        gaps = []
-        for one in (exact, rounding):
-            fork = SuffixCache(read(one, documents, stops), [0] * 5 + [1] * 20 + [2], 6)
-            wanted = lm_head(one, backbone(one, tokens, fork, fork.position_ids(6)))
-            gaps.append((found - wanted).abs() / wanted.abs().max())
+        fork = SuffixCache(read(exact, documents, stops), rows, 6)
+        wanted = [lm_head(exact, backbone(exact, tokens, fork, fork.position_ids(6))), torch.empty_like(found)]
+        for position, (document, stop) in enumerate([(0, 64), (0, 82), (1, 3)]):
+            mine = torch.tensor(rows) == position
+            text = torch.cat([torch.tensor([documents[document][:stop]] * int(mine.sum())), tokens[mine]], dim=1)
+            ALL_ATTENTION_FUNCTIONS.register("rounding", partial(rounding_attention, stop=stop))
+            rounding.set_attn_implementation("rounding")
+            wanted[1][mine] = rounding(input_ids=text, use_cache=False).logits[:, stop:]
+        gaps = [(found - one).abs() / one.abs().max() for one in wanted]
     if pair == 1:
         assert gaps[0].max() < 1e-5
     else:
         assert gaps[1].max() < 2**-6 and gaps[1].mean() < gaps[0].mean() / 3
+
+
+def rounding_attention(
+    _: Any, query: Tensor, key: Tensor, value: Tensor, __: Any, *, stop: int, scaling: float, **___: Any
+) -> tuple[Tensor, None]:
+    """Causal attention with the first `stop` keys and values, queries and weights for them rounded to bf16."""
+    fan, length = query.shape[1] // key.shape[1], query.shape[2]
+    query, key, value = query * scaling, key.repeat_interleave(fan, dim=1), value.repeat_interleave(fan, dim=1)
+    k, v = (one[:, :, :stop].bfloat16().float() for one in (key, value))
+    scores = torch.cat([query.bfloat16().float() @ k.mT, query @ key[:, :, stop:].mT], dim=-1)
+    scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), float("-inf"))
+    weights = (scores - scores.amax(dim=-1, keepdim=True)).exp()
+    sums = weights[..., :stop].bfloat16().float() @ v + weights[..., stop:] @ value[:, :, stop:]
+    return (sums / weights.sum(dim=-1, keepdim=True)).transpose(1, 2), None
+
+
+FACTORS = (1.0, -0.5, 2.0)
+
+
+class Watched(CppBackend):
+    """Keeps the hidden states of the last call, before and after it."""
+
+    def _call(self, function: Any, states: Tensor, *given: Any, **more: Any) -> None:
+        self.before, self.after = states.clone(), states
+        super()._call(function, states, *given, **more)
+
+
+def attending() -> Any:
+    """One layer that adds the result of attention to its input, whose queries are its keys times FACTORS."""
+    torch.manual_seed(0)
+    sizes = {**SIZES, "hidden_size": 96, "num_hidden_layers": 1}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=torch.float32).eval()
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    with torch.no_grad():
+        attention.k_proj.weight.copy_(torch.randn(32, 96) * 0.15)
+        attention.v_proj.weight.copy_(torch.randn(32, 96) * 0.1)
+        keys = attention.k_proj.weight.view(2, 16, 96)
+        attention.q_proj.weight.copy_(torch.stack([f * keys for f in FACTORS], dim=1).view(96, 96))
+        attention.o_proj.weight.copy_(torch.eye(96))
+        mlp.down_proj.weight.zero_()
+    enable(model)
+    return model
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("threads", [1, 2])
+def test_attention_is_that_of_numbers_of_bf16(pair: int, threads: int):
+    """Over documents of odd and even lengths, at several positions of one, and of documents that are joined later.
+
+    With bf16 products queries, weights and a document's keys and values are rounded, as is the result, which is the
+    input of the output projection; without, nothing is. fp32 sums may leave a number on another side of two.
+    """
+    backend, before = Watched(attending(), bf16=True), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad(), backend.prepared():
+            read = backend.read([[5 + i % 60 for i in range(83)], [9, 8, 7, 4]], [[1, 32, 47, 83], [3, 4]])
+            cache = SuffixCache(read, [0, 0, 1, 2, 2, 2, *[3] * 12, 4, 5], 32)
+            for step in range(19):
+                check_attention(backend, cache, step, pair)
+            younger = SuffixCache(
+                backend.read([[8 + i % 50 for i in range(101)], [7] * 8], [[33, 101], [8]]), [0, 1, 2], 32
+            )
+            check_attention(backend, younger, 19, pair)
+            cache.join(younger)
+            for step in range(20, 24):
+                check_attention(backend, cache, step, pair)
+    finally:
+        torch.set_num_threads(before)
+
+
+def check_attention(backend: Watched, cache: SuffixCache, step: int, pair: int) -> None:
+    """One more token of each row, next to softmax(q k / 4) v of its numbers, in double."""
+    backend.step((step + 7 * torch.arange(len(cache.positions)))[:, None] % 75, cache)
+    found, [layer] = (backend.after.double() - backend.before.double()).view(-1, 2, 3, 16), cache.rows
+    rounded = (lambda x: x.bfloat16().double()) if pair == 2 else (lambda x: x)
+    assert layer.state.keys is not None and layer.state.values is not None
+    for document, seen, first, end in cache.layout.spans:
+        k, v = (rounded(one[document, :, :seen].double()) for one in (layer.state.keys, layer.state.values))
+        for row in range(first, end):
+            own = slice(int(cache.start[row]), cache.length)
+            late_k, late_v = (one[row, :, own].double() for one in (layer.keys, layer.values))
+            query = torch.stack([f * late_k[:, -1] / 4 for f in FACTORS], dim=1)  # (key head, query head, size)
+            scores = torch.cat([rounded(query) @ k.mT, query @ late_k.mT], dim=-1)
+            sizes = torch.cat([rounded(query).abs() @ k.mT.abs(), query.abs() @ late_k.mT.abs()], dim=-1)
+            weights = (scores - scores.amax(dim=-1, keepdim=True)).exp()
+            # A sum of n products in fp32 is off by at most (n + 1) 2**-24 of its absolute one, `exponential` by 2**-22.
+            off = 2**-22 + 2 * 18 * 2**-24 * sizes.amax(dim=-1, keepdim=True)
+            low, high = (rounded(weights[..., :seen] * (1 + sign * off)) for sign in (-1, 1))
+            values = torch.cat([v, late_v], dim=1)
+            whole = torch.cat([rounded(weights[..., :seen]), weights[..., seen:]], dim=-1) @ values
+            slack = (high - low) @ v.abs() + (2 * off + (scores.shape[-1] + 3) * 2**-23) * (weights @ values.abs())
+            whole, slack = (one / weights.sum(dim=-1, keepdim=True) for one in (whole, slack))
+            least = 2**-24 * backend.after[row].view(2, 3, 16).abs()  # of the sum with the input
+            assert (found[row] >= rounded(whole - slack) - least).all(), (step, row)
+            assert (found[row] <= rounded(whole + slack) + least).all(), (step, row)
 
 
 @NEEDS_COMPILER

@@ -3,8 +3,8 @@
 Weights are packed into panels once for each batch of thoughts, keys and values of documents when they are read or
 joined; norms, rotary embeddings, attention and gates are computed in place. With `bf16` the matrices of weights are
 rounded to bf16, so that half as much is read from memory; sums are fp32. A processor with AVX512-BF16 also multiplies
-in bf16: then the inputs of these products are rounded too. The model is read and never changed. The supported families
-are listed, and a probe compares the backend (with panels in fp32) with the model.
+in bf16: then the inputs of these products are rounded too, and so is attention over documents. The model is read and
+never changed. The supported families are listed, and a probe compares the backend (with panels in fp32) with the model.
 """
 
 import contextlib
@@ -82,7 +82,7 @@ def library() -> Any:
     for function in (library.pack, library.pack_bf16):
         function.argtypes = [pointer, number, number, number, number, number, pointer]
     library.draw.argtypes = [pointer, number, number, ctypes.c_double, pointer, number, pointer, pointer]
-    library.pack_columns.argtypes = [pointer, number, number, number, pointer]
+    library.pack_documents.argtypes = [pointer, pointer, number, number, number, number, number, pointer, pointer]
     library.multiply.argtypes = [pointer, number, pointer, number, number, number, number, pointer]
     return library
 
@@ -134,7 +134,7 @@ class CppBackend:
         """Read documents, as `prefix.read`."""
         base, ends = self.model.base_model, [lengths[-1] for lengths in prefix_lengths]
         shape = (len(documents), self._sizes["key_heads"], max(ends), self._sizes["size"])
-        layers = [_empty_documents(shape, self.width) for _ in base.layers]
+        layers = [self._empty_documents(shape) for _ in base.layers]
         for number, (tokens, end) in enumerate(zip(documents, ends, strict=True)):
             hidden = base.embed_tokens(torch.tensor(tokens[:end])).float()
             document = ({name: tensor[number] for name, tensor in layer.items()} for layer in layers)
@@ -229,15 +229,26 @@ class CppBackend:
     def _pack_documents(self, state: LayerState) -> dict[str, Tensor]:
         """Pack documents that were read by something else, or joined."""
         assert state.keys is not None and state.values is not None
-        packed, threads = _empty_documents(tuple(state.keys.shape), self.width), torch.get_num_threads()
-        length, size = state.keys.shape[2:]
-        for document in range(len(state.keys)):
-            for head in range(state.keys.shape[1]):
-                key, value = (some[document, head].contiguous() for some in (state.keys, state.values))
-                to = [_pointer(some[document, head]) for some in (packed["prefix_keys"], packed["prefix_values"])]
-                self.library.pack(_pointer(key), length, size, self.width, 0, threads, to[0])
-                self.library.pack_columns(_pointer(value), size, length, threads, to[1])
+        keys, values = state.keys.contiguous(), state.values.contiguous()
+        packed = self._empty_documents(keys.shape)
+        self.library.pack_documents(
+            _pointer(keys), _pointer(values), len(keys) * keys.shape[1], *keys.shape[2:], self.bf16,
+            torch.get_num_threads(), _pointer(packed["prefix_keys"]), _pointer(packed["prefix_values"]),
+        )  # fmt: skip
         return {**packed, "keys": state.keys, "values": state.values}
+
+    def _empty_documents(self, shape: Sequence[int]) -> dict[str, Tensor]:
+        """A layer's keys and values (document, head, prefix, size): as they are, and in panels (document, head, ..)."""
+        documents, heads, length, size = shape
+        key_panels = (length + -length % self.width) * size
+        value_panels = (size + -size % self.width) * (length + length % 2)
+        dtype = torch.bfloat16 if self.bf16 and self.library.pair() == 2 else torch.float32
+        return {
+            "keys": torch.zeros(shape),
+            "values": torch.zeros(shape),
+            "prefix_keys": torch.zeros(documents, heads, key_panels, dtype=dtype),
+            "prefix_values": torch.zeros(documents, heads, value_panels, dtype=dtype),
+        }
 
     def _panels(self, products: Sequence[dict[str, list[Tensor]]]) -> list[dict[str, Tensor]]:
         """The (output, input) matrices of each product in panels that hold equally many outputs of each matrix."""
@@ -287,18 +298,6 @@ def _products(layer: Any) -> dict[str, list[Tensor]]:
         "out": [attention.o_proj.weight],
         "gate_up": [mlp.gate_proj.weight, mlp.up_proj.weight],
         "down": [mlp.down_proj.weight],
-    }
-
-
-def _empty_documents(shape: tuple[int, ...], width: int) -> dict[str, Tensor]:
-    """A layer's keys and values (document, head, prefix, size): as they are, and in panels (document, head, ...)."""
-    documents, heads, length, size = shape
-    key_panels, value_panels = (length + -length % width) * size, (size + -size % width) * length
-    return {
-        "keys": torch.zeros(shape),
-        "values": torch.zeros(shape),
-        "prefix_keys": torch.zeros(documents, heads, key_panels),
-        "prefix_values": torch.zeros(documents, heads, value_panels),
     }
 
 

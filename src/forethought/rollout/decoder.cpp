@@ -1,13 +1,13 @@
 // Reading a document and a decoding step, one function each: rows that read one token each, over documents that are in
 // memory once. For Llama-style decoders (RMS norms, rotary embeddings, grouped-query attention, SiLU-gated MLPs) in fp32
-// on a CPU; the matrices of weights may be in bf16.
+// on a CPU; the matrices of weights may be in bf16, and documents with them.
 //
 // Every product multiplies few rows by a matrix whose columns are packed into panels of NR: panel p holds, for each of the
 // k inputs, its NR columns side by side. Weights, the documents' keys (columns: keys) and values (columns: their entries)
-// are all packed in advance (`pack`), so that the same loop multiplies by all of them. Panels in bf16 are half as much to
-// read from memory. With AVX512-BF16 the rows are rounded to bf16 as well, and one instruction multiplies pairs of inputs
-// and adds them in fp32; the panels then hold the two inputs of a pair side by side. Elsewhere a panel is widened to fp32
-// by the first rows that use it.
+// are all packed in advance, so that the same loop multiplies by all of them. Panels in bf16 are half as much to read from
+// memory. With AVX512-BF16 the rows are rounded to bf16 as well, and one instruction multiplies pairs of inputs and adds
+// them in fp32; the panels then hold the two inputs of a pair side by side. Elsewhere a panel of weights is widened to
+// fp32 by the first rows that use it, and documents stay in fp32. Suffixes always do.
 
 #include <algorithm>
 #include <cmath>
@@ -21,10 +21,11 @@
 #endif
 #ifdef __AVX512BF16__
 #include <immintrin.h>
-constexpr int PAIR = 2;  // inputs side by side in a panel in bf16
+typedef uint16_t Half;  // what rows and documents are rounded to where matrices are in bf16
 #else
-constexpr int PAIR = 1;
+typedef float Half;
 #endif
+constexpr int PAIR = sizeof(float) / sizeof(Half);  // inputs side by side in a panel in bf16
 
 #if defined(__AVX512F__)
 constexpr int W = 16, MR = 8;  // floats per vector; rows per tile, whose sums stay in registers
@@ -43,8 +44,8 @@ typedef uint16_t Halves __attribute__((vector_size(W * 2)));
 struct Layer {
     const float *norm, *qkv_bias, *query_norm, *key_norm, *out_bias, *second_norm;
     void *qkv, *out, *gate_up, *down;  // as Call's `bf16` says
-    float *prefix_keys, *prefix_values;  // (document, key head) panels
-    float *keys, *values;                // (row, key head, capacity, size)
+    void *prefix_keys, *prefix_values;  // (document, key head) panels, of Half where matrices are in bf16
+    float *keys, *values;               // (row, key head, capacity, size)
 };
 struct Call {
     int64_t rows, hidden, heads, key_heads, size, inner, vocabulary, layers, threads;
@@ -69,6 +70,13 @@ inline Vector load(const float *from) {
 
 inline void store(float *to, Vector v) { std::memcpy(to, &v, sizeof v); }
 
+#ifdef __AVX512BF16__
+inline void store(uint16_t *to, Vector v) {
+    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);
+    std::memcpy(to, &rounded, sizeof rounded);
+}
+#endif
+
 // bf16 is the upper half of fp32
 inline Vector widened(const uint16_t *from) {
     Halves some;
@@ -80,19 +88,11 @@ inline Vector widened(const uint16_t *from) {
 }
 
 inline float total(Vector v) {
-    typedef float Half __attribute__((vector_size(W * 2)));
-    typedef float Quarter __attribute__((vector_size(W)));
-    Half low, high;
-    std::memcpy(&low, &v, sizeof low);
-    std::memcpy(&high, reinterpret_cast<char *>(&v) + sizeof low, sizeof high);
-    low += high;
-    Quarter first, second;
-    std::memcpy(&first, &low, sizeof first);
-    std::memcpy(&second, reinterpret_cast<char *>(&low) + sizeof first, sizeof second);
-    first += second;
-    float sum = 0;
-    for (int i = 0; i < W / 4; i++) sum += first[i];
-    return sum;
+    float some[W];  // a copy, so that v itself may stay in a register
+    store(some, v);
+    for (int half = W / 2; half >= 4; half /= 2)
+        for (int i = 0; i < half; i++) some[i] += some[i + half];
+    return some[0] + some[1] + some[2] + some[3];
 }
 
 inline float highest(const float *x, int64_t count) {
@@ -129,8 +129,9 @@ inline Vector exponential(Vector given) {
     return given < -87.0f ? zero : y * power;
 }
 
-// y = exp((x - top) factor), and its sum
-float exponentials(const float *x, int64_t count, float top, float factor, float *y) {
+// y = exp((x - top) factor), which may take the place of x, and its sum; into bf16 of whole vectors only
+template <typename Y>
+float exponentials(const float *x, int64_t count, float top, float factor, Y *y) {
     Vector sums = {};
     float rest = 0;
     int64_t i = 0;
@@ -147,18 +148,16 @@ enum Then { SET, ADD, GATE };  // y = xw; y += xw; y = silu(x gate) * (x up), wh
 
 template <int M, Then then>
 void put(const Vector *low, const Vector *high, float *y, int64_t y_row, int columns) {
-    for (int m = 0; m < M; m++) {
-        float *to = y + m * y_row, some[NR];
-        if (then == GATE) {
-            store(some, low[m] / (1.0f + exponential(-low[m])) * high[m]);
-        } else {
-            store(some, low[m]);
-            store(some + W, high[m]);
-        }
+    for (int m = 0; m < M; m++, y += y_row) {
+        const Vector first = then == GATE ? low[m] / (1.0f + exponential(-low[m])) * high[m] : low[m];
         if (columns == (then == GATE ? W : NR)) {
-            for (int i = 0; i < (then == GATE ? W : NR); i++) to[i] = then == ADD ? to[i] + some[i] : some[i];
+            store(y, then == ADD ? load(y) + first : first);
+            if (then != GATE) store(y + W, then == ADD ? load(y + W) + high[m] : high[m]);
         } else {
-            for (int i = 0; i < columns; i++) to[i] = then == ADD ? to[i] + some[i] : some[i];
+            float some[NR];
+            store(some, first);
+            store(some + W, high[m]);
+            for (int i = 0; i < columns; i++) y[i] = then == ADD ? y[i] + some[i] : some[i];
         }
     }
 }
@@ -310,6 +309,9 @@ void write_kv(const Call &s, const Layer &layer, float *row, int64_t r, int64_t 
     }
 }
 
+// Keys of a document, with the zero that an odd one is paired with.
+inline int64_t even(int64_t keys) { return keys + keys % 2; }
+
 // y (C vectors) += the weighted sum of `count` rows of a matrix
 template <int C>
 void blend(const float *weight, const float *rows, int64_t row_size, int64_t count, float *y) {
@@ -320,53 +322,73 @@ void blend(const float *weight, const float *rows, int64_t row_size, int64_t cou
     for (int c = 0; c < C; c++) store(y + c * W, sums[c]);
 }
 
+// A query's scores of its row's own keys from `begun` on. Prefetches what is needed soon: the row's values, and the keys
+// of the next row.
+void score_suffix(const Call &s, const Layer &layer, int64_t r, int64_t head, int64_t begun, int64_t own,
+                  const float *query, float *score) {
+    const int64_t size = s.size, row = s.key_heads * s.capacity * size;
+    const int64_t at = ((r * s.key_heads + head) * s.capacity + begun) * size;
+    const float *keys = layer.keys + at, *values = layer.values + at;
+    for (int64_t j = begun; j < own; j++, keys += size, values += size) {
+        Vector products = {};
+        for (int64_t i = 0; i < size; i += W) {
+            products += load(keys + i) * load(query + i);
+            __builtin_prefetch(keys + row + i, 0, 2);
+            __builtin_prefetch(values + i, 0, 2);
+        }
+        score[j] = total(products) * float(s.scale);
+    }
+}
+
 // One key head, rows `first` to `end`, which continue `stop` tokens of one document each: one softmax over the keys that a
-// row sees of the document and its `own` columns of suffix.
+// row sees of the document and its `own` columns of suffix. X: the numbers of the document's panels, to which queries
+// and weights are rounded.
+template <typename X>
 void attend(const Call &s, const Layer &layer, int64_t document, const int64_t *stop, int64_t first, int64_t end,
             int64_t head, int64_t own, const float *qkv, int64_t row_size, float *out) {
+    constexpr int64_t pair = sizeof(float) / sizeof(X);
     const int64_t fan = s.heads / s.key_heads, size = s.size, queries = (end - first) * fan;
     const int64_t seen = *std::max_element(stop + first, stop + end);
-    const int64_t key_panels = (s.length + NR - 1) / NR, value_panels = (size + NR - 1) / NR;
+    const int64_t key_panels = (s.length + NR - 1) / NR, value_panels = (size + NR - 1) / NR, inputs = even(s.length);
     const int64_t panels = document * s.key_heads + head, width = (seen + NR - 1) / NR * NR;
-    float *keys = layer.prefix_keys + panels * key_panels * size * NR;
-    float *values = layer.prefix_values + panels * value_panels * s.length * NR;
+    X *keys = static_cast<X *>(layer.prefix_keys) + panels * key_panels * size * NR;
+    X *values = static_cast<X *>(layer.prefix_values) + panels * value_panels * inputs * NR;
+    // an odd number of vectors, so that the same column of several rows is in different sets of the cache
+    const int64_t line = (width + own + W - 1) / W * W | W;
     static thread_local std::vector<float> kept;
-    kept.resize(queries * (2 * size + width + own));
-    float *query = kept.data(), *sum = query + queries * size, *score = sum + queries * size;
-    const int64_t line = width + own;
+    kept.resize(queries * (2 * size + line + 1));
+    float *sum = kept.data(), *score = sum + queries * size, *inverse = score + queries * line;
+    X *query = reinterpret_cast<X *>(inverse + queries), *weight = reinterpret_cast<X *>(score);
     for (int64_t q = 0; q < queries; q++) {
         const float *from = qkv + (first + q / fan) * row_size + (head * fan + q % fan) * size;
-        for (int64_t i = 0; i < size; i++) query[q * size + i] = from[i] * float(s.scale);
+        for (int64_t i = 0; i < size; i += W) store(query + q * size + i, load(from + i) * float(s.scale));
     }
     for (int64_t p = 0; p * NR < width; p++)
-        tiles<SET>(queries, query, size, keys + p * size * NR, size, score + p * NR, line, NR, nullptr,
-                   keys + (p + 1) * size * NR, NR);
+        tiles<SET>(queries, query, size, keys + p * size * NR, size / pair, score + p * NR, line, NR, nullptr,
+                   reinterpret_cast<float *>(keys + (p + 1) * size * NR), NR);
     for (int64_t q = 0; q < queries; q++) {
         const int64_t r = first + q / fan, begun = own ? s.start[r] : 0;
-        const float *mine = layer.keys + (r * s.key_heads + head) * s.capacity * size, *x = query + q * size;
         float *to = score + q * line;
-        for (int64_t j = stop[r]; j < width; j++) to[j] = -std::numeric_limits<float>::infinity();
-        for (int64_t j = 0; j < begun; j++) to[width + j] = -std::numeric_limits<float>::infinity();
-        for (int64_t j = begun; j < own; j++) {
-            Vector products = {};
-            for (int64_t i = 0; i < size; i += W) products += load(mine + j * size + i) * load(x + i);
-            to[width + j] = total(products);
-        }
-        const float inverse = 1.0f / exponentials(to, line, highest(to, line), 1.0f, to);
-        for (int64_t j = 0; j < line; j++) to[j] *= inverse;
+        std::fill(to + stop[r], to + width + begun, -std::numeric_limits<float>::infinity());
+        std::fill(to + width + own, to + line, -std::numeric_limits<float>::infinity());
+        score_suffix(s, layer, r, head, begun, own, qkv + r * row_size + (head * fan + q % fan) * size, to + width);
+        const float top = highest(to, line);
+        const float all = exponentials(to, width, top, 1.0f, weight + q * line * pair);
+        inverse[q] = 1.0f / (all + exponentials(to + width, line - width, top, 1.0f, to + width));
     }
     for (int64_t p = 0; p < value_panels; p++)
-        tiles<SET>(queries, score, line, values + p * s.length * NR, seen, sum + p * NR, size,
-                   std::min<int64_t>(NR, size - p * NR), nullptr, values + p * s.length * NR + seen * NR, NR);
+        tiles<SET>(queries, weight, line * pair, values + p * inputs * NR, (seen + pair - 1) / pair, sum + p * NR, size,
+                   std::min<int64_t>(NR, size - p * NR), nullptr,
+                   reinterpret_cast<float *>(values + (p + 1) * inputs * NR), NR);
     for (int64_t q = 0; q < queries; q++) {
         const int64_t r = first + q / fan, begun = own ? s.start[r] : 0;
         const float *mine = layer.values + ((r * s.key_heads + head) * s.capacity + begun) * size;
-        const float *weight = score + q * line + width + begun;
-        float *to = sum + q * size;
+        const float *late = score + q * line + width + begun;
+        float *to = sum + q * size, *y = out + (r * s.heads + head * fan + q % fan) * size;
         int64_t i = 0;
-        for (; i + 4 * W <= size; i += 4 * W) blend<4>(weight, mine + i, size, own - begun, to + i);
-        for (; i < size; i += W) blend<1>(weight, mine + i, size, own - begun, to + i);
-        std::memcpy(out + (r * s.heads + head * fan + q % fan) * size, to, size * sizeof(float));
+        for (; i + 4 * W <= size; i += 4 * W) blend<4>(late, mine + i, size, own - begun, to + i);
+        for (; i < size; i += W) blend<1>(late, mine + i, size, own - begun, to + i);
+        for (i = 0; i < size; i += W) store(y + i, load(to + i) * inverse[q]);
     }
 }
 
@@ -406,8 +428,8 @@ void finish(const Call &s, const Layer &layer, const std::vector<Part> &parts, c
 #pragma omp parallel for num_threads(s.threads) schedule(dynamic) if (s.threads > 1)
     for (int64_t task = 0; task < tasks; task++) {
         const Part &part = parts[task / s.key_heads];
-        attend(s, layer, part.document, stop, part.first, part.end, task % s.key_heads, own, buf.qkv.data(),
-               buf.row_size, buf.out.data());
+        (s.bf16 ? attend<Half> : attend<float>)(s, layer, part.document, stop, part.first, part.end, task % s.key_heads,
+                                                own, buf.qkv.data(), buf.row_size, buf.out.data());
     }
     product<ADD>(s, buf.out.data(), out_size, layer.out, s.hidden, out_size, s.states, s.hidden, layer.out_bias);
     normalize_rows(s, layer.second_norm, buf);
@@ -428,6 +450,27 @@ void arrange(const Number *w, int64_t n, int64_t k, int64_t share, int64_t offse
             for (int64_t i = 0; i < whole; i++) std::memcpy(column + i * NR, row + i * size, sizeof(T));
             if (whole < lines) column[whole * NR] = T(row[k - 1]);
         }
+}
+
+template <typename X>
+void pack_heads(const float *keys, const float *values, int64_t count, int64_t length, int64_t size, int64_t threads,
+                X *key_panels, X *value_panels) {
+    constexpr int64_t pair = sizeof(float) / sizeof(X);
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t token = 0; token < count * length; token++) {
+        const int64_t h = token / length, j = token % length;
+        X *key = key_panels + (h * ((length + NR - 1) / NR) + j / NR) * size * NR + j % NR * pair;
+        X *value = value_panels + (h * ((size + NR - 1) / NR) * even(length) + j / pair * pair) * NR + j % pair;
+        for (int64_t from = 0; from < size; from += W) {
+            X numbers[2][W];
+            store(numbers[0], load(keys + token * size + from));
+            store(numbers[1], load(values + token * size + from));
+            for (int64_t i = from; i < from + W; i++) {
+                key[i / pair * pair * NR + i % pair] = numbers[0][i - from];
+                value[i / NR * even(length) * NR + i % NR * pair] = numbers[1][i - from];
+            }
+        }
+    }
 }
 
 }  // namespace
@@ -460,13 +503,12 @@ void pack_bf16(const uint16_t *w, int64_t n, int64_t k, int64_t share, int64_t o
     else arrange(w, n, k, share, offset, threads, to);
 }
 
-// Pack w (k, n), whose columns are the columns of the product.
-void pack_columns(const float *w, int64_t n, int64_t k, int64_t threads, float *to) {
-    const int64_t panels = (n + NR - 1) / NR;
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t p = 0; p < panels; p++)
-        for (int64_t i = 0; i < k; i++)
-            std::memcpy(to + (p * k + i) * NR, w + i * n + p * NR, std::min<int64_t>(NR, n - p * NR) * sizeof(float));
+// Pack keys and values (document and key head, length, size) into panels of zeros: the columns of products are keys, and
+// the entries of values.
+void pack_documents(const float *keys, const float *values, int64_t count, int64_t length, int64_t size, int64_t bf16,
+                    int64_t threads, void *key_panels, void *value_panels) {
+    if (bf16) pack_heads(keys, values, count, length, size, threads, (Half *)key_panels, (Half *)value_panels);
+    else pack_heads(keys, values, count, length, size, threads, (float *)key_panels, (float *)value_panels);
 }
 
 // y (rows, n) = x (rows, k) times a packed matrix, as a layer's products.
@@ -538,19 +580,14 @@ void read(const Call *given) {
     std::vector<Part> parts;
     cut(s, 0, 0, s.rows, parts);
     Scratch buf(s);
-    const int64_t key_panels = (s.length + NR - 1) / NR, value_panels = (s.size + NR - 1) / NR;
     for (int64_t l = 0; l < s.layers; l++) {
         const Layer &layer = s.layer[l];
         project(s, layer, buf);
 #pragma omp parallel for num_threads(s.threads) if (s.threads > 1)
         for (int64_t r = 0; r < s.rows; r++)
             write_kv(s, layer, &buf.qkv[r * buf.row_size], r, r, layer.keys, layer.values);
-        for (int64_t h = 0; h < s.key_heads; h++) {
-            const int64_t at = h * s.capacity * s.size;
-            pack(layer.keys + at, s.length, s.size, NR, 0, s.threads, layer.prefix_keys + h * key_panels * s.size * NR);
-            pack_columns(layer.values + at, s.size, s.length, s.threads,
-                         layer.prefix_values + h * value_panels * s.length * NR);
-        }
+        pack_documents(layer.keys, layer.values, s.key_heads, s.length, s.size, s.bf16, s.threads, layer.prefix_keys,
+                       layer.prefix_values);  // length and capacity are the same
         if (l + 1 < s.layers) finish(s, layer, parts, stop.data(), 0, buf);
     }
 }
