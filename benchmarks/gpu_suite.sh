@@ -31,15 +31,15 @@ gpu() {
     part "$name" "$limit" "$PYTHON" benchmarks/gpu.py $quick --json "$OUT/$name.json" "$@"
 }
 
-gpu exactness 55 --parts exactness
+gpu exactness 50 --parts exactness
 gpu resume 40 --parts resume
 gpu offload 40 --parts offload --lengths 64
 for length in 64 256 1024; do  # a few steps and the compilation of what follows the logits
-    gpu "steps-$length" 90 --parts steps --repeats 1 --lengths "$length"
+    gpu "steps-$length" 80 --parts steps --repeats 1 --lengths "$length"
 done
 gpu update 75 --parts update ways --repeats 2 --lengths 256
-gpu update-positions 45 --parts ways --repeats 1 --lengths 64 --positions 8
-gpu decoding 40 --parts decoding --kinds cuda_graphs generate --lengths 64
+gpu update-positions 40 --parts ways --repeats 1 --lengths 64 --positions 8
+gpu decoding 35 --parts decoding --kinds cuda_graphs generate --lengths 64
 gpu decoding-hybrid 20 --parts decoding --kinds eager cuda_graphs --lengths 64 --model "nemotron_h 8x256"
 
 # SmolLM2: the prediction term and its control, for as many steps as the rest allows, each evaluated before and after

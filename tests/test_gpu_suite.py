@@ -30,7 +30,7 @@ def test_every_part_is_a_command_that_is_understood(
     names = [name for name, *_ in rows]
     lengths = ["steps-64", "steps-256", "steps-1024"]
     runs = ["smollm2-probe", "rlp-full", "rlp-full-random"]
-    parts = ["exactness", "resume", "offload", *lengths, "update", "decoding", "decoding-hybrid"]
+    parts = ["exactness", "resume", "offload", *lengths, "update", "update-positions", "decoding", "decoding-hybrid"]
     assert names == [*parts, *runs]
     assert sum(int(limit) for name, limit, *_ in rows if name not in runs) <= 540
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
@@ -55,4 +55,4 @@ def test_every_part_is_a_command_that_is_understood(
 @pytest.mark.slow
 def test_the_suite_runs_on_a_cpu_at_tiny_shapes(tmp_path: Path):
     rows = suite(tmp_path, QUICK="1", MODEL="")
-    assert [row[1] for row in rows[:-1]] == ["0"] * 9
+    assert [row[1] for row in rows[:-1]] == ["0"] * 10
