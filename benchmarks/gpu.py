@@ -505,6 +505,7 @@ def main() -> None:
     if options.quick:
         options.model = "qwen3 4x256" if options.model == "qwen3 1.7b" else options.model
         options.lengths, options.prefix, options.places = [16], 128, 4
+        options.positions = min(options.positions, 2)
         options.kinds = [kind for kind in options.kinds if DEVICE == "cuda" or "cuda" not in kind]
         options.decoding = options.decoding if DEVICE == "cuda" else "auto"
         offload.DEVICES = ("cpu", "cuda")
