@@ -105,7 +105,7 @@ def merged_attention(
         window: a query sees only the last `window` tokens, itself included; None: all.
     """
     keys = (key.prefix, value.prefix, key.suffix, value.suffix)
-    if key.triton and value.shape[-1] == query.shape[-1]:  # values of another size: flash
+    if key.triton and value.shape[-1] == query.shape[-1]:  # values of another size: below
         from forethought.prefix.kernels import row_attention
 
         return row_attention(query, *keys, key.layout, key.start, scale, window)

@@ -367,8 +367,10 @@ class _RowAttention(torch.autograd.Function):
             q, kp, vp, ks, vs, *numbers, out, lse, grad, delta, dq, ctx.scale, *sizes, *ctx.strides, **ctx.shape
         )
         for prefix, k, v, dk, dv in ((True, kp, vp, *grads[:2]), (False, ks, vs, *grads[2:])):
-            length = k.shape[2]
-            _keys_back[len(k) * heads, triton.cdiv(length, ctx.shape["BLOCK"])](
+            length, count = k.shape[2], len(slots) if prefix else len(k)
+            for tensor in (dk[count:], dv[count:]) if count < len(k) else ():  # documents after the last with rows
+                tensor.zero_()
+            _keys_back[count * heads, triton.cdiv(length, ctx.shape["BLOCK"])](
                 q, k, v, slots, *numbers, lse, grad, delta, dk, dv, ctx.scale, slots.shape[1], *sizes, length,
                 *q.stride()[:3], *k.stride()[:3], **ctx.shape, PREFIX=prefix,
             )  # fmt: skip
