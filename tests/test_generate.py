@@ -78,6 +78,7 @@ def test_the_limit():
     sampling = Sampling(limit=3, temperature=0.0)
     texts = generate(model, FORM, PROMPTS, sampling, never, streams(5))
     assert [len(text) for text in texts] == [3] * 5
+    assert generate(model, FORM, [], sampling, never, []) == []
 
 
 @torch.no_grad()

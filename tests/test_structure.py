@@ -18,7 +18,7 @@ def lines(modules: list[Path]) -> int:
 
 def test_the_package_has_few_modules_and_few_lines():
     assert len(MODULES) <= 88
-    assert lines(MODULES) <= 19_926
+    assert lines(MODULES) <= 19_925
 
 
 def test_the_core_reads_in_an_evening():

@@ -636,6 +636,8 @@ def generate(
     Prompt i draws from generators[i] alone, so its text does not depend on the other prompts (up to the rounding of a
     row that is padded to another width). Ids that `form` cannot decode are never drawn.
     """
+    if not prompts:
+        return []
     noise = torch.stack([torch.rand(sampling.limit, generator=one) for one in generators]).to(model.device)
     batch, logits = ReplicatedBatch.read(model, prompts, pad=0)
     texts: list[list[int]] = [[] for _ in prompts]

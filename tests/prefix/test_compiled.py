@@ -73,7 +73,10 @@ def test_models_with_other_layers_are_refused(tmp_path: Path):
 
 def test_triton_is_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(UserError, match=r"^update.attention = 'triton': needs a GPU and the package triton$"):
+    with pytest.raises(
+        UserError,
+        match=r"^update.attention = 'triton': needs a GPU and the package triton; use update.attention flash$",
+    ):
         load_network(Config(model=Model(init="random"), update=Update(attention="triton")))
 
 

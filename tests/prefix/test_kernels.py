@@ -32,6 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
     "large heads": {"rows": SPREAD, "heads": (1, 2, 256), "suffix": (20, 20)},
     "window": {"rows": SPREAD, "heads": (1, 1, 16), "suffix": (37, 37), "window": 20},
     "later queries": {"rows": SPREAD, "heads": (2, 2, 16), "suffix": (37, 20), "start": [0, 3, 0, 5, 0, 0]},
+    "documents without rows": {"rows": SPREAD, "heads": (2, 2, 16), "suffix": (7, 7), "documents": 7},
     "both": {"rows": SPREAD, "heads": (2, 2, 8), "suffix": (37, 20), "start": [0, 3, 0, 5, 0, 0], "window": 25},
 }
 
@@ -57,10 +58,8 @@ def test_row_attention_is_merged_attention(name: str):
 
     rows, longest = len(documents), max(lengths)
     query, grad = random(rows, width, heads * fan), random(rows, width, heads * fan, name == "many").detach()
-    keys, values = (
-        random(max(documents) + 1, longest, heads),
-        random(max(documents) + 1, longest, heads, name != "many"),
-    )
+    count = case.get("documents", max(documents) + 1)
+    keys, values = random(count, longest, heads), random(count, longest, heads, name != "many")
     own_keys, own_values = random(rows, suffix, heads, False), random(rows, suffix, heads)
     start = torch.tensor(case["start"]) if "start" in case else None
     key, value = (PrefixSuffixKV(a, b, layout, start) for a, b in ((keys, own_keys), (values, own_values)))
@@ -171,18 +170,20 @@ from forethought.prefix import kernels
 capability, size, dtype = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 tile, warps = kernels.tile_and_warps(size, 2 if dtype == "bf16" else 4)
 shape = {"HEADS": 8, "FAN": 2, "SIZE": size, "WIDE": size, "WINDOW": 0, "TILE": tile, "BLOCK": tile}
-kinds = dict.fromkeys(("lse", "delta"), "*fp32") | dict.fromkeys(("slot", "width", "suffix", "length"), "i32")
+kinds = dict.fromkeys(("lse", "delta"), "*fp32") | dict.fromkeys(("count", "slot", "width", "suffix", "length"), "i32")
 kinds |= dict.fromkeys(("documents", "stops", "begins", "slots"), "*i64") | {"scale": "fp32"}
 kinds |= {f"{tensor}_{part}": "i32" for tensor in "qpsk" for part in ("row", "head", "step", "document", "batch")}
 for name, more in (("_rows", {}), ("_rows_back", {}), ("_keys_back", {"PREFIX": 1}), ("_keys_back", {"PREFIX": 0})):
     kernel, constants = getattr(kernels, name), shape | more
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else kinds.get(name, "*" + dtype) for name in names}
+    pointers = [name for name, kind in signature.items() if kind.startswith("*")]
+    strides = [name for name in names if name.startswith(("q_", "p_", "s_", "k_"))]
     source = ASTSource(
         fn=kernel,
         signature=signature,
         constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in [*strides, *pointers]},
     )
     card = GPUTarget("cuda", capability, 32)
     done = triton.compile(source, target=card, options={"num_warps": warps, "num_stages": 2})

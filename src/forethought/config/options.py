@@ -299,8 +299,8 @@ class Update:
     """Compile the layers that read thoughts, once for all sizes (about a minute, at first). Not measured on a GPU yet.
     For models whose layers are attention and dense MLPs. Results stay the same up to rounding."""
     attention: Literal["flash", "triton"] = "flash"
-    """Attention of thoughts to shared documents: torch's flash kernels, several for each position, or one Triton kernel
-    for all positions. `triton` needs a GPU and was not measured on one yet. Results stay the same up to rounding."""
+    """Attention of thoughts to shared documents: torch's flash kernels, several for each position, or Triton kernels
+    for all at once. `triton` needs a GPU and has not run on one yet. Results stay the same up to rounding."""
     offload: bool = False
     """On a GPU: keep Adam's moments, the teacher and what else is idle in host memory while thoughts are sampled, for
     more of them at once. CUDA graphs are then captured in every step: for long thoughts. Results stay the same."""

@@ -64,7 +64,7 @@ class ScoringOptions:
     shared: bool  # compute a document once for all its thoughts, or once for each
     checkpointing: bool = False  # keep only the inputs of each layer for the backward pass
     compiled: bool = False  # compile the layers that read thoughts over a shared document
-    triton: bool = False  # attend to shared documents in one Triton kernel
+    triton: bool = False  # attend to shared documents in Triton kernels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,9 +39,9 @@ def load_network(config: Config) -> Network:
     if config.update.compile and not (layers_of(network.model) and attention_only(network.model)):
         kind = type(network.model).__name__
         raise UserError(f"update.compile = True: {kind} has other layers than attention and dense MLPs")
-    gpu = network.model.device.type == "cuda" or os.environ.get("TRITON_INTERPRET")
+    gpu = network.model.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
     if config.update.attention == "triton" and not (gpu and importlib.util.find_spec("triton")):
-        raise UserError("update.attention = 'triton': needs a GPU and the package triton")
+        raise UserError("update.attention = 'triton': needs a GPU and the package triton; use update.attention flash")
     return network
 
 

@@ -73,7 +73,7 @@ class PrefixSuffixKV:
     suffix: Float[Tensor, "row head suffix size"]
     layout: Layout
     start: Int[Tensor, " row"] | None = None  # first column of the row's own suffix; None: 0 for all
-    triton: bool = False  # attend in one Triton kernel
+    triton: bool = False  # attend in Triton kernels
 
     @property
     def shape(self) -> torch.Size:
@@ -105,7 +105,7 @@ def merged_attention(
         window: a query sees only the last `window` tokens, itself included; None: all.
     """
     keys = (key.prefix, value.prefix, key.suffix, value.suffix)
-    if key.triton and value.shape[-1] == query.shape[-1]:  # values of another size: below
+    if key.triton and value.shape[-1] == query.shape[-1]:  # the kernels read both as of one size
         from forethought.prefix.kernels import row_attention
 
         return row_attention(query, *keys, key.layout, key.start, scale, window)

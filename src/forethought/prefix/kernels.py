@@ -186,17 +186,18 @@ def _(query: Tensor, *_: object) -> Tensor:
 
 @triton.jit
 def _queries(
-    row, head, start, width, q_row, q_head, q_step,
+    row, head, start, width, suffix, q_row, q_head, q_step,
     HEADS: tl.constexpr, FAN: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr,
 ):  # pragma: no cover  # fmt: skip
-    """A tile of queries of one row that share a key head, query head by query head: which queries these are, where in
-    (row, query head, query) and in the tensor of queries, and whether there are so many."""
+    """A tile of queries of one row that share a key head, query head by query head: their columns in the suffix, where
+    they are in (row, query head, query) and in the tensor of queries, and whether there are so many."""
     line = start + tl.arange(0, TILE)
     query_head, at = head * FAN + line // width, line % width
     size = tl.arange(0, WIDE)
     place = (row * q_row + query_head * q_head + at * q_step)[:, None] + size[None, :]
     real = line < FAN * width
-    return at, (row * HEADS * FAN + query_head) * width + at, place, real, real[:, None] & (size < SIZE)[None, :]
+    number = (row * HEADS * FAN + query_head) * width + at
+    return suffix - width + at, number, place, real, real[:, None] & (size < SIZE)[None, :]
 
 
 @triton.jit
@@ -218,11 +219,11 @@ def _rows(  # pragma: no cover
 ):  # fmt: skip
     """A tile of queries over the keys of their row's document, then over those of its suffix."""
     row, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
-    at, number, place, real, known = _queries(
-        row, head, tl.program_id(1) * TILE, width, q_row, q_head, q_step, HEADS, FAN, SIZE, WIDE, TILE
+    own, number, place, real, known = _queries(
+        row, head, tl.program_id(1) * TILE, width, suffix, q_row, q_head, q_step, HEADS, FAN, SIZE, WIDE, TILE
     )
     tile = tl.load(q + place, mask=known, other=0.0)
-    own, stop, begin = suffix - width + at, tl.load(stops + row), tl.load(begins + row)
+    stop, begin = tl.load(stops + row), tl.load(begins + row)
     first, last = _limits(own, stop, begin, True, WINDOW)
     ahead, low = tl.load(documents + row) * p_document + head * p_head, tl.min(first, 0)
     k, v = prefix_keys + ahead, prefix_values + ahead
@@ -240,12 +241,12 @@ def _rows(  # pragma: no cover
 
 @triton.jit
 def _back(  # pragma: no cover
-    q, grad, lse, delta, keys, values, step, low, high, first, last, scale, SIZE: tl.constexpr, BLOCK: tl.constexpr
+    q, grad, lse, delta, keys, values, step, first, last, scale, SIZE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Gradient of a tile of queries from keys low .. high-1, up to `scale`."""
-    size = tl.arange(0, q.shape[1])
+    """Gradient of a tile of queries from the keys first .. last-1 that each sees, up to `scale`."""
+    size, high = tl.arange(0, q.shape[1]), tl.max(last, 0)
     out = tl.zeros([q.shape[0], q.shape[1]], tl.float32)
-    for start in range(low, high, BLOCK):
+    for start in range(tl.min(first, 0), high, BLOCK):
         at = start + tl.arange(0, BLOCK)
         known = (at < high)[:, None] & (size < SIZE)[None, :]
         place = at[:, None] * step + size[None, :]
@@ -267,28 +268,28 @@ def _rows_back(  # pragma: no cover
 ):  # fmt: skip
     """Gradient of a tile of queries, and `delta`, for each the sum of its output times the output's gradient."""
     row, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
-    at, number, place, real, known = _queries(
-        row, head, tl.program_id(1) * TILE, width, q_row, q_head, q_step, HEADS, FAN, SIZE, WIDE, TILE
+    own, number, place, real, known = _queries(
+        row, head, tl.program_id(1) * TILE, width, suffix, q_row, q_head, q_step, HEADS, FAN, SIZE, WIDE, TILE
     )
     tile, change = tl.load(q + place, mask=known, other=0.0), tl.load(grad + place, mask=known, other=0.0)
     total = tl.sum(change.to(tl.float32) * tl.load(out + place, mask=known, other=0.0).to(tl.float32), 1)
     tl.store(delta + number, total, mask=real)
     log = tl.load(lse + number, mask=real, other=0.0)
-    own, stop, begin = suffix - width + at, tl.load(stops + row), tl.load(begins + row)
+    stop, begin = tl.load(stops + row), tl.load(begins + row)
     first, last = _limits(own, stop, begin, True, WINDOW)
-    ahead, low = tl.load(documents + row) * p_document + head * p_head, tl.min(first, 0)
+    ahead = tl.load(documents + row) * p_document + head * p_head
     k, v = prefix_keys + ahead, prefix_values + ahead
-    found = _back(tile, change, log, total, k, v, p_step, low, stop, first, last, scale, SIZE, BLOCK)
+    found = _back(tile, change, log, total, k, v, p_step, first, last, scale, SIZE, BLOCK)
     first, last = _limits(own, stop, begin, False, WINDOW)
-    ahead, low, high = row * s_row + head * s_head, tl.min(first, 0), tl.max(last, 0)
+    ahead = row * s_row + head * s_head
     k, v = suffix_keys + ahead, suffix_values + ahead
-    found += _back(tile, change, log, total, k, v, s_step, low, high, first, last, scale, SIZE, BLOCK)
+    found += _back(tile, change, log, total, k, v, s_step, first, last, scale, SIZE, BLOCK)
     tl.store(query_grad + place, found * scale, mask=known)
 
 
 @triton.jit
 def _keys_back(  # pragma: no cover
-    q, keys, values, slots, documents, stops, begins, lse, grad, delta, key_grad, value_grad, scale, slot,
+    q, keys, values, slots, documents, stops, begins, lse, grad, delta, key_grad, value_grad, scale, count, slot,
     width, suffix, length, q_row, q_head, q_step, k_batch, k_head, k_step,
     HEADS: tl.constexpr, FAN: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, WINDOW: tl.constexpr,
     PREFIX: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
@@ -301,20 +302,21 @@ def _keys_back(  # pragma: no cover
     k, v = tl.load(keys + place, mask=known, other=0.0), tl.load(values + place, mask=known, other=0.0)
     of_key, of_value = tl.zeros([BLOCK, WIDE], tl.float32), tl.zeros([BLOCK, WIDE], tl.float32)
     begun, end = batch, batch + 1
-    if PREFIX:
-        begun, end = tl.load(slots + batch * slot), tl.load(slots + batch * slot + slot - 1) + 1
+    if PREFIX:  # a document behind the table has no rows
+        begun = tl.load(slots + batch * slot, mask=batch < count, other=0)
+        end = tl.load(slots + batch * slot + slot - 1, mask=batch < count, other=-1) + 1
     for row in range(begun, end):
         stop, begin, lines = tl.load(stops + row), tl.load(begins + row), FAN * width
         if PREFIX and (tl.load(documents + row) != batch) | (stop <= low):  # keys that the row does not see
             lines = 0
         for start in range(0, lines, TILE):
-            at, number, own_place, real, inside = _queries(
-                row, head, start, width, q_row, q_head, q_step, HEADS, FAN, SIZE, WIDE, TILE
+            own, number, own_place, real, inside = _queries(
+                row, head, start, width, suffix, q_row, q_head, q_step, HEADS, FAN, SIZE, WIDE, TILE
             )
             tile = tl.load(q + own_place, mask=inside, other=0.0)
             change = tl.load(grad + own_place, mask=inside, other=0.0)
             log, total = tl.load(lse + number, mask=real, other=0.0), tl.load(delta + number, mask=real, other=0.0)
-            first, last = _limits(suffix - width + at, stop, begin, PREFIX, WINDOW)
+            first, last = _limits(own, stop, begin, PREFIX, WINDOW)
             seen = (key[:, None] >= first[None, :]) & (key[:, None] < last[None, :]) & real[None, :]
             score = tl.dot(k, tl.trans(tile), input_precision="ieee") * scale
             weight = tl.where(seen, tl.exp(score - log[None, :]), 0.0)
@@ -326,11 +328,8 @@ def _keys_back(  # pragma: no cover
 
 
 def row_attention(*args: Any) -> Tensor:
-    """`attention.merged_attention` with gradients.
-
-    Args:
-        *args: query, prefix keys and values, suffix keys and values, layout, start, scale and window, as there.
-    """
+    """`attention.merged_attention` with gradients, of query, prefix keys and values, suffix keys and values, layout,
+    start, scale and window."""
     return _RowAttention.apply(*args)
 
 
@@ -367,11 +366,9 @@ class _RowAttention(torch.autograd.Function):
             q, kp, vp, ks, vs, *numbers, out, lse, grad, delta, dq, ctx.scale, *sizes, *ctx.strides, **ctx.shape
         )
         for prefix, k, v, dk, dv in ((True, kp, vp, *grads[:2]), (False, ks, vs, *grads[2:])):
-            length, count = k.shape[2], len(slots) if prefix else len(k)
-            for tensor in (dk[count:], dv[count:]) if count < len(k) else ():  # documents after the last with rows
-                tensor.zero_()
-            _keys_back[count * heads, triton.cdiv(length, ctx.shape["BLOCK"])](
-                q, k, v, slots, *numbers, lse, grad, delta, dk, dv, ctx.scale, slots.shape[1], *sizes, length,
+            length = k.shape[2]
+            _keys_back[len(k) * heads, triton.cdiv(length, ctx.shape["BLOCK"])](
+                q, k, v, slots, *numbers, lse, grad, delta, dk, dv, ctx.scale, *slots.shape, *sizes, length,
                 *q.stride()[:3], *k.stride()[:3], **ctx.shape, PREFIX=prefix,
             )  # fmt: skip
         return dq, *grads, None, None, None, None

@@ -54,7 +54,7 @@ class SuffixCache(_UnmaskedCache):
 
     def __init__(self, prefix: Prefix, positions: Sequence[int], capacity: int = 0, triton: bool = False):
         self.prefix, self.positions, self.capacity, self.length = prefix, tuple(positions), capacity, 0
-        self.triton = triton  # attend in one Triton kernel
+        self.triton = triton  # attend in Triton kernels
         self.start = torch.zeros(len(positions), dtype=torch.long, device=prefix.device)  # first column of each row
         self.ragged = False  # whether any row starts after the first column
         index = torch.tensor(positions, device=prefix.device)
