@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.activations import ACT2FN
 
 from forethought.config import Method
@@ -97,10 +98,79 @@ def test_a_copy_computes_with_its_own_weights():
     with torch.no_grad():
         before = twin(input_ids=tokens).logits
         for name, parameter in model.named_parameters():
-            if "mlp" in name or "norm" in name:
+            if "proj" in name or "norm" in name:
                 parameter.zero_()
         assert torch.equal(twin(input_ids=tokens).logits, before)
         assert not torch.allclose(model(input_ids=tokens).logits, before)
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ in ("mm", "addmm")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-biased-tied", "qwen3"])
+def test_projections_of_one_input_are_one_product(name: str):
+    """Of a layer and of the head; two products of each in the backward pass. Nothing is kept afterwards."""
+    counts, model = [], tiny.model(name, "sdpa")
+    for _ in range(2):
+        with Products() as forward:
+            loss = model(input_ids=torch.arange(1, 9)[None]).logits.sum()
+        with Products() as backward:
+            loss.backward()
+        counts.append((forward.count, backward.count))
+        fuse(model)
+    assert counts == [(7 * 3 + 1, 2 * (7 * 3 + 1)), (4 * 3 + 1, 2 * (4 * 3 + 1))]
+    joint = [layer.joint for layer in model.modules() if hasattr(layer, "joint")]
+    assert len(joint) == 5 * 3 and not any(one.parts or one.x is not None for one in joint)
+
+
+def same_outputs_and_gradients(attention: Any, plain: Any, calls: str) -> bool:
+    """Of projections called one after the other, such as "q1 k1 v2": the number is that of the input."""
+    results: list[list[torch.Tensor]] = []
+    for one in (attention, plain):
+        one.zero_grad()
+        inputs = torch.randn(3, 2, 5, 24, generator=torch.Generator().manual_seed(0)).unbind()
+        rows = [row.requires_grad_() for row in inputs]
+        outputs = [getattr(one, f"{call[0]}_proj")(rows[int(call[1])]) for call in calls.split()]
+        sum(((1 + output) * output).sum() for output in outputs).backward()
+        tensors = [*rows, *one.parameters()]
+        results.append(outputs + [torch.zeros(1) if tensor.grad is None else tensor.grad for tensor in tensors])
+    return all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*results, strict=True) if b.any())
+
+
+@pytest.mark.parametrize("calls", ["q1 k1 v1", "k1", "v1 q1 k1", "q1 k2 v2", "q1 q1 k1 v1", "q1 k1 q2 v1 k2 v2"])
+@pytest.mark.parametrize("name", ["llama", "llama-biased-tied"])
+def test_a_projection_can_be_called_in_any_way(name: str, calls: str):
+    attention = tiny.model(name, "sdpa").model.layers[0].self_attn
+    plain = copy.deepcopy(attention)
+    fuse(attention)
+    assert same_outputs_and_gradients(attention, plain, calls)
+
+
+@pytest.mark.parametrize("change", ["in place", "data", "parameter", "frozen"])
+def test_a_projection_computes_with_its_current_weight(change: str):
+    attention = tiny.model("qwen3", "sdpa").model.layers[0].self_attn
+    plain = copy.deepcopy(attention)
+    fuse(attention)
+    other = torch.randn(plain.k_proj.weight.shape, generator=torch.Generator().manual_seed(3))
+    for layer in (attention.k_proj, plain.k_proj):
+        if change == "in place":
+            layer.weight.data.copy_(other)
+        elif change == "data":
+            layer.weight.data = other.clone()
+        elif change == "parameter":
+            layer.weight = nn.Parameter(other.clone())
+        else:
+            layer.weight.requires_grad_(False)
+    assert same_outputs_and_gradients(attention, plain, "q1 k1 v1")
 
 
 def test_the_gate_keeps_one_tensor_less_for_the_backward_pass():

@@ -1,29 +1,53 @@
 """Faster forward passes for modules of a Hugging Face model: fused kernels on a GPU, prepacked weights on a CPU.
 
-`fuse` replaces the forward pass of norms and gated MLPs by one with fewer kernels and fewer saved activations, where
-both agree on a probe up to the rounding of the dtype. `prepacked` lets linear layers multiply with weights that are
+`fuse` replaces the forward pass of norms, gated MLPs and rotary positions by one with fewer kernels and fewer saved
+activations, where both agree on a probe up to the rounding of the dtype. Linear layers that read the same input become
+one product. `prepacked` lets linear layers multiply with weights that are
 already in the layout that a CPU's matrix product of few rows uses. A BLAS packs the weights in every call, which
 takes most of the time of a decoding step once they exceed a core's cache. The weights are packed anew for each batch
 of thoughts, so they are never stale.
 """
 
 import contextlib
+import functools
+import inspect
 import platform
+import sys
 from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm, silu
+from torch.nn.functional import linear, rms_norm, silu
 from transformers.activations import SiLUActivation
 
 from forethought.flops import PREPACK_MIN_WEIGHTS
 
 
+KERNEL_DEVICES = ("cuda",)
+"""Devices that run Triton kernels."""
+
+_SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
 def fuse(model: nn.Module) -> int:
-    """Fuse RMS norms and SiLU-gated MLPs; returns how many modules were changed."""
+    """Fuse RMS norms, SiLU-gated MLPs, projections of the same input and rotary positions.
+
+    The weights of projections become parts of one tensor, which in-place updates change as before. Rotary positions are
+    a function of the family's module in transformers: it is replaced for all models of the family on a GPU.
+
+    Returns:
+        how many norms and MLPs were changed.
+    """
     changed = 0
+    for space in {type(module).__module__ for module in model.modules()}:
+        _fuse_rotary(sys.modules[space], next(model.parameters()))
+    for module in model.modules():
+        for names in _SAME_INPUT:
+            layers: list[Any] = [getattr(module, name, None) for name in names]
+            if all(type(layer) is nn.Linear for layer in layers) and _alike(layers):
+                _Joint(layers)
     for module in model.modules():
         other = _norm(module) or _gated(module)
         if other is not None and _agree(module, other):
@@ -76,12 +100,122 @@ class _Gate(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * up, gate), grad * silu(gate)
 
 
+def _alike(layers: list[Any]) -> bool:
+    """Whether linear layers can be parts of one."""
+    kinds = {(one.in_features, one.weight.dtype, one.weight.device, one.bias is None) for one in layers}
+    return len(kinds) == 1
+
+
+class _Joint:
+    """Linear layers that read the same input, as one product over weights that lie side by side.
+
+    The first layer that is called computes the outputs of all, and the others take theirs if their input is the same
+    tensor. A layer whose weight was replaced, as in a deep copy of the model, computes its own.
+    """
+
+    def __init__(self, layers: list[Any]):
+        self.layers, self.sizes = layers, [layer.out_features for layer in layers]
+        self.weight, self.bias = self._side_by_side("weight"), self._side_by_side("bias")
+        self.x: Tensor | None = None
+        self.parts: dict[int, Tensor] = {}
+        for index, layer in enumerate(layers):
+            layer.joint, layer.index, layer.forward = self, index, MethodType(_part_of_joint, layer)
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """Nothing: the weights of a copy are tensors of their own."""
+
+    def _side_by_side(self, name: str) -> Tensor | None:
+        tensors = [getattr(layer, name) for layer in self.layers]
+        if tensors[0] is None:
+            return None
+        joint = torch.cat([tensor.detach() for tensor in tensors])
+        for tensor, part in zip(tensors, joint.split(self.sizes), strict=True):
+            tensor.data = part
+        return joint
+
+    def holds(self, index: int) -> bool:
+        """Whether the weight of a layer is still the part of this one."""
+        weight: Tensor = self.layers[index].weight
+        return weight.data_ptr() == self.weight.data_ptr() + sum(self.sizes[:index]) * weight.stride(0) * weight.itemsize
+
+    def part(self, index: int, x: Tensor) -> Tensor:
+        """The output of one layer."""
+        if self.x is not x or index not in self.parts:
+            weights = [layer.weight for layer in self.layers]
+            biases = [] if self.bias is None else [layer.bias for layer in self.layers]
+            found = _Product.apply(x, self.weight, self.bias, *weights, *biases)
+            self.x, self.parts = x, dict(enumerate(found))
+        part = self.parts.pop(index)
+        if not self.parts:
+            self.x = None
+        return part
+
+
+def _part_of_joint(layer: Any, x: Tensor) -> Tensor:
+    joint = layer.joint
+    if joint is not None and (torch.compiler.is_compiling() or joint.holds(layer.index)):
+        return joint.part(layer.index, x)
+    return linear(x, layer.weight, layer.bias)
+
+
+class _Product(torch.autograd.Function):
+    """x W^T + b, in parts; the gradients of W and b go to the parts of both, which are given after them."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        x, weight, bias, *parts = args
+        ctx.save_for_backward(x, weight)
+        ctx.sizes = [len(part) for part in (parts if bias is None else parts[: len(parts) // 2])]
+        return linear(x, weight, bias).split(ctx.sizes, -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        x, weight = ctx.saved_tensors
+        grad = torch.cat(grad_outputs, -1)
+        needed, parts = ctx.needs_input_grad, []
+        if any(needed[3:]):
+            rows = grad.flatten(0, -2)
+            parts += (rows.mT @ x.flatten(0, -2)).split(ctx.sizes)
+            parts += rows.sum(0).split(ctx.sizes) if len(needed) > 3 + len(ctx.sizes) else []
+        else:
+            parts = [None] * len(needed[3:])
+        return grad @ weight if needed[0] else None, None, None, *parts
+
+
+def _fuse_rotary(space: Any, like: Tensor) -> None:
+    """Let a family's models rotate queries and keys in one kernel, if its function does what the kernel does."""
+    original = getattr(space, "apply_rotary_pos_emb", None)
+    if original is None or hasattr(original, "fused") or like.device.type not in KERNEL_DEVICES:
+        return
+    if list(inspect.signature(original).parameters)[:4] != ["q", "k", "cos", "sin"]:
+        return
+    from forethought.prefix.kernels import rotary
+
+    @functools.wraps(original)
+    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        full = cos.dim() == 3 and cos.shape[1:] == (q.shape[2], q.shape[3]) and len(cos) in (1, len(q))
+        known = full and cos.stride() == sin.stride() and q.shape[3] == k.shape[3] and q.dtype != torch.float64
+        other = args or kwargs or torch.compiler.is_compiling() or q.device.type not in KERNEL_DEVICES
+        return original(q, k, cos, sin, *args, **kwargs) if other or not known else rotary(q, k, cos, sin)
+
+    noise = torch.randn(2, 7, 3, 16, generator=torch.Generator().manual_seed(0))
+    q, cos, sin = (one.to(like.device, like.dtype) for one in (noise, noise[:, 0].cos(), noise[:, 0].sin()))
+    probe = (q, q[:, :2], cos, sin)
+    if all(_close(a, b) for a, b in zip(original(*probe), rotate(*probe), strict=True)):
+        rotate.fused = True  # pyright: ignore[reportFunctionMemberAccess]
+        space.apply_rotary_pos_emb = rotate
+
+
 def _agree(module: Any, other: Callable[[Tensor], Tensor]) -> bool:
     """Whether both give the same for inputs of the scale of normalized hidden states."""
     weight = next(module.parameters())
     noise = torch.randn(8, weight.shape[-1], generator=torch.Generator().manual_seed(0))
     probe = noise.to(weight.device, weight.dtype)
-    wanted, found = module(probe).detach().float(), other(probe).detach().float()
+    return _close(module(probe), other(probe))
+
+
+def _close(wanted: Tensor, found: Tensor) -> bool:
+    wanted, found = wanted.detach().float(), found.detach().float()
     return found.shape == wanted.shape and float((found - wanted).norm()) <= 1e-2 * float(wanted.norm())
 
 

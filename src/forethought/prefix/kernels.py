@@ -1,4 +1,4 @@
-"""Attention on a GPU (Triton): many rows over one copy of their document, then over their own suffixes.
+"""Triton kernels of a GPU: attention of many rows to one copy of their document and to their suffixes; rotary positions.
 
 Decoding: two kernels write partial outputs with their log-sum-exp, a third merges them. A program of the first reads a
 piece of a document's keys once for all rows that continue it. Lengths are read from device memory, so a captured call
@@ -388,3 +388,67 @@ def _dense(tensor: Tensor) -> Tensor:
 def _like(tensor: Tensor, other: Tensor) -> Tensor:
     """The tensor, or a copy, with the strides of the other."""
     return tensor if tensor.stride() == other.stride() else torch.empty_like(other).copy_(tensor)
+
+
+@triton.jit
+def _turn(
+    x, out, heads, x_head, out_head, cos, sin, later_cos, later_sin, HALF: tl.constexpr, WIDE: tl.constexpr, MANY: tl.constexpr
+):  # pragma: no cover  # fmt: skip
+    """A token's heads, whose halves are (a, b), as (a cos - b sin, b cos + a sin)."""
+    head, size = tl.arange(0, MANY)[:, None], tl.arange(0, WIDE)[None, :]
+    known = (head < heads) & (size < HALF)
+    a = tl.load(x + head * x_head + size, mask=known, other=0.0).to(tl.float32)
+    b = tl.load(x + head * x_head + size + HALF, mask=known, other=0.0).to(tl.float32)
+    tl.store(out + head * out_head + size, a * cos - b * sin, mask=known)
+    tl.store(out + head * out_head + size + HALF, b * later_cos + a * later_sin, mask=known)
+
+
+@triton.jit
+def _rotate(  # pragma: no cover
+    q, k, q_out, k_out, cos, sin, steps, q_heads, k_heads, q_row, q_head, q_step, k_row, k_head, k_step,
+    qo_row, qo_head, qo_step, ko_row, ko_head, ko_step, c_row, c_step,
+    HALF: tl.constexpr, WIDE: tl.constexpr, MANY: tl.constexpr, FEW: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
+    """One token's queries and keys; `BACK`: their gradients."""
+    row, step = (tl.program_id(0) // steps).to(tl.int64), tl.program_id(0) % steps
+    size = tl.arange(0, WIDE)
+    place, known = row * c_row + step * c_step + size, size < HALF
+    c = tl.load(cos + place, mask=known, other=0.0).to(tl.float32)[None, :]
+    s = tl.load(sin + place, mask=known, other=0.0).to(tl.float32)[None, :]
+    later_c = tl.load(cos + place + HALF, mask=known, other=0.0).to(tl.float32)[None, :]
+    later_s = tl.load(sin + place + HALF, mask=known, other=0.0).to(tl.float32)[None, :]
+    if BACK:
+        s, later_s = -later_s, -s
+    q, q_out = q + row * q_row + step * q_step, q_out + row * qo_row + step * qo_step
+    _turn(q, q_out, q_heads, q_head, qo_head, c, s, later_c, later_s, HALF, WIDE, MANY)
+    k, k_out = k + row * k_row + step * k_step, k_out + row * ko_row + step * ko_step
+    _turn(k, k_out, k_heads, k_head, ko_head, c, s, later_c, later_s, HALF, WIDE, FEW)
+
+
+def rotary(*args: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys, both (row, head, step, size), rotated by cos and sin (row or 1, step, size), with gradients."""
+    return _Rotary.apply(*args)
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(*args[2:])
+        return _rotated(*args, back=False)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        return *_rotated(*grad_outputs, *ctx.saved_tensors, back=True), None, None
+
+
+def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+    q, k, cos, sin = (one if one.stride(-1) == 1 else one.contiguous() for one in (q, k, cos, sin))
+    (rows, q_heads, steps, size), k_heads = q.shape, k.shape[1]
+    q_out, k_out = torch.empty_like(q), torch.empty_like(k)
+    strides = [stride for one in (q, k, q_out, k_out) for stride in one.stride()[:3]]
+    wide, many, few = map(triton.next_power_of_2, (size // 2, q_heads, k_heads))
+    _rotate[(rows * steps,)](
+        q, k, q_out, k_out, cos, sin, steps, q_heads, k_heads, *strides, cos.stride(0) * (len(cos) > 1), cos.stride(1),
+        HALF=size // 2, WIDE=wide, MANY=many, FEW=few, BACK=back,
+    )  # fmt: skip
+    return q_out, k_out
