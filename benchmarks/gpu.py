@@ -6,10 +6,11 @@ Random weights at Qwen3-1.7B's shape, bf16 over fp32 masters, prefixes of 1,024 
 of `--places` documents. The ceiling of decoding is what has to be read from memory in a step (weights, one copy of each
 document, the suffixes) over the card's copy rate, that of the update the card's matmul rate; both are measured in the
 same run. `generate` is Hugging Face's, on the same documents. Part `update`: the update alone, of one step's thoughts;
-part `ways`: with update.compile, with update.attention triton and with both, in turns, and how far the gradients
-are apart (relative norm); part `resume`: whether a run that is cut and resumed ends with the same bits; part `offload`:
-whether one with update.offload does, and steps with it (peaks without it: part `steps`). `--quick`: a small model, on a
-CPU where there is no GPU, to see that it all runs. benchmarks/gpu_suite.sh runs every part within nine minutes.
+part `ways`: with unfused modules, with update.compile, with update.attention triton and with both, in turns, and how
+far the gradients are apart (relative norm); part `resume`: whether a run that is cut and resumed ends with the same
+bits; part `offload`: whether one with update.offload does, and steps with it (peaks without it: part `steps`).
+`--quick`: a small model, on a CPU where there is no GPU, to see that it all runs. benchmarks/gpu_suite.sh runs every
+part within nine minutes.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from forethought.config import Config, Update, load
 from forethought.data.positions import at_positions, make_generator
 from forethought.flops import Shape, step_flops
 from forethought.memory import cache_numbers
-from forethought.models import offload
+from forethought.models import fused, offload
 from forethought.models.compute_copy import Network
 from forethought.prefix import SuffixCache, backbone, enable, read
 from forethought.prefix import attention as merged
@@ -292,6 +293,7 @@ def _to_update(options: argparse.Namespace) -> tuple[Step, Any, list[Any]]:
 
 WAYS = {
     "plain": {},
+    "unfused": {},
     "compile": {"compiled": True},
     "triton": {"triton": True},
     "both": {"compiled": True, "triton": True},
@@ -302,15 +304,14 @@ def ways(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The update in several ways, in turns: seconds, of the first turn too, and how far the gradients are apart."""
     step, _, microbatches = _to_update(options)
     gradient, scoring = step.method.policy_gradient, step.method.policy_gradient.scoring
-    seconds: dict[str, list[float]] = {
-        name: [] for name, way in WAYS.items() if DEVICE == "cuda" or "triton" not in way
-    }
+    seconds: dict[str, list[float]] = {name: [] for name in WAYS if DEVICE == "cuda" or name in ("plain", "compile")}
     found: dict[str, torch.Tensor] = {}
     for _ in range(1 + options.repeats):
         for name, times in seconds.items():
             gradient.scoring = dataclasses.replace(scoring, **WAYS[name])
             step.weights.zero_grad()
-            times.extend(timed(lambda: list(map(step.method.forward_backward, microbatches)), 1, warmup=0))
+            with _unfused(step.network.model) if name == "unfused" else contextlib.nullcontext():
+                times.extend(timed(lambda: list(map(step.method.forward_backward, microbatches)), 1, warmup=0))
             grads = [p.grad.flatten().to("cpu") for p in step.weights.parameters() if p.grad is not None]
             found[name] = torch.cat(grads).float()
     rows, plain = [], found["plain"]
@@ -321,6 +322,19 @@ def ways(options: argparse.Namespace) -> list[dict[str, Any]]:
         rows.append(row | {"gradient_gap": float((found[name] - plain).norm() / plain.norm())})
         print(rows[-1], flush=True)
     return rows
+
+
+@contextlib.contextmanager
+def _unfused(model: Any) -> Iterator[None]:
+    """Every module with its own forward pass, and the family's own rotary positions."""
+    changed = [(module, vars(module).pop("forward")) for module in model.modules() if "forward" in vars(module)]
+    devices, fused.KERNEL_DEVICES = fused.KERNEL_DEVICES, ()
+    try:
+        yield
+    finally:
+        fused.KERNEL_DEVICES = devices
+        for module, forward in changed:
+            module.forward = forward
 
 
 RESUMED: dict[str, list[str]] = {"plain": [], "lora": ["--lora.r", "4"], "fsdp2": ["--parallel.shard", "zero1"]}

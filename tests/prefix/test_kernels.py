@@ -3,6 +3,7 @@
 `make test-kernels` installs Triton and runs this file; without TRITON_INTERPRET=1 all of it is skipped.
 """
 
+import importlib
 import os
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from forethought.data.positions import at_positions
+from forethought.models import fused
 from forethought.models.logprobs import ScoringOptions, ThoughtBatch, forward_backward, thought_logp
 from forethought.prefix import attention, enable
 from forethought.prefix.attention import Layout, PrefixSuffixKV, merged_attention
@@ -26,6 +29,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 SPREAD = ([0, 0, 0, 1, 1, 3], [5, 40, 40, 33, 70, 12])  # several positions a document; document 2 has no rows
+
+
+def kernels() -> Any:
+    """The module, which cannot be imported without Triton."""
+    return importlib.import_module("forethought.prefix.kernels")
+
+
 CASES: dict[str, dict[str, Any]] = {
     "one position": {"rows": ([0] * 3, [40] * 3), "heads": (2, 2, 16), "suffix": (7, 7)},
     "many": {"rows": SPREAD, "heads": (2, 3, 48), "suffix": (37, 37)},
@@ -95,8 +105,8 @@ def test_updates_are_the_same(name: str):
         scores.append(thought_logp(model, FORM, rows, options))
         forward_backward(model, FORM, rows, options, lambda logp, _, some: (logp * weight[some, : logp.shape[1]]).sum())
         found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-    for plain, fused in (found, scores):
-        assert float((plain - fused).abs().max()) <= 1e-5 * float(plain.abs().max())
+    for plain, kernel in (found, scores):
+        assert float((plain - kernel).abs().max()) <= 1e-5 * float(plain.abs().max())
     assert not torch.equal(*found), "the kernels ran"
 
 
@@ -138,6 +148,64 @@ def test_operations_do_not_grow_with_the_positions(monkeypatch: pytest.MonkeyPat
     assert [operations(positions, True) for positions in (1, 32)] == [1, 1] and len(launched) == 2 * 4
 
 
+ROTARY = {  # rows, query heads, key heads, steps, size, rows of cos and sin
+    "each row its own": (2, 6, 2, 5, 16, 2),
+    "one for all": (3, 5, 1, 4, 48, 1),
+    "one step": (4, 4, 4, 1, 32, 4),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ROTARY)
+def test_rotary_is_that_of_transformers(name: str, dtype: torch.dtype):
+    """Outputs and gradients of parts of a joint product, in two kernels where transformers takes 24 operations."""
+    from forethought.prefix.kernels import rotary
+
+    rows, heads, fewer, steps, size, own = ROTARY[name]
+    generator = torch.Generator().manual_seed(0)
+    joint = torch.randn(rows, steps, heads + fewer, size, generator=generator).to(dtype).transpose(1, 2)
+    q, k = (part.requires_grad_() for part in joint.split([heads, fewer], 1))
+    cos, sin = (torch.randn(own, steps, size, generator=generator).to(dtype) for _ in range(2))
+    grads = [torch.randn(part.shape, generator=generator).to(dtype) for part in (q, k)]
+    found = []
+    for rotate in (rotary, apply_rotary_pos_emb):
+        with Operations() as operations:
+            out = rotate(q, k, cos, sin)
+            grads_in = torch.autograd.grad(out, (q, k), grads)
+        found.append([*(one.detach() for one in out), *grads_in])
+    assert operations.count == 24
+    for one, wanted in zip(*found, strict=True):
+        assert one.shape == wanted.shape and one.stride(-1) == 1 and bool(wanted.abs().amax() > 1)
+        gap = float((one - wanted).abs().max() / wanted.abs().max())
+        assert gap <= (0 if dtype == torch.float32 else 2**-7)  # bf16 is rounded once, not three times
+
+
+def test_families_rotate_in_one_kernel_where_it_does_the_same(monkeypatch: pytest.MonkeyPatch):
+    """Cohere's function rotates neighbors instead of halves: it is left alone, as are all devices without kernels."""
+    names = ("llama", "cohere")
+    spaces = [importlib.import_module(f"transformers.models.{name}.modeling_{name}") for name in names]
+    originals = [space.apply_rotary_pos_emb for space in spaces]
+    for space, original in zip(spaces, originals, strict=True):
+        monkeypatch.setattr(space, "apply_rotary_pos_emb", original)  # restored after the test
+    like, launched = torch.ones(1), []
+    for space in spaces:
+        fused._fuse_rotary(space, like)
+    assert [space.apply_rotary_pos_emb for space in spaces] == originals
+    monkeypatch.setattr(fused, "KERNEL_DEVICES", ("cpu",))
+    for space in spaces * 2:
+        fused._fuse_rotary(space, like)
+    assert [space.apply_rotary_pos_emb is one for space, one in zip(spaces, originals, strict=True)] == [False, True]
+
+    rotated = kernels()._rotated
+    monkeypatch.setattr(kernels(), "_rotated", lambda *args, **kwargs: launched.append(1) or rotated(*args, **kwargs))
+    q, cos, sin = torch.randn(2, 3, 4, 16), torch.randn(1, 4, 16), torch.randn(1, 4, 16)
+    cases = [(q, q[:, :1], cos, sin), (q.double(), q.double(), cos, sin), (q.mT, q.mT, cos.mT, sin.mT.contiguous())]
+    for case in cases:
+        for wanted, found in zip(originals[0](*case), spaces[0].apply_rotary_pos_emb(*case), strict=True):
+            assert torch.equal(wanted, found)
+    assert len(launched) == 1, "only the first is what the kernel supports"
+
+
 @pytest.mark.parametrize("window", [0, 9])
 def test_decode_attention_is_that_of_plain_products(window: int):
     """Documents with different numbers of rows, in several pieces, and one without rows."""
@@ -170,15 +238,19 @@ from forethought.prefix import kernels
 capability, size, dtype = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 tile, warps = kernels.tile_and_warps(size, 2 if dtype == "bf16" else 4)
 shape = {"HEADS": 8, "FAN": 2, "SIZE": size, "WIDE": size, "WINDOW": 0, "TILE": tile, "BLOCK": tile}
-kinds = dict.fromkeys(("lse", "delta"), "*fp32") | dict.fromkeys(("count", "slot", "width", "suffix", "length"), "i32")
+turned = {"HALF": size // 2, "WIDE": size // 2, "MANY": 16, "FEW": 8, "BACK": 1}
+kinds = dict.fromkeys(("count", "slot", "width", "suffix", "length", "steps", "q_heads", "k_heads"), "i32")
+kinds |= dict.fromkeys(("lse", "delta"), "*fp32")
 kinds |= dict.fromkeys(("documents", "stops", "begins", "slots"), "*i64") | {"scale": "fp32"}
-kinds |= {f"{tensor}_{part}": "i32" for tensor in "qpsk" for part in ("row", "head", "step", "document", "batch")}
-for name, more in (("_rows", {}), ("_rows_back", {}), ("_keys_back", {"PREFIX": 1}), ("_keys_back", {"PREFIX": 0})):
-    kernel, constants = getattr(kernels, name), shape | more
+parts = ("row", "head", "step", "document", "batch")
+kinds |= {f"{tensor}_{part}": "i32" for tensor in ("q", "p", "s", "k", "qo", "ko", "c") for part in parts}
+keys_back = [("_keys_back", shape | {"PREFIX": prefix}) for prefix in (1, 0)]
+for name, constants in [("_rows", shape), ("_rows_back", shape), *keys_back, ("_rotate", turned)]:
+    kernel = getattr(kernels, name)
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else kinds.get(name, "*" + dtype) for name in names}
     pointers = [name for name, kind in signature.items() if kind.startswith("*")]
-    strides = [name for name in names if name.startswith(("q_", "p_", "s_", "k_"))]
+    strides = [name for name in names if name.endswith(tuple(f"_{part}" for part in parts))]
     source = ASTSource(
         fn=kernel,
         signature=signature,
@@ -202,4 +274,4 @@ def test_kernels_compile_and_fit_into_shared_memory(capability: int, size: int, 
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
-    assert len(found) == 4 and all(code > 1000 and shared <= 99 * 1024 for shared, code in found), found
+    assert len(found) == 5 and all(code > 1000 and shared <= 99 * 1024 for shared, code in found), found

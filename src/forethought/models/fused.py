@@ -24,7 +24,6 @@ from transformers.activations import SiLUActivation
 
 from forethought.flops import PREPACK_MIN_WEIGHTS
 
-
 KERNEL_DEVICES = ("cuda",)
 """Devices that run Triton kernels."""
 
@@ -115,7 +114,8 @@ class _Joint:
 
     def __init__(self, layers: list[Any]):
         self.layers, self.sizes = layers, [layer.out_features for layer in layers]
-        self.weight, self.bias = self._side_by_side("weight"), self._side_by_side("bias")
+        self.weight: Any = self._side_by_side("weight")
+        self.bias = self._side_by_side("bias")
         self.x: Tensor | None = None
         self.parts: dict[int, Tensor] = {}
         for index, layer in enumerate(layers):
@@ -136,7 +136,9 @@ class _Joint:
     def holds(self, index: int) -> bool:
         """Whether the weight of a layer is still the part of this one."""
         weight: Tensor = self.layers[index].weight
-        return weight.data_ptr() == self.weight.data_ptr() + sum(self.sizes[:index]) * weight.stride(0) * weight.itemsize
+        return (
+            weight.data_ptr() == self.weight.data_ptr() + sum(self.sizes[:index]) * weight.stride(0) * weight.itemsize
+        )
 
     def part(self, index: int, x: Tensor) -> Tensor:
         """The output of one layer."""
@@ -202,7 +204,7 @@ def _fuse_rotary(space: Any, like: Tensor) -> None:
     q, cos, sin = (one.to(like.device, like.dtype) for one in (noise, noise[:, 0].cos(), noise[:, 0].sin()))
     probe = (q, q[:, :2], cos, sin)
     if all(_close(a, b) for a, b in zip(original(*probe), rotate(*probe), strict=True)):
-        rotate.fused = True  # pyright: ignore[reportFunctionMemberAccess]
+        vars(rotate)["fused"] = True
         space.apply_rotary_pos_emb = rotate
 
 

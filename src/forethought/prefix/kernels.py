@@ -1,4 +1,4 @@
-"""Triton kernels of a GPU: attention of many rows to one copy of their document and to their suffixes; rotary positions.
+"""Triton kernels of a GPU: attention of many rows to one copy of their document and to their suffixes, and rotation.
 
 Decoding: two kernels write partial outputs with their log-sum-exp, a third merges them. A program of the first reads a
 piece of a document's keys once for all rows that continue it. Lengths are read from device memory, so a captured call
@@ -391,9 +391,10 @@ def _like(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 @triton.jit
-def _turn(
-    x, out, heads, x_head, out_head, cos, sin, later_cos, later_sin, HALF: tl.constexpr, WIDE: tl.constexpr, MANY: tl.constexpr
-):  # pragma: no cover  # fmt: skip
+def _turn(  # pragma: no cover
+    x, out, heads, x_head, out_head, cos, sin, later_cos, later_sin,
+    HALF: tl.constexpr, WIDE: tl.constexpr, MANY: tl.constexpr,
+):  # fmt: skip
     """A token's heads, whose halves are (a, b), as (a cos - b sin, b cos + a sin)."""
     head, size = tl.arange(0, MANY)[:, None], tl.arange(0, WIDE)[None, :]
     known = (head < heads) & (size < HALF)
