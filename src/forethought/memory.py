@@ -5,6 +5,7 @@ measured peaks on a CPU. What only a GPU does (CUDA graphs, fused norms) is arit
 """
 
 import math
+from bisect import bisect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
@@ -440,13 +441,4 @@ def sized(job: J) -> J:
 
 def largest_that(holds: Callable[[int], bool], limit: int = 2**20) -> int:
     """The largest n up to a limit for which a property holds, by bisection; 0 where it does not hold for 1."""
-    if not holds(1):
-        return 0
-    low, high = 1, 2
-    while high <= limit and holds(high):
-        low, high = high, 2 * high
-    high = min(high, limit + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low
+    return bisect(range(1, limit + 1), False, key=lambda n: not holds(n))
