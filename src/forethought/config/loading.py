@@ -173,7 +173,10 @@ def read_overrides(words: list[str]) -> dict[str, Any]:
                 raise UserError(f"option --{option} needs a value")
             value = words.pop(0)
         option = option.replace("-", "_")
-        values = merge(values, _nested(option, _literal(option, value)))
+        nested = _literal(option, value)
+        for name in reversed(option.split(".")):
+            nested = {name: nested}
+        values = merge(values, nested)
     return values
 
 
@@ -191,13 +194,6 @@ def own_options(kind: type[T], words: list[str]) -> tuple[T, dict[str, Any]]:
         first = error.errors()[0]
         raise UserError(f"--{first['loc'][0]} {first['input']}: {first['msg']}") from None
     return chosen, values
-
-
-def _nested(option: str, value: Any) -> dict[str, Any]:
-    """{"a": {"b": value}} of the option a.b."""
-    for name in reversed(option.split(".")):
-        value = {name: value}
-    return value
 
 
 def _literal(option: str, text: str) -> Any:

@@ -5,7 +5,6 @@ folder. It may describe itself with an attribute `entry = Entry(...)`.
 """
 
 import importlib
-import importlib.util
 import inspect
 import re
 import sys
@@ -317,16 +316,13 @@ def _outside(kind: Kind, name: str) -> Any:
     if here not in sys.path:
         sys.path.append(here)
     module, _, attribute = name.partition(":")
-    try:
-        importlib.invalidate_caches()
-        missing = module not in sys.modules and importlib.util.find_spec(module) is None
-    except (ImportError, ValueError):  # no such parent, or no package
-        missing = True
-    if missing:
-        raise UserError(f"{found}: no module {module!r} in the current folder or among the installed packages")
+    importlib.invalidate_caches()
     try:
         loaded = importlib.import_module(module)
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            what = f"no module {module!r} in the current folder or among the installed packages"
+            raise UserError(f"{found}: {what}") from None
         text = " ".join(str(error).split())
         raise UserError(f"{found}: importing {module} failed with {type(error).__name__}: {text[:200]}") from error
     value = getattr(loaded, attribute, None)
