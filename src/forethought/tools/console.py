@@ -5,6 +5,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -14,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from forethought.config import Notice
-from forethought.config.registry import CONTROL_GAINS, METRICS, Metric
+from forethought.config.registry import CONTROL_GAINS, METRICS
 from forethought.run.diagnostics import Diagnosis
 from forethought.run.trackers import Callbacks
 
@@ -138,7 +139,6 @@ def table(figures: dict[str, Any], columns: Sequence[str], out: Console, metrics
     """Figures by group of positions, one column for each of `columns`, intervals in brackets."""
     from forethought.tools.report.tables import measured, windows_note
 
-    first = f"{columns[0]}/"
     groups = sorted(group for group, _ in measured(figures, columns[:1]))
     if not groups:
         return
@@ -147,15 +147,10 @@ def table(figures: dict[str, Any], columns: Sequence[str], out: Console, metrics
     for column in columns:
         shown.add_column(column, justify="right", no_wrap=True)
     for group in groups:
-        count = figures[f"{first}{group}/positions"]
-        note = windows_note([figures.get(f"{first}{group}/windows")])
-        title = f"{printable(group)}: {count} positions" + (f"; {note}" if note else "")
-        shown.add_row(Text(title, style="bold"))
-        for metric in (METRICS[name] for name in metrics):
-            names = [f"{column}/{group}/{metric.name}" for column in columns]
-            if any(name in figures for name in names):
-                cells = [_cell(figures, name, metric.unit == "share") for name in names]
-                shown.add_row(f"  {_row_label(metric)}", *cells)
+        names = [f"{column}/{group}" for column in columns]
+        note = windows_note([figures.get(f"{names[0]}/windows")])
+        title = f"{printable(group)}: {figures[f'{names[0]}/positions']} positions" + (f"; {note}" if note else "")
+        _add_group(shown, title, names, metrics, partial(_cell, figures, digits=2, missing="-"))
     out.print(shown)
 
 
@@ -170,12 +165,9 @@ def answer_table(figures: dict[str, Any], out: Console) -> None:
         shown.add_column(names[who] + ("thinking" if mode == "think" else "no thought"), justify="right", no_wrap=True)
     for group in dict.fromkeys(key[2] for key in keys):
         asked = [value for name, value in figures.items() if name.endswith(f"/{group}/questions")]
-        shown.add_row(Text(f"{group}: {asked[0]} asked" if asked else f"{group} average", style="bold"))
-        for metric in (METRICS[name] for name in ANSWERS):
-            names = [f"{who}/{mode}/{group}/{metric.name}" for who, mode in columns]
-            cells = [_answer_cell(figures, name, metric.unit == "share") for name in names]
-            if any(cells):
-                shown.add_row(f"  {_row_label(metric)}", *cells)
+        title = f"{group}: {asked[0]} asked" if asked else f"{group} average"
+        groups = [f"{who}/{mode}/{group}" for who, mode in columns]
+        _add_group(shown, title, groups, ANSWERS, partial(_cell, figures, digits=0, missing=""))
     out.print(shown)
 
 
@@ -196,27 +188,27 @@ def run_table(states: "Sequence[State]", out: Console) -> None:
     out.print(shown)
 
 
-def _answer_cell(figures: dict[str, Any], name: str, share: bool) -> str:
+def _add_group(
+    shown: Table, title: str, columns: Sequence[str], metrics: Sequence[str], cell: Callable[[str, bool], str]
+) -> None:
+    """A heading, and a row for each metric that any column has; `cell` is told its name and whether it is a share."""
+    shown.add_row(Text(title, style="bold"))
+    for metric in (METRICS[name] for name in metrics):
+        cells = [cell(f"{column}/{metric.name}", metric.unit == "share") for column in columns]
+        if set(cells) - {"", "-"}:
+            units = ("nats", "tokens") if "entropy" not in metric.label else ()  # an entropy is in nats
+            label = metric.label + (f" ({metric.unit})" if metric.unit in units else "")
+            shown.add_row(f"  {label}", *map(Text, cells))
+
+
+def _cell(figures: dict[str, Any], name: str, share: bool, digits: int, missing: str) -> str:
+    """A figure with its standard error or its interval; of numbers that are no shares so many digits."""
     if name not in figures:
-        return ""
-    error = figures.get(f"{name}/se")
-    scale, decimals, unit = (100, 1, "%") if share else (1, 0, "")
-    after = "" if error is None else f" ±{scale * error:.{decimals}f}"
-    return f"{scale * figures[name]:.{decimals}f}{unit}{after}"
-
-
-def _row_label(metric: Metric) -> str:
-    units = ("nats", "tokens") if "entropy" not in metric.label else ()  # an entropy is in nats
-    return metric.label + (f" ({metric.unit})" if metric.unit in units else "")
-
-
-def _cell(figures: dict[str, Any], name: str, share: bool) -> Text:
-    if name not in figures:
-        return Text("-")
-    scale, decimals, unit = (100, 1, "%") if share else (1, 2, "")
-    shown = f"{scale * figures[name]:.{decimals}f}{unit}"
-    ends = [f"{scale * figures[f'{name}/{end}']:.{decimals}f}" for end in ("low", "high") if f"{name}/{end}" in figures]
-    return Text(f"{shown} [{', '.join(ends)}]" if ends else shown)
+        return missing
+    scale, digits, unit = (100, 1, "%") if share else (1, digits, "")
+    value, *others = (f"{scale * figures.get(name + end, 0):.{digits}f}" for end in ("", "/se", "/low", "/high"))
+    error = f" ±{others[0]}" if f"{name}/se" in figures else ""
+    return value + unit + error + (f" [{others[1]}, {others[2]}]" if f"{name}/low" in figures else "")
 
 
 def printable(text: str) -> str:
