@@ -155,9 +155,9 @@ def test_a_projection_can_be_called_in_any_way(name: str, calls: str):
     assert same_outputs_and_gradients(attention, plain, calls)
 
 
-@pytest.mark.parametrize("change", ["in place", "data", "parameter", "frozen"])
+@pytest.mark.parametrize("change", ["in place", "data", "parameter", "bias", "frozen"])
 def test_a_projection_computes_with_its_current_weight(change: str):
-    attention = tiny.model("qwen3", "sdpa").model.layers[0].self_attn
+    attention = tiny.model("llama-biased-tied", "sdpa").model.layers[0].self_attn
     plain = copy.deepcopy(attention)
     fuse(attention)
     other = torch.randn(plain.k_proj.weight.shape, generator=torch.Generator().manual_seed(3))
@@ -166,6 +166,8 @@ def test_a_projection_computes_with_its_current_weight(change: str):
             layer.weight.data.copy_(other)
         elif change == "data":
             layer.weight.data = other.clone()
+        elif change == "bias":
+            layer.bias.data = other[:, 0].clone()
         elif change == "parameter":
             layer.weight = nn.Parameter(other.clone())
         else:

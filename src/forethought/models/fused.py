@@ -115,7 +115,7 @@ class _Joint:
     def __init__(self, layers: list[Any]):
         self.layers, self.sizes = layers, [layer.out_features for layer in layers]
         self.weight: Any = self._side_by_side("weight")
-        self.bias = self._side_by_side("bias")
+        self.bias: Any = self._side_by_side("bias")
         self.x: Tensor | None = None
         self.parts: dict[int, Tensor] = {}
         for index, layer in enumerate(layers):
@@ -134,11 +134,11 @@ class _Joint:
         return joint
 
     def holds(self, index: int) -> bool:
-        """Whether the weight of a layer is still the part of this one."""
-        weight: Tensor = self.layers[index].weight
-        return (
-            weight.data_ptr() == self.weight.data_ptr() + sum(self.sizes[:index]) * weight.stride(0) * weight.itemsize
-        )
+        """Whether weight and bias of a layer are still the parts of this one."""
+        layer, before = self.layers[index], sum(self.sizes[:index])
+        pairs = [(layer.weight, self.weight, layer.in_features), (layer.bias, self.bias, 1)]
+        places = [(part, whole, before * width) for part, whole, width in pairs if whole is not None]
+        return all(part.data_ptr() == whole.data_ptr() + at * whole.itemsize for part, whole, at in places)
 
     def part(self, index: int, x: Tensor) -> Tensor:
         """The output of one layer."""
