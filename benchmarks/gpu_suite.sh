@@ -5,11 +5,13 @@
 # Each part has a time limit of its own, and a part that fails does not stop the others. In the environment:
 #   PYTHON            the interpreter (python)
 #   MODEL, TEXT, HELD SmolLM2's path, its text and held-out text; empty: the last two parts are left out
-#   QUICK=1           tiny shapes, on a CPU too, to see that it all runs
+#   QUICK=1           tiny shapes, on a CPU too, to see that it all runs; ten times the time limits
 #   DRY=1             print the commands only
 set -u
 cd "$(dirname "$0")/.."
-OUT=${1:-runs/gpu-suite} PYTHON=${PYTHON:-python} LIMIT=$((540 * ${QUICK:+10 *} 1))
+OUT=${1:-runs/gpu-suite} PYTHON=${PYTHON:-python}
+slack=${QUICK:+10} slack=${slack:-1}  # a CPU compiles slowly, and may not multiply in bf16
+LIMIT=$((540 * slack))
 MODEL=${MODEL-models/SmolLM2-135M-Instruct.Q4_1.gguf} TEXT=${TEXT-text/*.train.jsonl.gz} HELD=${HELD-text/*.heldout.jsonl.gz}
 quick=${QUICK:+--quick}
 [ -n "${DRY:-}" ] || mkdir -p "$OUT"
@@ -19,7 +21,7 @@ part() {
     local name=$1 limit=$2 begun=$SECONDS
     shift 2
     if [ -n "${DRY:-}" ]; then printf '%q ' "$name" "$limit" "$@"; echo; return; fi
-    limit=$((limit * ${QUICK:+10 *} 1))  # a CPU compiles slowly, and may not multiply in bf16
+    limit=$((limit * slack))
     limit=$((limit < LIMIT - SECONDS ? limit : LIMIT - SECONDS))
     [ "$limit" -gt 5 ] || { echo "$name: no time left" | tee -a "$OUT/summary.txt"; return 1; }
     timeout --kill-after=5 "$limit" "$@" > "$OUT/$name.log" 2>&1

@@ -216,7 +216,7 @@ def _attention(config: Any, window: int | None, biases: tuple[bool, bool], query
     saved = SavedBytes(
         fp32=4 * (numbers + 2 * normed) + factors,
         bf16=2 * (numbers + 3 * normed) + factors,
-        fused=2 * (numbers + size * (heads + kv_heads)) + factors,  # values are parts of what holds both, too
+        fused=2 * (numbers + size * (heads + kv_heads)) + factors,  # values keep the joint product, too
     )
     return (
         _Part(attention=(attention,), other=2 * size * query_norm, saved=saved)

@@ -12,7 +12,6 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from forethought.data.positions import at_positions
@@ -23,6 +22,7 @@ from forethought.prefix.attention import Layout, PrefixSuffixKV, merged_attentio
 from forethought.prefix.suffix_cache import CacheCapacity, StaticKV, Table, _static_reference
 from helpers import architectures
 from helpers.models import FORM, qwen3, window
+from helpers.operations import Operations
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="for `make test-kernels`: needs Triton and its interpreter"
@@ -108,19 +108,6 @@ def test_updates_are_the_same(name: str):
     for plain, kernel in (found, scores):
         assert float((plain - kernel).abs().max()) <= 1e-5 * float(plain.abs().max())
     assert not torch.equal(*found), "the kernels ran"
-
-
-class Operations(TorchDispatchMode):
-    """Counts operations that compute or copy."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        self.count += not (func.is_view or "empty" in name or name in ("detach", "_unsafe_view"))
-        return func(*args, **(kwargs or {}))
 
 
 def test_operations_do_not_grow_with_the_positions(monkeypatch: pytest.MonkeyPatch):

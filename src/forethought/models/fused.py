@@ -2,10 +2,9 @@
 
 `fuse` replaces the forward pass of norms, gated MLPs and rotary positions by one with fewer kernels and fewer saved
 activations, where both agree on a probe up to the rounding of the dtype. Linear layers that read the same input become
-one product. `prepacked` lets linear layers multiply with weights that are
-already in the layout that a CPU's matrix product of few rows uses. A BLAS packs the weights in every call, which
-takes most of the time of a decoding step once they exceed a core's cache. The weights are packed anew for each batch
-of thoughts, so they are never stale.
+one product. `prepacked` lets linear layers multiply with weights that are already in the layout that a CPU's matrix
+product of few rows uses. A BLAS packs the weights in every call, which takes most of the time of a decoding step once
+they exceed a core's cache. The weights are packed anew for each batch of thoughts, so they are never stale.
 """
 
 import contextlib
@@ -145,7 +144,7 @@ class _Joint:
         if self.x is not x or index not in self.parts:
             weights = [layer.weight for layer in self.layers]
             biases = [] if self.bias is None else [layer.bias for layer in self.layers]
-            found = _Product.apply(x, self.weight, self.bias, *weights, *biases)
+            found = _Product.apply(x, self.weight, self.bias, self.sizes, *weights, *biases)
             self.x, self.parts = x, dict(enumerate(found))
         part = self.parts.pop(index)
         if not self.parts:
@@ -161,27 +160,26 @@ def _part_of_joint(layer: Any, x: Tensor) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """x W^T + b, in parts; the gradients of W and b go to the parts of both, which are given after them."""
+    """x W^T + b, in parts of some sizes; the gradients of W and b go to the parts of both, which are given last."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        x, weight, bias, *parts = args
+        x, weight, bias, sizes, *_ = args
         ctx.save_for_backward(x, weight)
-        ctx.sizes = [len(part) for part in (parts if bias is None else parts[: len(parts) // 2])]
-        return linear(x, weight, bias).split(ctx.sizes, -1)
+        ctx.sizes, ctx.biased = sizes, bias is not None
+        return linear(x, weight, bias).split(sizes, -1)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         x, weight = ctx.saved_tensors
         grad = torch.cat(grad_outputs, -1)
-        needed, parts = ctx.needs_input_grad, []
-        if any(needed[3:]):
+        of_x, _, _, _, *needed = ctx.needs_input_grad
+        parts: list[Tensor | None] = [None] * len(needed)
+        if any(needed):
             rows = grad.flatten(0, -2)
-            parts += (rows.mT @ x.flatten(0, -2)).split(ctx.sizes)
-            parts += rows.sum(0).split(ctx.sizes) if len(needed) > 3 + len(ctx.sizes) else []
-        else:
-            parts = [None] * len(needed[3:])
-        return grad @ weight if needed[0] else None, None, None, *parts
+            parts = [*(rows.mT @ x.flatten(0, -2)).split(ctx.sizes)]
+            parts += rows.sum(0).split(ctx.sizes) if ctx.biased else ()
+        return grad @ weight if of_x else None, None, None, None, *parts
 
 
 def _fuse_rotary(space: Any, like: Tensor) -> None:
