@@ -123,8 +123,10 @@ def _usage(out: Console, *names: str) -> None:
 
 def _help(name: str, out: Console) -> None:
     _usage(out, name)
-    for option in fields(_own(name)) if COMMANDS[name].own else ():
-        line(out, f"  --{option.name:14}{cast(Any, option.default).description}")
+    if own := COMMANDS[name].own:
+        module, _, kind = own.partition(":")
+        for option in fields(getattr(importlib.import_module(f"forethought.tools.{module}"), kind)):
+            line(out, f"  --{option.name:14}{cast(Any, option.default).description}")
     if not COMMANDS[name].options:
         return
     import tyro
@@ -136,11 +138,6 @@ def _help(name: str, out: Console) -> None:
         line(out, f"--{OPTION[kind]}: one of these, or module:attribute for a class or function of your own")
         for entry in entries.values():
             line(out, f"  {entry.name:18}{entry.help}")
-
-
-def _own(name: str) -> Any:
-    module, _, kind = COMMANDS[name].own.partition(":")
-    return getattr(importlib.import_module(f"forethought.tools.{module}"), kind)
 
 
 def _train(words: list[str], out: Console, err: Console) -> None:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -337,7 +338,8 @@ class Trainer:
             group["lr"] = rate
         try:
             with guard.interruptible():
-                windows = self._read()
+                # every rank reads all windows of the step and takes its share later
+                windows = distributed.run_on_all_ranks(lambda: list(islice(self.stream, self._windows_per_step())))
                 record, microbatches, sums = self._collect(windows, number)
                 norms = self._term_norms(microbatches, number)
                 metrics, more = self._backward(microbatches, windows, number)
@@ -398,10 +400,6 @@ class Trainer:
         """Log and report new warnings; a run that was killed after its evaluation finds the same ones again."""
         for row in log.warn(list(map(dataclasses.asdict, found))):
             callbacks.warning(Diagnosis(**row))
-
-    def _read(self) -> list[corpus.Window]:
-        """The windows of the next step: every rank reads all of them and takes its share later."""
-        return distributed.run_on_all_ranks(lambda: [next(self.stream) for _ in range(self._windows_per_step())])
 
     def _windows_per_step(self) -> int:
         """Windows that hold train.batch positions, or (cpt) train.batch windows."""

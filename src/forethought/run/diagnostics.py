@@ -35,17 +35,13 @@ class Check:
     name: str
     metric: str
     size: Callable[[float, float], float]
-    warns: float
-    """The size from which it warns."""
-    clears: float
-    """The size below which it may warn again."""
-    evidence: str
-    """What was observed, with {recent} and {reference}."""
+    warns: float  # the size from which it warns
+    clears: float  # the size below which it may warn again
+    evidence: str  # what was observed, with {recent} and {reference}
     advice: str
     reference: Literal["none", "start", "before"] = "none"
     """The reference: none, the first WINDOW logged values, or the WINDOW before the last WINDOW."""
-    beside: str = ""
-    """A metric that only those runs log to which the check applies."""
+    beside: str = ""  # a metric that only those runs log to which the check applies
 
 
 CHECKS = (

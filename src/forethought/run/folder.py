@@ -157,12 +157,7 @@ class RunLog:
         path = self.path / name
         if missing is not None and not path.is_file():
             return missing
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}") from None
-        except ValueError as error:
-            raise UserError(f"{path}: is not valid JSON: {error}") from None
+        values = read_json(path)
         if not isinstance(values, dict):
             raise UserError(f"{path}: holds a {type(values).__name__}, not a JSON object")
         return values
@@ -213,6 +208,16 @@ class RunLog:
                 raise
             text = f"{self.path}: this file system has no locks; do not train in it twice at the same time"
             warnings.warn(text, Notice, stacklevel=4)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises UserError."""
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not valid JSON: {error}") from None
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -3,7 +3,6 @@
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from forethought.config import Config, UserError, to_dict
@@ -96,9 +95,7 @@ class Tracker:
             return {}
         return {"thoughts": package.Table(dataframe=table)}
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Flush and close."""
         # Not end_training: it would wait for the other ranks and destroy the process group.
         for tracker in [] if self._accelerator is None else self._accelerator.trackers:

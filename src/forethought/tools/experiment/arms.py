@@ -124,19 +124,15 @@ def _measure_job(experiment: Experiment, job: Job, config: Config, observer: Cal
 
 
 def records(folder: Path) -> Recorded:
-    """The records of an arm's run, or of the base."""
-    RunLog.open(folder)
-    return _read(folder)
+    """The records of an arm's run, or of the base. Raises UserError where there is none."""
+    found = RunLog.open(folder).read_json(RECORDS)
+    return {name: heldout.Records(**fields) for name, fields in found.items()}
 
 
 def post_records(experiment: Experiment, folder: Path) -> Recorded:
     """The records after post-training, as groups `post:NAME`; empty where there is none."""
-    found = _read(last_stage(experiment.post, folder / POST)) if experiment.post else {}
+    found = records(last_stage(experiment.post, folder / POST)) if experiment.post else {}
     return {f"post:{name}": one for name, one in found.items()}
-
-
-def _read(folder: Path) -> Recorded:
-    return {name: heldout.Records(**fields) for name, fields in RunLog(folder).read_json(RECORDS).items()}
 
 
 def weights(folder: Path) -> str:

@@ -129,8 +129,9 @@ class Drawing(str):
 
 
 def _before_and_after(cell: Cell) -> Markup:
-    value = f"{cell.before} → {cell.after}" if cell.before != "–" else cell.after
-    return html.with_note(value, " → ".join(filter(None, (cell.before_interval, cell.after_interval))))
+    values, intervals = zip(cell.before, cell.after, strict=True)
+    value = " → ".join(values) if values[0] != "–" else values[1]
+    return html.with_note(value, " → ".join(filter(None, intervals)))
 
 
 def read_runs(*runs: str | Path) -> Runs:
@@ -160,14 +161,8 @@ def write_comparison(run: Path) -> Path:
 
 def write_thoughts(found: viewer.Documents, out: str | Path) -> Path:
     """Write the thought viewer for documents that belong to no run, and return the page's path. Raises UserError."""
-    collected = viewer.collect([(found.model, found, [])])
-    return _written(
-        Path(out),
-        _render(
-            "thoughts.html.j2",
-            {"viewer": collected, "script": viewer.script("viewer.js"), "documents": found.documents},
-        ),
-    )
+    content = {"viewer": viewer.collect([(found.model, found, [])]), "documents": found.documents}
+    return _written(Path(out), _render("thoughts.html.j2", content | {"script": viewer.script("viewer.js")}))
 
 
 def _written(target: Path, text: str) -> Path:
@@ -267,7 +262,7 @@ def _thinking(runs: list[Run], group: str) -> Markup | None:
     for index, run in enumerate(runs):
         name = f"{run.name}, " if len(runs) > 1 else ""
         for dash, when in enumerate(("after", "before")):
-            curves.append((f"{name}{when} training", index, dash, partial(with_ends, run, when, group)))
+            curves.append((f"{name}{when} training", index, dash, partial(with_ends, run.summary, f"{when}/{group}")))
     return plots.thinking_shares(group, curves)
 
 

@@ -13,7 +13,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects, validate_repo_id
 
 from forethought.config import Config, Method, UserError, flatten, to_dict
-from forethought.config.registry import CONTROL_GAINS, REWARDS, label
+from forethought.config.registry import CONTROL_GAINS, REWARDS, Metric, label
 from forethought.html import visible
 from forethought.run import __version__
 from forethought.run.folder import RunLog
@@ -22,11 +22,11 @@ from forethought.tools.report.tables import (
     capitalized,
     duration,
     figure,
-    interval,
     measured,
     metric,
     render,
     windows_note,
+    with_interval,
 )
 
 _CONTROLS = (*CONTROL_GAINS, "drift", "leakage", "truth")
@@ -172,7 +172,7 @@ def _table(figures: Figures, phases: tuple[str, ...], metrics: tuple[str, ...] =
         count = number(figures.get(f"{phases[-1]}/{group}/positions"))
         shown = [one for one in map(metric, metrics) if one in known] if metrics else known
         rows = {
-            capitalized(one.label): " | ".join(_cell(figures, f"{phase}/{group}/{one.name}") for phase in phases)
+            capitalized(one.label): " | ".join(_cell(figures, f"{phase}/{group}", one) for phase in phases)
             for one in shown
         }
         note = windows_note([figures.get(f"{phases[-1]}/{group}/windows")])
@@ -182,22 +182,16 @@ def _table(figures: Figures, phases: tuple[str, ...], metrics: tuple[str, ...] =
     return "\n\n".join(tables)
 
 
-def _cell(figures: Figures, name: str) -> str:
-    unit = metric(name.rpartition("/")[2]).unit
-    ends = interval([number(figures.get(f"{name}/{end}")) for end in ("low", "high")], unit)
-    return figure(figures.get(name), unit) + (f" [{ends}]" if ends else "")
+def _cell(figures: Figures, group: str, one: Metric) -> str:
+    value, ends = with_interval(figures, group, one)
+    return f"{value} [{ends}]" if ends else value
 
 
 def toml(config: Config) -> str:
     """The options that are not at their defaults as a config file, which `load` reads back as the same config."""
-    usual = flatten(to_dict(Config()))
-    return _options(
-        {
-            option: value
-            for option, value in flatten(to_dict(config)).items()
-            if value != usual[option] and option != "overwrite"
-        }
-    )
+    flat, usual = (flatten(to_dict(one)) for one in (config, Config()))
+    changed = [option for option in flat if flat[option] != usual[option] and option != "overwrite"]
+    return _options({option: flat[option] for option in changed})
 
 
 def _options(flat: dict[str, Any]) -> str:

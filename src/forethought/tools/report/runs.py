@@ -1,6 +1,5 @@
 """Reading a run folder: config.json, metrics.jsonl, thoughts.jsonl, warnings.jsonl and summary.json."""
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from forethought.config import UserError, flatten, merge
 from forethought.config.registry import AUTOMATIC, METHODS, REWARDS, label
 from forethought.html import table
 from forethought.run.diagnostics import Diagnosis, is_number
-from forethought.run.folder import RunLog, checkpoints, read_jsonl
+from forethought.run.folder import RunLog, checkpoints, numbered_rows, read_json
 
 T = TypeVar("T")
 
@@ -233,18 +232,14 @@ def _explain(error: ValidationError) -> str:
 def read_checked(path: Path, kind: Any) -> Any:
     """A JSON file as a value of a type. Raises UserError if it is missing or something else."""
     try:
-        return TypeAdapter(kind).validate_python(json.loads(path.read_bytes()))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        return TypeAdapter(kind).validate_python(read_json(path))
     except ValidationError as error:
         raise UserError(f"{path}: unexpected content: {_explain(error)}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not valid JSON: {error}") from None
 
 
 def _rows(path: Path, parse: Callable[[dict[str, Any]], T]) -> Iterator[T]:
     """The parsed lines of a .jsonl file. Raises UserError with file and line."""
-    for count, row in read_jsonl(path, allow_truncated=True) if path.is_file() else ():
+    for count, row in numbered_rows(path):
         try:
             value = parse(row)
         except (ValueError, TypeError, KeyError, OverflowError) as error:

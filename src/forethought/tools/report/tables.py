@@ -1,6 +1,6 @@
 """Numbers and text as pages, plots and model cards show them, and tables of metrics."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,13 +84,10 @@ def duration(seconds: float) -> str:
 class Cell:
     """A metric of one run before and after training, as text; an en dash if it was not measured."""
 
-    before: str
-    before_interval: str
-    after: str
-    after_interval: str
+    before: tuple[str, str]  # value, interval
+    after: tuple[str, str]
     difference: str
     verdict: str  # `better` or `worse` if the two intervals do not overlap, else empty
-    missing: bool  # whether the metric was measured neither before nor after training
 
 
 def evaluations(runs: list[Run]) -> list[tuple[str, list[tuple[Metric, list[Cell]]]]]:
@@ -122,29 +119,31 @@ def windows_note(counts: Iterable[Any]) -> str:
     return f"1 document: intervals over its {known[0]:.0f} windows" if known else ""
 
 
-def with_ends(run: Run, phase: str, group: str, name: str) -> list[float | None]:
-    """A metric and the two ends of its interval; None for what was not measured."""
-    return [number(run.summary.get(f"{phase}/{group}/{name}{end}")) for end in ("", "/low", "/high")]
+def with_ends(figures: Mapping[str, Any], group: str, name: str) -> list[float | None]:
+    """A metric of PHASE/GROUP and the two ends of its interval; None for what was not measured."""
+    return [number(figures.get(f"{group}/{name}{end}")) for end in ("", "/low", "/high")]
+
+
+def with_interval(figures: Mapping[str, Any], group: str, metric: Metric) -> tuple[str, str]:
+    """The same as text: the figure, and its interval, which is empty where it has none."""
+    value, *ends = with_ends(figures, group, metric.name)
+    return figure(value, metric.unit), interval(ends, metric.unit)
 
 
 def _cell(run: Run, group: str, metric: Metric) -> Cell:
-    (before, *before_ends), (after, *after_ends) = (
-        with_ends(run, phase, group, metric.name) for phase in ("before", "after")
-    )
+    phases = (f"before/{group}", f"after/{group}")
+    (before, *before_ends), (after, *after_ends) = (with_ends(run.summary, phase, metric.name) for phase in phases)
     difference = None if before is None or after is None else after - before
     return Cell(
-        before=figure(before, metric.unit),
-        before_interval=interval(before_ends, metric.unit),
-        after=figure(after, metric.unit),
-        after_interval=interval(after_ends, metric.unit),
+        before=with_interval(run.summary, phases[0], metric),
+        after=with_interval(run.summary, phases[1], metric),
         difference=as_points(signed(difference, metric.unit)),
         verdict=_verdict(before_ends, after_ends, metric.better),
-        missing=before is None and after is None,
     )
 
 
 def _verdict(before: list[Any], after: list[Any], better: int) -> str:
-    if not better or None in before or None in after:
+    if None in before or None in after:
         return ""
     (before_low, before_high), (after_low, after_high) = before, after
     sign = (after_low > before_high) - (after_high < before_low)

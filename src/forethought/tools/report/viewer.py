@@ -96,10 +96,9 @@ def collect(runs: Iterable[tuple[str, Documents | None, list[Position]]]) -> dic
     if not shown:
         return None
     rows = list(documents.values())
-    return {
-        "measured": measured,
-        "data": _embedded({"runs": shown, "documents": rows, "limit": _limit_of(rows)}),
-    }
+    versions = [version for row in rows for version in row["versions"].values()]
+    full = limit(position["gain"] for version in versions for position in version["positions"])
+    return {"measured": measured, "data": _embedded({"runs": shown, "documents": rows, "limit": full})}
 
 
 def script(name: str) -> dict[str, str]:
@@ -165,11 +164,6 @@ def _shown(text: str) -> str:
 
 def _top(tokens: list[tuple[str, float]]) -> list[list[str | float]]:
     return [[_shown(text), min(probability, 1.0)] for text, probability in tokens]
-
-
-def _limit_of(documents: list[dict[str, Any]]) -> float:
-    versions = [version for one in documents for version in one["versions"].values()]
-    return limit(position["gain"] for version in versions for position in version["positions"])
 
 
 def _embedded(value: Any) -> Markup:
