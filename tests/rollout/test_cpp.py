@@ -7,8 +7,10 @@ import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from unittest import mock
 
+import peft
 import pytest
 import torch
 from torch import Tensor
@@ -17,9 +19,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from forethought import rollout
 from forethought.cli import main
-from forethought.config import Config, Method, Model, Notice, Rollout, UserError
+from forethought.config import Config, Lora, Method, Model, Notice, Rollout, UserError
 from forethought.data.positions import Positions, ThoughtFormat, at_positions, make_generator
 from forethought.models.compute_copy import compute_copy
+from forethought.models.lora import inject_adapters, merged_weights
 from forethought.prefix import SuffixCache, backbone, enable, lm_head, read
 from forethought.rollout import draw_noise, native
 from forethought.rollout.cpp import CppBackend, library
@@ -91,6 +94,58 @@ def test_thoughts_are_those_of_eager_decoding(name: str, form: ThoughtFormat):
     assert form in (THREE, REPEATING) or (0.1 if form is FORM else 0) < eager.closed.float().mean() < 1
 
 
+def with_adapters(name: str, **options: Any) -> Any:
+    """As if trained: fresh adapters have B = 0 and change nothing."""
+    model = network(name)
+    with mock.patch("peft.LoraConfig", partial(peft.LoraConfig, **options)):
+        inject_adapters(model, Config(lora=Lora(r=3, alpha=6)))
+    train_adapters(model)
+    return model
+
+
+def train_adapters(model: Any) -> None:
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "lora_B" in parameter_name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("name", ["llama-biased-tied", "qwen3"])
+def test_thoughts_are_those_of_the_adapters(name: str):
+    """Of the current ones, in each batch of thoughts."""
+    model, positions = with_adapters(name), positions_of_documents()
+    noise = draw_noise((11, 9), [make_generator(0, i) for i in range(len(positions))])
+    engines = [
+        NativeEngine(model, FORM, Method(temperature=0.8), 60, backend=backend)
+        for backend in (EagerBackend(model, prepack=False), CppBackend(model))
+    ]
+    before = None
+    for _ in range(2):
+        eager, found = (one.sample(positions, noise) for one in engines)
+        same = (eager.tokens == found.tokens).all(dim=-1)
+        assert (~same).sum() <= 1, "a number between two tokens may round to either"
+        assert torch.allclose(eager.evidence[same], found.evidence[same], atol=2e-5)
+        assert before is None or not torch.equal(before, found.tokens)
+        before = found.tokens
+        train_adapters(model)
+
+
+@NEEDS_COMPILER
+def test_bf16_samples_from_rounded_weights_with_adapters(pair: int):
+    model, positions = with_adapters("llama"), positions_of_documents()
+    settings = dataclasses.replace(config(thought_length=9), model=Model(decoding="cpp"), lora=Lora(r=3, alpha=6))
+    low = dataclasses.replace(settings, rollout=Rollout(precision="bf16"))
+    merged = AutoModelForCausalLM.from_config(CONFIGS["llama"], dtype=torch.float32).eval()
+    merged.load_state_dict(merged_weights(model, dict(model.named_parameters()), settings.lora))
+    enable(merged)
+    noise = draw_noise((11, 9), [make_generator(0, i) for i in range(len(positions))])
+    found, wanted = (rollout.engine(one, FORM, low).sample(positions, noise) for one in (model, merged))
+    same = (found.tokens == wanted.tokens).all(dim=-1)
+    assert same.float().mean() > 0.9
+    assert torch.allclose(found.evidence[same], wanted.evidence[same], atol=2e-5)
+
+
 @pytest.fixture(params=["fp32 products", "bf16 products"])
 def pair(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """The library without AVX512-BF16 (1), as for any other processor, and with it (2)."""
@@ -113,7 +168,9 @@ def test_products_are_those_of_numbers_of_bf16(pair: int, threads: int):
     for rows, n, k in [(1, 1, 1), (3, 33, 15), (8, 32, 64), (17, 70, 77), (70, 5, 32), (13, 100, 601)]:
         torch.manual_seed(rows)
         x, w = torch.randn(rows, k), torch.randn(n, k)
-        [[panels]] = [one.values() for one in backend._panels([{"product": [w]}])]
+        layer = torch.nn.Linear(k, n, bias=False)
+        layer.weight.data = w
+        [[panels]] = [one.values() for one in backend._panels([{"product": [[layer]]}])]
         y = torch.full((rows + 1, n), 7.0)
         backend.library.multiply(x.data_ptr(), rows, panels.data_ptr(), n, k, 1, threads, y.data_ptr())
         given, rounded = (x.bfloat16() if pair == 2 else x).double(), w.bfloat16().double()
@@ -424,6 +481,14 @@ def test_other_documents_may_be_read_between_two_steps():
             backend.read([[7, 8, 9]], [[3]])
 
 
+def disabled() -> Any:
+    model = with_adapters("llama")
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            cast(Any, module).enable_adapters(False)
+    return model
+
+
 def adapted() -> Any:
     model = network("llama")
     layer = model.model.layers[1].self_attn.q_proj
@@ -447,6 +512,9 @@ def adapted() -> Any:
         (lambda: AutoModelForCausalLM.from_config(MistralConfig(**SIZES, sliding_window=5)), "has a sliding window"),
         (lambda: network("llama").double(), "it takes fp32 or bf16 weights on a CPU"),
         (adapted, "its linear layers are modified"),
+        (lambda: with_adapters("llama", use_dora=True), "have other adapters than LoRA on fp32 weights"),
+        (lambda: compute_copy(with_adapters("llama"), "bf16"), "have other adapters than LoRA on fp32 weights"),
+        (disabled, "have other adapters"),
     ],
 )
 def test_other_models_are_refused_in_a_line(model: Any, line: str):

@@ -155,6 +155,29 @@ def merged_weights(model: Any, factors: Mapping[str, Tensor], options: Lora, **t
     return merged
 
 
+def has_full_weight(layer: Any) -> bool:
+    """Whether `full_weight` is all that a linear layer multiplies with: it is plain, or has one plain adapter in use.
+
+    With bf16 weights the sum would be rounded to bf16 again, which loses most of what a small B A adds.
+    """
+    plain = getattr(layer, "base_layer", layer)
+    if type(plain) is not nn.Linear or "forward" in vars(plain):
+        return False
+    kind = f"{type(layer).__module__}.{type(layer).__name__}"
+    return plain is layer or (
+        kind == "peft.tuners.lora.layer.Linear"
+        and layer.active_adapters == [ADAPTER]
+        and not (layer.merged or layer.disable_adapters or layer.lora_variant or layer.lora_bias[ADAPTER])
+        and plain.weight.dtype == torch.float32
+    )
+
+
+def full_weight(layer: Any) -> Tensor:
+    """The weight of a linear layer: W, with an adapter W + alpha / r * B A."""
+    weight = layer.weight.detach()
+    return weight + layer.get_delta_weight(ADAPTER).detach() if hasattr(layer, "base_layer") else weight
+
+
 def export(model: Any, folder: Path, network: Network, options: Lora) -> None:
     """Save the trained network, whose full weights are those of `model` unless it has adapters.
 

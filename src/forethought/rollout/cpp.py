@@ -28,6 +28,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from forethought.config import Method
+from forethought.models import lora
 from forethought.prefix import LayerState, Prefix, SuffixCache, backbone, check_logits, lm_head, read
 from forethought.rollout.decoder import sample_with_logp
 
@@ -118,7 +119,7 @@ class CppBackend:
     def prepared(self) -> Iterator["CppBackend"]:
         """Pack the model's current weights into panels."""
         layers = self.model.base_model.layers
-        products = [*(_products(layer) for layer in layers), {"head": [self.model.lm_head.weight]}]
+        products = [*(_products(layer) for layer in layers), {"head": [[self.model.lm_head]]}]
         assert not self._weights, "one batch of thoughts at a time"
         try:
             self._sizes = {**_sizes(self.model), "bf16": int(self.bf16)}
@@ -250,14 +251,13 @@ class CppBackend:
             "prefix_values": torch.zeros(documents, heads, value_panels, dtype=dtype),
         }
 
-    def _panels(self, products: Sequence[dict[str, list[Tensor]]]) -> list[dict[str, Tensor]]:
+    def _panels(self, products: Sequence[dict[str, list[list[Any]]]]) -> list[dict[str, Tensor]]:
         """The (output, input) matrices of each product in panels that hold equally many outputs of each matrix."""
         named = [(number, name, some) for number, one in enumerate(products) for name, some in one.items()]
-        pair = self.library.pair() if self.bf16 else 1
-        shapes = [
-            (-(-some[0].shape[0] * len(some) // self.width), some[0].shape[1] + some[0].shape[1] % pair, self.width)
-            for _, _, some in named
-        ]
+        pair, shapes = self.library.pair() if self.bf16 else 1, []
+        for _, _, some in named:
+            outputs, inputs = sum(one.out_features for layers in some for one in layers), some[0][0].in_features
+            shapes.append((-(-outputs // self.width), inputs + inputs % pair, self.width))
         dtype, pack = (torch.bfloat16, self.library.pack_bf16) if self.bf16 else (torch.float32, self.library.pack)
         whole = torch.empty(sum(math.prod(shape) for shape in shapes), dtype=dtype)  # one allocation
         self.library.large_pages(_pointer(whole), whole.nbytes)
@@ -266,8 +266,8 @@ class CppBackend:
             panels, whole = whole[: math.prod(shape)].view(shape), whole[math.prod(shape) :]
             panels[-1] = 0  # the last one may have columns of padding
             share, threads = self.width // len(matrices), torch.get_num_threads()
-            for i, matrix in enumerate(matrices):
-                given = matrix.detach().to(dtype).contiguous()
+            for i, layers in enumerate(matrices):
+                given = torch.cat([lora.full_weight(layer) for layer in layers]).to(dtype)
                 pack(_pointer(given), *given.shape, share, i * share, threads, _pointer(panels))
             packed[number][name] = panels
         return packed
@@ -290,14 +290,18 @@ def _sizes(model: Any) -> dict[str, Any]:
     }
 
 
-def _products(layer: Any) -> dict[str, list[Tensor]]:
-    """The matrices of a layer's products; those of one product have equally many outputs and are interleaved."""
+def _products(layer: Any) -> dict[str, list[list[Any]]]:
+    """The linear layers of a layer's products.
+
+    A product interleaves matrices of equally many outputs; the weights of some linear layers, one below the other, are
+    one matrix.
+    """
     attention, mlp = layer.self_attn, layer.mlp
     return {
-        "qkv": [torch.cat([part.weight for part in (attention.q_proj, attention.k_proj, attention.v_proj)])],
-        "out": [attention.o_proj.weight],
-        "gate_up": [mlp.gate_proj.weight, mlp.up_proj.weight],
-        "down": [mlp.down_proj.weight],
+        "qkv": [[attention.q_proj, attention.k_proj, attention.v_proj]],
+        "out": [[attention.o_proj]],
+        "gate_up": [[mlp.gate_proj], [mlp.up_proj]],
+        "down": [[mlp.down_proj]],
     }
 
 
@@ -319,12 +323,12 @@ def _check(model: Any) -> None:
     weight = model.get_input_embeddings().weight
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError("it takes fp32 or bf16 weights on a CPU")
-    base, linear = model.base_model, [one for one in model.modules() if isinstance(one, nn.Linear)]
-    mlps = [one for layer in base.layers for one in layer.mlp.children() if isinstance(one, nn.Linear)]
-    size = base.layers[0].self_attn.head_dim
+    base, size = model.base_model, model.base_model.layers[0].self_attn.head_dim
+    own = [one for layer in base.layers for groups in _products(layer).values() for group in groups for one in group]
+    mlps = [one for layer in base.layers for one in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj)]
     reasons = {
-        "its linear layers are modified, as by adapters": any(
-            type(one) is not nn.Linear or "forward" in vars(one) for one in linear
+        "its linear layers are modified, or have other adapters than LoRA on fp32 weights": any(
+            not lora.has_full_weight(one) for one in (*own, model.lm_head)
         ),
         "its head or its MLPs have biases": any(one.bias is not None for one in (model.lm_head, *mlps)),
         "its attention has a sliding window": any(
