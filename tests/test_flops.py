@@ -7,6 +7,7 @@ nothing is compared with that figure. Of a Mamba-2 step it does not see the stat
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import DynamicCache, Gemma3Config, Qwen3Config
 
-from forethought.config import UserError, from_dict
+from forethought.algo.rlp import RLP
+from forethought.algo.rpt import RPT
+from forethought.config import Rollout, UserError, from_dict
 from forethought.flops import (
     FAMILIES,
     Attention,
@@ -36,12 +39,15 @@ from forethought.flops import (
     t_flop,
 )
 from forethought.memory import cache_numbers
+from forethought.models.compute_copy import Network
 from forethought.prefix import enable
+from forethought.rollout import engine
+from forethought.rollout.cpp import CppBackend
 from forethought.run.folder import RunLog
 from forethought.trainer import resume, train
 from helpers.architectures import CONFIGS, model
 from helpers.flops import counted
-from helpers.models import FORM, LONG, MODELS, REPEATING, collected, config, cpt, gpt2, rlp, window
+from helpers.models import FORM, LONG, MODELS, REPEATING, collected, config, cpt, gpt2, rlp, window, word_tokenizer
 from helpers.runs import figures, options
 
 ATTENTION = Attention(heads=2, kv_heads=1, head_dim=3, window=None)
@@ -185,13 +191,18 @@ def test_a_step_by_hand(sharing: Any, prefill: int, learned: int | None):
 
 def test_evidence_that_is_read_again_by_hand():
     """Each thought with its targets, a token more than an engine reads that sees the logits itself."""
-    again = dataclasses.replace(WORK, reread=True)
+    again = dataclasses.replace(WORK, tails=(), reread=WORK.tails)
     rows = ((2 + 4, 6), (2 + 7, 6), (2 + 2, 4), (2 + 6, 4), (2 + 3, 3), (2 + 3, 3))
     shared = linear(9 + sum(n for n, _ in rows), 6, 21 + 6 + sum(pairs(*row) for row in rows))
     assert rlp_step(TINY, again).score == shared
     whole = [sum(row) for row in rows]
     copied = linear(sum(whole), 6, sum(pairs(n, 0) for n in whole))
     assert rlp_step(TINY, dataclasses.replace(again, sharing="none")).score == copied
+    both = rlp_step(TINY, dataclasses.replace(again, tails=WORK.tails))
+    assert both.score == shared + rlp_step(TINY, WORK).score, "a sampler that rounds its weights reads the targets, too"
+    assert both.update == rlp_step(TINY, again).update == rlp_step(TINY, WORK).update
+    predicting = (dataclasses.replace(one, predicts=True) for one in (again, WORK))
+    assert len({rlp_step(TINY, one).update for one in predicting}) == 1
 
 
 def test_what_is_not_asked_costs_nothing_and_what_is_repeated_costs_again():
@@ -290,6 +301,28 @@ def test_a_real_step_with_shared_prefixes_equals_torchs_count_outside_attention(
     work, _, update = run_step(policy, WIDE, prefix="shared", positions=2)
     assert len(work.prefixes) > len(work.windows)
     assert counted(update) == rlp_step(shape, work).training - unused * sum(work.prefixes[1::2])
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize(("kind", "more"), [(RLP, {"horizon": 3}), (RPT, {"name": "rpt", "prediction_length": 3})])
+def test_rounded_weights_read_what_follows_a_thought_and_the_policy_reads_it_again(
+    kind: Any, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    """torch's counter sees the policy's passes alone; attention is left out, as above."""
+    steps, step = [], CppBackend.step
+    policy, settings = MODELS["qwen3"](), config(tokens=1, rows=1, thought_length=4, position_policy="uniform", **more)
+    model = dataclasses.replace(settings.model, decoding="cpp")
+    settings = dataclasses.replace(settings, model=model, rollout=Rollout(precision="bf16"))
+    method = kind(Network(policy, "fp32"), engine(policy, WIDE, settings), WIDE, word_tokenizer(), settings)
+    monkeypatch.setattr(CppBackend, "step", lambda *given: steps.append(given[1].numel()) or step(*given))
+    with FlopCounterMode(display=False) as rollout:
+        work = method.collect(WINDOWS, 1).work(WIDE, settings)
+    shape = dataclasses.replace(Shape.of(policy.config), attention=())
+    thoughts, tails = ([n for some in group for n in some] for group in (work.thoughts, work.tails))
+    assert sum(steps) == work.opening * len(thoughts) + sum(thoughts) + sum(tails)
+    seen = counted(rollout) - rollout.get_flop_counts()["Global"].get(torch.ops.aten.bmm, 0)
+    cost = rlp_step(shape, work)
+    assert seen == cost.teacher + cost.score - sum(tails) * decode_flops(shape, [(1, 0)])
 
 
 def test_work_says_what_was_asked_and_read():

@@ -370,7 +370,7 @@ class Flops:
 
     prefill: int = 0  # contexts, through the opening delimiter
     decode: int = 0  # thoughts, token by token
-    score: int = 0  # tokens read after a thought for its reward, or (`Work.reread`) everything read again for it
+    score: int = 0  # tokens read after a thought, and everything read again (`Work.reread`) for its reward
     teacher: int = 0  # log p without a thought, by the teacher
     proxy: int = 0  # entropies that select positions
     reference: int = 0  # forward passes of the update: old log-probabilities, the KL reference
@@ -408,9 +408,9 @@ class Work:
     prefixes: tuple[int, ...]  # of each position: tokens before it that the window's other positions may share
     opening: int  # tokens between a prefix and a thought: rest of the template, opening delimiter
     thoughts: tuple[tuple[int, ...], ...]  # of each position: sampled tokens of each thought
-    tails: tuple[tuple[int, ...], ...]  # of each position and thought: tokens read after it, see Flops.score
+    tails: tuple[tuple[int, ...], ...]  # of each position and thought: tokens that the sampler reads after it; (): none
     sharing: Sharing = "document"
-    reread: bool = False  # whether the policy reads everything again for the reward, as with vLLM
+    reread: tuple[tuple[int, ...], ...] = ()  # the same where the policy reads everything again, as with vLLM
     horizon: int = 1  # targets of each position
     teacher: bool = True  # whether the teacher was queried
     kl: bool = False  # whether a KL reference was
@@ -476,7 +476,7 @@ def rlp_step(shape: Shape, work: Work, causal: bool = True) -> Flops:
     """FLOPs of one step of RLP (Algorithm 1) or RPT; `causal` as in `forward_flops`."""
     contexts = [prefix + work.opening for prefix in work.prefixes]
     thoughts = [(n, at) for lengths, at in zip(work.thoughts, contexts, strict=True) for n in lengths]
-    tails = [n for position in work.tails for n in position]
+    targets = [n for position in work.reread or work.tails for n in position]
     prefill = {
         "document": _shared_rows(work) + [(work.opening, at - work.opening) for _, at in thoughts],
         "rollout": [(context, 0) for context in contexts],
@@ -484,7 +484,7 @@ def rlp_step(shape: Shape, work: Work, causal: bool = True) -> Flops:
     }[work.sharing]
     written = [n for position in work.written for n in position] or [0] * len(thoughts)
     sampled = [n + more for (n, _), more in zip(thoughts, written, strict=True)]
-    rows = [n + tail + 1 for (n, _), tail in zip(thoughts, tails, strict=True)] if work.predicts else sampled
+    rows = [n + tail + 1 for (n, _), tail in zip(thoughts, targets, strict=True)] if work.predicts else sampled
     scored = sum(sampled) + (work.horizon * len(rows) if work.predicts else 0)
     learned = _read_rows(work, rows, contexts)
     first = len(contexts) if work.sharing == "rollout" else len(thoughts)
@@ -494,7 +494,7 @@ def rlp_step(shape: Shape, work: Work, causal: bool = True) -> Flops:
     return Flops(
         prefill=forward_flops(shape, prefill, first, causal),
         decode=decode_flops(shape, thoughts),
-        score=_score(shape, work, [(tail, n, at) for tail, (n, at) in zip(tails, thoughts, strict=True)], causal),
+        score=_score(shape, work, thoughts, causal),
         teacher=teacher if work.teacher else 0,
         proxy=work.proxy,
         reference=passes * again,
@@ -522,15 +522,16 @@ def t_flop(n: int, l_seq: int, bs: int, iters: int, t_inp: int) -> int:
     return n * l_seq * bs * iters + t_inp
 
 
-def _score(shape: Shape, work: Work, thoughts: Sequence[tuple[int, int, int]], causal: bool) -> int:
-    """`thoughts`: tokens read after each, its own, those before it."""
-    if not work.reread:
-        return decode_flops(shape, [(tail, at + n) for tail, n, at in thoughts])
-    rows = [(at + n + tail + 1, 0) for tail, n, at in thoughts]
-    if work.sharing == "document":
-        suffixes = [(work.opening + n + tail + 1, at - work.opening) for tail, n, at in thoughts]
-        rows = _shared_rows(work) + suffixes
-    return forward_flops(shape, rows, work.horizon * len(thoughts), causal)
+def _score(shape: Shape, work: Work, thoughts: Sequence[Row], causal: bool) -> int:
+    """`thoughts`: their tokens and those before them."""
+    tails = [n for position in work.tails for n in position] or [0] * len(thoughts)
+    total = decode_flops(shape, [(tail, at + n) for tail, (n, at) in zip(tails, thoughts, strict=True)])
+    if work.reread:
+        again = [n for position in work.reread for n in position]
+        lengths = [n + tail + 1 for tail, (n, _) in zip(again, thoughts, strict=True)]
+        rows = _read_rows(work, lengths, [prefix + work.opening for prefix in work.prefixes])
+        total += forward_flops(shape, rows, work.horizon * len(thoughts), causal)
+    return total
 
 
 def _linear_flops(shape: Shape, tokens: int, head_rows: int) -> int:

@@ -132,25 +132,16 @@ class ThoughtRecord:
         read = dict.fromkeys(windows, 0)
         for window, t in zip(windows, at, strict=True):
             read[window] = max(read[window], t + positions.horizon - 1)
-        after = positions.horizon if self.predictions is None else options.prediction_length
-        lengths, written = self.thoughts.lengths.tolist(), self.predictions is not None
-        said = zip(thought_tokens(self.thoughts, form), lengths, self.thoughts.closed.tolist(), strict=True)
-        tails = [
-            tuple(
-                after - 1 + (0 if done and written else len(own) + len(form.close) - length) + form.repeat
-                for own, length, done in zip(*group, strict=True)
-            )
-            for group in said
-        ]
+        lengths, targets = self.thoughts.lengths.tolist(), self._targets(form)
         return Work(
             windows=tuple(read.values()),
             owners=tuple(windows),
             prefixes=tuple(len(form.before) + t for t in at),
             opening=len(form.after) + len(form.open),
             thoughts=tuple(map(tuple, lengths)),
-            tails=tuple(tails),  # what is read after a thought, in tokens more than were sampled
+            tails=() if config.samples_with_vllm else self._tails(targets, options.prediction_length),
             sharing="document" if config.model.prefix == "shared" else "rollout",
-            reread=config.rescores,
+            reread=targets if config.rescores else (),
             horizon=positions.horizon,
             teacher=self.no_think_logp is not None,
             kl=options.kl_weight > 0,
@@ -159,6 +150,19 @@ class ThoughtRecord:
             written=() if self.predictions is None else tuple(map(tuple, self.predictions.trained.tolist())),
             proxy=self.shard.proxy_flops,
         )
+
+    def _targets(self, form: ThoughtFormat) -> tuple[tuple[int, ...], ...]:
+        """Tokens read after the sampled ones of each thought to score its targets."""
+        after = len(form.close) + form.repeat + self.shard.positions.horizon - 1
+        groups = zip(thought_tokens(self.thoughts, form), self.thoughts.lengths.tolist(), strict=True)
+        return tuple(tuple(len(own) - n + after for own, n in zip(*group, strict=True)) for group in groups)
+
+    def _tails(self, targets: tuple[tuple[int, ...], ...], prediction: int) -> tuple[tuple[int, ...], ...]:
+        """Tokens that the sampler reads there: for the targets, or a forced delimiter and all but the last written."""
+        if self.predictions is None:
+            return targets
+        groups = zip(targets, self.thoughts.closed.tolist(), strict=True)
+        return tuple(tuple(prediction - 1 + (not c) * n for n, c in zip(*group, strict=True)) for group in groups)
 
 
 def decode_thoughts(tokenizer: Any, tokens: list[list[list[int]]]) -> list[list[str]]:

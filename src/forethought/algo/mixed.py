@@ -41,8 +41,8 @@ class MixedRecord:
 
     def work(self, form: ThoughtFormat, config: Config) -> Work:
         """Thoughts and their scores without an update, and the rows of text."""
-        work, again = self.thoughts.work(form, config), config.samples_in_bf16  # its own engine is native
-        return replace(work, inner_steps=0, kl=False, reread=again, supervised=self.rows.work(form, config))
+        work = self.thoughts.work(form, config)
+        return replace(work, inner_steps=0, kl=False, supervised=self.rows.work(form, config))
 
 
 class Mixed(RLP):

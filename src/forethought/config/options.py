@@ -383,7 +383,12 @@ class Config:
     @property
     def rescores(self) -> bool:
         """Whether the policy reads the thoughts again for their evidence, since something else sampled them."""
-        return self.rollout.engine == "vllm" or self.samples_in_bf16
+        return self.samples_with_vllm or self.samples_in_bf16
+
+    @property
+    def samples_with_vllm(self) -> bool:
+        """Whether vLLM samples. Mixed samples with an engine of its own."""
+        return self.rollout.engine == "vllm" and self.method.name != "mixed"
 
     @property
     def samples_in_bf16(self) -> bool:

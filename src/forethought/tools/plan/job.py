@@ -146,22 +146,24 @@ class Job(Setup):
         method, positions = self.config.method, self.config.method.positions
         thought = (round(self.length),) * method.group
         before = [max(1, round(self.prefix * (k + 1) / positions)) for k in range(positions)]
-        tail = max(self.prediction, method.horizon) - 1 + method.repeat_context
+        targets = ((method.horizon - 1 + method.repeat_context,) * method.group,) * positions
+        written = ((self.prediction,) * method.group,) * positions if self.prediction else ()
+        tails = tuple(tuple(n - 1 for n in group) for group in written) or targets
         return Work(
             windows=(self.document,),
             owners=(0,) * positions,
             prefixes=tuple(self.template + length for length in before),
             opening=self.between,
             thoughts=(thought,) * positions,
-            tails=((tail,) * method.group,) * positions,
+            tails=() if self.config.samples_with_vllm else tails,
             sharing="document" if self.shared else "rollout",
             horizon=method.horizon,
             teacher=self.teacher,
             kl=method.kl_weight > 0,
             inner_steps=method.inner_steps,
             predicts=method.prediction_weight > 0,
-            reread=self.config.rescores,
-            written=((self.prediction,) * method.group,) * positions if self.prediction else (),
+            reread=targets if self.config.rescores else (),
+            written=written,
             proxy=forward_flops(self.shape, [(self.max_prefix, 0)], self.max_prefix) if self.entropies else 0,
         )
 
