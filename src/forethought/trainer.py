@@ -236,7 +236,11 @@ class Trainer:
         self.start = float(sum(norms))  # the sum of |w|, by which a resumed run knows the weights that it began with
         self.engine = TimedEngine(engine(self.network.model, self.form, config))
         method = registry.load("method", config.method.name)
-        self.method: Method = method(self.network, self.engine, self.form, self.tokenizer, config)
+        made: Any = method(self.network, self.engine, self.form, self.tokenizer, config)
+        self.method: Method = made
+        self.sampler = self.engine
+        if isinstance(own := getattr(made, "engine", None), NativeEngine):  # of mixed, for the frozen start
+            made.engine = self.sampler = TimedEngine(own)
         if config.parallel.shard == "zero1" and torch.distributed.is_initialized():
             self.network.shard([one for name, one in self.method.state().items() if name == "teacher"])
         options = config.optim
@@ -371,11 +375,11 @@ class Trainer:
 
     def _collect(self, windows: list[corpus.Window], number: int) -> tuple[Record, Sequence[Any], Sums]:
         """What the step is trained on, and how long its phases took."""
-        started, sampling = time.perf_counter(), self.engine.seconds
+        started, sampling = time.perf_counter(), self.sampler.seconds
         record = self.method.collect(windows, number)
         microbatches = self.method.microbatches(record)
         sums = record.metrics()
-        if sampled := self.engine.seconds - sampling:
+        if sampled := self.sampler.seconds - sampling:
             sums["time/rollout_s"] = (sampled, 1)
             sums["time/score_s"] = (time.perf_counter() - started - sampled, 1)
         return record, microbatches, sums
@@ -433,7 +437,7 @@ class Trainer:
 
     def _term_norms(self, microbatches: Sequence[Any], number: int) -> dict[str, float]:
         """On the first and every 50th step, the gradient norm of each term of a loss that has several."""
-        if number > 1 and number % TERM_NORMS_EVERY:
+        if number > 1 and (number % TERM_NORMS_EVERY or not self.config.train.logs(number)):
             return {}
         terms, norms = [one.terms() for one in microbatches if isinstance(one, Microbatch)], {}
         for name in terms[0] if terms else ():

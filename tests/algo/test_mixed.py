@@ -185,6 +185,7 @@ def test_a_run_is_trained(tmp_path: Path):
     assert summary["flops_rollout"] > 0 and summary["flops_update"] > 0
     lines = read_lines(tmp_path / "whole" / "metrics.jsonl")
     assert all(0 < line["rollout/kept"] < 0.3 and line["objective/loss"] > 0 for line in lines)
+    assert all(line["time/step_s"] > line["time/rollout_s"] > 0 < line["time/score_s"] for line in lines)
     assert json.loads((tmp_path / "whole" / "config.json").read_text())["method"]["name"] == "mixed"
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import forethought
+from forethought import trainer
 from forethought.config import Method, UserError, load
 from forethought.data.positions import ThoughtFormat, at_positions, make_generator
 from forethought.models.logprobs import ThoughtBatch
@@ -242,6 +243,22 @@ def test_the_gradient_norm_of_each_term_is_logged(inner_steps: int, tmp_path: Pa
         assert abs(policy - prediction) < first["optim/gradient_norm"] < policy + prediction
     assert first["objective/prediction_loss"] > 0
     assert "optim/gradient_norm_policy" not in second
+
+
+def test_norms_that_are_not_logged_are_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(trainer, "TERM_NORMS_EVERY", 2)
+    words = "--train.steps 4 --train.batch 4 --train.log_every 3 --method.prediction_weight 0.2 --evaluate.path="
+    chosen = load("quickstart", [*words.split(), f"--run={tmp_path / 'run'}"])
+    measured, measure = [], trainer.Trainer._term_norms
+    monkeypatch.setattr(
+        trainer.Trainer,
+        "_term_norms",
+        lambda self, *given: measured.append(measure(self, *given)) or measured[-1],
+    )
+    forethought.train(chosen)
+    assert [bool(norms) for norms in measured] == [True, False, False, True]
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert ["optim/gradient_norm_policy" in line for line in logged] == [True, False, True]
 
 
 @pytest.mark.parametrize(

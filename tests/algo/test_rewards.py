@@ -112,6 +112,12 @@ def test_min_gain_leaves_out_whole_positions():
     assert kept == [[True] * 3, [False] * 3]
 
 
+def test_min_gain_filters_by_the_gain_itself_not_by_the_clamped_one():
+    losing = [[-9.0, -4.0, -7.0], [-1.0, -1.0, -4.0]]  # rewards -6 -1 -4 and 1 1 -2
+    for clamp in (False, True):
+        assert compare(losing, SHIFT, min_gain=-0.5, clamp_gain=clamp)[1] == [[False] * 3, [True] * 3]
+
+
 def test_dropped_thoughts_are_no_ones_sibling():
     advantages, kept = compare(VALUE, SHIFT, [[True, False, True], [True, False, False]], unclosed="drop")
     assert advantages == [[6.0, 0.0, -6.0], [0.0, 0.0, 0.0]]

@@ -65,10 +65,10 @@ def compute_advantages(
     compared = rewards.value if config.shift_invariant else rewards.total
     if compared is None:
         raise UserError(f"method.reward = {options.reward!r}: returned no shift, which these method options need")
-    if options.clamp_gain:
-        compared = compared.clamp(min=0)
     if not config.shift_invariant:
         kept = kept & ~(compared.amax(dim=1, keepdim=True) < options.min_gain)  # NaN stays, and stops the run
+    if options.clamp_gain:
+        compared = compared.clamp(min=0)
     if options.baseline == "group":
         advantages = group_advantages(compared, None if bool(kept.all()) else kept)
     elif options.baseline == "batch":
