@@ -65,7 +65,7 @@ class Layout:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen, torch.compile 2.11 would compile its fields, and again for each set of documents
 class PrefixSuffixKV:
     """Keys or values in two parts, passed where an attention function expects one tensor."""
 
