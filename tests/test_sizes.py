@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from forethought.algo.cpt import CPT
 from forethought.config import Config, RunError, from_dict
 from forethought.flops import SavedBytes
 from forethought.memory import Device, Setup, memory, sized
+from forethought.models.loading import load_model
+from forethought.models.logprobs import chunk_tokens
 from forethought.run.folder import RunLog, read_lines
 from forethought.run.trackers import Callbacks
 from forethought.tools.plan import Options, as_dict, plan
@@ -163,3 +166,14 @@ def test_out_of_memory_halves_what_was_chosen_once(tmp_path: Path):
     with pytest.raises(RunError, match=r"^CUDA out of memory after step \d; saved after step \d; train --resume"):
         train(from_dict({**values, "overwrite": True}))
     assert RunLog.open(run).config().train.rollout_batch == 63
+
+
+def test_sizes_that_memory_did_not_choose_are_halved_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of next-token training: the tokens at once that were automatic, and no thoughts, which it does not sample."""
+    values = options(tmp_path, "run", method={"name": "cpt"}, train={"steps": 2}, update={"tokens_per_chunk": 0})
+    passes = iter((CPT.forward_backward, lambda *_: out_of_memory()))
+    monkeypatch.setattr(CPT, "forward_backward", lambda *args, own=CPT.forward_backward: next(passes, own)(*args))
+    assert train(from_dict(values))["steps"] == 2
+    saved = RunLog.open(tmp_path / "run").config()
+    model = load_model(saved.model, 0)
+    assert (saved.train.rollout_batch, saved.update.tokens_per_chunk) == (0, chunk_tokens(model, 0) // 2)

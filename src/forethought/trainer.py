@@ -30,6 +30,7 @@ from forethought.models.loading import (
     load_tokenizer,
     save_thinking_options,
 )
+from forethought.models.logprobs import chunk_tokens
 from forethought.rollout import Responses, Thoughts, engine
 from forethought.rollout.native import NativeEngine
 from forethought.run import checkpoint, distributed
@@ -53,6 +54,10 @@ LESS_MEMORY = "a smaller update.tokens_per_chunk or train.rollout_batch, update.
 class OutOfMemory(RunError):
     """The GPU's memory ran out; where there is one process, the state is saved."""
 
+    def __init__(self, what: str, sizes: tuple[int, int]):
+        super().__init__(what)
+        self.sizes = sizes  # thoughts and tokens at once; 0 where none are sampled
+
 
 def train(config: Config, callbacks: Callbacks | None = None) -> dict[str, Any]:
     """Run a config from its start. Returns what summary.json holds. Raises UserError, RunError, Stopped.
@@ -62,12 +67,11 @@ def train(config: Config, callbacks: Callbacks | None = None) -> dict[str, Any]:
     callbacks = callbacks or Callbacks()
     try:
         return _begin(config, callbacks)
-    except OutOfMemory:
+    except OutOfMemory as error:
         if all(_sizes(config)) or distributed.launcher_rank_and_size()[1] > 1:
             raise
+        halves = [size and max(1, size // 2) for size in error.sizes]
     _free_memory()
-    saved = RunLog.open(config.run).config()
-    halves = (max(1, saved.train.rows // 2), saved.update.tokens_per_chunk // 2)
     return resume(config.run, callbacks, _with_sizes(config, halves))
 
 
@@ -323,7 +327,10 @@ class Trainer:
                 if isinstance(error, torch.OutOfMemoryError):
                     good = f"saved after step {self.saved}" if self.saved >= 0 else "no state was saved"
                     what = f"{str(error).partition('. ')[0]} after step {self.step}; {good}"
-                    raise OutOfMemory(f"{what}; train --resume {log.path} takes {LESS_MEMORY}") from error
+                    what += f"; train --resume {log.path} takes {LESS_MEMORY}"
+                    samples = self.config.method.samples_thoughts or self.config.evaluate.path
+                    tokens = chunk_tokens(self.policy, self.config.update.tokens_per_chunk)
+                    raise OutOfMemory(what, (train.rows if samples else 0, tokens)) from error
                 raise
             network, to = self.network, {"device": "cpu", "dtype": torch.float32}
             with sharding.full_model(network.weights, network.model, **to) as policy:
