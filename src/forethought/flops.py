@@ -90,7 +90,7 @@ class Shape:
     intermediate: int = 0  # width of the widest MLP
     experts: int = 0  # routed experts, over all layers
     saved: SavedBytes = field(default_factory=SavedBytes)  # of a token, without Mamba layers: see `mamba_saved`
-    linears: tuple[tuple[str, int], ...] = ()  # linear layers that LoRA can adapt: name, inputs plus outputs
+    linears: tuple[tuple[str, int, int], ...] = ()  # what LoRA can adapt: name, number of the layer, inputs plus outputs
     adapter: int = 0  # weights of adapters, included in `matmul_weights`; above 0 all other weights are frozen
 
     @classmethod
@@ -99,7 +99,8 @@ class Shape:
         kind = config.model_type
         if kind not in FAMILIES:
             raise UserError(f"model_type = {kind!r}: its FLOPs are not known; known are {', '.join(sorted(FAMILIES))}")
-        whole = sum(FAMILIES[kind](config), _norms(config, 1))  # with the norm after the last layer
+        layers = FAMILIES[kind](config)
+        whole = sum(layers, _norms(config, 1))  # with the norm after the last layer
         embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
         return cls(
             model_type=kind,
@@ -113,7 +114,7 @@ class Shape:
             intermediate=widest(config),
             experts=whole.experts,
             saved=whole.saved,
-            linears=tuple(whole.linears.items()),
+            linears=tuple((name, i, width) for i, layer in enumerate(layers) for name, width in layer.linears.items()),
         )
 
     @classmethod
@@ -126,14 +127,16 @@ class Shape:
         """The shape, frozen and with LoRA adapters (unchanged where r is 0). Raises UserError for an unknown layer."""
         if not options.r:
             return self
-        widths, wanted = dict(self.linears), {name.rpartition(".")[2] for name in options.target_modules}
-        wanted = set(widths) if options.target_modules == ("all-linear",) else wanted
-        if unknown := sorted(wanted - set(widths)):
-            known = ", ".join(sorted(widths))
-            raise UserError(
-                f"lora.target_modules = {unknown[0]!r}: the model's linear layers are {known}, or all-linear"
-            )
-        return self.with_adapter(options.r * sum(widths[name] for name in wanted))
+        adapted = set(self.linears) if options.target_modules == ("all-linear",) else set()
+        for wanted in options.target_modules if not adapted else ():  # such as q_proj or layers.2.mlp.up_proj
+            *path, name = wanted.split(".")
+            layers = [int(part) for part in path if part.isdigit()] or range(self.layers)
+            found = {one for one in self.linears if one[0] == name and one[1] in layers}
+            if not found:
+                known = ", ".join(sorted({one for one, *_ in self.linears}))
+                raise UserError(f"lora.target_modules = {wanted!r}: the model's linear layers are {known}, or all-linear")
+            adapted |= found
+        return self.with_adapter(options.r * sum(width for *_, width in adapted))
 
     def with_adapter(self, weights: int) -> "Shape":
         """The shape, frozen, with adapters of so many weights."""
@@ -185,7 +188,7 @@ class _Part:
     mamba: tuple[Mamba, ...] = ()
     experts: int = 0
     saved: SavedBytes = field(default_factory=SavedBytes)
-    linears: Counter[str] = field(default_factory=Counter)  # as in `Shape`
+    linears: Counter[str] = field(default_factory=Counter)  # inputs plus outputs, by name
 
     __add__ = _add
 

@@ -397,6 +397,14 @@ def test_adapters_are_counted_without_torch(name: str):
         assert sum(seen.values()) == taken - backward * 2 * tokens.numel() * products
 
 
+@pytest.mark.parametrize("targets", [["q_proj"], ["layers.1.mlp.down_proj"], ["down_proj", "1.mlp.down_proj"]])
+def test_adapters_of_one_layer_are_counted_alone(targets: list[str]):
+    policy, options = qwen3(), with_adapters(config(), r=2, target_modules=targets)
+    lora.inject_adapters(policy, options)
+    weights = sum(one.numel() for one in policy.parameters() if one.requires_grad)
+    assert Shape.of(policy.config).adapted(options.lora).adapter == weights
+
+
 @pytest.mark.parametrize("proxy", ["", "policy"])
 def test_entropies_that_choose_positions_are_counted_with_the_adapters(proxy: str):
     options = with_adapters(config(position_policy="entropy", proxy=proxy))

@@ -106,7 +106,7 @@ def test_a_proxy_is_a_copy_of_the_start_that_reads_whole_windows_unless_it_is_th
 
 def test_adapters_by_hand():
     """Rank 2 on layers of 20 + 30 inputs and outputs: 100 weights, which alone are 20 bytes; 1,100 compute."""
-    shape = dataclasses.replace(TINY, linears=(("q_proj", 20), ("up_proj", 30)))
+    shape = dataclasses.replace(TINY, linears=(("q_proj", 0, 20), ("up_proj", 1, 30)))
     options = config(lora={"r": 2})
     one = job(options, shape.adapted(options.lora), gpus=4, layout="ddp")
     found = memory(one)
@@ -118,6 +118,8 @@ def test_adapters_by_hand():
     assert sync(one).seconds == pytest.approx(ring(one, 400, 2))
     part = config(lora={"r": 3, "target_modules": ["mlp.up_proj"]})
     assert shape.adapted(part.lora).adapter == 90
+    with pytest.raises(UserError, match=r"^lora.target_modules = 'layers.0.mlp.up_proj': "):
+        shape.adapted(config(lora={"r": 3, "target_modules": ["layers.0.mlp.up_proj"]}).lora)
     with pytest.raises(UserError, match=r"^lora.target_modules = 'gate': .* q_proj, up_proj, or all-linear$"):
         shape.adapted(config(lora={"r": 3, "target_modules": ["gate"]}).lora)
     with pytest.raises(UserError, match=r"^--layout zero1: with lora.r = 2 "):
