@@ -34,6 +34,7 @@ from helpers.tokenizers import byte_level, ending_tokenizer
 
 TEXT = "a b c d e"
 TOKENS = [5, 6, 7, 8, 9]
+GREEDY = Sampling(limit=1, temperature=0.0)
 
 
 def thinker(model: Any = None, tokenizer: Any = None, **method: Any) -> ThinkingModel:
@@ -446,10 +447,17 @@ def test_mixture_worked_by_hand():
         (lambda one: one.next_token([5] * 125), "a text of 126 tokens with 9 for a thought takes 135 tokens"),
         (lambda one: one.gains([5] * 122), "a text of 122 tokens"),
         (lambda one: one.generate([5] * 100, max_tokens=40), "a text of 140 tokens"),
-        (lambda one: one.generate(TEXT, max_tokens=0), "max_tokens and think_every"),
-        (lambda one: one.generate(TEXT, think_every=0), "max_tokens and think_every"),
-        (lambda one: one.generate(TEXT, temperature=-1.0), "temperature at least 0 and finite"),
-        (lambda one: one.generate(TEXT, temperature=float("nan")), "temperature at least 0 and finite"),
+        (lambda one: one.generate(TEXT, max_tokens=0), "max_tokens = 0, think_every = 1: must be"),
+        (lambda one: one.generate(TEXT, think_every=0), "max_tokens = 64, think_every = 0: must be"),
+        (lambda one: one.generate(TEXT, temperature=-1.0), "temperature = -1.0: must be at least 0 and finite"),
+        (lambda one: one.generate(TEXT, temperature=float("nan")), "temperature = nan: must be at least 0 and finite"),
+        (lambda one: Sampling(limit=0, temperature=1.0), "limit = 0, top_p = 1.0: at least 1 token"),
+        (lambda one: Sampling(limit=1, temperature=1.0, top_p=0.0), "limit = 1, top_p = 0.0: at least 1 token"),
+        (lambda one: Sampling(limit=1, temperature=-1.0), "temperature = -1.0: must be at least 0 and finite"),
+        (lambda one: one.answer([[]], GREEDY, [0]), "text = ''"),
+        (lambda one: one.answer([[5, 12]], GREEDY, [0]), "token 12 is none of the model's, which are 0 to 11"),
+        (lambda one: one.score([([5], [12])]), "token 12 is none"),
+        (lambda one: one.score([([-1], [5])]), "token -1 is none"),
         (lambda one: one.score([([5], [])]), "at least one token each"),
         (lambda one: one.score([([5], [6]), ([5] * 4, [6] * 117)]), "a text of 121 tokens with 9 for a thought"),
         (lambda one: one.next_token("a \ud800"), "contains a lone surrogate"),
@@ -473,6 +481,10 @@ def test_mixture_worked_by_hand():
 def test_what_cannot_be_is_refused(call: Any, message: str):
     with pytest.raises(UserError, match=message):
         call(thinker())
+
+
+def test_no_contexts_have_no_answers():
+    assert thinker().answer([], GREEDY, []) == []
 
 
 def test_the_longest_text_that_is_taken_can_be_thought_about():

@@ -90,7 +90,7 @@ class Shape:
     intermediate: int = 0  # width of the widest MLP
     experts: int = 0  # routed experts, over all layers
     saved: SavedBytes = field(default_factory=SavedBytes)  # of a token, without Mamba layers: see `mamba_saved`
-    linears: tuple[tuple[str, int, int], ...] = ()  # what LoRA can adapt: name, number of the layer, inputs plus outputs
+    linears: tuple[tuple[str, int, int], ...] = ()  # what LoRA can adapt: name, layer, inputs plus outputs
     adapter: int = 0  # weights of adapters, included in `matmul_weights`; above 0 all other weights are frozen
 
     @classmethod
@@ -134,7 +134,8 @@ class Shape:
             found = {one for one in self.linears if one[0] == name and one[1] in layers}
             if not found:
                 known = ", ".join(sorted({one for one, *_ in self.linears}))
-                raise UserError(f"lora.target_modules = {wanted!r}: the model's linear layers are {known}, or all-linear")
+                what = f"lora.target_modules = {wanted!r}"
+                raise UserError(f"{what}: the model's linear layers are {known}, or all-linear")
             adapted |= found
         return self.with_adapter(options.r * sum(width for *_, width in adapted))
 

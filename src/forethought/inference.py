@@ -58,11 +58,16 @@ Rule = Callable[[float], bool]  # whether to think where the plain prediction ha
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How to draw tokens, and how many."""
+    """How to draw tokens, and how many. Raises UserError for values that are out of range."""
 
     limit: int  # longest text, in generated tokens
     temperature: float  # 0: greedy
     top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_temperature(self.temperature, "temperature")
+        if self.limit < 1 or not 0 < self.top_p <= 1:
+            raise UserError(f"limit = {self.limit}, top_p = {self.top_p}: at least 1 token, and above 0 to 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,10 +176,13 @@ class ThinkingModel:
         tokens = context_tokens(self.tokenizer, text) if isinstance(text, str) else [int(token) for token in text]
         if not tokens:
             raise UserError("text = '': must have at least one token, since a thought is about what follows")
+        self._check_tokens(tokens)
+        return tokens
+
+    def _check_tokens(self, tokens: Sequence[int]) -> None:
         size = self.model.get_input_embeddings().weight.shape[0]
         if wrong := [token for token in tokens if not 0 <= token < size]:
             raise UserError(f"text: token {wrong[0]} is none of the model's, which are 0 to {size - 1}")
-        return tokens
 
     @torch.no_grad()
     def next_token(self, text: Text, *, thoughts: int = 1, seed: int = 0) -> Prediction:
@@ -266,6 +274,8 @@ class ThinkingModel:
         """
         if any(not context or not continuation for context, continuation in pairs):
             raise UserError("a context and its continuation must have at least one token each")
+        for tokens in itertools.chain.from_iterable(pairs):
+            self._check_tokens(tokens)
         rule = thinking_rule(think_when, thoughts)
         self.check_length(max((len(context) + len(more) for context, more in pairs), default=0), thoughts)
         scores: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
@@ -301,8 +311,9 @@ class ThinkingModel:
         context window.
         """
         tokens, rule = self.encode(text), thinking_rule(think_when, thoughts)
-        if max_tokens < 1 or think_every < 1 or not 0 <= temperature < math.inf:
-            raise UserError("max_tokens and think_every must be at least 1, temperature at least 0 and finite")
+        _check_temperature(temperature, "temperature")
+        if max_tokens < 1 or think_every < 1:
+            raise UserError(f"max_tokens = {max_tokens}, think_every = {think_every}: must be at least 1")
         self.check_length(len(tokens) + max_tokens, thoughts)
         how = {"thoughts": thoughts, "rule": rule, "temperature": temperature, "seed": seed}
         return self._generate(tokens, (max_tokens, think_every), **how)
@@ -327,8 +338,8 @@ class ThinkingModel:
 
         Raises UserError if a context, its thought and sampling.limit tokens exceed the context window.
         """
-        rule = thinking_rule(think_when, thoughts)
-        self.check_length(max(map(len, contexts)) + sampling.limit, thoughts)
+        contexts, rule = [self.encode(context) for context in contexts], thinking_rule(think_when, thoughts)
+        self.check_length(max(map(len, contexts), default=0) + sampling.limit, thoughts)
         generators = [make_generator(seed, "answer", context) for seed, context in zip(seeds, contexts, strict=True)]
         sampled = self._think(contexts, min(thoughts, 1), seeds, thought_temperature, rule=rule)
         prompts = [(self._rows(context, some) or [context])[0] for context, some in zip(contexts, sampled, strict=True)]
@@ -540,9 +551,9 @@ class ThinkingModel:
         return "" if text.endswith("\N{REPLACEMENT CHARACTER}") else text
 
 
-def _check_temperature(temperature: float | None) -> None:
+def _check_temperature(temperature: float | None, name: str = "thought_temperature") -> None:
     if temperature is not None and not 0 <= temperature < math.inf:
-        raise UserError(f"thought_temperature = {temperature}: must be at least 0 and finite")
+        raise UserError(f"{name} = {temperature}: must be at least 0 and finite")
 
 
 def thinking_rule(think_when: str | None, thoughts: int) -> Rule | None:
