@@ -567,8 +567,9 @@ class Trainer:
     def _keeps_start(self) -> bool:
         """Whether the start stays in use and is in no checkpoint: under adapters, in mixed, as a proxy."""
         method = self.config.method
-        proxy = method.samples_thoughts and registry.entry("position_policy", method.policy).proxy and not method.proxy
-        return self.network.has_adapters or proxy or method.name == "mixed"
+        proxy = method.samples_thoughts and registry.entry("position_policy", method.policy).proxy
+        own = proxy and not (method.proxy or method.kl_weight)  # the KL reference is the proxy, and saved
+        return self.network.has_adapters or own or method.name == "mixed"
 
     def record_changes(
         self, log: RunLog, callbacks: Callbacks, changes: dict[str, tuple[Any, Any]], files: list[str]

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from forethought.algo.policy_gradient import Microbatch
 from forethought.data.positions import ThoughtFormat, draw_positions, make_generator, pad_rows
+from forethought.models.compute_copy import Network
 from forethought.rollout import thought_tokens
 from helpers.models import (
     CLOSE,
@@ -447,3 +448,14 @@ def test_thoughts_are_described_in_words():
         assert len(member["text"].split()) == member["length"]
         assert member["reward"] == pytest.approx(member["evidence"] - batch.rows[0]["nothink"], abs=1e-6)
     assert sum(member["advantage"] for member in members) == pytest.approx(0, abs=1e-5)
+
+
+def test_the_start_takes_the_place_of_the_policy_once_a_step(monkeypatch: pytest.MonkeyPatch):
+    """And not for each chunk: with bf16 or adapters all weights are copied, there and back."""
+    options = config(kl_weight=0.5, positions=1)
+    options = dataclasses.replace(options, update=dataclasses.replace(options.update, tokens_per_chunk=1))
+    method, swaps = rlp(qwen3(), options), []
+    swapped = Network.swapped_weights
+    monkeypatch.setattr(Network, "swapped_weights", lambda self, other: swaps.append(other) or swapped(self, other))
+    assert len(collected(method, WINDOWS, step=1).microbatches) == len(WINDOWS) > 1
+    assert [one is method.reference for one in swaps].count(True) == 1

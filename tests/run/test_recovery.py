@@ -315,6 +315,19 @@ def test_another_start_is_not_resumed(tmp_path: Path):
     assert_same_run(tmp_path / "run", run)
 
 
+def test_another_start_is_resumed_where_a_checkpoint_holds_the_first_one(tmp_path: Path):
+    """The KL reference, by whose entropy positions are chosen too."""
+    start, method = tmp_path / "start", {"position_policy": "entropy", "kl_weight": 0.1}
+    values = options(tmp_path, "run", **KEPT, method=method, model={"path": str(start), "init": "pretrained"})
+    shutil.copytree(EMBEDDED["embedded"], start)
+    train(from_dict(values))
+    run = cut(tmp_path / "run", "again", 3)
+    weights = load_file(start / "model.safetensors")
+    save_file({name: 1.01 * one for name, one in weights.items()}, start / "model.safetensors", {"format": "pt"})
+    resume(run)
+    assert_same_run(tmp_path / "run", run)
+
+
 def test_a_teacher_that_is_not_whole_does_not_become_the_policy(tmp_path: Path, whole: Path):
     run = tmp_path / "run"
     shutil.copytree(whole, run)

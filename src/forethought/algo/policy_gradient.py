@@ -99,33 +99,31 @@ class PolicyGradient:
         weight, group = self.config.method.prediction_weight, advantages.shape[1]
         contents = thought_tokens(record.thoughts, self.form) if weight else []
         longest = max(len(window.tokens) for window in positions.windows)
-        found, start = [], 0
+        pieces, start = [], 0
         for chunk in positions.chunks(max(1, self.config.method.positions * (self.scoring.tokens // longest))):
-            rows = slice(start, start + len(chunk))
+            rows = slice(start, start := start + len(chunk))
             batch = ThoughtBatch.from_positions(self.form, chunk, sampled.tokens[rows], sampled.mask[rows])
+            pieces.append((chunk, rows, batch))
+        old = reference = [None] * len(pieces)
+        if self.config.method.inner_steps > 1:
+            old = [thought_logp(self.policy, self.form, batch, self.scoring) for *_, batch in pieces]
+        if self.reference is not None:
+            with self.network.swapped_weights(self.reference) as model:
+                reference = [thought_logp(model, self.form, batch, self.scoring) for *_, batch in pieces]
+        found, soft = [], record.soft_targets
+        for (chunk, rows, batch), logp_old, logp_reference in zip(pieces, old, reference, strict=True):
+            kept, targets = record.kept[rows].flatten(), None if soft is None else soft[rows]
             microbatch = Microbatch(
-                batch=batch,
+                batch=batch.with_targets(self.form, chunk, contents[rows], targets) if weight else batch,
                 logp_sampler=sampled.logp[rows].flatten(0, 1),
-                logp_old=None,
-                logp_reference=None,
+                logp_old=logp_old,
+                logp_reference=logp_reference,
                 advantage=advantages[rows].flatten(),
-                kept=record.kept[rows].flatten(),
+                kept=kept,
                 scale=1 / (record.shard.global_count * group),
+                prediction_weight=weight * kept.float() if weight else None,
             )
-            if self.config.method.inner_steps > 1:
-                microbatch = replace(microbatch, logp_old=thought_logp(self.policy, self.form, batch, self.scoring))
-            if self.reference is not None:
-                with self.network.swapped_weights(self.reference) as reference:
-                    logp = thought_logp(reference, self.form, batch, self.scoring)
-                microbatch = replace(microbatch, logp_reference=logp)
-            if weight:
-                batch = batch.with_targets(self.form, chunk, contents[rows])
-                if record.soft_targets is not None:
-                    batch = replace(batch, soft_targets=record.soft_targets[rows])
-                predicted = weight * microbatch.kept.float()
-                microbatch = replace(microbatch, batch=batch, prediction_weight=predicted)
             found.append(microbatch)
-            start += len(chunk)
         return found
 
     def forward_backward(self, microbatch: Microbatch) -> tuple[float, Sums]:

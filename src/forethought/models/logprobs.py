@@ -103,7 +103,11 @@ class ThoughtBatch:
         )
 
     def with_targets(
-        self, form: ThoughtFormat, positions: Positions, contents: Sequence[Sequence[Sequence[int]]]
+        self,
+        form: ThoughtFormat,
+        positions: Positions,
+        contents: Sequence[Sequence[Sequence[int]]],
+        soft_targets: Float[Tensor, "position horizon vocab"] | None = None,
     ) -> "ThoughtBatch":
         """The same thoughts, each read through the bridge and the targets of its position.
 
@@ -114,7 +118,7 @@ class ThoughtBatch:
         after = zip(contents, positions.contexts(), positions.targets().tolist(), strict=True)
         rows = [[*one, *form.bridge(context), *true] for group, context, true in after for one in group]
         read, real = (some.to(self.tokens.device) for some in pad_rows(rows, form.pad, left=False))
-        return replace(self, read=(read, real), horizon=positions.horizon)
+        return replace(self, read=(read, real), horizon=positions.horizon, soft_targets=soft_targets)
 
     @property
     def reading(self) -> tuple[Int[Tensor, "row read"], Bool[Tensor, "row read"]]:
