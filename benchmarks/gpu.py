@@ -244,7 +244,7 @@ def steps(options: argparse.Namespace, rates: dict[str, Any]) -> list[dict[str, 
             | {
                 "first_step_s": found[0]["step_s"],
                 "decoding": options.decoding,
-                "chunk": step.method.policy_gradient.scoring.tokens,
+                "chunk": step.method.scoring.tokens,
             }
             | {
                 "rollout_tokens_per_s": decoded,
@@ -274,7 +274,7 @@ def update(options: argparse.Namespace, rates: dict[str, Any]) -> list[dict[str,
     row |= {
         "phase": "update",
         "documents": len(step.windows),
-        "chunk": step.method.policy_gradient.scoring.tokens,
+        "chunk": step.method.scoring.tokens,
         "seconds": min(seconds),
     }
     row |= {"update_tflops": rate, "update_of_matmul": rate / rates["matmul_tflops"]}
@@ -303,7 +303,7 @@ WAYS = {
 def ways(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The update in several ways, in turns: seconds, of the first turn too, and how far the gradients are apart."""
     step, _, microbatches = _to_update(options)
-    gradient, scoring = step.method.policy_gradient, step.method.policy_gradient.scoring
+    gradient, scoring = step.method, step.method.scoring
     seconds: dict[str, list[float]] = {name: [] for name in WAYS if DEVICE == "cuda" or name in ("plain", "compile")}
     found: dict[str, torch.Tensor] = {}
     for _ in range(1 + options.repeats):

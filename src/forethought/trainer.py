@@ -31,7 +31,7 @@ from forethought.models.loading import (
     save_thinking_options,
 )
 from forethought.models.logprobs import chunk_tokens
-from forethought.rollout import Responses, Thoughts, engine
+from forethought.rollout import Thoughts, engine
 from forethought.rollout.native import NativeEngine
 from forethought.run import checkpoint, distributed
 from forethought.run.diagnostics import (
@@ -194,26 +194,17 @@ class TimedEngine:
         if isinstance(self.engine, NativeEngine):
             self.engine.keep_buffers = False
 
-    def sample(self, positions: Positions, noise: torch.Tensor) -> Thoughts:
+    def sample(self, positions: Positions, noise: torch.Tensor, writing: torch.Tensor | None = None) -> Thoughts:
         """The engine's `sample`."""
-        with self._timed():
-            return self.engine.sample(positions, noise)
-
-    def respond(self, positions: Positions, noise: torch.Tensor, writing: torch.Tensor) -> Responses:
-        """The engine's `respond`."""
-        with self._timed():
-            return self.engine.respond(positions, noise, writing)
+        started, more = time.perf_counter(), () if writing is None else (writing,)
+        with self.offload.away() if self.offload else contextlib.nullcontext():
+            thoughts = self.engine.sample(positions, noise, *more)
+        self.seconds += time.perf_counter() - started
+        return thoughts
 
     def sync(self) -> None:
         """The engine's `sync`."""
         self.engine.sync()
-
-    @contextlib.contextmanager
-    def _timed(self) -> Iterator[None]:
-        started = time.perf_counter()
-        with self.offload.away() if self.offload else contextlib.nullcontext():
-            yield
-        self.seconds += time.perf_counter() - started
 
 
 class Trainer:

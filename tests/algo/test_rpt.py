@@ -23,7 +23,7 @@ from forethought.data.token_bytes import TokenBytes
 from forethought.flops import Shape, Work, forward_flops, rlp_step
 from forethought.models.compute_copy import Network
 from forethought.models.loading import EMBEDDED
-from forethought.rollout import Responses, Thoughts, draw_noise
+from forethought.rollout import Thoughts, draw_noise
 from forethought.run.folder import RunLog, read_lines
 from forethought.run.trackers import Callbacks
 from forethought.trainer import Trainer, resume, train
@@ -149,21 +149,19 @@ def test_right_whatever_the_prediction_is_cut_into(truth, cuts, more):
     assert not prefix_match([whole, more + b"x"], truth)
 
 
-def responses(written: list[list[int]], closed: list[bool], lengths: list[int]) -> Responses:
+def responses(written: list[list[int]], closed: list[bool], lengths: list[int]) -> Thoughts:
     """One position; thoughts of tokens 7 and log-probabilities -1, -2, ...; written ones -10, -20, ..."""
-    width = max(lengths)
+    width, tokens = max(lengths), torch.tensor([written])
     mask = torch.arange(width) < torch.tensor(lengths)[:, None]
-    thoughts = Thoughts(
+    return Thoughts(
         tokens=torch.full((1, len(lengths), width), 7).where(mask, 0),
         mask=mask[None],
         closed=torch.tensor([closed]),
         logp=-(torch.arange(width) + 1.0).expand(1, len(lengths), -1) * mask,
         evidence=torch.zeros(1, len(lengths), 1),
         hit=torch.zeros(1, len(lengths), 1, dtype=torch.bool),
-    )
-    tokens = torch.tensor([written])
-    return Responses(
-        thoughts=thoughts, written=tokens, logp=-10 * (torch.arange(tokens.shape[2]) + 1.0).expand(tokens.shape)
+        written=tokens,
+        written_logp=-10 * (torch.arange(tokens.shape[2]) + 1.0).expand(tokens.shape),
     )
 
 
@@ -196,11 +194,12 @@ def test_what_is_written_has_the_probability_of_plain_rows(form, way, temperatur
     positions = at_positions(WINDOWS, [[1, 3], [2, 4, 5], [1], [2]], 1)
     noise, writing = (draw_noise((5, n), [make_generator(n, i) for i in range(len(positions))]) for n in (6, 3))
     writer = engine(model, options, form)
-    found, thoughts = writer.respond(positions, noise, writing), writer.sample(positions, noise)
+    found, thoughts = writer.sample(positions, noise, writing), writer.sample(positions, noise)
     for name in ("tokens", "mask", "closed", "hit"):
-        assert torch.equal(getattr(found.thoughts, name), getattr(thoughts, name)), name
-    assert torch.allclose(found.thoughts.evidence, thoughts.evidence, atol=1e-5)
-    assert torch.allclose(found.thoughts.logp, thoughts.logp, atol=1e-5)
+        assert torch.equal(getattr(found, name), getattr(thoughts, name)), name
+    assert torch.allclose(found.evidence, thoughts.evidence, atol=1e-5)
+    assert torch.allclose(found.logp, thoughts.logp, atol=1e-5)
+    assert thoughts.written is None and found.written is not None and found.written_logp is not None
     assert thoughts.closed.any() or form is LONG
     for i, context in enumerate(positions.contexts()):
         for g in range(5):
@@ -209,7 +208,7 @@ def test_what_is_written_has_the_probability_of_plain_rows(form, way, temperatur
             tokens = found.written[i, g]
             logp = (plain_logits(model, [*ahead, *tokens.tolist()]) / temperature).log_softmax(-1)
             logp = logp[len(ahead) - 1 : -1]
-            assert torch.allclose(found.logp[i, g], logp.gather(-1, tokens[:, None]).squeeze(-1), atol=1e-4)
+            assert torch.allclose(found.written_logp[i, g], logp.gather(-1, tokens[:, None]).squeeze(-1), atol=1e-4)
             share = logp.detach().exp().double().cumsum(-1)
             for k, token in enumerate(tokens.tolist()):  # the token whose part of the unit interval the number is in
                 low = float(share[k, token - 1]) if token else 0.0

@@ -83,5 +83,5 @@ def test_triton_is_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch):
 def test_the_options_reach_the_update():
     for chosen in (False, True):
         settings = dataclasses.replace(config(), update=Update(compile=chosen, attention=("flash", "triton")[chosen]))
-        scoring = rlp(qwen3(), settings).policy_gradient.scoring
+        scoring = rlp(qwen3(), settings).scoring
         assert (scoring.compiled, scoring.triton) == (chosen, chosen)

@@ -276,7 +276,7 @@ def test_ratios_to_the_sampler_are_one_before_the_first_step(form, temperature, 
     pieces = collected(method, WINDOWS, step=1).microbatches
     for piece in pieces:
         with torch.no_grad():
-            ratio = (thought_logp(model, form, piece.batch, method.policy_gradient.scoring) - piece.logp_sampler).exp()
+            ratio = (thought_logp(model, form, piece.batch, method.scoring) - piece.logp_sampler).exp()
         assert float((ratio - 1).abs().max()) < 1e-5
         lengths = piece.batch.mask.sum(-1)
         assert lengths.min() < lengths.max() == 8

@@ -98,7 +98,7 @@ class Mixed(RLP):
     def teacher_scores(self, positions: Positions, step: int) -> tuple[Float[Tensor, "batch horizon"], None]:
         """No-think log-evidence of the start."""
         with torch.no_grad(), self.network.as_model(self.reference) as start:
-            return no_think_logp(start, positions, self.policy_gradient.scoring.tokens)[0], None
+            return no_think_logp(start, positions, self.scoring.tokens)[0], None
 
     def _with_thoughts(
         self, positions: Positions, thoughts: Thoughts, kept: Bool[Tensor, "batch group"]

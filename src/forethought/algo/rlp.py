@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from forethought.algo.metrics import PositionShard, Sums, ThoughtRecord
-from forethought.algo.policy_gradient import Microbatch, PolicyGradient, compute_advantages
+from forethought.algo.metrics import PositionShard, ThoughtRecord
+from forethought.algo.policy_gradient import PolicyGradient, compute_advantages
 from forethought.algo.position_sampler import PositionSampler
 from forethought.algo.rewards import Predictions, Reward, RewardInputs, Rewards, apply_unclosed_penalty, as_rewards
 from forethought.config import Config, registry
@@ -19,20 +19,19 @@ from forethought.models.logprobs import no_think_distribution, no_think_logp
 from forethought.rollout import Engine, Thoughts, draw_noise
 
 
-class RLP:
+class RLP(PolicyGradient):
     """Reinforcement learning pretraining: thoughts are rewarded by the information they add about the next token."""
 
     keeps_start = False  # whether a frozen copy of the start is kept, even without a KL to it
 
     def __init__(self, network: Network, engine: Engine, form: ThoughtFormat, tokenizer: Any, config: Config):
-        self.network, self.engine, self.form, self.tokenizer, self.config = network, engine, form, tokenizer, config
-        options = config.method
-        self.teacher = Teacher(network.weights, options.ema) if self.uses_teacher(config) else None
-        frozen = options.kl_weight or self.keeps_start
-        self.reference = copy.deepcopy(network.weights).requires_grad_(False) if frozen else None
-        self.position_sampler = PositionSampler(network, self.reference, form, tokenizer, config)
-        self.reward: Reward = registry.load("reward", options.reward_name)
-        self.policy_gradient = PolicyGradient(network, form, config, self.reference)
+        frozen = config.method.kl_weight or self.keeps_start
+        start = copy.deepcopy(network.weights).requires_grad_(False) if frozen else None
+        super().__init__(network, form, config, start)
+        self.engine, self.tokenizer = engine, tokenizer
+        self.teacher = Teacher(network.weights, config.method.ema) if self.uses_teacher(config) else None
+        self.position_sampler = PositionSampler(network, start, form, tokenizer, config)
+        self.reward: Reward = registry.load("reward", config.method.reward_name)
 
     def collect(self, windows: list[Window], step: int) -> ThoughtRecord:
         """Sample G thoughts at each position, score the true tokens with and without them, compare the thoughts."""
@@ -54,17 +53,6 @@ class RLP:
             predictions=predictions,
             soft_targets=soft_targets,
         )
-
-    def microbatches(self, record: ThoughtRecord) -> list[Microbatch]:
-        """The record in pieces that fit into memory."""
-        return self.policy_gradient.microbatches(record)
-
-    def forward_backward(self, microbatch: Microbatch) -> tuple[float, Sums]:
-        """The clipped surrogate on the sampled tokens (eq. 8) and its gradients: loss and metrics of a microbatch.
-
-        With method.prediction_weight the prediction term too.
-        """
-        return self.policy_gradient.forward_backward(microbatch)
 
     def after_step(self) -> None:
         """Line 15: the EMA teacher follows the policy."""
@@ -107,7 +95,7 @@ class RLP:
         every, share = self.config.method.teacher_every, self.config.method.distillation
         if self.teacher is None or (step % every and step != 1):
             return None, None
-        at_once = self.policy_gradient.scoring.tokens
+        at_once = self.scoring.tokens
         with torch.no_grad(), self.network.swapped_weights(self.teacher.model) as teacher:
             if not share:
                 return no_think_logp(teacher, positions, at_once)[0], None

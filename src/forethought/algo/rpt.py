@@ -17,15 +17,13 @@ from forethought.config import Config, UserError
 from forethought.data.positions import Positions, ThoughtFormat
 from forethought.data.token_bytes import TokenBytes
 from forethought.models.compute_copy import Network
-from forethought.rollout import Responses, Thoughts, Writer
+from forethought.rollout import Engine, Thoughts
 
 
 class RPT(RLP):
     """Reinforcement pre-training: thoughts and predictions are sampled, a prediction is right (1) or wrong (0)."""
 
-    engine: Writer
-
-    def __init__(self, network: Network, engine: Writer, form: ThoughtFormat, tokenizer: Any, config: Config):
+    def __init__(self, network: Network, engine: Engine, form: ThoughtFormat, tokenizer: Any, config: Config):
         options = config.method
         if len(form.end) >= options.prediction_length:
             raise UserError(
@@ -45,14 +43,11 @@ class RPT(RLP):
         options = self.config.method
         noise = self.noise("thoughts", options.thought_length, shard, step)
         writing = self.noise("predictions", options.prediction_length, shard, step)
-        responses = self.engine.respond(shard.positions, noise, writing)
-        tokens, trained = parse_predictions(responses, self.form)
-        match = self._match(shard.positions, tokens).to(responses.written.device)
-        return (
-            responses.thoughts,
-            join(responses, trained, self.form.pad),
-            Predictions(tokens=tokens, trained=trained, match=match),
-        )
+        thoughts = self.engine.sample(shard.positions, noise, writing)
+        tokens, trained = parse_predictions(thoughts, self.form)
+        match = self._match(shard.positions, tokens).to(trained.device)
+        predictions = Predictions(tokens=tokens, trained=trained, match=match)
+        return thoughts, join(thoughts, trained, self.form.pad), predictions
 
     def _match(self, positions: Positions, predictions: list[list[list[int]]]) -> Tensor:
         spell, rows = self.token_bytes.token, []
@@ -62,18 +57,19 @@ class RPT(RLP):
         return torch.tensor(rows, dtype=torch.float32)
 
 
-def parse_predictions(responses: Responses, form: ThoughtFormat) -> tuple[list[list[list[int]]], Tensor]:
-    """The prediction of each response, and how many of its tokens the policy is trained on.
+def parse_predictions(thoughts: Thoughts, form: ThoughtFormat) -> tuple[list[list[list[int]]], Tensor]:
+    """The prediction written after each thought, and how many of its tokens the policy is trained on.
 
     There is no prediction after a thought that was cut off, nor where `end` is missing. Example with end = 9: of
     5 6 9 7 the prediction is 5 6, and 5 6 9 are trained on; of 5 6 7 8 there is none, and all are trained on.
     """
     end, tokens, trained = list(form.end), [], []
-    for group, closed in zip(responses.written.tolist(), responses.thoughts.closed.tolist(), strict=True):
+    assert thoughts.written is not None
+    for group, closed in zip(thoughts.written.tolist(), thoughts.closed.tolist(), strict=True):
         parsed = [_until(written, end) if done else ([], 0) for written, done in zip(group, closed, strict=True)]
         tokens.append([prediction for prediction, _ in parsed])
         trained.append([count for _, count in parsed])
-    return tokens, torch.tensor(trained, device=responses.written.device)
+    return tokens, torch.tensor(trained, device=thoughts.written.device)
 
 
 def _until(written: list[int], end: list[int]) -> tuple[list[int], int]:
@@ -86,13 +82,13 @@ def _until(written: list[int], end: list[int]) -> tuple[list[int], int]:
     return [], len(written)
 
 
-def join(responses: Responses, trained: Tensor, pad_token: int) -> Thoughts:
+def join(thoughts: Thoughts, trained: Tensor, pad_token: int) -> Thoughts:
     """Thought and prediction as one row: everything that the policy sampled, nothing that was forced."""
-    thoughts, length = responses.thoughts, responses.written.shape[2]
-    width = thoughts.tokens.shape[2] + length
-    steps = torch.arange(width, device=thoughts.tokens.device)
+    assert thoughts.written is not None and thoughts.written_logp is not None
+    length = thoughts.written.shape[2]
+    steps = torch.arange(thoughts.tokens.shape[2] + length, device=thoughts.tokens.device)
     columns = thoughts.lengths[..., None] + steps[:length]
     mask = steps < (thoughts.lengths + trained)[..., None]
-    tokens = pad(thoughts.tokens, (0, length)).scatter(-1, columns, responses.written)
-    logp = pad(thoughts.logp, (0, length)).scatter(-1, columns, responses.logp)
+    tokens = pad(thoughts.tokens, (0, length)).scatter(-1, columns, thoughts.written)
+    logp = pad(thoughts.logp, (0, length)).scatter(-1, columns, thoughts.written_logp)
     return replace(thoughts, tokens=tokens.masked_fill(~mask, pad_token), mask=mask, logp=logp.masked_fill(~mask, 0))

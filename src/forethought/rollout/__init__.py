@@ -28,20 +28,13 @@ class Thoughts:
     logp: Float[Tensor, "batch group thought"]  # the sampler's log-probability at its temperature, nats; 0 where masked
     evidence: Float[Tensor, "batch group horizon"]  # log p(x_t+k | x_<t, c, ...) at temperature 1, nats (eq. 3)
     hit: Bool[Tensor, "batch group horizon"]  # whether the true token was the likeliest one
+    written: Int[Tensor, "batch group prediction"] | None = None  # RPT: tokens sampled after the closing delimiter
+    written_logp: Float[Tensor, "batch group prediction"] | None = None  # as `logp`
 
     @property
     def lengths(self) -> Int[Tensor, "batch group"]:
         """|c|, in sampled tokens."""
         return self.mask.sum(dim=-1)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Responses:
-    """Thoughts, and what the policy continued to write after each closing delimiter, forced ones included."""
-
-    thoughts: Thoughts  # with the evidence of x_t alone
-    written: Int[Tensor, "batch group prediction"]  # sampled tokens
-    logp: Float[Tensor, "batch group prediction"]  # the sampler's log-probability at its temperature, nats
 
 
 @runtime_checkable
@@ -51,29 +44,21 @@ class Engine(Protocol):
     A new engine is a class with these two methods and one entry, or `--rollout.engine my_file:MyEngine`.
     """
 
-    def sample(self, positions: Positions, noise: Float[Tensor, "batch group thought"]) -> Thoughts:
+    def sample(
+        self,
+        positions: Positions,
+        noise: Float[Tensor, "batch group thought"],
+        writing: Float[Tensor, "batch group prediction"] | None = None,
+    ) -> Thoughts:
         """One thought for each position and group member; noise[..., u] is the uniform number that draws its token u.
 
-        The same noise gives the same thoughts, however the positions are split into calls.
+        The same noise gives the same thoughts, however the positions are split into calls. RPT alone gives `writing`:
+        the numbers that draw the tokens after each closing delimiter, sampled or forced. Evidence is then of x_t alone.
         """
         ...
 
     def sync(self) -> None:
         """Load the policy's weights after an optimizer step."""
-        ...
-
-
-@runtime_checkable
-class Writer(Engine, Protocol):
-    """An engine that can continue to write after a thought."""
-
-    def respond(
-        self,
-        positions: Positions,
-        noise: Float[Tensor, "batch group thought"],
-        writing: Float[Tensor, "batch group prediction"],
-    ) -> Responses:
-        """The thoughts that `sample` returns for the same noise, each followed by the tokens that `writing` draws."""
         ...
 
 
@@ -102,7 +87,7 @@ def rescored(thoughts: Thoughts, positions: Positions, policy: Any, form: Though
 
 
 def engine(model: Any, form: ThoughtFormat, config: Config, name: str = "") -> Any:
-    """The `Engine` of a config, or the one of this name; for RPT a `Writer`. Raises UserError as `check_prefixes`."""
+    """The `Engine` of a config, or the one of this name. Raises UserError as `check_prefixes`."""
     check_prefixes(model, config)
     return registry.load("engine", name or config.rollout.engine)(model, form, config)
 

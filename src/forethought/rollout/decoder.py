@@ -19,7 +19,7 @@ from forethought.data.positions import Positions, ThoughtFormat, pad_rows
 from forethought.models.fused import prepacked
 from forethought.models.logprobs import log_probabilities, mask_tokens, position_ids
 from forethought.prefix import Prefix, SuffixCache, backbone, check_logits, decoder_of, lm_head, read
-from forethought.rollout import Responses, Thoughts
+from forethought.rollout import Thoughts
 
 COMPACT = 0.75  # finished rows are dropped from a batch when less than this share of its rows is still decoding
 _REFILL = 0.5  # more positions are read when less than this share of the rows that fit is still decoding
@@ -123,9 +123,9 @@ class DecodeState:
 
     def thoughts(self, batch: int) -> Thoughts:
         """The thoughts at `batch` positions, padded to the longest."""
-        width = int(self.length.max())
+        width, horizon = int(self.length.max()), self.evidence.shape[1]
         mask = torch.arange(width, device=self.length.device) < self.length[:, None]
-        return Thoughts(
+        found = Thoughts(
             tokens=self.tokens[:, :width].view(batch, -1, width).clone(),
             mask=mask.view(batch, -1, width),
             closed=self.closed.bool().view(batch, -1),
@@ -133,15 +133,14 @@ class DecodeState:
             evidence=self.evidence.unflatten(0, (batch, -1)),
             hit=self.hit.bool().unflatten(0, (batch, -1)),
         )
-
-    def responses(self, batch: int) -> Responses:
-        """The thoughts and responses of rows that wrote; only the first target was one."""
-        assert self.response_logp is not None
-        thoughts, horizon = self.thoughts(batch), self.evidence.shape[1]
-        return Responses(
-            thoughts=replace(thoughts, evidence=thoughts.evidence[..., :1], hit=thoughts.hit[..., :1]),
+        if self.response_logp is None:
+            return found
+        return replace(  # what was written took the place of all targets but the first
+            found,
+            evidence=found.evidence[..., :1],
+            hit=found.hit[..., :1],
             written=self.forced_tokens[:, -horizon:].unflatten(0, (batch, -1)),
-            logp=self.response_logp.unflatten(0, (batch, -1)),
+            written_logp=self.response_logp.unflatten(0, (batch, -1)),
         )
 
 

@@ -14,7 +14,7 @@ from forethought.config import Config, Method, Notice, UserError
 from forethought.data.positions import Positions, ThoughtFormat
 from forethought.flops import PREPACK_MIN_WEIGHTS
 from forethought.prefix import attention_only
-from forethought.rollout import Responses, Thoughts, rescored
+from forethought.rollout import Thoughts, rescored
 from forethought.rollout.cpp import CppBackend
 from forethought.rollout.cuda_graphs import CUDAGraphDecoder, not_capturable
 from forethought.rollout.decoder import Backend, Decoder, DecodeState, EagerBackend
@@ -27,8 +27,8 @@ class NativeEngine:
 
     At most `rows` thoughts decode at once. With `shared` (a model that `prefix.enable` prepared) a document is stored
     once for all its thoughts; without, each thought has a copy of its prefix. A `backend` other than eager PyTorch is
-    for shared documents. With `graphs` thoughts are decoded by CUDA graphs; responses are not. Unless `keep_buffers`,
-    graphs and their buffers are freed after each call.
+    for shared documents. With `graphs` thoughts are decoded by CUDA graphs, unless the engine also writes. Unless
+    `keep_buffers`, graphs and their buffers are freed after each call.
     """
 
     def __init__(
@@ -51,33 +51,27 @@ class NativeEngine:
         """Nothing to do: the engine reads the policy's own weights."""
 
     @torch.no_grad()
-    def sample(self, positions: Positions, noise: Float[Tensor, "batch group thought"]) -> Thoughts:
-        """Sample, force the closing delimiter where needed, and score the targets with the logits that follow."""
-        state = DecodeState.start(positions, self.form, noise, self.model.device)
+    def sample(
+        self,
+        positions: Positions,
+        noise: Float[Tensor, "batch group thought"],
+        writing: Float[Tensor, "batch group prediction"] | None = None,
+    ) -> Thoughts:
+        """Sample, force the closing delimiter where needed, and score the targets with the logits that follow.
+
+        With `writing`, continue to sample from these logits.
+        """
+        state = DecodeState.start(positions, self.form, noise, self.model.device, writing)
         try:
-            (self.graphs or self.decoder).decode(positions, state)
+            (self.decoder if writing is not None else self.graphs or self.decoder).decode(positions, state)
         finally:
             if self.graphs and not self.keep_buffers:
                 self.graphs.free()
         thoughts = state.thoughts(len(positions))
-        return self.score(thoughts, positions) if self.score else thoughts
-
-    @torch.no_grad()
-    def respond(
-        self,
-        positions: Positions,
-        noise: Float[Tensor, "batch group thought"],
-        writing: Float[Tensor, "batch group prediction"],
-    ) -> Responses:
-        """Sample a thought, score the target with the logits that follow, and continue to sample from them."""
-        state = DecodeState.start(positions, self.form, noise, self.model.device, writing)
-        self.decoder.decode(positions, state)
-        found = state.responses(len(positions))
         if self.score is None:
-            return found
-        scored = self.score(found.thoughts, positions)
-        thoughts = replace(scored, evidence=scored.evidence[..., :1], hit=scored.hit[..., :1])
-        return replace(found, thoughts=thoughts)
+            return thoughts
+        scored, width = self.score(thoughts, positions), thoughts.evidence.shape[-1]
+        return replace(scored, evidence=scored.evidence[..., :width], hit=scored.hit[..., :width])
 
 
 def native_engine(model: Any, form: ThoughtFormat, config: Config) -> NativeEngine:

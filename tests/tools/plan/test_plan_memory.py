@@ -172,7 +172,7 @@ def test_peaks_are_within_15_percent(name: str, monkeypatch: pytest.MonkeyPatch)
     one = job(options, shape, prefix=n["P"], max_prefix=n["P"], document=n["P"], length=n["L"], machine=CPU)
     one = dataclasses.replace(one, opening=len(LONG.after) + len(LONG.open), closing=len(LONG.close))
     planned = memory(one)
-    assert chunk_tokens(one) == real_chunk_tokens(network.model, n["chunk"]) == method.policy_gradient.scoring.tokens
+    assert chunk_tokens(one) == real_chunk_tokens(network.model, n["chunk"]) == method.scoring.tokens
     update = planned.phases["update"] - planned.update["gradients"]
     assert update == pytest.approx(peaks.peak["update"], rel=0.15)
     decode = planned.phases["decode"] + planned.held["sampled tokens and noise"]
