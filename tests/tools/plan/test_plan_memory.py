@@ -20,6 +20,7 @@ from forethought.config import Config, from_dict
 from forethought.data.corpus import Window
 from forethought.flops import Shape, mamba_saved
 from forethought.memory import chunk_tokens, memory
+from forethought.models import fused
 from forethought.models.compute_copy import Network
 from forethought.models.logprobs import chunk_tokens as real_chunk_tokens
 from forethought.models.lora import add_adapters
@@ -194,6 +195,18 @@ def saved(act: Callable[[], Any], known: set[int]) -> tuple[int, Any]:
     return sum(size for size, _ in found.values()), result
 
 
+def saved_of_thoughts(network: Any, prefix: Any) -> int:
+    """Of a pass of three thoughts, 24 tokens, over a document."""
+    leaves = prefix.detached()
+    known = {one.untyped_storage().data_ptr() for one in (*network.parameters(), *leaves.tensors())}
+
+    def thoughts() -> Any:
+        fork = SuffixCache(leaves, [0, 0, 0])
+        return backbone(network, torch.ones(3, 8, dtype=torch.long), fork, fork.position_ids(8))
+
+    return saved(thoughts, known)[0]
+
+
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name not in ("gemma2", "falcon_h1-normed")])
 def test_what_a_token_keeps_is_what_autograd_saves(name: str, half: bool):
@@ -205,18 +218,26 @@ def test_what_a_token_keeps_is_what_autograd_saves(name: str, half: bool):
     shape = Shape.of(network.config)
     known = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
     document, prefix = saved(lambda: read(network, [list(range(24))], [[24]]), known)
-    leaves = prefix.detached()
-    known |= {tensor.untyped_storage().data_ptr() for tensor in leaves.tensors()}
-
-    def thoughts() -> Any:
-        fork = SuffixCache(leaves, [0, 0, 0])
-        return backbone(network, torch.ones(3, 8, dtype=torch.long), fork, fork.position_ids(8))
-
-    chunk, _ = saved(thoughts, known)
+    chunk = saved_of_thoughts(network, prefix)
     kept = [shape.saved, *(part for one in shape.mamba for part in mamba_saved(one))]
     planned = sum(one.bf16 if half else one.fp32 for one in kept)
     assert planned == pytest.approx(document / 24, rel=0.15)
     assert planned == pytest.approx(chunk / 24, rel=0.15)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_values_keep_queries_and_keys_of_a_joint_product(name: str, monkeypatch: pytest.MonkeyPatch):
+    """What the plan adds for a GPU: values are a part of the product, whose memory is one tensor."""
+    found = []
+    for groups in ((), fused._SAME_INPUT):
+        monkeypatch.setattr(fused, "_SAME_INPUT", groups)
+        network = model(name).bfloat16()
+        fused.fuse(network)
+        enable(network)
+        found.append(saved_of_thoughts(network, read(network, [list(range(24))], [[24]])))
+    one = Shape.of(network.config).attention[0]
+    more = 2 * one.head_dim * (one.heads + one.kv_heads)
+    assert (found[1] - found[0]) / 24 / network.config.num_hidden_layers == more
 
 
 def test_peaks_of_one_gpu_are_within_15_percent():
