@@ -62,18 +62,19 @@ class Network:
     def reduce_gradients(self, max_norm: float) -> float:
         """Sum the gradients of all ranks after the last pass of a step and clip them; returns their norm before."""
         masters = list(self.weights.parameters())
-        if not self.sharded:
+        if self.sharded:
+            present = distributed.any_rank_has_gradient(self._accumulators)
+            rows = zip(masters, self._parameters, self._accumulators, present, strict=True)
+            for master, parameter, accumulator, has_gradient in rows:
+                if has_gradient:
+                    grad = accumulator.grad
+                    grad = torch.zeros_like(parameter, dtype=master.dtype) if grad is None else grad
+                    sharding.reduce_scatter(grad, master)
+                accumulator.grad = None
+        else:
             distributed.all_reduce_gradients(masters)
-            return float(torch.nn.utils.clip_grad_norm_(masters, max_norm))
-        present = distributed.any_rank_has_gradient(self._accumulators)
-        rows = zip(masters, self._parameters, self._accumulators, present, strict=True)
-        for master, parameter, accumulator, has_gradient in rows:
-            if has_gradient:
-                grad = accumulator.grad
-                grad = torch.zeros_like(parameter, dtype=master.dtype) if grad is None else grad
-                sharding.reduce_scatter(grad, master)
-            accumulator.grad = None
-        return sharding.clip_gradients(masters, max_norm)
+        with distributed.communication_errors():
+            return float(sharding.whole(torch.nn.utils.clip_grad_norm_(masters, max_norm)))
 
     @torch.no_grad()
     def sync(self) -> None:

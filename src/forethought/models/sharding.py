@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -60,19 +60,14 @@ def reduce_scatter(grad: Tensor, master: Any) -> None:
         master.grad = summed.redistribute(placements=[Shard(0)])
 
 
+def whole(tensor: Any) -> Tensor:
+    """A sharded tensor from all ranks, which must call it together; another one itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def local_shard(tensor: Any) -> Tensor:
     """The rows of this rank; the tensor itself if it is not sharded."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
-
-
-def clip_gradients(parameters: Sequence[Any], max_norm: float) -> float:
-    """Scale gradients to a global norm of at most `max_norm`; returns their norm before, over all ranks."""
-    grads = [local_shard(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    norm_here = float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
-    norm = sum(one * one for one in distributed.all_gather(norm_here)) ** 0.5
-    for grad in grads:
-        grad.mul_(min(max_norm / (norm + 1e-6), 1.0))  # what torch.nn.utils.clip_grad_norm_ does
-    return norm
 
 
 def local_state(networks: Mapping[str, torch.nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
