@@ -115,6 +115,9 @@ def test_what_a_corpus_leaves_out_is_one_line_each(tmp_path: Path, capsys: pytes
         (["train", "quickstart", "--run", "b\udcff"], r"run = 'b\udcff': is not UTF-8 text"),
         (["compare", "compare-quickstart", "--run", "b\udcff"], r"run = 'b\udcff': is not UTF-8 text"),
         (["posttrain", "sft-cups", "--start", "embedded", "--run", "b\udcff"], r"run = 'b\udcff': is not UTF-8 text"),
+        (["posttrain", "sft-cups", "--start", "embedded", "--data", "5"], "data = '5': must be world:NAME/SPLIT or a"),
+        (["posttrain", "rlvr-cups", "--start", "embedded", "--end", "123"], "end = '123': must be one token of this"),
+        (["compare", "compare-quickstart", "--config", "5"], "config '5' is no file"),
         (["\x1b[31m[bold]"], r"unknown command '\x1b[31m[bold]'"),
     ],
 )

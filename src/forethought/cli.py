@@ -201,7 +201,7 @@ def _questions(words: list[str], out: Console, err: Console) -> None:
 
 
 def _compare(words: list[str], out: Console, err: Console) -> None:
-    overrides = read_overrides(words[1:])
+    overrides = read_overrides(words[1:], ("config",))
     _quiet_libraries()
     from forethought.tools.experiment import compare
 
@@ -218,7 +218,7 @@ def _posttrain(words: list[str], out: Console, err: Console) -> None:
     start, words = _take(words, "--start")
     if start is None or not words or words[0].startswith("--"):
         raise UserError("posttrain takes a stage's file, or the name of a shipped one, and --start MODEL_OR_RUN")
-    overrides = read_overrides(words[1:])
+    overrides = read_overrides(words[1:], ("data", "heldout", "end"))
     _quiet_libraries()
     from forethought.run.folder import RunLog
     from forethought.tools.posttrain import posttrain

@@ -9,8 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from forethought.config import Config, Method, UserError, find, from_dict, load, option_names, shipped, to_dict
+from forethought.config import (
+    Config,
+    Method,
+    UserError,
+    find,
+    from_dict,
+    load,
+    option_names,
+    own_options,
+    shipped,
+    to_dict,
+)
 from forethought.run.folder import RunLog
+from forethought.tools import think
 
 OPTIONS = """
 seed run overwrite
@@ -207,6 +219,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
 def test_text_options_take_their_text_as_it_is(text: str):
     assert load(None, [f"--model.path={text}", "--method.open", text, "--run", text]).model.path == text
     assert load(None, ["--method.open", text]).method.open == text
+    assert own_options(think.Options, [f"--html={text}", "--json"]) == (think.Options(html=text, json=True), {})
 
 
 def test_every_shipped_config_loads():
