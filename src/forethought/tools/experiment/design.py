@@ -192,11 +192,13 @@ def _expand(given: _File, start: Config) -> tuple[dict[str, Arm], tuple[Curve, .
         own = to_dict(_config(sweep.arm, start, owner.options)).get(section, {}).get(option)
         points = []
         for value in sweep.values:
-            arm = sweep.arm if value == own else f"{name}={value}".replace("/", "-")
-            if arm != sweep.arm:
+            point = f"{name}={value}".replace("/", "-")
+            if point in arms:
+                raise UserError(f"sweeps.{name}: two arms would have the name {point!r}")
+            if value != own:
                 more = merge(owner.options, {section: {option: value}})
-                arms[arm] = Arm(options=more, budget=owner.budget, seeds=seeds)
-            points.append((value, arm))
+                arms[point] = Arm(options=more, budget=owner.budget, seeds=seeds)
+            points.append((value, sweep.arm if value == own else point))
         shared = _seeds(f"sweeps.{name}", seeds, given)
         curves.append(Curve(name=name, option=sweep.option, points=points, seeds=shared, published=sweep.published))
     return arms, tuple(curves)
