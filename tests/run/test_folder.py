@@ -1,5 +1,6 @@
 """The run folder."""
 
+import fcntl
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -244,6 +246,15 @@ def test_lock_is_refused_while_held_and_freed_by_a_kill(tmp_path: Path):
             pass
     with run.lock():
         pass
+
+
+def test_who_asks_whether_a_folder_is_in_use_keeps_nobody_from_it(tmp_path: Path):
+    run = make(tmp_path)
+    with (tmp_path / ".lock").open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # as `in_use` holds it
+        threading.Timer(0.05, lambda: fcntl.flock(file, fcntl.LOCK_UN)).start()
+        with run.lock():
+            assert run.in_use()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")

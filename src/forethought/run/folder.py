@@ -24,6 +24,7 @@ import re
 import reprlib
 import shutil
 import socket
+import time
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -198,11 +199,13 @@ class RunLog:
 
     def _acquire(self, file: BinaryIO) -> None:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            for _ in range(20):  # `in_use` of another process may have the lock for a moment
+                with suppress(BlockingIOError):
+                    return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                time.sleep(0.01)
             file.seek(0)
             holder = file.read().decode().strip() or "another process"
-            raise UserError(f"run = {str(self.path)!r}: in use by {holder}; wait for it or name another run") from None
+            raise UserError(f"run = {str(self.path)!r}: in use by {holder}; wait for it or name another run")
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
