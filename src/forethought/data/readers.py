@@ -126,7 +126,7 @@ def _world(name: str, seed: int) -> Callable[[str, int], Iterator[Document]]:
 
 
 def _files(path: str) -> tuple[list[str], list[str]]:
-    """The files to read, and what is left out of a folder.
+    """The files to read, each once, and what is left out of a folder.
 
     A path is a file, a folder (of which hidden names are ignored, and linked folders left out), or a glob.
     """
@@ -138,8 +138,8 @@ def _files(path: str) -> tuple[list[str], list[str]]:
     elif Path(path).exists():
         files = [path]
     else:
-        names = sorted(glob.glob(path, recursive=True), key=lambda name: (-len(name), name))  # noqa: PTH207
-        files = sorted({os.path.realpath(name): name for name in names if Path(name).is_file()}.values())  # each once
+        files = [name for name in glob.glob(path, recursive=True) if Path(name).is_file()]  # noqa: PTH207
+    files = sorted({os.path.realpath(name): name for name in sorted(files, key=lambda one: (-len(one), one))}.values())
     if not files:
         nothing = "the glob matches no file" if glob.has_magic(path) else "no such file or folder"
         raise UserError(f"{'no file to read in the folder' if folder else nothing} ({_KNOWN})")
