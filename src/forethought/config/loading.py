@@ -46,11 +46,13 @@ def load(path: str | Path | None = None, overrides: list[str] | None = None) -> 
 
 
 def merge(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """Nested dicts of options as one; `more` wins."""
+    """Nested dicts of options as one; `more` wins. Raises UserError."""
     merged = dict(values)
     for name, value in more.items():
-        old = merged.get(name)
-        merged[name] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        old = merged.get(name, {})
+        if isinstance(value, dict) and not isinstance(old, dict):
+            raise UserError(f"{name} = {old!r}: is no table of options")
+        merged[name] = merge(old, value) if isinstance(value, dict) else value
     return merged
 
 

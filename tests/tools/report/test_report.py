@@ -263,8 +263,11 @@ def test_wrong_arguments_are_named(tmp_path, one):
         write([tmp_path])
     with pytest.raises(UserError, match="cups' is given twice"):
         write([one, one / ".." / "cups"])
-    with pytest.raises(UserError, match="cannot write"):
-        write([small(tmp_path)], tmp_path)
+    run = small(tmp_path)
+    for runs, out in ((run,), tmp_path), ((run, one), "."), ((run, one), "/"):
+        with pytest.raises(UserError, match=r"cannot write .*: is a folder; name a file"):
+            write(runs, out)
+    assert not (run / "plots").exists()
 
 
 def test_report_needs_neither_torch_nor_pyplot(tmp_path):

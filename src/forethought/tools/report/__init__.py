@@ -61,6 +61,8 @@ def write(runs: Sequence[str | Path], out: str | Path | None = None, reload_s: i
     paths, loaded = [Path(run) for run in runs], read_runs(*runs)
     several = len(paths) > 1
     target = Path(out) if out is not None else (paths[0].absolute().parent if several else paths[0]) / "report.html"
+    if target.is_dir():
+        raise UserError(f"cannot write {str(target)!r}: is a folder; name a file")
     folder = target.with_name(f"{target.stem}-plots") if several else paths[0] / "plots"
     drawn = {plot: plots.draw(plot, loaded) for plot in plots.plots_of(loaded)}
     content = _content(loaded, drawn, folder.name)
