@@ -90,17 +90,17 @@ class RunLog:
     def config(self) -> Config:
         """The options of the run. Raises UserError if config.json is invalid."""
         values = self.options()
-        if not _is_run(values):
-            raise UserError(f"{self.path / 'config.json'}: is not the config of a Forethought run")
         try:
             return from_dict({name: value for name, value in values.items() if name != "version"}, saved=True)
         except UserError as error:
             raise UserError(f"{self.path / 'config.json'}: {error}") from None
 
     def options(self) -> dict[str, Any]:
-        """What config.json holds, with the version, not checked. Raises UserError if it is that of a run of 0.1."""
+        """What config.json holds, with the version, not checked. Raises UserError if it is no run's, or of 0.1."""
         values = self.read_json("config.json")
-        if _is_run(values) and "version" not in values:
+        if not _is_run(values):
+            raise UserError(f"{self.path / 'config.json'}: is not the config of a Forethought run")
+        if "version" not in values:
             raise UserError(f"{self.path / 'config.json'}: is of version 0.1, which versions after 0.2 do not read")
         return values
 

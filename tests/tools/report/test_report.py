@@ -209,7 +209,7 @@ def test_odd_numbers_do_not_stop_the_report(tmp_path):
     row = {"step": 1, "context": "", "target": "\n", "nothink": -math.inf, "thoughts": [thought] * 20}
     run = small(
         tmp_path,
-        config="{}",
+        config='{"version": 0, "run": 1, "method": 3, "train": []}',
         metrics='{"step": 1, "reward/gain": NaN, "rollout/length": 3, "objective/loss": "x", "optim/gradient_norm": 1}',
         thoughts=json.dumps(row),
         summary=json.dumps({"before/all/closed": None, "after/all/closed": 0.5, "after/all/new": math.inf}),
