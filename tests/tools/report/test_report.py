@@ -301,6 +301,15 @@ def test_a_method_and_metrics_from_outside_the_package_are_shown(tmp_path):
     assert "This method samples no thoughts." in read(run).text
 
 
+def test_metrics_of_similar_names_have_plots_and_ids_of_their_own(tmp_path):
+    run = small(tmp_path, metrics='{"step": 1, "a/b": 1, "a-b": 2, "a.b": 3, "a_b": 4, "gain": 5}\n')
+    write([run])
+    texts = [path.read_text() for path in (run / "plots").iterdir()]
+    assert len(texts) == len(set(texts)) == 5
+    ids = re.findall(r' id="([^"]*)', (run / "report.html").read_text())
+    assert len(ids) == len(set(ids)) > 5
+
+
 def test_names_take_as_many_parents_as_needed():
     assert run_folders.names([Path("/a/b/run"), Path("/a/c/run")]) == ["b/run", "c/run"]
     assert run_folders.names([Path("/a/b/run"), Path("/a/c/other")]) == ["run", "other"]
