@@ -134,6 +134,38 @@ def test_a_wrong_command_is_one_line(
 
 
 @pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "{}"], ["train", "--resume", "{}"], ["plan", "{}"], ["evaluate", "{}"], ["think", "{}", "a"],
+        ["report", "{}"], ["runs", "{}"], ["compare", "{}"], ["posttrain", "{}", "--start", "embedded"],
+        ["posttrain", "sft-cups", "--start", "{}"], ["push", "{}", "a/b"], ["report", "{}/run"],
+        ["plan", "quickstart", "--json", "{}"], ["evaluate", "embedded", "--evaluate.path", "{}"],
+        ["train", "quickstart", "--corpus.path", "{}"], ["plan", "quickstart", "--model.path", "{}"],
+        ["posttrain", "sft-cups", "--start", "embedded", "--run", "{}"],
+    ],
+)  # fmt: skip
+def test_a_name_that_no_file_can_have_is_one_line(command: list[str], capsys: pytest.CaptureFixture[str]):
+    name = "x" * 300
+    assert re.search(rf"{name}.*: File name too long", complaint(capsys, [word.format(name) for word in command]))
+
+
+def test_a_folder_that_cannot_be_read_holds_no_run_is_not_said(tmp_path: Path):
+    (tmp_path / "closed").mkdir(mode=0o300)
+    code = """
+import os, sys, forethought.tools.report
+from forethought.cli import main
+if os.getuid() == 0:
+    os.setuid(65534)
+sys.exit(main(["runs", sys.argv[1]]))
+"""
+    tmp_path.chmod(0o755)
+    command = [sys.executable, "-c", code, tmp_path / "closed"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"forethought: {tmp_path / 'closed'}: Permission denied\n"
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("c.jsonl", b"", "empty, must hold at least one document"),

@@ -108,7 +108,12 @@ def _command(words: list[str], out: Console, err: Console) -> None:
             require_single_process(name)
         if command.needs and (not rest or rest[0].startswith("--")):
             raise UserError(f"{name} takes {command.needs}")
-        command.run(rest, out, err)
+        try:
+            command.run(rest, out, err)
+        except OSError as error:
+            if error.filename is None:  # it is about no file
+                raise
+            raise UserError(f"{error.filename}: {error.strerror}") from error
 
 
 def _usage(out: Console, *names: str) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 
 from forethought.config import Corpus, Notice, UserError
 from forethought.data.worlds import WORLDS, load_world
-from forethought.run.folder import decode_text, numbered_lines, parse_json, read_bytes
+from forethought.run.folder import decode_text, numbered_lines, parse_json, read_bytes, refuse
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,9 +149,6 @@ def _files(path: str) -> tuple[list[str], list[str]]:
 
 
 def _walk(folder: str) -> Iterator[str]:
-    def refuse(error: OSError) -> None:
-        raise error
-
     for root, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if name[0] != "."]
         linked = [name for name in folders if Path(root, name).is_symlink()]

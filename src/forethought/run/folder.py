@@ -415,6 +415,11 @@ def _check_held(run: Path) -> None:
         raise OSError(errno.ESTALE, "the folder was removed or replaced")
 
 
+def refuse(error: OSError) -> None:
+    """Raise an error: for os.walk, which otherwise takes a folder that cannot be read for an empty one."""
+    raise error
+
+
 def sync(path: Path) -> None:
     """Flush a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -14,7 +14,7 @@ from forethought.config import UserError, flatten, merge
 from forethought.config.registry import AUTOMATIC, METHODS, REWARDS, label
 from forethought.html import table
 from forethought.run.diagnostics import Diagnosis, is_number
-from forethought.run.folder import RunLog, checkpoints, numbered_rows, read_json
+from forethought.run.folder import RunLog, checkpoints, numbered_rows, read_json, refuse
 
 T = TypeVar("T")
 
@@ -171,7 +171,7 @@ def find(folder: str | Path) -> list[Path]:
     if not Path(folder).is_dir():
         raise UserError(f"runs: {str(folder)!r}: no such folder")
     found = []
-    for path, folders, files in os.walk(folder):
+    for path, folders, files in os.walk(folder, onerror=refuse):
         if "config.json" in files and not {".lock", "metrics.jsonl", "summary.json"}.isdisjoint(files):
             found.append(Path(path))
             folders.clear()
