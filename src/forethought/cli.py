@@ -257,7 +257,7 @@ def _plan(words: list[str], out: Console, err: Console) -> None:
 
 
 def _think(words: list[str], out: Console, err: Console) -> None:
-    from forethought.tools import think
+    from forethought.tools import report, think
 
     count = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
     (name, *text), words = words[:count], words[count:]
@@ -265,6 +265,8 @@ def _think(words: list[str], out: Console, err: Console) -> None:
     if not text and (options.json or options.html):
         raise UserError("think takes --json and --html with a text")
     given = think.read_text(text) if text else None
+    if options.html:
+        report.writable(options.html)
     _quiet_libraries()
     model = think.load(name, overrides)
     if given is None:

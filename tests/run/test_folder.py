@@ -105,7 +105,7 @@ def test_create_refuses_paths_that_cannot_be_folders(tmp_path: Path):
 def test_create_refuses_a_folder_without_permission(tmp_path: Path):
     tmp_path.chmod(0o500)
     code = """
-import os, sys
+import os, pathlib, sys
 from forethought.config import Config, UserError
 from forethought.run.folder import RunLog
 if os.getuid() == 0:
@@ -115,9 +115,14 @@ for run in (sys.argv[1], sys.argv[1] + "/run"):
         RunLog.create(Config(run=run))
     except UserError as error:
         print(error)
+try:
+    RunLog(pathlib.Path(sys.argv[1])).append("warnings", [])
+except UserError as error:
+    print(error)
 """
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
     assert len(re.findall(r"run = .*Permission denied\n", done.stdout)) == 2
+    assert done.stdout.splitlines()[2:] == [f"run = '{tmp_path}': the folder cannot be written"]
 
 
 def test_open_refuses_what_is_no_run(tmp_path: Path):

@@ -256,7 +256,7 @@ def test_broken_file_is_named(tmp_path, files, message):
         write([small(tmp_path, **files)])
 
 
-def test_wrong_arguments_are_named(tmp_path, one):
+def test_wrong_arguments_are_named_before_anything_is_drawn(tmp_path, one, monkeypatch):
     with pytest.raises(UserError, match="at least one run"):
         write([])
     with pytest.raises(UserError, match=r"not a run folder: it has no config\.json"):
@@ -267,6 +267,12 @@ def test_wrong_arguments_are_named(tmp_path, one):
     for runs, out in ((run,), tmp_path), ((run, one), "."), ((run, one), "/"):
         with pytest.raises(UserError, match=r"cannot write .*: is a folder; name a file"):
             write(runs, out)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match=r"cannot write .*: the folder cannot"),
+    ):
+        patch.setattr("os.access", lambda *_: False)
+        write([run])
     assert not (run / "plots").exists()
 
 
