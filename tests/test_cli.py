@@ -115,6 +115,9 @@ def test_what_a_corpus_leaves_out_is_one_line_each(tmp_path: Path, capsys: pytes
         (["train", "quickstart", "--run", "b\udcff"], r"run = 'b\udcff': is not UTF-8 text"),
         (["compare", "compare-quickstart", "--run", "b\udcff"], r"run = 'b\udcff': is not UTF-8 text"),
         (["posttrain", "sft-cups", "--start", "embedded", "--run", "b\udcff"], r"run = 'b\udcff': is not UTF-8 text"),
+        (["posttrain", "sft-cups", "--start", "embedded", "--data", "5"], "data = '5': must be world:NAME/SPLIT or a"),
+        (["posttrain", "rlvr-cups", "--start", "embedded", "--end", "123"], "end = '123': must be one token of this"),
+        (["compare", "compare-quickstart", "--config", "5"], "config '5' is no file"),
         (["\x1b[31m[bold]"], r"unknown command '\x1b[31m[bold]'"),
     ],
 )
@@ -128,6 +131,38 @@ def test_a_wrong_command_is_one_line(
     monkeypatch.chdir(tmp_path)
     assert message in complaint(capsys, command)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "{}"], ["train", "--resume", "{}"], ["plan", "{}"], ["evaluate", "{}"], ["think", "{}", "a"],
+        ["report", "{}"], ["runs", "{}"], ["compare", "{}"], ["posttrain", "{}", "--start", "embedded"],
+        ["posttrain", "sft-cups", "--start", "{}"], ["push", "{}", "a/b"], ["report", "{}/run"],
+        ["plan", "quickstart", "--json", "{}"], ["evaluate", "embedded", "--evaluate.path", "{}"],
+        ["train", "quickstart", "--corpus.path", "{}"], ["plan", "quickstart", "--model.path", "{}"],
+        ["posttrain", "sft-cups", "--start", "embedded", "--run", "{}"],
+    ],
+)  # fmt: skip
+def test_a_name_that_no_file_can_have_is_one_line(command: list[str], capsys: pytest.CaptureFixture[str]):
+    name = "x" * 300
+    assert re.search(rf"{name}.*: File name too long", complaint(capsys, [word.format(name) for word in command]))
+
+
+def test_a_folder_that_cannot_be_read_holds_no_run_is_not_said(tmp_path: Path):
+    (tmp_path / "closed").mkdir(mode=0o300)
+    code = """
+import os, sys, forethought.tools.report
+from forethought.cli import main
+if os.getuid() == 0:
+    os.setuid(65534)
+sys.exit(main(["runs", sys.argv[1]]))
+"""
+    tmp_path.chmod(0o755)
+    command = [sys.executable, "-c", code, tmp_path / "closed"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"forethought: {tmp_path / 'closed'}: Permission denied\n"
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,12 @@ def _command(words: list[str], out: Console, err: Console) -> None:
             require_single_process(name)
         if command.needs and (not rest or rest[0].startswith("--")):
             raise UserError(f"{name} takes {command.needs}")
-        command.run(rest, out, err)
+        try:
+            command.run(rest, out, err)
+        except OSError as error:
+            if error.filename is None:  # it is about no file
+                raise
+            raise UserError(f"{error.filename}: {error.strerror}") from error
 
 
 def _usage(out: Console, *names: str) -> None:
@@ -201,7 +206,7 @@ def _questions(words: list[str], out: Console, err: Console) -> None:
 
 
 def _compare(words: list[str], out: Console, err: Console) -> None:
-    overrides = read_overrides(words[1:])
+    overrides = read_overrides(words[1:], ("config",))
     _quiet_libraries()
     from forethought.tools.experiment import compare
 
@@ -218,7 +223,7 @@ def _posttrain(words: list[str], out: Console, err: Console) -> None:
     start, words = _take(words, "--start")
     if start is None or not words or words[0].startswith("--"):
         raise UserError("posttrain takes a stage's file, or the name of a shipped one, and --start MODEL_OR_RUN")
-    overrides = read_overrides(words[1:])
+    overrides = read_overrides(words[1:], ("data", "heldout", "end"))
     _quiet_libraries()
     from forethought.run.folder import RunLog
     from forethought.tools.posttrain import posttrain
@@ -252,7 +257,7 @@ def _plan(words: list[str], out: Console, err: Console) -> None:
 
 
 def _think(words: list[str], out: Console, err: Console) -> None:
-    from forethought.tools import think
+    from forethought.tools import report, think
 
     count = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
     (name, *text), words = words[:count], words[count:]
@@ -260,6 +265,8 @@ def _think(words: list[str], out: Console, err: Console) -> None:
     if not text and (options.json or options.html):
         raise UserError("think takes --json and --html with a text")
     given = think.read_text(text) if text else None
+    if options.html:
+        report.writable(options.html)
     _quiet_libraries()
     model = think.load(name, overrides)
     if given is None:

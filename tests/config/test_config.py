@@ -9,8 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from forethought.config import Config, Method, UserError, find, from_dict, load, option_names, shipped, to_dict
+from forethought.config import (
+    Config,
+    Method,
+    UserError,
+    find,
+    from_dict,
+    load,
+    option_names,
+    own_options,
+    shipped,
+    to_dict,
+)
 from forethought.run.folder import RunLog
+from forethought.tools import think
 
 OPTIONS = """
 seed run overwrite
@@ -144,6 +156,7 @@ def test_options_that_do_not_fit_each_other_are_refused(overrides: str, named: s
         ("method.group 8", "expected an option such as --method.group 8, got 'method.group'"),
         ("--method 8", "method = 8: "),
         ("--method.group.more 8", "method.group = "),
+        ("--method 8 --method.group 3", "method = 8: is no table of options"),
         ("-x 8", "expected an option such as --method.group 8, got '-x'"),
         ("-- 8", "unknown option"),
     ],
@@ -174,6 +187,12 @@ def test_a_wrong_config_file_is_explained_in_a_line(tmp_path: Path, text: str, m
         load(tmp_path / "c.toml")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_an_option_of_what_is_no_table_does_not_take_its_place(tmp_path: Path):
+    (tmp_path / "c.toml").write_text("method = 3")
+    with pytest.raises(UserError, match="method = 3: is no table of options"):
+        load(tmp_path / "c.toml", ["--method.group", "8"])
 
 
 def test_a_config_that_is_no_text_file_is_refused(tmp_path: Path):
@@ -207,6 +226,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
 def test_text_options_take_their_text_as_it_is(text: str):
     assert load(None, [f"--model.path={text}", "--method.open", text, "--run", text]).model.path == text
     assert load(None, ["--method.open", text]).method.open == text
+    assert own_options(think.Options, [f"--html={text}", "--json"]) == (think.Options(html=text, json=True), {})
 
 
 def test_every_shipped_config_loads():

@@ -443,6 +443,12 @@ def test_a_file_that_a_glob_finds_by_several_names_is_read_once(tmp_path: Path, 
     assert sorted(Path(name).name for name in found) == ["a.txt", "b.txt", "c.txt"]
 
 
+def test_a_file_that_is_linked_in_its_folder_is_read_once(tmp_path: Path):
+    write_texts(tmp_path / "a.jsonl", ["w0 w1"])
+    (tmp_path / "linked.jsonl").symlink_to("a.jsonl")
+    assert find_source(options(tmp_path), 0, "corpus.path").parts == [str(tmp_path / "a.jsonl")]
+
+
 def test_a_path_may_start_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.txt").write_text("w0 w1")

@@ -1,5 +1,6 @@
 """The run folder."""
 
+import fcntl
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -103,7 +105,7 @@ def test_create_refuses_paths_that_cannot_be_folders(tmp_path: Path):
 def test_create_refuses_a_folder_without_permission(tmp_path: Path):
     tmp_path.chmod(0o500)
     code = """
-import os, sys
+import os, pathlib, sys
 from forethought.config import Config, UserError
 from forethought.run.folder import RunLog
 if os.getuid() == 0:
@@ -113,9 +115,14 @@ for run in (sys.argv[1], sys.argv[1] + "/run"):
         RunLog.create(Config(run=run))
     except UserError as error:
         print(error)
+try:
+    RunLog(pathlib.Path(sys.argv[1])).append("warnings", [])
+except UserError as error:
+    print(error)
 """
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
     assert len(re.findall(r"run = .*Permission denied\n", done.stdout)) == 2
+    assert done.stdout.splitlines()[2:] == [f"run = '{tmp_path}': the folder cannot be written"]
 
 
 def test_open_refuses_what_is_no_run(tmp_path: Path):
@@ -244,6 +251,15 @@ def test_lock_is_refused_while_held_and_freed_by_a_kill(tmp_path: Path):
             pass
     with run.lock():
         pass
+
+
+def test_who_asks_whether_a_folder_is_in_use_keeps_nobody_from_it(tmp_path: Path):
+    run = make(tmp_path)
+    with (tmp_path / ".lock").open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # as `in_use` holds it
+        threading.Timer(0.05, lambda: fcntl.flock(file, fcntl.LOCK_UN)).start()
+        with run.lock():
+            assert run.in_use()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")

@@ -567,6 +567,10 @@ def test_a_run_is_shown_beside_its_start(tmp_path: Path, capsys: pytest.CaptureF
             "questions.data or questions.tasks, for 'gsm8k': nothing: no such file or folder",
         ),
         (["embedded", "--questions.tasks", "zork"], "questions.tasks.0 = 'zork': string should match pattern"),
+        (
+            ["embedded", "--questions.tasks", "gsm8k=g.jsonl,gsm8k=b.jsonl"],
+            "questions.tasks = 'gsm8k=g.jsonl,gsm8k=b.jsonl': names a task twice",
+        ),
         (["embedded", "--questions.batch", "0"], "questions.batch = 0"),
         (["./nothing", "--questions.tasks", "gsm8k=g.jsonl"], "model.path = './nothing' cannot be loaded"),
         (["embedded", "--questions.tasks", "gsm8k=g.jsonl"], "questions.shots = 4: a prompt of gsm8k has "),

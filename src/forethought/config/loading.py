@@ -10,7 +10,7 @@ import difflib
 import json
 import math
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -46,11 +46,13 @@ def load(path: str | Path | None = None, overrides: list[str] | None = None) -> 
 
 
 def merge(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """Nested dicts of options as one; `more` wins."""
+    """Nested dicts of options as one; `more` wins. Raises UserError."""
     merged = dict(values)
     for name, value in more.items():
-        old = merged.get(name)
-        merged[name] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        old = merged.get(name, {})
+        if isinstance(value, dict) and not isinstance(old, dict):
+            raise UserError(f"{name} = {old!r}: is no table of options")
+        merged[name] = merge(old, value) if isinstance(value, dict) else value
     return merged
 
 
@@ -159,8 +161,11 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"config {str(path)!r} cannot be read: {error.strerror}") from None
 
 
-def read_overrides(words: list[str]) -> dict[str, Any]:
-    """`--a.b 3` or `--a.b=3` as {"a": {"b": 3}}; a value that is no TOML literal is text. Raises UserError."""
+def read_overrides(words: list[str], texts: Container[str] = ()) -> dict[str, Any]:
+    """`--a.b 3` or `--a.b=3` as {"a": {"b": 3}}. Raises UserError.
+
+    A value is text where the option takes text, as those of `texts` do, and where it is no TOML literal.
+    """
     values: dict[str, Any] = {}
     words = list(words)
     while words:
@@ -173,7 +178,7 @@ def read_overrides(words: list[str]) -> dict[str, Any]:
                 raise UserError(f"option --{option} needs a value")
             value = words.pop(0)
         option = option.replace("-", "_")
-        nested = _literal(option, value)
+        nested: Any = value if option in texts else _literal(option, value)
         for name in reversed(option.split(".")):
             nested = {name: nested}
         values = merge(values, nested)
@@ -185,9 +190,10 @@ def own_options(kind: type[T], words: list[str]) -> tuple[T, dict[str, Any]]:
 
     One that is true or false needs no value: `--simulate`. Raises UserError.
     """
-    own = {one.name: one.type is bool for one in dataclasses.fields(cast("Any", kind))}
-    switches = {f"__{name}" for name, switch in own.items() if switch}
-    values = read_overrides([f"{word}=True" if word.replace("-", "_") in switches else word for word in words])
+    own = {one.name: one.type for one in dataclasses.fields(cast("Any", kind))}
+    switches = {f"__{name}" for name, taken in own.items() if taken is bool}
+    words = [f"{word}=True" if word.replace("-", "_") in switches else word for word in words]
+    values = read_overrides(words, [name for name, taken in own.items() if taken is str])
     try:
         chosen = TypeAdapter(kind).validate_python({name: values.pop(name) for name in own if name in values})
     except ValidationError as error:

@@ -23,7 +23,7 @@ from typing import Any
 
 from forethought.config import Corpus, Notice, UserError
 from forethought.data.worlds import WORLDS, load_world
-from forethought.run.folder import decode_text, numbered_lines, parse_json, read_bytes
+from forethought.run.folder import decode_text, numbered_lines, parse_json, read_bytes, refuse
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +126,7 @@ def _world(name: str, seed: int) -> Callable[[str, int], Iterator[Document]]:
 
 
 def _files(path: str) -> tuple[list[str], list[str]]:
-    """The files to read, and what is left out of a folder.
+    """The files to read, each once, and what is left out of a folder.
 
     A path is a file, a folder (of which hidden names are ignored, and linked folders left out), or a glob.
     """
@@ -138,8 +138,8 @@ def _files(path: str) -> tuple[list[str], list[str]]:
     elif Path(path).exists():
         files = [path]
     else:
-        names = sorted(glob.glob(path, recursive=True), key=lambda name: (-len(name), name))  # noqa: PTH207
-        files = sorted({os.path.realpath(name): name for name in names if Path(name).is_file()}.values())  # each once
+        files = [name for name in glob.glob(path, recursive=True) if Path(name).is_file()]  # noqa: PTH207
+    files = sorted({os.path.realpath(name): name for name in sorted(files, key=lambda one: (-len(one), one))}.values())
     if not files:
         nothing = "the glob matches no file" if glob.has_magic(path) else "no such file or folder"
         raise UserError(f"{'no file to read in the folder' if folder else nothing} ({_KNOWN})")
@@ -149,9 +149,6 @@ def _files(path: str) -> tuple[list[str], list[str]]:
 
 
 def _walk(folder: str) -> Iterator[str]:
-    def refuse(error: OSError) -> None:
-        raise error
-
     for root, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if name[0] != "."]
         linked = [name for name in folders if Path(root, name).is_symlink()]

@@ -24,6 +24,7 @@ import re
 import reprlib
 import shutil
 import socket
+import time
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -89,17 +90,17 @@ class RunLog:
     def config(self) -> Config:
         """The options of the run. Raises UserError if config.json is invalid."""
         values = self.options()
-        if not _is_run(values):
-            raise UserError(f"{self.path / 'config.json'}: is not the config of a Forethought run")
         try:
             return from_dict({name: value for name, value in values.items() if name != "version"}, saved=True)
         except UserError as error:
             raise UserError(f"{self.path / 'config.json'}: {error}") from None
 
     def options(self) -> dict[str, Any]:
-        """What config.json holds, with the version, not checked. Raises UserError if it is that of a run of 0.1."""
+        """What config.json holds, with the version, not checked. Raises UserError if it is no run's, or of 0.1."""
         values = self.read_json("config.json")
-        if _is_run(values) and "version" not in values:
+        if not _is_run(values):
+            raise UserError(f"{self.path / 'config.json'}: is not the config of a Forethought run")
+        if "version" not in values:
             raise UserError(f"{self.path / 'config.json'}: is of version 0.1, which versions after 0.2 do not read")
         return values
 
@@ -108,9 +109,14 @@ class RunLog:
         self.write_json("config.json", {"version": __version__, **to_dict(config)})
 
     def append(self, name: Literal["metrics", "thoughts", "warnings"], rows: list[dict[str, Any]]) -> None:
-        """Append one line per row to RUN/name.jsonl; every row has a "step". Raises RunError (disk)."""
+        """Append one line per row to RUN/name.jsonl; every row has a "step".
+
+        Raises UserError where there are no rows and the folder cannot be written, RunError (disk).
+        """
         assert all(type(row.get("step")) is int for row in rows), "rewind needs the step of every row"
         path = self.path / f"{name}.jsonl"
+        if not rows and not os.access(self.path, os.W_OK):
+            raise UserError(f"run = {str(self.path)!r}: the folder cannot be written")
         if rows or name != "warnings":  # a run without warnings has no such file
             with disk_errors(self.path, path), path.open("a", encoding="utf-8") as file:
                 file.write("".join(_dump(row) for row in rows))
@@ -198,11 +204,13 @@ class RunLog:
 
     def _acquire(self, file: BinaryIO) -> None:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            for _ in range(20):  # `in_use` of another process may have the lock for a moment
+                with suppress(BlockingIOError):
+                    return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                time.sleep(0.01)
             file.seek(0)
             holder = file.read().decode().strip() or "another process"
-            raise UserError(f"run = {str(self.path)!r}: in use by {holder}; wait for it or name another run") from None
+            raise UserError(f"run = {str(self.path)!r}: in use by {holder}; wait for it or name another run")
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
@@ -410,6 +418,11 @@ def _check_held(run: Path) -> None:
     same = os.path.samestat(os.fstat(file.fileno()), lock.stat()) if lock.exists() else (run / "config.json").exists()
     if not same:
         raise OSError(errno.ESTALE, "the folder was removed or replaced")
+
+
+def refuse(error: OSError) -> None:
+    """Raise an error: for os.walk, which otherwise takes a folder that cannot be read for an empty one."""
+    raise error
 
 
 def sync(path: Path) -> None:

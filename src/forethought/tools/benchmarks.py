@@ -144,6 +144,8 @@ def load_tasks(options: Questions) -> list[Benchmark]:
     from forethought.tools.lm_eval import TASKS
 
     paths = {name: path or options.data for name, _, path in (entry.partition("=") for entry in options.tasks)}
+    if len(paths) < len(options.tasks):
+        raise UserError(f"questions.tasks = {','.join(options.tasks)!r}: names a task twice")
     about = {"data": paths, "limit": options.limit}
     manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata=about)
 

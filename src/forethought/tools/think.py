@@ -31,7 +31,7 @@ _UNTRAINED = 64  # tokens of a thought, which such a model hardly ever closes
 _SHOWN, _SMALLEST = 3, 0.005  # most likely tokens of a prediction, and the smallest probability among them
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", coerce_numbers_to_str=True))
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class Options:
     """The options of `forethought think`."""
 

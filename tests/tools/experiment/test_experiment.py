@@ -354,6 +354,23 @@ def test_a_process_takes_several_jobs_and_one_that_is_killed_is_replaced(
         ("window = 64", 'window = "x"', r"corpus.window = 'x'"),
         ('arm = "rlp"\noption', 'arm = "x"\noption', r"sweeps.group.arm = 'x': there is no such arm"),
         ("values = [2, 3]", "values = [1, 2]", r"arms.group=1: method.group = 1"),
+        (
+            'options = { method.name = "cpt" }',
+            "options = { train = 3 }",
+            r"arms.cpt-tokens.options.train = 3: input should be an object",
+        ),
+        ('option = "method.group"', 'option = "seed.group"', r"seed = 0: is no table of options"),
+        ("values = [2, 3]", "values = [3, 3]", r"sweeps.group: two arms would have the name 'group=3'"),
+        (
+            "[arms.rlp-frozen]",
+            '[arms."group=3"]\n[arms.rlp-frozen]',
+            r"sweeps.group: two arms .*'group=3'",
+        ),
+        (
+            "[arms.rlp-frozen]",
+            '[arms."group=2"]\n[arms.rlp-frozen]',
+            r"sweeps.group: two arms .*'group=2'",
+        ),
         ('above = ["base"]', 'above = ["x"]', r"claims.0: there is no arm 'x'"),
         ('above = ["base"]', "at_most = nan", r"claims.0.at_most = nan: .*finite number"),
         ('above = ["base"]', 'not_above = ["base"]\nmargin = inf', r"claims.0.margin = inf: .*finite number"),

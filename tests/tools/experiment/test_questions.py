@@ -1,6 +1,7 @@
 """Questions in an experiment: every arm is asked the same, once; means, errors and differences; the page."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -190,11 +191,14 @@ def test_few_questions_have_no_interval_and_none_right_has_wilsons_bound():
     assert (low, high) == pytest.approx((0.5 - 1.96 * 0.5 / np.sqrt(17), 0.5 + 1.96 * 0.5 / np.sqrt(17)))
 
 
-def test_a_meter_adds_up(tmp_path: Path):
+def test_a_meter_adds_up_what_comes_after_it(tmp_path: Path):
+    began = time.process_time(), time.perf_counter()
     meter = arms.Meter()
     sum(n * n for n in range(300_000))
     meter.lap(tmp_path)
     first = json.loads((tmp_path / "spent.json").read_text())
+    assert first["cpu_seconds"] <= time.process_time() - began[0] + 0.01
+    assert first["seconds"] <= time.perf_counter() - began[1] + 0.01
     sum(n * n for n in range(300_000))
     meter.lap(tmp_path)
     second = json.loads((tmp_path / "spent.json").read_text())

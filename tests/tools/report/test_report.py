@@ -209,7 +209,7 @@ def test_odd_numbers_do_not_stop_the_report(tmp_path):
     row = {"step": 1, "context": "", "target": "\n", "nothink": -math.inf, "thoughts": [thought] * 20}
     run = small(
         tmp_path,
-        config="{}",
+        config='{"version": 0, "run": 1, "method": 3, "train": []}',
         metrics='{"step": 1, "reward/gain": NaN, "rollout/length": 3, "objective/loss": "x", "optim/gradient_norm": 1}',
         thoughts=json.dumps(row),
         summary=json.dumps({"before/all/closed": None, "after/all/closed": 0.5, "after/all/new": math.inf}),
@@ -256,15 +256,24 @@ def test_broken_file_is_named(tmp_path, files, message):
         write([small(tmp_path, **files)])
 
 
-def test_wrong_arguments_are_named(tmp_path, one):
+def test_wrong_arguments_are_named_before_anything_is_drawn(tmp_path, one, monkeypatch):
     with pytest.raises(UserError, match="at least one run"):
         write([])
     with pytest.raises(UserError, match=r"not a run folder: it has no config\.json"):
         write([tmp_path])
     with pytest.raises(UserError, match="cups' is given twice"):
         write([one, one / ".." / "cups"])
-    with pytest.raises(UserError, match="cannot write"):
-        write([small(tmp_path)], tmp_path)
+    run = small(tmp_path)
+    for runs, out in ((run,), tmp_path), ((run, one), "."), ((run, one), "/"):
+        with pytest.raises(UserError, match=r"cannot write .*: is a folder; name a file"):
+            write(runs, out)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match=r"cannot write .*: the folder cannot"),
+    ):
+        patch.setattr("os.access", lambda *_: False)
+        write([run])
+    assert not (run / "plots").exists()
 
 
 def test_report_needs_neither_torch_nor_pyplot(tmp_path):
@@ -296,6 +305,15 @@ def test_a_method_and_metrics_from_outside_the_package_are_shown(tmp_path):
     write([run])
     assert "32 windows of text" in read(run).text
     assert "This method samples no thoughts." in read(run).text
+
+
+def test_metrics_of_similar_names_have_plots_and_ids_of_their_own(tmp_path):
+    run = small(tmp_path, metrics='{"step": 1, "a/b": 1, "a-b": 2, "a.b": 3, "a_b": 4, "gain": 5}\n')
+    write([run])
+    texts = [path.read_text() for path in (run / "plots").iterdir()]
+    assert len(texts) == len(set(texts)) == 5
+    ids = re.findall(r' id="([^"]*)', (run / "report.html").read_text())
+    assert len(ids) == len(set(ids)) > 5
 
 
 def test_names_take_as_many_parents_as_needed():

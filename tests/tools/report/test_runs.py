@@ -64,10 +64,21 @@ def test_an_evaluation_alone_is_measured_and_a_broken_run_says_what_is_broken(fi
     assert re.search(r"metrics\.jsonl:1: malformed JSON", state(run).state)
 
 
-def test_a_folder_of_another_program_is_no_traceback(tmp_path: Path):
+def test_a_folder_of_another_program_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "config.json").write_text('{"hidden_size": 8}')
-    (tmp_path / "summary.json").write_text('{"accuracy": 1}')
-    assert state(tmp_path) == State(path=tmp_path, state="finished", step=0, steps=0)
+    message = f"{tmp_path}/config.json: is not the config of a Forethought run"
+    assert complaint(capsys, ["report", str(tmp_path)]) == message
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}')
+    assert state(tmp_path) == State(path=tmp_path, state=message)
+
+
+def test_values_of_another_kind_are_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = a_run(tmp_path / "run", 3)
+    config = json.loads((run / "config.json").read_text())
+    for train in (3, {"steps": "x", "tokens": "y"}):
+        (run / "config.json").write_text(json.dumps({**config, "train": train}))
+        assert main(["runs", str(run)]) == 0
+        assert "3/3" in capsys.readouterr().out
 
 
 def test_runs_are_found_at_any_depth_but_not_inside_each_other(tmp_path: Path):

@@ -32,10 +32,10 @@ Recorded = dict[str, heldout.Records]
 
 
 class Meter:
-    """Seconds and CPU seconds that this process spends on each job; starting the process counts for the first."""
+    """Seconds and CPU seconds that this process spends on each job."""
 
     def __init__(self) -> None:
-        self._wall, self._cpu = time.perf_counter() - time.process_time(), 0.0
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
 
     def lap(self, folder: Path) -> None:
         """Add the time since the last lap to a job's spent.json."""

@@ -31,7 +31,7 @@ _FIXED = ("model", "evaluate", "questions", "seed", "run", "overwrite")
 class Arm:
     """One way to train from the start."""
 
-    options: dict[str, Any] = Field(default_factory=dict)  # overrides of the experiment's options
+    options: dict[str, dict[str, Any]] = Field(default_factory=dict)  # overrides of the experiment's options
     budget: dict[Literal["tokens", "flops"], _ArmName] = Field(default_factory=dict)
     """Train for as many corpus tokens or FLOPs as the named arm's run with the same seed."""
     seeds: list[int] | None = None  # only these; None: all of the experiment
@@ -189,14 +189,16 @@ def _expand(given: _File, start: Config) -> tuple[dict[str, Arm], tuple[Curve, .
             raise UserError(f"sweeps.{name}.arm = {sweep.arm!r}: there is no such arm")
         section, _, option = sweep.option.partition(".")
         seeds = owner.seeds if sweep.seeds is None else sweep.seeds
-        own = to_dict(_config(sweep.arm, start, owner.options)).get(section, {}).get(option)
+        own = merge(to_dict(_config(sweep.arm, start, owner.options)), {section: {}})[section].get(option)
         points = []
         for value in sweep.values:
-            arm = sweep.arm if value == own else f"{name}={value}".replace("/", "-")
-            if arm != sweep.arm:
+            point = f"{name}={value}".replace("/", "-")
+            if point in arms:
+                raise UserError(f"sweeps.{name}: two arms would have the name {point!r}")
+            if value != own:
                 more = merge(owner.options, {section: {option: value}})
-                arms[arm] = Arm(options=more, budget=owner.budget, seeds=seeds)
-            points.append((value, arm))
+                arms[point] = Arm(options=more, budget=owner.budget, seeds=seeds)
+            points.append((value, sweep.arm if value == own else point))
         shared = _seeds(f"sweeps.{name}", seeds, given)
         curves.append(Curve(name=name, option=sweep.option, points=points, seeds=shared, published=sweep.published))
     return arms, tuple(curves)

@@ -3,7 +3,6 @@
 Each worker is a `ProcessPoolExecutor` of one process: an executor whose process dies fails everything submitted to it.
 """
 
-import functools
 import gc
 import multiprocessing
 import os
@@ -25,7 +24,7 @@ from forethought.tools.experiment import arms
 from forethought.tools.experiment.design import Experiment, Job
 
 POLL_S = 0.2
-_meter = functools.cache(arms.Meter)  # one in each worker
+_meter = arms.Meter()  # of a worker, which imports this module as it starts
 TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGHUP)
 """Blocked in workers: a terminal sends them to every process, and the main process stops the workers itself."""
 
@@ -140,7 +139,7 @@ def _run(experiment: Experiment, job: Job, log: Path) -> None:
             os.dup2(file.fileno(), descriptor)
     try:
         with stoppable():
-            arms.run_job(experiment, job, Callbacks(), _meter())
+            arms.run_job(experiment, job, Callbacks(), _meter)
     except (UserError, RunError) as error:
         print(error, file=sys.stderr, flush=True)
         raise

@@ -6,6 +6,7 @@ Never imports torch.
 import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -60,7 +61,8 @@ def write(runs: Sequence[str | Path], out: str | Path | None = None, reload_s: i
         raise UserError("a report takes at least one run folder")
     paths, loaded = [Path(run) for run in runs], read_runs(*runs)
     several = len(paths) > 1
-    target = Path(out) if out is not None else (paths[0].absolute().parent if several else paths[0]) / "report.html"
+    usual = (paths[0].absolute().parent if several else paths[0]) / "report.html"
+    target = writable(usual if out is None else out)
     folder = target.with_name(f"{target.stem}-plots") if several else paths[0] / "plots"
     drawn = {plot: plots.draw(plot, loaded) for plot in plots.plots_of(loaded)}
     content = _content(loaded, drawn, folder.name)
@@ -163,6 +165,20 @@ def write_thoughts(found: viewer.Documents, out: str | Path) -> Path:
     """Write the thought viewer for documents that belong to no run, and return the page's path. Raises UserError."""
     content = {"viewer": viewer.collect([(found.model, found, [])]), "documents": found.documents}
     return _written(Path(out), _render("thoughts.html.j2", content | {"script": viewer.script("viewer.js")}))
+
+
+def writable(out: str | Path) -> Path:
+    """The path of a page, whose folder is made. Raises UserError where it cannot be written, before the work for it."""
+    target = Path(out)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_dir():
+            raise IsADirectoryError("is a folder; name a file")
+        if not os.access(target.parent if target.is_file() or not target.exists() else target, os.W_OK):
+            raise PermissionError("the folder cannot be written")
+    except OSError as error:
+        raise UserError(f"cannot write {str(target)!r}: {error}") from None
+    return target
 
 
 def _written(target: Path, text: str) -> Path:

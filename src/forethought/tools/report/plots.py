@@ -8,6 +8,7 @@ import io
 import math
 import re
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -141,7 +142,12 @@ PLOTS = (
 def plots_of(runs: Sequence[Run]) -> list[Plot]:
     """The plots that have data, metrics that are not in the registry included."""
     logged = dict.fromkeys(name for run in runs for row in run.metrics for name in row if name != "step")
-    own = [Plot(re.sub(r"[^\w-]+", "-", name), (name,)) for name in logged if name not in METRICS]
+    names = {plot.name: "" for plot in PLOTS}
+    for name in [name for name in logged if name not in METRICS]:
+        stem = re.sub(r"[^\w-]+", "-", name)
+        while names.setdefault(stem, name) != name:
+            stem += "-2"
+    own = [Plot(stem, (name,)) for stem, name in names.items() if name]
     return [plot for plot in (*PLOTS, *own) if any(map(plot.shows, runs))]
 
 
@@ -376,7 +382,7 @@ def side_by_side(drawings: Sequence[str], width: int = 450) -> str:
 
 
 def inline(svg: str, name: str, text: str) -> Markup:
-    """The drawing for an HTML page: unique ids, colors from the page's custom properties, a text alternative.
+    """The drawing for an HTML page: its own ids, colors from the page's custom properties, a text alternative.
 
     The text is escaped here; matplotlib escapes the names of runs in its drawing.
     """
@@ -386,16 +392,15 @@ def inline(svg: str, name: str, text: str) -> Markup:
     box = re.search(r'viewBox="[^"]*"', opening)
     assert box is not None
     svg = f'<svg {box.group()} role="img" aria-label="{escape(text)}">{drawing}'
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>p{zlib.crc32(repr(name).encode()):x}-", svg)
     return Markup(re.sub(r'style="[^"]*"', lambda match: _themed(match.group()), svg))
 
 
 def inline_points(svg: str, name: str, text: str, points: Sequence[Point]) -> Markup:
-    """The same with the values of points and their intervals in the text alternative; any name."""
+    """The same with the values of points and their intervals in the text alternative."""
     ends = ["no interval" if one.low is None else f"from {one.low:.4g} to {one.high:.4g}" for one in points]
     values = "; ".join(f"{one.name} {one.value:.4g}, {end}" for one, end in zip(points, ends, strict=True))
-    safe = "".join(char if char.isalnum() or char == "-" else "-" for char in name)
-    return inline(svg, safe, f"{text}. {values}")
+    return inline(svg, name, f"{text}. {values}")
 
 
 def _themed(style: str) -> str:

@@ -14,7 +14,7 @@ from forethought.config import UserError, flatten, merge
 from forethought.config.registry import AUTOMATIC, METHODS, REWARDS, label
 from forethought.html import table
 from forethought.run.diagnostics import Diagnosis, is_number
-from forethought.run.folder import RunLog, checkpoints, numbered_rows, read_json
+from forethought.run.folder import RunLog, checkpoints, numbered_rows, read_json, refuse
 
 T = TypeVar("T")
 
@@ -171,7 +171,7 @@ def find(folder: str | Path) -> list[Path]:
     if not Path(folder).is_dir():
         raise UserError(f"runs: {str(folder)!r}: no such folder")
     found = []
-    for path, folders, files in os.walk(folder):
+    for path, folders, files in os.walk(folder, onerror=refuse):
         if "config.json" in files and not {".lock", "metrics.jsonl", "summary.json"}.isdisjoint(files):
             found.append(Path(path))
             folders.clear()
@@ -196,8 +196,8 @@ def state(path: Path) -> State:
         return State(path=path, state="measured")
     else:
         name, step = "failed" if logged > saved else "stopped", max(logged, saved)
-    limits = (options.get(f"train.{one}") for one in ("steps", "tokens", "flops"))
-    reached = (step, *(rows[-1].get(one, 0) if rows else 0 for one in ("corpus/tokens", "cost/flops_total")))
+    limits = [number(options.get(f"train.{one}")) for one in ("steps", "tokens", "flops")]
+    reached = (step, *(number(rows[-1].get(one)) or 0 if rows else 0 for one in ("corpus/tokens", "cost/flops_total")))
     done = max((now / limit for now, limit in zip(reached, limits, strict=True) if limit), default=0.0)
     recent = [seconds for row in rows[-20:] if (seconds := number(row.get("time/step_s"))) is not None]
     gains = [gain for row in rows if (gain := number(row.get("reward/gain"))) is not None]
@@ -205,7 +205,7 @@ def state(path: Path) -> State:
         path=path,
         state=name,
         step=step,
-        steps=step if name == "finished" else max(step, round(step / done)) if done else options.get("train.steps"),
+        steps=step if name == "finished" else max(step, round(step / done)) if done else int(limits[0] or step),
         gain=gains[-1] if gains else None,
         left_s=fmean(recent) * step * max(0.0, 1 / done - 1) if running and recent and done else None,
     )
