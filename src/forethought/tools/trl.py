@@ -5,12 +5,16 @@
 The objective is that of `forethought.algo.RLP`: thoughts at the same positions, rewards computed from the sampled token
 ids, A_i = G/(G-1) (r_i - mean r), and TRL's clipped surrogate averaged over the tokens of each thought (1/|c|). With
 method.prediction_weight the trainer is an `RLPTrainer`, which adds the prediction term.
+
+Also TRL's trainers for post-training (docs/post-training.md): `sft`, and `grpo` with a reward function of the caller.
 """
 
+import contextlib
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,7 +22,7 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_model as load_tensors
 from safetensors.torch import save_model as save_tensors
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from forethought.algo.rewards import discounted
 from forethought.config import Config, Notice, UserError, flatten, to_dict
@@ -28,10 +32,11 @@ from forethought.data.positions import ThoughtFormat, draw_positions, make_gener
 from forethought.models.compute_copy import Teacher
 from forethought.models.loading import check_context_length, device, load_model, load_tokenizer, save_thinking_options
 from forethought.models.logprobs import chunk_tokens, forward, log_probabilities
+from forethought.tools.posttrain.stage import Example, Stage, end_token
 
 try:
     from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 except ModuleNotFoundError as error:
     raise UserError("TRL is not installed; install it with: pip install 'forethought[trl]'") from error
 
@@ -55,6 +60,8 @@ UNUSED = (
 """Options that change nothing here: TRL samples and logs in its own way, or what they belong to is excluded."""
 ELSEWHERE = ("run", "overwrite", "evaluate.", "questions.")
 """How the names of options begin that are another command's."""
+Progress = Callable[[int, int], None]
+"""Called after each step with the number of finished steps and of all steps."""
 
 
 def parts(config: Config, folder: str | Path, **more: Any) -> dict[str, Any]:
@@ -384,3 +391,91 @@ def common_arguments(config: Config, folder: str | Path) -> dict[str, Any]:
         "gradient_checkpointing": config.update.checkpointing,
         "report_to": [],
     }
+
+
+def sft(start: tuple[Any, Any], rows: Sequence[Example], config: Config, progress: Progress) -> list[dict[str, Any]]:
+    """Train with `SFTTrainer` on train.batch examples per step, in order; the loss covers completions only.
+
+    `start`: model and tokenizer. Updates the weights in place, returns TRL's log.
+    """
+    model, tokenizer = start
+    labeled = [
+        {"input_ids": one.prompt + one.completion, "labels": [-100] * len(one.prompt) + one.completion} for one in rows
+    ]
+    with _arguments_of_stage(model, config) as common:
+        arguments = SFTConfig(
+            **common,
+            per_device_train_batch_size=config.train.batch,
+            train_sampling_strategy="sequential",
+            max_length=None,
+        )
+        data, tokenizer = Dataset.from_list(labeled), copy.deepcopy(tokenizer)
+        return _train(SFTTrainer(model, args=arguments, train_dataset=data, processing_class=tokenizer), progress)
+
+
+def grpo(
+    start: tuple[Any, Any], rows: Sequence[Example], reward: Any, stage: Stage, config: Config, progress: Progress
+) -> list[dict[str, Any]]:
+    """Train with `GRPOTrainer` and its defaults on train.batch prompts per step, in order; `reward` gets the answers.
+
+    `start`: model and tokenizer. Updates the weights in place, returns TRL's log.
+    """
+    model, tokenizer = start
+    with _arguments_of_stage(model, config) as common:
+        end = end_token(stage, tokenizer)
+        stopping = copy.deepcopy(tokenizer) if end is None else stopping_at([end], tokenizer, model)
+        texts = [tokenizer.decode(one.prompt) for one in rows]
+        _fix_tokens(stopping, {text: one.prompt for text, one in zip(texts, rows, strict=True)})
+        columns = {"prompt": texts, "answer": [one.answer for one in rows], "repeated": [one.repeated for one in rows]}
+        arguments = GRPOConfig(
+            **common,
+            per_device_train_batch_size=config.train.batch * stage.group,
+            num_generations=stage.group,
+            max_completion_length=stage.max_tokens,
+            temperature=stage.temperature,
+            disable_dropout=True,
+            shuffle_dataset=False,
+        )
+        data = Dataset.from_dict(columns)
+        return _train(GRPOTrainer(model, reward, arguments, train_dataset=data, processing_class=stopping), progress)
+
+
+def _fix_tokens(tokenizer: Any, prompts: dict[str, list[int]]) -> None:
+    """Make the tokenizer return exactly these tokens for these texts: TRL takes prompts as text only."""
+    kind = type(tokenizer)
+
+    def call(self: Any, text: Any = None, **options: Any) -> Any:
+        if isinstance(text, list) and all(one in prompts for one in text):
+            return {"input_ids": [prompts[one] for one in text]}
+        return kind.__call__(self, text, **options)
+
+    tokenizer.__class__ = type(kind.__name__, (kind,), {"__call__": call})
+
+
+@contextlib.contextmanager
+def _arguments_of_stage(model: Any, config: Config) -> Iterator[dict[str, Any]]:
+    """Arguments of both trainers, with a temporary folder.
+
+    Restores the model's config and generation config: trainers set their end-of-text and padding tokens.
+    """
+    configs = copy.deepcopy((model.config, model.generation_config))
+    with TemporaryDirectory() as folder:
+        try:
+            yield common_arguments(config, folder) | {"save_strategy": "no", "disable_tqdm": True}
+        finally:
+            model.config, model.generation_config = configs
+
+
+class _ReportProgress(TrainerCallback):
+    def __init__(self, progress: Progress):
+        self.progress = progress
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress(state.global_step, state.max_steps)
+
+
+def _train(trainer: Any, progress: Progress) -> list[dict[str, Any]]:
+    trainer.add_callback(_ReportProgress(progress))
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return [line for line in trainer.state.log_history if "train_runtime" not in line]

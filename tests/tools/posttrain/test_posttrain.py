@@ -273,7 +273,7 @@ def test_stages_follow_each_other_are_never_redone_and_repeat_to_the_bit(tmp_pat
 
 def test_sft_learns_the_completion_alone(tmp_path):
     """One step of plain descent: the change of the weights is the gradient of the mean loss over completions."""
-    from forethought.tools.posttrain.trainers import sft
+    from forethought.tools.trl import sft
 
     model = qwen3(scale=0.2)
     start = [one.detach().clone() for one in model.parameters()]
@@ -418,7 +418,7 @@ def by_hand(model: Any, prompt: list[int], completion: list[int]) -> Any:
 
 def test_a_trainer_reads_the_exact_tokens_of_a_prompt(tmp_path):
     """Tokens that no text is tokenized to reach the reward as they are."""
-    from forethought.tools.posttrain.trainers import grpo
+    from forethought.tools.trl import grpo
 
     tokenizer, seen = load_tokenizer(QUICK.model), []
     odd = [tokenizer.bos_token_id, tokenizer.bos_token_id, 9, 10]  # as text, TRL would add one more beginning

@@ -91,7 +91,7 @@ def _folders(stages: Sequence[Stage], folder: Path) -> list[Path]:
 
 def run_stage(stage: Stage, config: Config, callbacks: Callbacks) -> None:
     """Train the model of `config` and write the run folder `config.run`. Raises UserError."""
-    from forethought.tools.posttrain import trainers
+    from forethought.tools import trl
 
     began = time.perf_counter()
     tokenizer = load_tokenizer(config.model)
@@ -110,10 +110,10 @@ def run_stage(stage: Stage, config: Config, callbacks: Callbacks) -> None:
     with log.lock():
         log.write_json("stage.json", dataclasses.asdict(stage))
         if stage.stage == "sft":
-            lines = trainers.sft((model, tokenizer), rows, config, progress)
+            lines = trl.sft((model, tokenizer), rows, config, progress)
         else:
             reward = Verified(stage, tokenizer, form)
-            lines = trainers.grpo((model, tokenizer), rows, reward, stage, config, progress)
+            lines = trl.grpo((model, tokenizer), rows, reward, stage, config, progress)
         log.write_lines("trl.jsonl", lines)
         with exported(log.path) as folder:
             model.save_pretrained(folder)
