@@ -245,11 +245,9 @@ def statements(
         "" if window.start else tokenizer.decode(window.tokens, skip_special_tokens=True)
         for window in positions.windows
     ]
-    right, stated = [], []
-    for owner, group in zip(positions.window.tolist(), texts, strict=True):
-        counts = [truth(known[owner], thought) for thought in group]
-        right.append(sum(count[0] for count in counts) / len(group))
-        stated.append(sum(count[1] for count in counts) / len(group))
+    owned = zip(positions.window.tolist(), texts, strict=True)
+    counts = np.array([[truth(known[owner], thought) for thought in group] for owner, group in owned])
+    right, stated = counts.mean(axis=1).T.tolist()  # of (batch, group, 2)
     return right, stated
 
 
