@@ -58,8 +58,6 @@ UNUSED = (
     "method.min_entropy", "method.proxy", "method.prediction_length", "method.end", "method.unclosed_penalty",
 )  # fmt: skip
 """Options that change nothing here: TRL samples and logs in its own way, or what they belong to is excluded."""
-ELSEWHERE = ("run", "overwrite", "evaluate.", "questions.")
-"""How the names of options begin that are another command's."""
 Progress = Callable[[int, int], None]
 """Called after each step with the number of finished steps and of all steps."""
 
@@ -138,12 +136,12 @@ class InformationGain:
         closed = [ids[-1] in ends for ids in completion_ids]
         prompts, bridges = [self.form.prompt_tokens(one) for one in context], [self.form.bridge(one) for one in context]
         prefixes = _think_prefixes(self.form, prompts, completion_ids, bridges)
-        keys = [(*before, -1, *true) for before, true in zip(context, target, strict=True)]
-        unique = dict(zip(keys, zip(context, target, strict=True), strict=True))  # the teacher scores a position once
+        keys = [(tuple(before), tuple(true)) for before, true in zip(context, target, strict=True)]
+        unique = list(dict.fromkeys(keys))  # the teacher scores a position once
         kind, bf16 = self.policy.device.type, self.config.model.precision == "bf16"
         with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=bf16, cache_enabled=False):  # as TRL does
             think_logp = self._target_logp(self.policy, prefixes, target)
-            no_think_logp = self._target_logp(self.teacher.model, *zip(*unique.values(), strict=True))
+            no_think_logp = self._target_logp(self.teacher.model, *zip(*unique, strict=True))
         baseline = dict(zip(unique, discounted(no_think_logp, method.discount).tolist(), strict=True))
         evidence = discounted(think_logp, method.discount).tolist()
         gains = [value - baseline[key] for value, key in zip(evidence, keys, strict=True)]
@@ -153,7 +151,7 @@ class InformationGain:
         return [method.group / (method.group - 1) * gain for gain in gains]
 
     def _target_logp(
-        self, model: Any, prefixes: Sequence[list[int]], targets: Sequence[list[int]]
+        self, model: Any, prefixes: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]
     ) -> Float[Tensor, "row horizon"]:
         """log p(target | prefix) of each target token at temperature 1, on the CPU, computed in chunks of rows."""
         training = model.training
@@ -161,10 +159,9 @@ class InformationGain:
         try:
             longest = max(map(len, prefixes)) + len(targets[0])
             size = max(1, chunk_tokens(model, self.config.update.tokens_per_chunk) // longest)
-            chunks = []
-            for start in range(0, len(prefixes), size):
-                true = torch.tensor(targets[start : start + size], device=model.device)
-                chunks.append(_logp_of_targets(model, self.form, prefixes[start : start + size], true).cpu())
+            true = torch.tensor(targets, device=model.device).split(size)
+            parts = zip(range(0, len(prefixes), size), true, strict=True)
+            chunks = [_logp_of_targets(model, self.form, prefixes[i : i + size], some).cpu() for i, some in parts]
         finally:
             model.train(training)
         return torch.cat(chunks)
@@ -320,8 +317,9 @@ def prompts(config: Config, tokenizer: Any) -> Dataset:
         positions = draw_positions(batch, method, make_generator(config.seed, "positions", step))
         drawn += len(positions)
         for before, true in zip(positions.contexts(), positions.targets().tolist(), strict=True):
-            text = as_text(form.prompt_tokens(before), tokenizer)
-            if text is not None:
+            tokens = form.prompt_tokens(before)
+            text = tokenizer.decode(tokens[1:] if tokens[0] == tokenizer.bos_token_id else tokens)
+            if tokenizer(text=text)["input_ids"] == tokens:
                 rows.append({"prompt": text, "context": before, "target": true})
         if drawn > MAX_DRAWN_PER_PROMPT * max(len(rows), train.batch):
             raise UserError(
@@ -329,12 +327,6 @@ def prompts(config: Config, tokenizer: Any) -> Dataset:
                 "tokenize back to the same tokens, which TRL needs; use forethought train, which takes tokens"
             )
     return Dataset.from_list(rows[:count])
-
-
-def as_text(tokens: list[int], tokenizer: Any) -> str | None:
-    """The text that tokenizes, special tokens included, to exactly these tokens; None if there is none."""
-    text = tokenizer.decode(tokens[1:] if tokens[0] == tokenizer.bos_token_id else tokens)
-    return text if tokenizer(text=text)["input_ids"] == tokens else None
 
 
 def stopping_at(ends: list[int], tokenizer: Any, model: Any) -> Any:

@@ -55,8 +55,7 @@ def posttrain(
     config = config if log is None else trained(config, log.path)
     named = {"run": f"runs/{Path(start).name}-{Path(path).stem}", "seed": config.seed}
     chosen = from_dict(named | folder_options)
-    if not chosen.overwrite:
-        check_free(Path(chosen.run), overwrite=False)
+    check_free(Path(chosen.run), chosen.overwrite)
     run_stage(stage, stage_config(stage, config, Path(chosen.run), chosen.seed), callbacks or Callbacks())
     return Path(chosen.run)
 
@@ -128,7 +127,6 @@ def run_stage(stage: Stage, config: Config, callbacks: Callbacks) -> None:
 @torch.no_grad()
 def completion_loss(model: Any, rows: Sequence[Example]) -> float:
     """Mean -log p of the completions' tokens given their prompts, in nats per token: the loss of `sft`."""
-    training = model.training
     model.eval()
     total, count = 0.0, 0
     for one in rows:
@@ -137,7 +135,6 @@ def completion_loss(model: Any, rows: Sequence[Example]) -> float:
         logits = forward(model, tokens, torch.ones_like(tokens, dtype=torch.bool), keep)[:, :-1]
         total -= log_probabilities(logits, tokens[:, 1 - keep :]).sum().item()
         count += keep - 1
-    model.train(training)
     return total / count
 
 
