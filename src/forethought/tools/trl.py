@@ -161,7 +161,7 @@ class InformationGain:
             size = max(1, chunk_tokens(model, self.config.update.tokens_per_chunk) // longest)
             true = torch.tensor(targets, device=model.device).split(size)
             parts = zip(range(0, len(prefixes), size), true, strict=True)
-            chunks = [_logp_of_targets(model, self.form, prefixes[i : i + size], some).cpu() for i, some in parts]
+            chunks = [_logp_of_targets(model, self.form.pad, prefixes[i : i + size], some).cpu() for i, some in parts]
         finally:
             model.train(training)
         return torch.cat(chunks)
@@ -179,11 +179,11 @@ def _think_prefixes(
 
 
 def _logp_of_targets(
-    model: Any, form: ThoughtFormat, prefixes: Sequence[Sequence[int]], targets: Int[Tensor, "row horizon"]
+    model: Any, pad: int, prefixes: Sequence[Sequence[int]], targets: Int[Tensor, "row horizon"]
 ) -> Float[Tensor, "row horizon"]:
     """log p(target | prefix) of each target token at temperature 1, by one forward pass, in nats."""
     rows = [[*one, *true[:-1]] for one, true in zip(prefixes, targets.tolist(), strict=True)]
-    tokens, mask = (some.to(targets.device) for some in pad_rows(rows, form.pad, left=True))
+    tokens, mask = (some.to(targets.device) for some in pad_rows(rows, pad, left=True))
     return log_probabilities(forward(model, tokens, mask, keep=targets.shape[1]), targets)
 
 
@@ -217,7 +217,7 @@ class RLPTrainer(GRPOTrainer):
             for part in ("prompt", "completion")
         )
         prefixes = _think_prefixes(form, prompts, thoughts, inputs["bridge"].tolist())
-        logp = _logp_of_targets(model, form, prefixes, inputs["target"])
+        logp = _logp_of_targets(model, form.pad, prefixes, inputs["target"])
         loss = -discounted(logp, method.discount).mean()
         self._log_metric("prediction_loss", float(loss.detach()))
         scale = method.prediction_weight / self.current_gradient_accumulation_steps
@@ -403,6 +403,16 @@ def sft(start: tuple[Any, Any], rows: Sequence[Example], config: Config, progres
         )
         data, tokenizer = Dataset.from_list(labeled), copy.deepcopy(tokenizer)
         return _train(SFTTrainer(model, args=arguments, train_dataset=data, processing_class=tokenizer), progress)
+
+
+@torch.no_grad()
+def completion_loss(model: Any, rows: Sequence[Example]) -> float:
+    """Mean -log p of the completions' tokens given their prompts, in nats per token: the loss of `sft`."""
+    model.eval()
+    targets = [torch.tensor([one.completion], device=model.device) for one in rows]
+    pairs = zip(rows, targets, strict=True)
+    total = sum(_logp_of_targets(model, 0, [one.prompt], true).sum().item() for one, true in pairs)
+    return -total / sum(true.numel() for true in targets)
 
 
 def grpo(

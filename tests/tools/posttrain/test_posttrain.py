@@ -19,7 +19,7 @@ from forethought.models.loading import EMBEDDED, load_model, load_thinking_optio
 from forethought.run.folder import RunLog
 from forethought.run.trackers import Callbacks
 from forethought.tools.experiment import compare
-from forethought.tools.posttrain import chain, completion_loss, last_stage, posttrain
+from forethought.tools.posttrain import chain, last_stage, posttrain
 from forethought.tools.posttrain.stage import Example, Stage, Verified, examples, read, stage_config, stage_from_dict
 from forethought.tools.report import card, runs
 from forethought.tools.report import write as write_report
@@ -388,6 +388,8 @@ def unlike(tmp_path: Path) -> Path:
 
 
 def test_held_out_rows_are_measured_before_and_after(unlike, tmp_path, capsys):
+    from forethought.tools.trl import completion_loss
+
     words = ["posttrain", "sft-gsm8k", "--start", "embedded", "--data", str(unlike), "--heldout", str(unlike)]
     sizes = ["--train.steps", "4", "--train.batch", "3", "--optim.learning_rate", "1e-3", "--optim.warmup", "0"]
     assert main([*words, *sizes, "--run", str(tmp_path / "run")]) == 0

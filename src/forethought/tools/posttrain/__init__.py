@@ -15,13 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from forethought.config import Config, UserError, from_dict
 from forethought.data.positions import ThoughtFormat, thought_format
 from forethought.eval import started, trained
 from forethought.models.loading import load_model, load_tokenizer, require_context, save_thinking_options
-from forethought.models.logprobs import forward, log_probabilities
 from forethought.run.checkpoint import exported
 from forethought.run.folder import RunLog, check_free
 from forethought.run.trackers import Callbacks
@@ -100,7 +97,7 @@ def run_stage(stage: Stage, config: Config, callbacks: Callbacks) -> None:
     heldout = _heldout_examples(stage, config, tokenizer, form)
     model = load_model(config.model, config.seed)
     _check_length(stage, [*rows, *heldout], model)
-    summary = {"before/heldout_loss": completion_loss(model, heldout)} if heldout else {}
+    summary = {"before/heldout_loss": trl.completion_loss(model, heldout)} if heldout else {}
     log = RunLog.create(config)
 
     def progress(done: int, total: int) -> None:
@@ -118,24 +115,10 @@ def run_stage(stage: Stage, config: Config, callbacks: Callbacks) -> None:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             save_thinking_options(folder, config)
-        summary |= {"after/heldout_loss": completion_loss(model, heldout)} if heldout else {}
+        summary |= {"after/heldout_loss": trl.completion_loss(model, heldout)} if heldout else {}
         seconds = round(time.perf_counter() - began, 2)
         done = {"method": stage.stage, "seed": config.seed, "steps": config.train.steps, "seconds": seconds}
         log.write_json("summary.json", {**done, **summary})
-
-
-@torch.no_grad()
-def completion_loss(model: Any, rows: Sequence[Example]) -> float:
-    """Mean -log p of the completions' tokens given their prompts, in nats per token: the loss of `sft`."""
-    model.eval()
-    total, count = 0.0, 0
-    for one in rows:
-        tokens = torch.tensor([one.prompt + one.completion], device=model.device)
-        keep = len(one.completion) + 1
-        logits = forward(model, tokens, torch.ones_like(tokens, dtype=torch.bool), keep)[:, :-1]
-        total -= log_probabilities(logits, tokens[:, 1 - keep :]).sum().item()
-        count += keep - 1
-    return total / count
 
 
 def _heldout_examples(stage: Stage, config: Config, tokenizer: Any, form: ThoughtFormat) -> list[Example]:
