@@ -25,6 +25,8 @@ from forethought.rollout import draw_noise, thought_tokens
 
 Progress = Callable[[str, int, int], None]
 """Name of the phase, positions done, positions in total."""
+Groups = Sequence[Sequence[Sequence[int]]]
+"""The tokens of several thoughts at each position."""
 CANDIDATES, JUDGES = 16, 64
 """Thoughts among which the generic one is chosen, and the positions of training text at which they are compared."""
 
@@ -38,7 +40,12 @@ def measure(
     records = {}
     for name, group in measured.items():
         given = control_thoughts(subject, name, group, generic)
-        scores = _scores(subject, group, given, lambda done, before=before: progress("controls", before + done, total))
+        joined = [[one for some in groups for one in some] for groups in zip(*given.values(), strict=True)]
+        logp = _target_logp(
+            subject, group.positions, joined, lambda done, before=before: progress("controls", before + done, total)
+        )
+        parts = zip(given, logp.split([len(some[0]) for some in given.values()], dim=1), strict=True)
+        scores = {control: part.mean(dim=1).tolist() for control, part in parts}
         records[name] = dataclasses.replace(group.records, **scores)
         before += len(group.thoughts)
     return with_domains(records, windows)
@@ -81,12 +88,10 @@ def random_thoughts(thoughts: list[list[list[int]]], vocabulary: Sequence[int], 
     return drawn
 
 
-def control_thoughts(
-    subject: Subject, name: str, group: Measured, generic: Sequence[int] | None
-) -> dict[str, Sequence[Sequence[Sequence[int]]]]:
+def control_thoughts(subject: Subject, name: str, group: Measured, generic: Sequence[int] | None) -> dict[str, Groups]:
     """The thoughts of each control, by position; a single position is not shuffled."""
     thoughts = group.thoughts
-    found: dict[str, Sequence[Sequence[Sequence[int]]]] = {
+    found: dict[str, Groups] = {
         "empty": [[[]] for _ in thoughts],
         "random": random_thoughts(thoughts, ordinary_tokens(subject.tokenizer, subject.form), name),
     }
@@ -140,30 +145,13 @@ def best_thought(subject: Subject, windows: Sequence[Window], progress: Progress
     candidates = list(map(list, different))[:CANDIDATES]
     if not candidates:
         return None
-    given = [candidates] * len(judges)
-    logp = _target_logp(subject, judges, given, lambda done: tell(len(asked) + done))
+    logp = _target_logp(subject, judges, [candidates] * len(judges), lambda done: tell(len(asked) + done))
     return candidates[int(logp.mean(dim=0).argmax())]
-
-
-def _scores(
-    subject: Subject,
-    group: Measured,
-    given: dict[str, Sequence[Sequence[Sequence[int]]]],
-    progress: Callable[[int], None],
-) -> dict[str, list[float]]:
-    """log p of the true token after each control, mean over its thoughts."""
-    sizes = [len(some[0]) for some in given.values()]
-    joined = [[one for some in groups for one in some] for groups in zip(*given.values(), strict=True)]
-    parts = _target_logp(subject, group.positions, joined, progress).split(sizes, dim=1)
-    return {control: part.mean(dim=1).tolist() for control, part in zip(given, parts, strict=True)}
 
 
 @torch.no_grad()
 def _target_logp(
-    subject: Subject,
-    positions: Positions,
-    given: Sequence[Sequence[Sequence[int]]],
-    progress: Callable[[int], None],
+    subject: Subject, positions: Positions, given: Groups, progress: Callable[[int], None]
 ) -> Float[Tensor, "batch group"]:
     """log p of the true token after each given thought, as many at each position; nats, on the CPU."""
     model, config = subject.model, subject.config

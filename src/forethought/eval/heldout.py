@@ -108,16 +108,15 @@ def sample_groups(subject: Subject, windows: Sequence[Window], progress: Progres
         positions = at_positions(windows, chosen, config.method.horizon)
         found = over_ranks(
             positions.chunks(max(1, config.train.rows // config.evaluate.thoughts)),
-            lambda chunk, start, name=name, before=done: _measure_chunk(subject, chunk, (name, before + start)),
+            lambda chunk, start, name=name, before=done: _measure_chunk(subject, chunk, name, before + start),
             lambda now, before=done: progress(before + now, total),
         )
         done += len(positions)
-        parts = [columns for columns, _ in found]
-        thoughts = [group for _, groups in found for group in groups]
+        columns = {field: [value for part in found for value in part[field]] for field in found[0]}
         owners = positions.window.tolist()
         at = [windows[owner].start + t for owner, t in zip(owners, positions.at.tolist(), strict=True)]
-        columns = {field: [value for part in parts for value in part[field]] for field in parts[0]}
         text, document = [texts[owner] for owner in owners], [numbers[owner] for owner in owners]
+        thoughts = columns.pop("thoughts")
         records = Records(document=document, at=at, window=owners, text=text, **columns)
         result[name] = Measured(positions=positions, thoughts=thoughts, records=records)
     return result
@@ -196,12 +195,10 @@ def _group_positions(windows: Sequence[Window], config: Config) -> dict[str, lis
 
 
 @torch.no_grad()
-def _measure_chunk(
-    subject: Subject, chunk: Positions, key: tuple[str, int]
-) -> tuple[dict[str, list[Any]], list[list[list[int]]]]:
+def _measure_chunk(subject: Subject, chunk: Positions, name: str, done: int) -> dict[str, list[Any]]:
+    """The thoughts at positions of the group `name`, of which `done` come before them, and the fields of `Records`."""
     config, tokenizer = subject.config, subject.tokenizer
     shape = (config.evaluate.thoughts, config.method.thought_length)
-    name, done = key
     noise = draw_noise(shape, [make_generator(0, "evaluate", name, done + i) for i in range(len(chunk))])
     thoughts = subject.engine.sample(chunk, noise)
     at_once = chunk_tokens(subject.model, config.update.tokens_per_chunk)
@@ -209,6 +206,7 @@ def _measure_chunk(
     evidence, tokens = thoughts.evidence[..., 0], thought_tokens(thoughts, subject.form)
     said = decode_thoughts(tokenizer, tokens)
     columns = {
+        "thoughts": tokens,
         "nothink": nothink[:, 0].tolist(),
         "nothink_hit": hit[:, 0].tolist(),
         "entropy": entropy.tolist(),
@@ -224,7 +222,7 @@ def _measure_chunk(
             columns["teacher"] = no_think_logp(teacher, chunk, at_once)[0][:, 0].tolist()
     if truth := checker(config.evaluate.path):
         columns["right"], columns["stated"] = statements(truth, tokenizer, chunk, said)
-    return columns, tokens
+    return columns
 
 
 def checker(path: str) -> Callable[[str, str], tuple[int, int]] | None:
@@ -245,11 +243,9 @@ def statements(
         "" if window.start else tokenizer.decode(window.tokens, skip_special_tokens=True)
         for window in positions.windows
     ]
-    right, stated = [], []
-    for owner, group in zip(positions.window.tolist(), texts, strict=True):
-        counts = [truth(known[owner], thought) for thought in group]
-        right.append(sum(count[0] for count in counts) / len(group))
-        stated.append(sum(count[1] for count in counts) / len(group))
+    owned = zip(positions.window.tolist(), texts, strict=True)
+    counts = np.array([[truth(known[owner], thought) for thought in group] for owner, group in owned])
+    right, stated = counts.mean(axis=1).T.tolist()  # of (batch, group, 2)
     return right, stated
 
 

@@ -9,7 +9,7 @@ The harness has no plugins: this command registers the model type and calls the 
 import functools
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,13 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.api.task import ConfigurableTask
-from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.models.utils import Collator, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from forethought.config import UserError, read_overrides
 from forethought.data.corpus import context_tokens
-from forethought.inference import Answer, Pair, Sampling, ThinkingModel, thinking_rule
+from forethought.inference import Answer, Sampling, ThinkingModel, thinking_rule
 
 TASKS = Path(__file__).parent / "tasks"  # the task files of tools/benchmarks.py
 _KNOWN = {"until", "do_sample", "temperature", "top_p", "max_gen_toks"}
@@ -123,7 +123,10 @@ class ForethoughtLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        pairs = [self._truncate(context, continuation) for _, context, continuation in requests]
+        pairs = []
+        for _, context, continuation in requests:
+            self.thinker.check_length(1 + len(continuation), self.thoughts)
+            pairs.append((context[len(continuation) - self.max_length :], continuation))  # the newest tokens that fit
         with self._bar("loglikelihood", len(pairs), disable_tqdm) as bar:
             progress = functools.partial(self._advance, bar)
             scores = self.thinker.score(pairs, seed=self.seed, progress=progress, **self._once())
@@ -135,11 +138,6 @@ class ForethoughtLM(TemplateLM):
         """How to think at the end of a context."""
         names = ("thoughts", "think_when", "thought_temperature")
         return {name: getattr(self, name) for name in names}
-
-    def _truncate(self, context: list[int], continuation: list[int]) -> Pair:
-        """Drop the oldest tokens of a context that is too long."""
-        self.thinker.check_length(1 + len(continuation), self.thoughts)
-        return context[len(continuation) - self.max_length :], continuation
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """log p of each text from its first token on, in windows where it is longer than the model."""
@@ -157,42 +155,39 @@ class ForethoughtLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """A Reply to each context, up to the first of the strings that end it."""
-        replies = [Reply()] * len(requests)
-        with self._bar("generate_until", len(requests), disable_tqdm) as bar:
-            for batch, sampling, until in self._batches([one.args for one in requests]):
-                longest = self.max_length - sampling.limit
-                contexts = [self.tok_encode(requests[i].args[0])[-longest:] for i, _ in batch]
-                seeds = [self.seed + _SEEDS * turn for _, turn in batch]
-                answers = self.thinker.answer(contexts, sampling, seeds, until=until, **self._once())
-                for (i, _), answer in zip(batch, answers, strict=True):
-                    replies[i] = Reply(answer.text)
-                    replies[i].answer = answer
-                    self.cache_hook.add_partial("generate_until", requests[i].args, replies[i])
-                self._advance(bar, len(batch))
-        return list(replies)
-
-    def _batches(self, requests: Sequence[Any]) -> Iterator[tuple[list[tuple[int, int]], Sampling, list[str]]]:
-        """Requests that are answered together: their indices, each with its turn among equal ones; how to answer."""
-        groups: dict[str, list[tuple[int, int]]] = {}
+        asked: list[Any] = [one.args for one in requests]
         seen: Counter[str] = Counter()
-        for i, (context, options) in enumerate(requests):
-            groups.setdefault(repr(sorted(options.items())), []).append((i, seen[context]))
+        rows, replies = [], []
+        for context, options in asked:
+            rows.append((context, options, seen[context]))  # with its turn among equal contexts
             seen[context] += 1
-        size = self.thinker.config.train.rows
-        for members in groups.values():
-            options: dict[str, Any] = dict(normalize_gen_kwargs(requests[members[0][0]][1], self.max_gen_toks))
-            if odd := sorted(options.keys() - _KNOWN):
-                raise UserError(f"generation options {', '.join(odd)}: must be among {', '.join(sorted(_KNOWN))}")
-            limit = options["max_gen_toks"]
-            if limit >= self.max_length:
-                raise UserError(
-                    f"max_gen_toks = {limit}: must be below the {self.max_length} tokens that a text may have"
-                )
-            temperature = float(options.get("temperature", 1.0 if options.get("do_sample") else 0.0))
-            sampling = Sampling(limit=limit, temperature=temperature, top_p=options.get("top_p", 1.0))
-            members.sort(key=lambda one: -len(requests[one[0]][0]))
-            for start in range(0, len(members), size):
-                yield members[start : start + size], sampling, list(options.get("until", []))
+        order = Collator(rows, lambda row: -len(row[0]), group_by="gen_kwargs")
+        with self._bar("generate_until", len(requests), disable_tqdm) as bar:
+            for batch in order.get_batched(n=self.thinker.config.train.rows):
+                sampling, until = self._sampling(batch[0][1])
+                longest = self.max_length - sampling.limit
+                contexts = [self.tok_encode(context)[-longest:] for context, _, _ in batch]
+                seeds = [self.seed + _SEEDS * turn for _, _, turn in batch]
+                answers = self.thinker.answer(contexts, sampling, seeds, until=until, **self._once())
+                for (context, options, _), answer in zip(batch, answers, strict=True):
+                    reply = Reply(answer.text)
+                    reply.answer = answer
+                    self.cache_hook.add_partial("generate_until", (context, options), reply)
+                    replies.append(reply)
+                self._advance(bar, len(batch))
+        return order.get_original(replies)
+
+    def _sampling(self, asked: dict[str, Any]) -> tuple[Sampling, list[str]]:
+        """How to draw an answer, and the strings that end it, by the harness's options."""
+        options: dict[str, Any] = dict(normalize_gen_kwargs(asked, self.max_gen_toks))
+        if odd := sorted(options.keys() - _KNOWN):
+            raise UserError(f"generation options {', '.join(odd)}: must be among {', '.join(sorted(_KNOWN))}")
+        limit = options["max_gen_toks"]
+        if limit >= self.max_length:
+            raise UserError(f"max_gen_toks = {limit}: must be below the {self.max_length} tokens that a text may have")
+        temperature = float(options.get("temperature", 1.0 if options.get("do_sample") else 0.0))
+        sampling = Sampling(limit=limit, temperature=temperature, top_p=options.get("top_p", 1.0))
+        return sampling, list(options.get("until", []))
 
     def _bar(self, name: str, total: int, disable: bool) -> tqdm:
         return tqdm(total=total, disable=disable or self.progress is not None, desc=f"Running {name} requests")

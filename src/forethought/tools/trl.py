@@ -5,12 +5,16 @@
 The objective is that of `forethought.algo.RLP`: thoughts at the same positions, rewards computed from the sampled token
 ids, A_i = G/(G-1) (r_i - mean r), and TRL's clipped surrogate averaged over the tokens of each thought (1/|c|). With
 method.prediction_weight the trainer is an `RLPTrainer`, which adds the prediction term.
+
+Also TRL's trainers for post-training (docs/post-training.md): `sft`, and `grpo` with a reward function of the caller.
 """
 
+import contextlib
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,7 +22,7 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_model as load_tensors
 from safetensors.torch import save_model as save_tensors
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from forethought.algo.rewards import discounted
 from forethought.config import Config, Notice, UserError, flatten, to_dict
@@ -28,10 +32,11 @@ from forethought.data.positions import ThoughtFormat, draw_positions, make_gener
 from forethought.models.compute_copy import Teacher
 from forethought.models.loading import check_context_length, device, load_model, load_tokenizer, save_thinking_options
 from forethought.models.logprobs import chunk_tokens, forward, log_probabilities
+from forethought.tools.posttrain.stage import Example, Stage, end_token
 
 try:
     from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 except ModuleNotFoundError as error:
     raise UserError("TRL is not installed; install it with: pip install 'forethought[trl]'") from error
 
@@ -53,8 +58,8 @@ UNUSED = (
     "method.min_entropy", "method.proxy", "method.prediction_length", "method.end", "method.unclosed_penalty",
 )  # fmt: skip
 """Options that change nothing here: TRL samples and logs in its own way, or what they belong to is excluded."""
-ELSEWHERE = ("run", "overwrite", "evaluate.", "questions.")
-"""How the names of options begin that are another command's."""
+Progress = Callable[[int, int], None]
+"""Called after each step with the number of finished steps and of all steps."""
 
 
 def parts(config: Config, folder: str | Path, **more: Any) -> dict[str, Any]:
@@ -131,12 +136,12 @@ class InformationGain:
         closed = [ids[-1] in ends for ids in completion_ids]
         prompts, bridges = [self.form.prompt_tokens(one) for one in context], [self.form.bridge(one) for one in context]
         prefixes = _think_prefixes(self.form, prompts, completion_ids, bridges)
-        keys = [(*before, -1, *true) for before, true in zip(context, target, strict=True)]
-        unique = dict(zip(keys, zip(context, target, strict=True), strict=True))  # the teacher scores a position once
+        keys = [(tuple(before), tuple(true)) for before, true in zip(context, target, strict=True)]
+        unique = list(dict.fromkeys(keys))  # the teacher scores a position once
         kind, bf16 = self.policy.device.type, self.config.model.precision == "bf16"
         with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=bf16, cache_enabled=False):  # as TRL does
             think_logp = self._target_logp(self.policy, prefixes, target)
-            no_think_logp = self._target_logp(self.teacher.model, *zip(*unique.values(), strict=True))
+            no_think_logp = self._target_logp(self.teacher.model, *zip(*unique, strict=True))
         baseline = dict(zip(unique, discounted(no_think_logp, method.discount).tolist(), strict=True))
         evidence = discounted(think_logp, method.discount).tolist()
         gains = [value - baseline[key] for value, key in zip(evidence, keys, strict=True)]
@@ -146,7 +151,7 @@ class InformationGain:
         return [method.group / (method.group - 1) * gain for gain in gains]
 
     def _target_logp(
-        self, model: Any, prefixes: Sequence[list[int]], targets: Sequence[list[int]]
+        self, model: Any, prefixes: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]
     ) -> Float[Tensor, "row horizon"]:
         """log p(target | prefix) of each target token at temperature 1, on the CPU, computed in chunks of rows."""
         training = model.training
@@ -154,10 +159,9 @@ class InformationGain:
         try:
             longest = max(map(len, prefixes)) + len(targets[0])
             size = max(1, chunk_tokens(model, self.config.update.tokens_per_chunk) // longest)
-            chunks = []
-            for start in range(0, len(prefixes), size):
-                true = torch.tensor(targets[start : start + size], device=model.device)
-                chunks.append(_logp_of_targets(model, self.form, prefixes[start : start + size], true).cpu())
+            true = torch.tensor(targets, device=model.device).split(size)
+            parts = zip(range(0, len(prefixes), size), true, strict=True)
+            chunks = [_logp_of_targets(model, self.form.pad, prefixes[i : i + size], some).cpu() for i, some in parts]
         finally:
             model.train(training)
         return torch.cat(chunks)
@@ -175,11 +179,11 @@ def _think_prefixes(
 
 
 def _logp_of_targets(
-    model: Any, form: ThoughtFormat, prefixes: Sequence[Sequence[int]], targets: Int[Tensor, "row horizon"]
+    model: Any, pad: int, prefixes: Sequence[Sequence[int]], targets: Int[Tensor, "row horizon"]
 ) -> Float[Tensor, "row horizon"]:
     """log p(target | prefix) of each target token at temperature 1, by one forward pass, in nats."""
     rows = [[*one, *true[:-1]] for one, true in zip(prefixes, targets.tolist(), strict=True)]
-    tokens, mask = (some.to(targets.device) for some in pad_rows(rows, form.pad, left=True))
+    tokens, mask = (some.to(targets.device) for some in pad_rows(rows, pad, left=True))
     return log_probabilities(forward(model, tokens, mask, keep=targets.shape[1]), targets)
 
 
@@ -213,7 +217,7 @@ class RLPTrainer(GRPOTrainer):
             for part in ("prompt", "completion")
         )
         prefixes = _think_prefixes(form, prompts, thoughts, inputs["bridge"].tolist())
-        logp = _logp_of_targets(model, form, prefixes, inputs["target"])
+        logp = _logp_of_targets(model, form.pad, prefixes, inputs["target"])
         loss = -discounted(logp, method.discount).mean()
         self._log_metric("prediction_loss", float(loss.detach()))
         scale = method.prediction_weight / self.current_gradient_accumulation_steps
@@ -313,8 +317,9 @@ def prompts(config: Config, tokenizer: Any) -> Dataset:
         positions = draw_positions(batch, method, make_generator(config.seed, "positions", step))
         drawn += len(positions)
         for before, true in zip(positions.contexts(), positions.targets().tolist(), strict=True):
-            text = as_text(form.prompt_tokens(before), tokenizer)
-            if text is not None:
+            tokens = form.prompt_tokens(before)
+            text = tokenizer.decode(tokens[1:] if tokens[0] == tokenizer.bos_token_id else tokens)
+            if tokenizer(text=text)["input_ids"] == tokens:
                 rows.append({"prompt": text, "context": before, "target": true})
         if drawn > MAX_DRAWN_PER_PROMPT * max(len(rows), train.batch):
             raise UserError(
@@ -322,12 +327,6 @@ def prompts(config: Config, tokenizer: Any) -> Dataset:
                 "tokenize back to the same tokens, which TRL needs; use forethought train, which takes tokens"
             )
     return Dataset.from_list(rows[:count])
-
-
-def as_text(tokens: list[int], tokenizer: Any) -> str | None:
-    """The text that tokenizes, special tokens included, to exactly these tokens; None if there is none."""
-    text = tokenizer.decode(tokens[1:] if tokens[0] == tokenizer.bos_token_id else tokens)
-    return text if tokenizer(text=text)["input_ids"] == tokens else None
 
 
 def stopping_at(ends: list[int], tokenizer: Any, model: Any) -> Any:
@@ -384,3 +383,101 @@ def common_arguments(config: Config, folder: str | Path) -> dict[str, Any]:
         "gradient_checkpointing": config.update.checkpointing,
         "report_to": [],
     }
+
+
+def sft(start: tuple[Any, Any], rows: Sequence[Example], config: Config, progress: Progress) -> list[dict[str, Any]]:
+    """Train with `SFTTrainer` on train.batch examples per step, in order; the loss covers completions only.
+
+    `start`: model and tokenizer. Updates the weights in place, returns TRL's log.
+    """
+    model, tokenizer = start
+    labeled = [
+        {"input_ids": one.prompt + one.completion, "labels": [-100] * len(one.prompt) + one.completion} for one in rows
+    ]
+    with _arguments_of_stage(model, config) as common:
+        arguments = SFTConfig(
+            **common,
+            per_device_train_batch_size=config.train.batch,
+            train_sampling_strategy="sequential",
+            max_length=None,
+        )
+        data, tokenizer = Dataset.from_list(labeled), copy.deepcopy(tokenizer)
+        return _train(SFTTrainer(model, args=arguments, train_dataset=data, processing_class=tokenizer), progress)
+
+
+@torch.no_grad()
+def completion_loss(model: Any, rows: Sequence[Example]) -> float:
+    """Mean -log p of the completions' tokens given their prompts, in nats per token: the loss of `sft`."""
+    model.eval()
+    targets = [torch.tensor([one.completion], device=model.device) for one in rows]
+    pairs = zip(rows, targets, strict=True)
+    total = sum(_logp_of_targets(model, 0, [one.prompt], true).sum().item() for one, true in pairs)
+    return -total / sum(true.numel() for true in targets)
+
+
+def grpo(
+    start: tuple[Any, Any], rows: Sequence[Example], reward: Any, stage: Stage, config: Config, progress: Progress
+) -> list[dict[str, Any]]:
+    """Train with `GRPOTrainer` and its defaults on train.batch prompts per step, in order; `reward` gets the answers.
+
+    `start`: model and tokenizer. Updates the weights in place, returns TRL's log.
+    """
+    model, tokenizer = start
+    with _arguments_of_stage(model, config) as common:
+        end = end_token(stage, tokenizer)
+        stopping = copy.deepcopy(tokenizer) if end is None else stopping_at([end], tokenizer, model)
+        texts = [tokenizer.decode(one.prompt) for one in rows]
+        _fix_tokens(stopping, {text: one.prompt for text, one in zip(texts, rows, strict=True)})
+        columns = {"prompt": texts, "answer": [one.answer for one in rows], "repeated": [one.repeated for one in rows]}
+        arguments = GRPOConfig(
+            **common,
+            per_device_train_batch_size=config.train.batch * stage.group,
+            num_generations=stage.group,
+            max_completion_length=stage.max_tokens,
+            temperature=stage.temperature,
+            disable_dropout=True,
+            shuffle_dataset=False,
+        )
+        data = Dataset.from_dict(columns)
+        return _train(GRPOTrainer(model, reward, arguments, train_dataset=data, processing_class=stopping), progress)
+
+
+def _fix_tokens(tokenizer: Any, prompts: dict[str, list[int]]) -> None:
+    """Make the tokenizer return exactly these tokens for these texts: TRL takes prompts as text only."""
+    kind = type(tokenizer)
+
+    def call(self: Any, text: Any = None, **options: Any) -> Any:
+        if isinstance(text, list) and all(one in prompts for one in text):
+            return {"input_ids": [prompts[one] for one in text]}
+        return kind.__call__(self, text, **options)
+
+    tokenizer.__class__ = type(kind.__name__, (kind,), {"__call__": call})
+
+
+@contextlib.contextmanager
+def _arguments_of_stage(model: Any, config: Config) -> Iterator[dict[str, Any]]:
+    """Arguments of both trainers, with a temporary folder.
+
+    Restores the model's config and generation config: trainers set their end-of-text and padding tokens.
+    """
+    configs = copy.deepcopy((model.config, model.generation_config))
+    with TemporaryDirectory() as folder:
+        try:
+            yield common_arguments(config, folder) | {"save_strategy": "no", "disable_tqdm": True}
+        finally:
+            model.config, model.generation_config = configs
+
+
+class _ReportProgress(TrainerCallback):
+    def __init__(self, progress: Progress):
+        self.progress = progress
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress(state.global_step, state.max_steps)
+
+
+def _train(trainer: Any, progress: Progress) -> list[dict[str, Any]]:
+    trainer.add_callback(_ReportProgress(progress))
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return [line for line in trainer.state.log_history if "train_runtime" not in line]

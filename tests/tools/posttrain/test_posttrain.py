@@ -19,7 +19,7 @@ from forethought.models.loading import EMBEDDED, load_model, load_thinking_optio
 from forethought.run.folder import RunLog
 from forethought.run.trackers import Callbacks
 from forethought.tools.experiment import compare
-from forethought.tools.posttrain import chain, completion_loss, last_stage, posttrain
+from forethought.tools.posttrain import chain, last_stage, posttrain
 from forethought.tools.posttrain.stage import Example, Stage, Verified, examples, read, stage_config, stage_from_dict
 from forethought.tools.report import card, runs
 from forethought.tools.report import write as write_report
@@ -273,7 +273,7 @@ def test_stages_follow_each_other_are_never_redone_and_repeat_to_the_bit(tmp_pat
 
 def test_sft_learns_the_completion_alone(tmp_path):
     """One step of plain descent: the change of the weights is the gradient of the mean loss over completions."""
-    from forethought.tools.posttrain.trainers import sft
+    from forethought.tools.trl import sft
 
     model = qwen3(scale=0.2)
     start = [one.detach().clone() for one in model.parameters()]
@@ -388,6 +388,8 @@ def unlike(tmp_path: Path) -> Path:
 
 
 def test_held_out_rows_are_measured_before_and_after(unlike, tmp_path, capsys):
+    from forethought.tools.trl import completion_loss
+
     words = ["posttrain", "sft-gsm8k", "--start", "embedded", "--data", str(unlike), "--heldout", str(unlike)]
     sizes = ["--train.steps", "4", "--train.batch", "3", "--optim.learning_rate", "1e-3", "--optim.warmup", "0"]
     assert main([*words, *sizes, "--run", str(tmp_path / "run")]) == 0
@@ -418,7 +420,7 @@ def by_hand(model: Any, prompt: list[int], completion: list[int]) -> Any:
 
 def test_a_trainer_reads_the_exact_tokens_of_a_prompt(tmp_path):
     """Tokens that no text is tokenized to reach the reward as they are."""
-    from forethought.tools.posttrain.trainers import grpo
+    from forethought.tools.trl import grpo
 
     tokenizer, seen = load_tokenizer(QUICK.model), []
     odd = [tokenizer.bos_token_id, tokenizer.bos_token_id, 9, 10]  # as text, TRL would add one more beginning

@@ -10,13 +10,10 @@ from typing import Any
 from forethought.config import Config, UserError, from_dict, merge, to_dict
 from forethought.flops import Shape
 from forethought.memory import Bytes, Layout, chunk_tokens, fits, largest_that, memory, offloaded
-from forethought.tools.plan.job import MACHINES, Job, Machine, Options, job, shipped_shape
+from forethought.tools.plan.job import Job, Options, job
+from forethought.tools.plan.job import shipped_shape as shipped_shape
 from forethought.tools.plan.timing import ASSUMPTIONS, Lengths, Scale, Step, lengths_of_run, lognormal, simulate, step
 
-__all__ = [
-    "MACHINES", "Machine", "Options", "Plan", "adapters", "advice", "as_dict", "largest", "plan", "shipped_shape",
-    "write",
-]  # fmt: skip
 _LORA_RANK = 16  # of the adapters that `adapters` proposes
 
 
@@ -99,6 +96,7 @@ def plan(config: Config, shape: Shape, options: Options | None = None) -> Plan:
 def as_dict(result: Plan) -> dict[str, Any]:
     """All figures, for a JSON file: bytes, FLOPs, seconds, tokens."""
     one, config, step, steps = result.job, result.job.config, result.step, result.steps
+    counts = {"flops": step.flops, "text_tokens": step.text, "thought_tokens": step.thought}
     found = {
         "estimates": True,
         "model": config.model.path,
@@ -123,20 +121,15 @@ def as_dict(result: Plan) -> dict[str, Any]:
         "changes": [asdict(change) for change in result.changes],
         "adapters": result.adapters and asdict(result.adapters),
         "largest": result.largest,
-        "step": {
-            "seconds": step.seconds, "flops": step.flops, "text_tokens": step.text, "thought_tokens": step.thought,
-            "phases": {phase.name: asdict(phase) for phase in step.phases},
-        },
+        "step": {"seconds": step.seconds, **counts, "phases": {phase.name: asdict(phase) for phase in step.phases}},
         "total": {
-            "flops": step.flops * steps,
-            "text_tokens": step.text * steps,
-            "thought_tokens": step.thought * steps,
+            **{name: count * steps for name, count in counts.items()},
             "t_flop_tokens": step.t_flop * steps,
             "hours": result.hours,
             "gpu_hours": result.hours * one.gpus,
             "dollars": result.dollars if one.machine.price else None,
         },
-    }  # fmt: skip
+    }
     if result.lengths is not None:
         found["simulation"] = {
             "lengths": result.lengths.source,
@@ -160,13 +153,11 @@ def advice(job: Job) -> list[Change]:
     """Changes that make a run fit, mildest first; empty where it fits. Changes that save nothing are left out."""
     changes: list[Change] = []
     for what, costs, candidates in _CHANGES:
-        before, candidate = memory(job).peak, (None, job)
+        before = memory(job).peak
         if before <= job.machine.usable:
             break
-        for candidate in candidates(job):
-            if fits(candidate[1]):
-                break
-        value, changed = candidate
+        known = [*candidates(job)] or [(None, job)]
+        value, changed = next((one for one in known if fits(one[1])), known[-1])
         peak = memory(changed).peak
         if peak < before * 0.999:
             changes.append(Change(what=what.format(value), costs=costs, saved=before - peak, peak=peak))

@@ -17,10 +17,6 @@ from forethought.memory import Device, Layout, Setup, sized
 from forethought.run.diagnostics import is_number
 
 _SHAPES = Path(__file__).parent / "shapes"
-_ABSENT = {  # what a shipped shape may leave out
-    "moe_latent_size": None, "moe_intermediate_size": 0, "moe_shared_expert_intermediate_size": 0,
-    "num_experts_per_tok": 0, "num_local_experts": 0,
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,7 +210,7 @@ def shipped_shape(path: str) -> Shape | None:
     file = _SHAPES / f"{name}.json"
     if path.startswith((".", "~", "/")) or Path(path).exists() or not file.is_file():
         return None
-    return Shape.of(SimpleNamespace(**(_ABSENT | json.loads(file.read_text(encoding="utf-8")))))
+    return Shape.of(SimpleNamespace(**json.loads(file.read_text(encoding="utf-8"))))
 
 
 def machine(name: str, ceilings: str = "", price: float = 0.0) -> Machine:

@@ -77,7 +77,7 @@ def step(job: Job) -> Step:
             _streaming(job, "ema", _EMA * job.teacher * (not method.freeze_teacher)),
             _streaming(job, "bf16 copy", _COPY * (job.compute_bytes == 2)),
             sync(job),
-            _offload(job),
+            _phase("offload", 2 * sum(offloaded(job).values()) / job.machine.host, "links"),  # no overlap is assumed
         ),
         text=text,
         thought=round(job.windows * job.thoughts_per_window * job.length),
@@ -130,13 +130,11 @@ def sync(job: Job) -> Phase:
     """All-reduced gradients; with zero1 reduce-scattered, and the weights all-gathered. No overlap is assumed."""
     gradients, weights = job.gradient_bytes * job.trainable, job.compute_bytes * job.shape.parameters
     seconds = ring(job, gradients, 1) + ring(job, weights, 1) if job.layout == "zero1" else ring(job, gradients, 2)
-    return Phase(name="sync", flops=0.0, seconds=seconds, bound="links" if seconds else "")
+    return _phase("sync", seconds, "links")
 
 
-def _offload(job: Job) -> Phase:
-    """What update.offload moves, to the host and back. No overlap is assumed."""
-    seconds = 2 * sum(offloaded(job).values()) / job.machine.host
-    return Phase(name="offload", flops=0.0, seconds=seconds, bound="links" if seconds else "")
+def _phase(name: str, seconds: float, bound: str, flops: int = 0) -> Phase:
+    return Phase(name=name, flops=float(flops), seconds=seconds, bound=bound if seconds else "")
 
 
 def _rate(job: Job, update: bool = False) -> float:
@@ -150,7 +148,7 @@ def _decoding(job: Job, flops: Flops) -> Phase:
     tokens = job.local_thoughts * longest
     steps = decode_steps(job, tokens, longest)
     seconds, bound = decode_step(job, tokens / steps)
-    return Phase(name="decode", flops=float(flops.decode * job.windows), seconds=steps * seconds, bound=bound)
+    return _phase("decode", steps * seconds, bound, flops.decode * job.windows)
 
 
 def _scoring(job: Job, flops: Flops) -> Phase:
@@ -181,13 +179,11 @@ def _forward(job: Job, name: str, window_flops: int, passes: int) -> Phase:
     by_flops = window_flops * job.local_windows / _rate(job, name == "update")
     launches = KERNELS[job.config.model.precision] * job.shape.layers * passes * job.machine.launch
     seconds = max(by_flops, launches) if window_flops else 0.0
-    bound = "" if not window_flops else "matmul" if seconds == by_flops else "kernels"
-    return Phase(name=name, flops=float(window_flops * job.windows), seconds=seconds, bound=bound)
+    return _phase(name, seconds, "matmul" if seconds == by_flops else "kernels", window_flops * job.windows)
 
 
 def _streaming(job: Job, name: str, bytes_per_parameter: int) -> Phase:
-    seconds = bytes_per_parameter * job.local_trainable / job.machine.copy
-    return Phase(name=name, flops=0.0, seconds=seconds, bound="memory" if seconds else "")
+    return _phase(name, bytes_per_parameter * job.local_trainable / job.machine.copy, "memory")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,13 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from forethought.config import Config, UserError, from_dict
 from forethought.data.positions import ThoughtFormat, thought_format
 from forethought.eval import started, trained
 from forethought.models.loading import load_model, load_tokenizer, require_context, save_thinking_options
-from forethought.models.logprobs import forward, log_probabilities
 from forethought.run.checkpoint import exported
 from forethought.run.folder import RunLog, check_free
 from forethought.run.trackers import Callbacks
@@ -55,8 +52,7 @@ def posttrain(
     config = config if log is None else trained(config, log.path)
     named = {"run": f"runs/{Path(start).name}-{Path(path).stem}", "seed": config.seed}
     chosen = from_dict(named | folder_options)
-    if not chosen.overwrite:
-        check_free(Path(chosen.run), overwrite=False)
+    check_free(Path(chosen.run), chosen.overwrite)
     run_stage(stage, stage_config(stage, config, Path(chosen.run), chosen.seed), callbacks or Callbacks())
     return Path(chosen.run)
 
@@ -91,7 +87,7 @@ def _folders(stages: Sequence[Stage], folder: Path) -> list[Path]:
 
 def run_stage(stage: Stage, config: Config, callbacks: Callbacks) -> None:
     """Train the model of `config` and write the run folder `config.run`. Raises UserError."""
-    from forethought.tools.posttrain import trainers
+    from forethought.tools import trl
 
     began = time.perf_counter()
     tokenizer = load_tokenizer(config.model)
@@ -101,7 +97,7 @@ def run_stage(stage: Stage, config: Config, callbacks: Callbacks) -> None:
     heldout = _heldout_examples(stage, config, tokenizer, form)
     model = load_model(config.model, config.seed)
     _check_length(stage, [*rows, *heldout], model)
-    summary = {"before/heldout_loss": completion_loss(model, heldout)} if heldout else {}
+    summary = {"before/heldout_loss": trl.completion_loss(model, heldout)} if heldout else {}
     log = RunLog.create(config)
 
     def progress(done: int, total: int) -> None:
@@ -110,35 +106,19 @@ def run_stage(stage: Stage, config: Config, callbacks: Callbacks) -> None:
     with log.lock():
         log.write_json("stage.json", dataclasses.asdict(stage))
         if stage.stage == "sft":
-            lines = trainers.sft((model, tokenizer), rows, config, progress)
+            lines = trl.sft((model, tokenizer), rows, config, progress)
         else:
             reward = Verified(stage, tokenizer, form)
-            lines = trainers.grpo((model, tokenizer), rows, reward, stage, config, progress)
+            lines = trl.grpo((model, tokenizer), rows, reward, stage, config, progress)
         log.write_lines("trl.jsonl", lines)
         with exported(log.path) as folder:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             save_thinking_options(folder, config)
-        summary |= {"after/heldout_loss": completion_loss(model, heldout)} if heldout else {}
+        summary |= {"after/heldout_loss": trl.completion_loss(model, heldout)} if heldout else {}
         seconds = round(time.perf_counter() - began, 2)
         done = {"method": stage.stage, "seed": config.seed, "steps": config.train.steps, "seconds": seconds}
         log.write_json("summary.json", {**done, **summary})
-
-
-@torch.no_grad()
-def completion_loss(model: Any, rows: Sequence[Example]) -> float:
-    """Mean -log p of the completions' tokens given their prompts, in nats per token: the loss of `sft`."""
-    training = model.training
-    model.eval()
-    total, count = 0.0, 0
-    for one in rows:
-        tokens = torch.tensor([one.prompt + one.completion], device=model.device)
-        keep = len(one.completion) + 1
-        logits = forward(model, tokens, torch.ones_like(tokens, dtype=torch.bool), keep)[:, :-1]
-        total -= log_probabilities(logits, tokens[:, 1 - keep :]).sum().item()
-        count += keep - 1
-    model.train(training)
-    return total / count
 
 
 def _heldout_examples(stage: Stage, config: Config, tokenizer: Any, form: ThoughtFormat) -> list[Example]:
