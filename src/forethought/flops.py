@@ -127,8 +127,10 @@ class Shape:
         """The shape, frozen and with LoRA adapters (unchanged where r is 0). Raises UserError for an unknown layer."""
         if not options.r:
             return self
-        adapted = set(self.linears) if options.target_modules == ("all-linear",) else set()
-        for wanted in options.target_modules if not adapted else ():  # such as q_proj or layers.2.mlp.up_proj
+        if options.target_modules == ("all-linear",):
+            return self.with_adapter(options.r * sum(width for *_, width in self.linears))
+        adapted: set[tuple[str, int, int]] = set()
+        for wanted in options.target_modules:  # such as q_proj or layers.2.mlp.up_proj
             *path, name = wanted.split(".")
             layers = [int(part) for part in path if part.isdigit()] or range(self.layers)
             found = {one for one in self.linears if one[0] == name and one[1] in layers}

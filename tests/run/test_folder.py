@@ -116,7 +116,7 @@ for run in (sys.argv[1], sys.argv[1] + "/run"):
     except UserError as error:
         print(error)
 try:
-    RunLog(pathlib.Path(sys.argv[1])).append("warnings", [])
+    RunLog(pathlib.Path(sys.argv[1])).check_writable()
 except UserError as error:
     print(error)
 """

@@ -45,7 +45,7 @@ def evaluate(
     windows = heldout.held_out(config, subject.tokenizer)
     has_corpus = log is not None or "path" in (overrides or {}).get("corpus", {})  # the default is no model's text
     log = log or RunLog.create(config)
-    log.append("warnings", [])  # a folder that cannot be written is known before the work
+    log.check_writable()
     generic = controls.generic_thought(subject, windows, progress) if has_corpus else None
     records = base = controls.measure(subject, windows, progress, generic)
     if subject is not start:

@@ -108,15 +108,15 @@ class RunLog:
         """Write or replace RUN/config.json atomically. Raises RunError."""
         self.write_json("config.json", {"version": __version__, **to_dict(config)})
 
-    def append(self, name: Literal["metrics", "thoughts", "warnings"], rows: list[dict[str, Any]]) -> None:
-        """Append one line per row to RUN/name.jsonl; every row has a "step".
+    def check_writable(self) -> None:
+        """Raise UserError where the folder cannot be written: to know it before the work for what goes there."""
+        if not os.access(self.path, os.W_OK):
+            raise UserError(f"run = {str(self.path)!r}: the folder cannot be written")
 
-        Raises UserError where there are no rows and the folder cannot be written, RunError (disk).
-        """
+    def append(self, name: Literal["metrics", "thoughts", "warnings"], rows: list[dict[str, Any]]) -> None:
+        """Append one line per row to RUN/name.jsonl; every row has a "step". Raises RunError (disk)."""
         assert all(type(row.get("step")) is int for row in rows), "rewind needs the step of every row"
         path = self.path / f"{name}.jsonl"
-        if not rows and not os.access(self.path, os.W_OK):
-            raise UserError(f"run = {str(self.path)!r}: the folder cannot be written")
         if rows or name != "warnings":  # a run without warnings has no such file
             with disk_errors(self.path, path), path.open("a", encoding="utf-8") as file:
                 file.write("".join(_dump(row) for row in rows))

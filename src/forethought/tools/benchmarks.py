@@ -84,7 +84,7 @@ def run_benchmarks(
         log = RunLog.create(config)
         rows = {"model": measure("model")}
     else:
-        log.append("warnings", [])  # a folder that cannot be written is known before the work
+        log.check_writable()
         subjects = {"model": trained(config, log.path), "base": config}
         rows = {who: prepare(subject, tasks, progress)(who) for who, subject in subjects.items()}
     tables = {who: columns(some) for who, some in rows.items()}

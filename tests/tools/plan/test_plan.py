@@ -116,6 +116,7 @@ def test_adapters_by_hand():
         "compute weights"
     ] == (2200)
     assert sync(one).seconds == pytest.approx(ring(one, 400, 2))
+    assert TINY.adapted(options.lora).adapter == 0  # a shape whose linear layers are not known
     part = config(lora={"r": 3, "target_modules": ["mlp.up_proj"]})
     assert shape.adapted(part.lora).adapter == 90
     with pytest.raises(UserError, match=r"^lora.target_modules = 'layers.0.mlp.up_proj': "):

@@ -189,7 +189,8 @@ def _expand(given: _File, start: Config) -> tuple[dict[str, Arm], tuple[Curve, .
             raise UserError(f"sweeps.{name}.arm = {sweep.arm!r}: there is no such arm")
         section, _, option = sweep.option.partition(".")
         seeds = owner.seeds if sweep.seeds is None else sweep.seeds
-        own = merge(to_dict(_config(sweep.arm, start, owner.options)), {section: {}})[section].get(option)
+        values = merge(to_dict(_config(sweep.arm, start, owner.options)), {section: {}})  # refuses what is no section
+        own = values[section].get(option)
         points = []
         for value in sweep.values:
             point = f"{name}={value}".replace("/", "-")
