@@ -144,7 +144,10 @@ def test_a_wrong_command_is_one_line(
         ["posttrain", "sft-cups", "--start", "embedded", "--run", "{}"],
     ],
 )  # fmt: skip
-def test_a_name_that_no_file_can_have_is_one_line(command: list[str], capsys: pytest.CaptureFixture[str]):
+def test_a_name_that_no_file_can_have_is_one_line(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)  # where there is no runs/quickstart yet
     name = "x" * 300
     assert re.search(rf"{name}.*: File name too long", complaint(capsys, [word.format(name) for word in command]))
 
