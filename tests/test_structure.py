@@ -17,14 +17,14 @@ def lines(modules: list[Path]) -> int:
 
 
 def test_the_package_has_few_modules_and_few_lines():
-    assert len(MODULES) <= 88
-    assert lines(MODULES) <= 20_100
+    assert len(MODULES) <= 87
+    assert lines(MODULES) <= 20_023
 
 
 def test_the_core_reads_in_an_evening():
     core = [path for path in MODULES if path.relative_to(PACKAGE).as_posix().startswith(CORE)]
     assert len(core) > 25
-    assert lines(core) <= 6_636
+    assert lines(core) <= 6_632
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
